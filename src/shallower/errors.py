@@ -1,0 +1,48 @@
+"""Every error that Shallower raises on purpose.
+
+An error says which module is concerned, what is wrong, and what to do about it.
+"""
+
+
+class ShallowerError(Exception):
+    """Base of all errors raised by Shallower. Catch this one to catch them all."""
+
+
+class SiteError(ShallowerError):
+    """A model, its example inputs or a selection of sites cannot be used."""
+
+
+class PlanError(ShallowerError):
+    """A plan is malformed, or does not fit the model it is applied to."""
+
+
+class SurgeryError(ShallowerError):
+    """The network after surgery differs from the simulated one beyond rounding."""
+
+
+class FitError(ShallowerError):
+    """Moments or weights from which nothing can be fitted."""
+
+
+class TargetError(ShallowerError):
+    """A target that cannot be read, or that no plan can meet."""
+
+
+class MethodError(ShallowerError):
+    """A method is used in a way it does not allow."""
+
+
+class TrainingError(ShallowerError):
+    """The built-in training loop cannot start, resume or go on."""
+
+
+class CheckpointError(ShallowerError):
+    """A saved directory cannot be written, read or trusted."""
+
+
+class ModelError(ShallowerError):
+    """A model cannot be built or loaded from its description."""
+
+
+class DataError(ShallowerError):
+    """A data set cannot be read or does not hold what the task needs."""
