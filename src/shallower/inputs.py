@@ -22,7 +22,7 @@ InputsOf = Callable[[Any], Inputs]
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Call `model` on `inputs`: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
+    """Call `model` on a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
     if isinstance(inputs, Tensor):
         return model(inputs)
     if isinstance(inputs, Mapping):
@@ -73,7 +73,7 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def default_inputs_of(batch: Any) -> Inputs:
-    """The model's inputs in a batch: `(inputs, labels)` gives `inputs`; a mapping loses its labels; a tensor is itself."""
+    """The model's inputs in a batch: of `(inputs, labels)` the inputs; a mapping without its labels; a tensor itself."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in ("labels", "label")}
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
@@ -84,7 +84,8 @@ def default_inputs_of(batch: Any) -> Inputs:
     if isinstance(batch, Tensor):
         return batch
     raise SiteError(
-        f"a batch is a tensor, a tuple, a dict or (inputs, labels), not a {type(batch).__name__}; say with inputs_of= how to read yours"
+        f"a batch is a tensor, a tuple, a dict or (inputs, labels), not a {type(batch).__name__}; "
+        "say with inputs_of= how to read yours"
     )
 
 
@@ -96,6 +97,7 @@ def reiterable(batches: Iterable[Any]) -> Iterable[Any]:
     """
     if isinstance(batches, Iterator):
         raise SiteError(
-            "the batches are a one-shot iterator, and they are read several times: pass a list (list(batches)), a DataLoader or a data set"
+            "the batches are a one-shot iterator, and they are read several times: "
+            "pass a list (list(batches)), a DataLoader or a data set"
         )
     return batches

@@ -1,0 +1,184 @@
+"""What a target asks for, and the smallest choice that meets it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from shallower.errors import TargetError
+
+Unit = Literal["params", "macs", "memory", "latency", "drop"]
+Form = Literal["share", "factor", "absolute"]
+T = TypeVar("T")
+
+_UNITS: tuple[Unit, ...] = ("params", "macs", "memory", "latency", "drop")
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(%|x|[KMGT]i?B?|B|us|ms|s)?", re.IGNORECASE)
+_COUNTS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_EXAMPLES = "params:50%, macs:60%, memory:40MB, latency:1.5x, drop:1%"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs.
+
+    Attributes:
+        params: number of parameters.
+        macs: multiply-accumulate operations on the example inputs.
+        memory: bytes of parameters and buffers.
+        latency: seconds for one forward pass on the example inputs; None where it was not measured.
+    """
+
+    params: int
+    macs: int
+    memory: int
+    latency: float | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """How small, how fast or how good the result has to be.
+
+        Target.parse("macs:60%").limit(before)      # MACs that may remain
+        Target.parse("latency:1.5x")                # one and a half times as fast
+        Target.parse("drop:1%").floor(0.92)         # the lowest score allowed: 0.9108
+
+    Attributes:
+        unit: what is counted. `drop` limits the loss of score, all others the cost of the whole model.
+        form: "share", the part that remains (of `drop`: the part of the score that may be lost); "factor", how many
+            times cheaper; "absolute", the amount that may remain (of `drop`: that may be lost).
+        value: the number: 0.6 for 60 %, 1.5 for 1.5x.
+    """
+
+    unit: Unit
+    form: Form
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Read `unit:amount`.
+
+        The units params, macs, memory and latency take a share (60%), a factor (1.5x) or an absolute amount (10M, 40MB,
+        3ms) that may remain; drop takes 1% of the score or 0.5 of its own unit.
+
+        Raises:
+            TargetError: the text is none of these, or asks for nothing (100 %, 1x) or for the impossible (0 %).
+        """
+        unit, separator, amount = text.strip().partition(":")
+        unit = unit.strip().lower()
+        if not separator or unit not in _UNITS:
+            raise TargetError(f"the target {text!r} is not of the form UNIT:AMOUNT; for example {_EXAMPLES}")
+        match = _NUMBER.fullmatch(amount.strip())
+        if match is None:
+            raise TargetError(f"the amount {amount!r} of the target {text!r} is not a number; for example {_EXAMPLES}")
+        number, suffix = float(match[1]), (match[2] or "").lower()
+        form, value = _amount(text, unit, number, suffix)
+        if unit != "drop":
+            if form == "share" and not 0 < value < 1:
+                raise TargetError(f"the target {text!r} must leave more than 0 % and less than 100 % of the model")
+            if form == "factor" and value <= 1:
+                raise TargetError(
+                    f"the target {text!r} must be a factor above 1x: how many times cheaper the result is"
+                )
+            if form == "absolute" and value <= 0:
+                raise TargetError(f"the target {text!r} must leave more than nothing")
+        elif form == "factor" or (form == "share" and value >= 1):
+            raise TargetError(f"the target {text!r} must be the loss of score allowed, for example drop:1% or drop:0.5")
+        return cls(unit, form, value)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        unit_of_time = "s" if self.unit == "latency" else ""
+        amount = {
+            "share": f"{self.value * 100:.12g}%",
+            "factor": f"{self.value:.12g}x",
+            "absolute": f"{self.value:.12g}{unit_of_time}",
+        }
+        return f"{self.unit}:{amount[self.form]}"
+
+    def amount_of(self, cost: Cost) -> float:
+        """What of `cost` this target limits.
+
+        Raises:
+            TargetError: the target limits the score or a latency that was not measured.
+        """
+        if self.unit == "params":
+            return cost.params
+        if self.unit == "macs":
+            return cost.macs
+        if self.unit == "memory":
+            return cost.memory
+        if self.unit == "latency":
+            if cost.latency is None:
+                raise TargetError(f"the target {self} needs a measured latency")
+            return cost.latency
+        raise TargetError(f"the target {self} limits the score, not a cost")
+
+    def limit(self, before: Cost) -> float:
+        """How much may remain of a model that costs `before`."""
+        amount = self.amount_of(before)
+        if self.form == "share":
+            return amount * self.value
+        return amount / self.value if self.form == "factor" else self.value
+
+    def met(self, before: Cost, after: Cost) -> bool:
+        """Whether a model that costs `after` is small enough, where the original costs `before`."""
+        return self.amount_of(after) <= self.limit(before)
+
+    def floor(self, score: float) -> float:
+        """The lowest score allowed by a `drop` target, where the original scores `score` (higher is better)."""
+        if self.unit != "drop":
+            raise TargetError(f"the target {self} limits a cost, not the score")
+        return score - (abs(score) * self.value if self.form == "share" else self.value)
+
+
+def _amount(text: str, unit: str, number: float, suffix: str) -> tuple[Form, float]:
+    if suffix == "%":
+        return "share", number / 100
+    if suffix == "x":
+        return "factor", number
+    if suffix in _SECONDS:
+        if unit != "latency":
+            raise TargetError(f"the target {text!r} counts {unit}, which is not measured in seconds")
+        return "absolute", number * _SECONDS[suffix]
+    if unit == "latency":
+        raise TargetError(f"the target {text!r} needs a unit of time (ms), a factor (1.5x) or a share (60%)")
+    if suffix.endswith("b") and unit != "memory":
+        raise TargetError(f"the target {text!r} counts {unit}, which is not measured in bytes")
+    if unit == "drop" and suffix:
+        raise TargetError(f"the target {text!r} must be the loss of score allowed, for example drop:1% or drop:0.5")
+    letter = suffix[:1] if suffix[:1] in _COUNTS else ""
+    factor = _COUNTS.get(letter, 1.0)
+    if "i" in suffix:
+        factor = 1024.0 ** ("kmgt".index(letter) + 1)
+    return "absolute", number * factor
+
+
+def shortest_prefix(
+    order: Sequence[T], target: Target, before: Cost, cost_of: Callable[[Sequence[T]], Cost]
+) -> Sequence[T]:
+    """The first k of `order`, with the smallest k >= 1 that meets a target of cost.
+
+    Args:
+        order: what may be taken, cheapest in quality first.
+        target: a target of cost (not `drop`).
+        before: what the model costs now.
+        cost_of: what it costs after taking these; must not rise with more of them by much.
+
+    Raises:
+        TargetError: all of them together do not meet the target; the error says how far they get.
+    """
+    limit = target.limit(before)
+    best = float("inf")
+    for k in range(1, len(order) + 1):
+        amount = target.amount_of(cost_of(order[:k]))
+        if amount <= limit:
+            return order[:k]
+        best = min(best, amount)
+    start = target.amount_of(before)
+    reached = f"{best / start:.1%} of the original" if order else "nothing, since there is no site"
+    raise TargetError(
+        f"the target {target} asks for {limit / start:.1%} of the model's {target.unit}; "
+        f"all {len(order)} sites together reach {reached}. Ask for less, or allow more sites"
+    )
