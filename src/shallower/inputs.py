@@ -7,6 +7,7 @@ arguments (a Transformers batch).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -65,15 +66,12 @@ def to_device(value: Any, device: torch.device | str) -> Any:
 
 def model_device(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer; the CPU where it has none."""
-    for tensor in model.parameters():
-        return tensor.device
-    for tensor in model.buffers():
-        return tensor.device
-    return torch.device("cpu")
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def default_inputs_of(batch: Any) -> Inputs:
-    """The model's inputs in a batch: of `(inputs, labels)` the inputs; a mapping without its labels; a tensor itself."""
+    """The model's inputs in a batch: of `(inputs, labels)` the inputs, a mapping without its labels, a tensor itself."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in ("labels", "label")}
     if isinstance(batch, (tuple, list)) and len(batch) == 2:

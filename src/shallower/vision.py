@@ -37,7 +37,9 @@ def import_torchvision() -> ModuleType:
             raise ModelError(f"torchvision cannot be imported: {error}") from error
     library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(  # type: ignore[no-untyped-call]
+            f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
     _schemas.append(library)
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[name]
