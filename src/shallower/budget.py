@@ -86,7 +86,7 @@ class Target:
                 raise TargetError(f"the target {text!r} must leave more than nothing")
         elif form == "factor" or (form == "share" and value >= 1):
             raise TargetError(f"the target {text!r} must be the loss of score allowed, for example drop:1% or drop:0.5")
-        return cls(unit, form, value)  # type: ignore[arg-type]
+        return cls(unit, form, value)
 
     def __str__(self) -> str:
         unit_of_time = "s" if self.unit == "latency" else ""

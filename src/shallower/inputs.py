@@ -71,7 +71,7 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def default_inputs_of(batch: Any) -> Inputs:
-    """The model's inputs in a batch: of `(inputs, labels)` the inputs, a mapping without its labels, a tensor itself."""
+    """The inputs in a batch: of `(inputs, labels)` the inputs, a mapping without its labels, a tensor itself."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key not in ("labels", "label")}
     if isinstance(batch, (tuple, list)) and len(batch) == 2:

@@ -35,7 +35,7 @@ def import_torchvision() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise ModelError(f"torchvision cannot be imported: {error}") from error
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
     for operator in ("nms", "qnms"):
         library.define(  # type: ignore[no-untyped-call]
             f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
