@@ -1,0 +1,1 @@
+"""The methods: each decides the fates of channels and returns a plan."""
