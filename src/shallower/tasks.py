@@ -1,0 +1,173 @@
+"""What a task means: the loss that trains a model, the score that judges it, and how the score is shown.
+
+A batch is a mapping with `labels` (a Transformers batch), or a pair (inputs, labels).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from shallower.errors import DataError, ModelError
+from shallower.inputs import call, default_inputs_of, model_device, to_device
+
+TaskName = Literal["text-classification", "image-classification", "causal-lm"]
+TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
+
+IGNORED = -100
+"""The label of a position that counts for nothing."""
+
+
+class Task(Protocol):
+    """What training, choosing and reporting need to know about a task."""
+
+    quality: str
+    """What `show` shows: "accuracy", "perplexity"."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The training loss of one batch, a scalar."""
+
+    def score(self, model: nn.Module, batches: Iterable[Any], *, label: str = "") -> float:
+        """How good the model is on all batches, higher is better; `label` names a progress bar."""
+
+    def show(self, score: float) -> str:
+        """The score for people."""
+
+
+class Classification:
+    """One class for each input: cross-entropy, judged by accuracy."""
+
+    quality = "accuracy"
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Mean cross-entropy of (rows, classes) logits."""
+        logits, labels = _answer(model, batch)
+        return F.cross_entropy(logits.float(), labels)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, batches: Iterable[Any], *, label: str = "") -> float:
+        """The part of the inputs, 0 to 1, whose largest logit is that of the label."""
+        right = rows = 0
+        with _evaluating(model):
+            for batch in _progress(batches, label):
+                logits, labels = _answer(model, batch)
+                right += int((logits.argmax(-1) == labels).sum())
+                rows += len(labels)
+        if not rows:
+            raise DataError("there are no rows to score the model on")
+        return right / rows
+
+    def show(self, score: float) -> str:
+        """93.4 %."""
+        return f"{score * 100:.2f} %"
+
+
+class LanguageModelling:
+    """The next token: cross-entropy, judged by the mean loss of a token and shown as perplexity."""
+
+    quality = "perplexity"
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Mean cross-entropy over the tokens that are predicted; labels of -100 count for nothing."""
+        total, tokens = self._token_losses(model, batch)
+        return total / tokens.clamp(min=1)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, batches: Iterable[Any], *, label: str = "") -> float:
+        """Minus the summed loss of all tokens over their number."""
+        total, tokens = 0.0, 0
+        with _evaluating(model):
+            for batch in _progress(batches, label):
+                losses, count = self._token_losses(model, batch)
+                total += float(losses)
+                tokens += int(count)
+        if not tokens:
+            raise DataError("there are no tokens to score the model on")
+        return -total / tokens
+
+    def show(self, score: float) -> str:
+        """exp(-score), the perplexity."""
+        return f"{math.exp(min(-score, 700.0)):.4g}"
+
+    def _token_losses(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        logits, labels = _answer(model, batch)
+        targets = labels[:, 1:].reshape(-1)
+        losses = F.cross_entropy(
+            logits[:, :-1].float().reshape(len(targets), -1), targets, ignore_index=IGNORED, reduction="sum"
+        )
+        return losses, (targets != IGNORED).sum()
+
+
+def task_named(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        DataError: there is none; the error lists them.
+    """
+    if name == "causal-lm":
+        return LanguageModelling()
+    if name in TASK_NAMES:
+        return Classification()
+    raise DataError(f"there is no task {name!r}; the tasks are {', '.join(TASK_NAMES)}")
+
+
+def labels_of(batch: Any) -> Tensor:
+    """The labels of a batch: `labels` of a mapping, the second of a pair.
+
+    Raises:
+        DataError: the batch has none.
+    """
+    labels: Any = None
+    if isinstance(batch, Mapping):
+        labels = batch.get("labels")
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        labels = batch[1]
+    if not isinstance(labels, Tensor):
+        raise DataError(f"a {type(batch).__name__} is not a batch with labels: give {{..., 'labels': ...}} or a pair")
+    return labels
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model answers: the tensor itself, `.logits`, `["logits"]` or the first of a tuple.
+
+    Raises:
+        ModelError: there are none.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise ModelError(f"the model answers with a {type(output).__name__} that holds no logits: has it a head?")
+    return found
+
+
+def _answer(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    device = model_device(model)
+    inputs, labels = default_inputs_of(batch), labels_of(batch)
+    return logits_of(call(model, to_device(inputs, device))), labels.to(device)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _progress(batches: Iterable[Any], label: str) -> Iterable[Any]:
+    return tqdm(batches, desc=label, leave=False, disable=None) if label else batches

@@ -1,0 +1,353 @@
+"""Reading data: files and folders of every kind, the columns found in them, and the batches made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+datasets = pytest.importorskip("datasets")
+Image = pytest.importorskip("PIL.Image")
+
+from shallower.data import (  # noqa: E402
+    ImageFormat,
+    ImageReader,
+    Labels,
+    TextReader,
+    TokenReader,
+    batches,
+    packed,
+    read_rows,
+)
+from shallower.errors import DataError  # noqa: E402
+from shallower.tasks import LanguageModelling  # noqa: E402
+
+REVIEWS = "text,label\n" + "".join(f"review {i},{'good' if i % 2 else 'bad'}\n" for i in range(20))
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache of its own for each test, and no progress bars."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+class Words:
+    """A tokenizer of words of one letter, as Transformers calls one."""
+
+    eos_token_id: int | None = 99
+
+    def __call__(self, *texts: list[str], **options: Any) -> dict[str, Any]:
+        ids = [[ord(w[0]) for w in " ".join(row).split()] for row in zip(*texts, strict=True)]
+        if not options:
+            return {"input_ids": ids}
+        ids = [row[: options["max_length"]] for row in ids]
+        longest = max(map(len, ids))
+        return {"input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in ids])}
+
+
+def test_csv_with_text_labels_is_read_and_a_tenth_is_held_out(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path / "reviews.csv", REVIEWS), "text-classification")
+    assert (len(rows.train), len(rows.validation), rows.test) == (18, 2, None)
+    assert rows.columns.text == ("text",)
+    assert rows.labels is not None
+    assert rows.labels.names == ("bad", "good")
+    assert {row["text"] for row in rows.train}.isdisjoint(row["text"] for row in rows.validation)
+
+
+def test_the_held_out_rows_depend_on_the_seed_only(tmp_path: Path) -> None:
+    path = write(tmp_path / "reviews.csv", REVIEWS)
+    held = [read_rows(path, "text-classification", held_out=0.3, seed=seed).validation["text"][:] for seed in (0, 0, 1)]
+    assert held[0] == held[1] != held[2]
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "json", "jsonl", "parquet"])
+def test_every_table_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    table = datasets.Dataset.from_dict({"text": ["a b", "c", "d"], "label": [0, 1, 1]})
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        table.to_parquet(path)
+    elif suffix == "tsv":
+        path.write_text("text\tlabel\na b\t0\nc\t1\nd\t1\n")
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in table))
+    rows = read_rows(str(path), "text-classification", eval_source=str(path))
+    assert rows.train[:] == rows.validation[:] == {"text": ["a b", "c", "d"], "label": [0, 1, 1]}
+    assert rows.labels == Labels((), 2, {0: 0, 1: 1})
+
+
+def test_files_of_a_folder_are_parts_by_their_names(tmp_path: Path) -> None:
+    for name, count in (("train-00000", 5), ("dev", 2), ("my_test", 3)):
+        write(tmp_path / f"{name}.csv", "sentence,label\n" + "word,0\n" * (count - 1) + "word,1\n")
+    rows = read_rows(str(tmp_path), "text-classification")
+    assert (len(rows.train), len(rows.validation), len(rows.test)) == (5, 2, 3)
+
+
+def test_two_files_for_one_part_are_refused(tmp_path: Path) -> None:
+    for name in ("train", "text-train"):
+        write(tmp_path / f"{name}.csv", REVIEWS)
+    with pytest.raises(DataError, match=r"both text-train\.csv and train\.csv are its train part"):
+        read_rows(str(tmp_path), "text-classification")
+
+
+def test_a_test_part_without_labels_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", "text,label\na,0\nb,1\n")
+    write(tmp_path / "validation.csv", "text,label\na,0\n")
+    write(tmp_path / "test.csv", "text,label\na,-1\n")
+    assert read_rows(str(tmp_path), "text-classification").test is None
+
+
+def test_pairs_of_sentences_are_found_and_can_be_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.csv", "premise,hypothesis,note,label\n" + "a,b,c,0\nd,e,f,1\n" * 3)
+    assert read_rows(path, "text-classification").columns.text == ("premise", "hypothesis")
+    named = read_rows(path, "text-classification", text_column="note, premise")
+    assert named.columns.text == ("note", "premise")
+
+
+def test_columns_that_cannot_be_guessed_are_an_error_that_lists_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "odd.csv", "left,right,label\n" + "a,b,0\nc,d,1\n")
+    with pytest.raises(DataError, match=r"which column holds the text\?.*left \(string\), right \(string\)"):
+        read_rows(path, "text-classification")
+    with pytest.raises(DataError, match=r"no column 'middle' as --text-column says; the columns are left"):
+        read_rows(path, "text-classification", text_column="middle")
+    with pytest.raises(DataError, match=r"which column holds the picture\?"):
+        read_rows(path, "image-classification")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the file is empty"),
+        ("text,label\n", "no rows|cannot be read"),
+        ("text,label\nonly one,0\n", "one row is too few"),
+        ("text,label\na,0.5\nb,1.7\n", "holds 0.5, 1.7"),
+        ("text,label\na,good\n,bad\n", "'text' is empty in 1 of 2 rows"),
+        ("text,label\na,\nb,good\n", "'label' is empty in some rows"),
+        ("text,label\na,-3\nb,1\n", "holds -3, 1"),
+    ],
+)
+def test_bad_tables_are_named(tmp_path: Path, content: str, message: str) -> None:
+    path = write(tmp_path / "bad.csv", content)
+    with pytest.raises(DataError, match=message) as raised:
+        read_rows(path, "text-classification")
+    assert "bad.csv" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.csv", "no such file"),
+        ("./nowhere", "no such file"),
+        ("not a name", "no name on the hub"),
+    ],
+)
+def test_missing_sources_are_named(source: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_rows(source, "text-classification")
+
+
+def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "damaged.parquet", "this is no parquet file")
+    with pytest.raises(DataError, match=r"damaged\.parquet: the data cannot be read") as raised:
+        read_rows(path, "text-classification")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_of_another_type_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'\.pkl' is not read; these are: \.csv"):
+        read_rows(write(tmp_path / "rows.pkl", "x"), "text-classification")
+
+
+def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the folder holds no data"):
+        read_rows(str(tmp_path), "image-classification")
+
+
+def test_an_unknown_class_in_the_validation_part_is_refused(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.csv", "text,label\na,good\nb,bad\n")
+    other = write(tmp_path / "b.csv", "text,label\na,fine\n")
+    with pytest.raises(DataError, match=r"'fine' in the validation part"):
+        read_rows(train, "text-classification", eval_source=other)
+
+
+def test_limit_draws_rows_at_random(tmp_path: Path) -> None:
+    path = write(tmp_path / "sorted.csv", "text,label\n" + "a,0\n" * 100 + "b,1\n" * 100)
+    rows = read_rows(path, "text-classification", limit=40)
+    assert len(rows.train) == 40
+    assert len(rows.validation) == 20
+    assert set(rows.train["label"]) == {0, 1}
+
+
+def test_labels_must_fit_the_outputs_of_the_model() -> None:
+    named = Labels(("cat", "dog"), 2, {0: 0, 1: 1})
+    assert named.fitted(2, ("LABEL_0", "LABEL_1")) is named
+    with pytest.raises(DataError, match=r"2 classes \(cat, dog\) and the model has 1000 outputs"):
+        named.fitted(1000)
+    numbers = Labels((), 2, {0: 0, 1: 1})
+    assert numbers.fitted(10) is numbers
+    with pytest.raises(DataError, match="2 classes and the model has 1 outputs"):
+        numbers.fitted(1)
+
+
+def test_labels_take_the_order_of_a_model_with_the_same_classes() -> None:
+    labels = Labels(("no", "yes"), 2, {"no": 0, "yes": 1}).fitted(2, ("YES", "NO"))
+    assert (labels("no"), labels("yes")) == (1, 0)
+
+
+def test_text_batches_are_padded_to_their_longest_row_and_cut(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", "text,label\na b c d e,0\nf,1\n")
+    rows = read_rows(path, "text-classification", eval_source=path)
+    assert rows.labels is not None
+    reader = TextReader(Words(), rows.columns.text, rows.columns.label, rows.labels, length=3)
+    (batch,) = batches(rows.train, reader, batch_size=8)
+    assert batch["input_ids"].tolist() == [[97, 98, 99], [102, 0, 0]]
+    assert batch["labels"].tolist() == [0, 1]
+
+
+def test_shuffled_batches_repeat_with_the_seed() -> None:
+    rows = [{"input_ids": [i, i]} for i in range(50)]
+    orders = [
+        [int(ids[0, 0]) for ids, _ in batches(rows, TokenReader("input_ids", 8, mapping=False), 1, seed=seed)]
+        for seed in (3, 3, 4)
+    ]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == list(range(50))
+
+
+def test_texts_are_packed_into_blocks_with_an_end_between_them() -> None:
+    rows = [{"text": "a b"}, {"text": " "}, {"text": "c d e f"}]
+    assert [row["input_ids"] for row in packed(rows, "text", Words(), 4)] == [[97, 98, 99, 99], [100, 101, 102, 99]]
+
+
+def test_texts_without_tokens_cannot_be_packed() -> None:
+    with pytest.raises(DataError, match="fewer than two tokens"):
+        packed([{"text": ""}], "text", Words(), 4)
+
+
+def test_padding_of_token_rows_counts_for_nothing() -> None:
+    batch = TokenReader("input_ids", length=3, pad=5)([{"input_ids": [1, 2, 3, 4]}, {"input_ids": [7]}])
+    assert isinstance(batch, dict)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [7, 5, 5]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[1, 2, 3], [7, -100, -100]]
+
+
+def test_language_data_is_read_as_text_or_as_tokens(tmp_path: Path) -> None:
+    text = read_rows(write(tmp_path / "book.txt", "one line\nand another\n"), "causal-lm")
+    assert text.columns.text == ("text",)
+    tokens = write(tmp_path / "ids.jsonl", '{"input_ids": [1, 2]}\n{"input_ids": [3]}\n')
+    assert read_rows(tokens, "causal-lm").columns.tokens == "input_ids"
+
+
+def image_folder(folder: Path) -> str:
+    for name, value in (("dark", 10), ("light", 240)):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (6 + i, 8), (value, value, value)).save(folder / name / f"{i}.png")
+    return str(folder)
+
+
+def test_an_image_folder_names_its_classes(tmp_path: Path) -> None:
+    rows = read_rows(image_folder(tmp_path), "image-classification", held_out=0.3)
+    assert rows.labels is not None
+    assert rows.labels.names == ("dark", "light")
+    reader = ImageReader(rows.columns.image, rows.columns.label, rows.labels, ImageFormat(size=(8, 8)))
+    (x, y) = next(iter(batches(rows.train, reader, batch_size=4)))
+    assert x.shape == (4, 3, 8, 8)
+    assert ((x.mean((1, 2, 3)) > 0).long() == y).all()
+
+
+def test_pictures_of_several_sizes_need_one_named(tmp_path: Path) -> None:
+    rows = read_rows(image_folder(tmp_path), "image-classification", held_out=0.2)
+    assert rows.labels is not None
+    with pytest.raises(DataError, match="--image-size"):
+        next(iter(batches(rows.train, ImageReader("image", "label", rows.labels), batch_size=5)))
+
+
+@pytest.mark.parametrize("names", [("image", "label"), ("x_train", "y_train"), ("train_images", "train_labels")])
+def test_arrays_are_read_by_their_names(tmp_path: Path, names: tuple[str, str]) -> None:
+    x = np.arange(4 * 5 * 5, dtype=np.uint8).reshape(4, 5, 5)
+    np.savez(tmp_path / "arrays.npz", **{names[0]: x, names[1]: np.array([0, 1, 2, 1])})
+    rows = read_rows(str(tmp_path / "arrays.npz"), "image-classification")
+    assert rows.labels is not None
+    assert rows.labels.count == 3
+    loader = batches(rows.train, ImageReader("image", "label", rows.labels, ImageFormat(1, None, 1.0, (0,), (1,))), 3)
+    pictures, labels = next(iter(loader))
+    assert pictures.shape == (3, 1, 5, 5)
+    assert labels.dtype == torch.int64
+    assert pictures.max() <= 1
+
+
+def test_parts_of_an_archive_are_found_by_their_names(tmp_path: Path) -> None:
+    x, y = np.zeros((6, 2, 2, 3), np.float32), np.array([0, 1] * 3)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
+    rows = read_rows(str(tmp_path / "a.npz"), "image-classification", held_out=0.5)
+    assert (len(rows.train), len(rows.validation), len(rows.test)) == (3, 3, 2)
+
+
+def test_arrays_of_different_length_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 2, 2)), y=np.zeros(4, np.int64))
+    with pytest.raises(DataError, match=r"same number of rows: x \(3, 2, 2\), y \(4,\)"):
+        read_rows(str(tmp_path / "a.npz"), "image-classification")
+
+
+def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.array([{}, {}], dtype=object), y=np.zeros(2))
+    with pytest.raises(DataError, match="the arrays cannot be read"):
+        read_rows(str(tmp_path / "a.npz"), "image-classification")
+
+
+def test_the_format_of_pictures_is_read_from_the_model() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3))
+    assert ImageFormat.of(model) == ImageFormat(1, None, 1.0, (0.5,), (0.5,))
+    model.image_size = 16  # type: ignore[assignment]
+    assert ImageFormat.of(model).size == (16, 16)
+    assert ImageFormat.of(model, 24).size == (24, 24)
+
+
+def test_pictures_are_resized_cropped_and_normalised() -> None:
+    picture = Image.new("RGB", (20, 10), (255, 0, 0))
+    pixels = ImageFormat(size=(8, 8), crop=0.8)(picture)
+    assert pixels.shape == (3, 8, 8)
+    expected = (torch.tensor([1.0, 0, 0]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(pixels[:, 4, 4], expected, atol=1e-5, rtol=0)
+
+
+def test_a_picture_with_other_channels_than_the_model_is_refused() -> None:
+    with pytest.raises(DataError, match=r"shape \(8, 8, 4\) does not fit a model with 3 channels"):
+        ImageFormat()(np.zeros((8, 8, 4), np.uint8))
+
+
+def test_real_pictures_and_sentences_are_read(data: Path) -> None:
+    pictures = read_rows(str(data / "cifar10" / "test.parquet"), "image-classification", limit=8)
+    assert pictures.labels is not None
+    assert pictures.labels.names[:2] == ("airplane", "automobile")
+    reader = ImageReader(pictures.columns.image, pictures.columns.label, pictures.labels)
+    x, _ = next(iter(batches(pictures.train, reader, 8)))
+    assert x.shape == (8, 3, 32, 32)
+    sentences = read_rows(str(data / "sst2"), "text-classification", limit=5)
+    assert (sentences.columns.text, sentences.columns.label) == (("sentence",), "label")
+    assert [len(part) for part in (sentences.train, sentences.validation, sentences.test)] == [5, 5, 5]
+
+
+def test_a_real_language_model_has_its_known_perplexity(data: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(data / "stories260k")
+    tokens = str(data / "tinystories" / "train.parquet")
+    rows = read_rows(tokens, "causal-lm", eval_source=tokens)
+    first = batches(rows.train.select(range(100)), TokenReader(rows.columns.tokens, 512), 10)
+    task = LanguageModelling()
+    assert task.show(task.score(model, first)) == "4.086"
