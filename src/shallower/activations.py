@@ -312,10 +312,11 @@ class _Slope(torch.autograd.Function):
             return *_differentiable_backward(ctx, x, slope, g), None, None, None
         kernel = KERNELS[ctx.kernel]
         a = _aligned(slope, x, ctx.channels_first)
-        grad_x = torch.empty_like(x)
         grad_slope = None
+        grad_x = torch.empty_like(x)
+        # grad_x is scratch space until the end: f(x) first, then the distance to the target
+        y = torch.empty_like(x) if kernel.from_output else grad_x
         if needs_slope or kernel.from_output:
-            y = torch.empty_like(x)
             kernel.forward(x, y)
         if needs_slope:
             distance = torch.sub(torch.ones_like(a) if ctx.target == "one" else x, y, out=grad_x)
