@@ -1,32 +1,19 @@
-"""Reading data: files and folders of every kind, the columns found in them, and the batches made of them."""
+"""Reading data: files and folders of every kind, and the columns and classes found in them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 datasets = pytest.importorskip("datasets")
 Image = pytest.importorskip("PIL.Image")
 
-from shallower.data import (  # noqa: E402
-    ImageFormat,
-    ImageReader,
-    Labels,
-    TextReader,
-    TokenReader,
-    batches,
-    packed,
-    read_rows,
-)
+from shallower.data import Labels, read_rows  # noqa: E402
 from shallower.errors import DataError  # noqa: E402
-from shallower.tasks import LanguageModelling  # noqa: E402
 
 REVIEWS = "text,label\n" + "".join(f"review {i},{'good' if i % 2 else 'bad'}\n" for i in range(20))
 
@@ -43,20 +30,6 @@ def quiet(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 def write(path: Path, text: str) -> str:
     path.write_text(text)
     return str(path)
-
-
-class Words:
-    """A tokenizer of words of one letter, as Transformers calls one."""
-
-    eos_token_id: int | None = 99
-
-    def __call__(self, *texts: list[str], **options: Any) -> dict[str, Any]:
-        ids = [[ord(w[0]) for w in " ".join(row).split()] for row in zip(*texts, strict=True)]
-        if not options:
-            return {"input_ids": ids}
-        ids = [row[: options["max_length"]] for row in ids]
-        longest = max(map(len, ids))
-        return {"input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in ids])}
 
 
 def test_csv_with_text_labels_is_read_and_a_tenth_is_held_out(tmp_path: Path) -> None:
@@ -207,44 +180,6 @@ def test_labels_take_the_order_of_a_model_with_the_same_classes() -> None:
     assert (labels("no"), labels("yes")) == (1, 0)
 
 
-def test_text_batches_are_padded_to_their_longest_row_and_cut(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.csv", "text,label\na b c d e,0\nf,1\n")
-    rows = read_rows(path, "text-classification", eval_source=path)
-    assert rows.labels is not None
-    reader = TextReader(Words(), rows.columns.text, rows.columns.label, rows.labels, length=3)
-    (batch,) = batches(rows.train, reader, batch_size=8)
-    assert batch["input_ids"].tolist() == [[97, 98, 99], [102, 0, 0]]
-    assert batch["labels"].tolist() == [0, 1]
-
-
-def test_shuffled_batches_repeat_with_the_seed() -> None:
-    rows = [{"input_ids": [i, i]} for i in range(50)]
-    orders = [
-        [int(ids[0, 0]) for ids, _ in batches(rows, TokenReader("input_ids", 8, mapping=False), 1, seed=seed)]
-        for seed in (3, 3, 4)
-    ]
-    assert orders[0] == orders[1] != orders[2]
-    assert sorted(orders[0]) == list(range(50))
-
-
-def test_texts_are_packed_into_blocks_with_an_end_between_them() -> None:
-    rows = [{"text": "a b"}, {"text": " "}, {"text": "c d e f"}]
-    assert [row["input_ids"] for row in packed(rows, "text", Words(), 4)] == [[97, 98, 99, 99], [100, 101, 102, 99]]
-
-
-def test_texts_without_tokens_cannot_be_packed() -> None:
-    with pytest.raises(DataError, match="fewer than two tokens"):
-        packed([{"text": ""}], "text", Words(), 4)
-
-
-def test_padding_of_token_rows_counts_for_nothing() -> None:
-    batch = TokenReader("input_ids", length=3, pad=5)([{"input_ids": [1, 2, 3, 4]}, {"input_ids": [7]}])
-    assert isinstance(batch, dict)
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [7, 5, 5]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[1, 2, 3], [7, -100, -100]]
-
-
 def test_language_data_is_read_as_text_or_as_tokens(tmp_path: Path) -> None:
     text = read_rows(write(tmp_path / "book.txt", "one line\nand another\n"), "causal-lm")
     assert text.columns.text == ("text",)
@@ -264,17 +199,7 @@ def test_an_image_folder_names_its_classes(tmp_path: Path) -> None:
     rows = read_rows(image_folder(tmp_path), "image-classification", held_out=0.3)
     assert rows.labels is not None
     assert rows.labels.names == ("dark", "light")
-    reader = ImageReader(rows.columns.image, rows.columns.label, rows.labels, ImageFormat(size=(8, 8)))
-    (x, y) = next(iter(batches(rows.train, reader, batch_size=4)))
-    assert x.shape == (4, 3, 8, 8)
-    assert ((x.mean((1, 2, 3)) > 0).long() == y).all()
-
-
-def test_pictures_of_several_sizes_need_one_named(tmp_path: Path) -> None:
-    rows = read_rows(image_folder(tmp_path), "image-classification", held_out=0.2)
-    assert rows.labels is not None
-    with pytest.raises(DataError, match="--image-size"):
-        next(iter(batches(rows.train, ImageReader("image", "label", rows.labels), batch_size=5)))
+    assert [np.asarray(row["image"]).mean() > 100 for row in rows.train] == [row["label"] == 1 for row in rows.train]
 
 
 @pytest.mark.parametrize("names", [("image", "label"), ("x_train", "y_train"), ("train_images", "train_labels")])
@@ -284,11 +209,9 @@ def test_arrays_are_read_by_their_names(tmp_path: Path, names: tuple[str, str]) 
     rows = read_rows(str(tmp_path / "arrays.npz"), "image-classification")
     assert rows.labels is not None
     assert rows.labels.count == 3
-    loader = batches(rows.train, ImageReader("image", "label", rows.labels, ImageFormat(1, None, 1.0, (0,), (1,))), 3)
-    pictures, labels = next(iter(loader))
-    assert pictures.shape == (3, 1, 5, 5)
-    assert labels.dtype == torch.int64
-    assert pictures.max() <= 1
+    row = next(iter(rows.validation))
+    assert row["image"].dtype == np.uint8
+    assert (row["image"] == x).all((1, 2)).any()
 
 
 def test_parts_of_an_archive_are_found_by_their_names(tmp_path: Path) -> None:
@@ -308,46 +231,3 @@ def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.array([{}, {}], dtype=object), y=np.zeros(2))
     with pytest.raises(DataError, match="the arrays cannot be read"):
         read_rows(str(tmp_path / "a.npz"), "image-classification")
-
-
-def test_the_format_of_pictures_is_read_from_the_model() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3))
-    assert ImageFormat.of(model) == ImageFormat(1, None, 1.0, (0.5,), (0.5,))
-    model.image_size = 16  # type: ignore[assignment]
-    assert ImageFormat.of(model).size == (16, 16)
-    assert ImageFormat.of(model, 24).size == (24, 24)
-
-
-def test_pictures_are_resized_cropped_and_normalised() -> None:
-    picture = Image.new("RGB", (20, 10), (255, 0, 0))
-    pixels = ImageFormat(size=(8, 8), crop=0.8)(picture)
-    assert pixels.shape == (3, 8, 8)
-    expected = (torch.tensor([1.0, 0, 0]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
-    torch.testing.assert_close(pixels[:, 4, 4], expected, atol=1e-5, rtol=0)
-
-
-def test_a_picture_with_other_channels_than_the_model_is_refused() -> None:
-    with pytest.raises(DataError, match=r"shape \(8, 8, 4\) does not fit a model with 3 channels"):
-        ImageFormat()(np.zeros((8, 8, 4), np.uint8))
-
-
-def test_real_pictures_and_sentences_are_read(data: Path) -> None:
-    pictures = read_rows(str(data / "cifar10" / "test.parquet"), "image-classification", limit=8)
-    assert pictures.labels is not None
-    assert pictures.labels.names[:2] == ("airplane", "automobile")
-    reader = ImageReader(pictures.columns.image, pictures.columns.label, pictures.labels)
-    x, _ = next(iter(batches(pictures.train, reader, 8)))
-    assert x.shape == (8, 3, 32, 32)
-    sentences = read_rows(str(data / "sst2"), "text-classification", limit=5)
-    assert (sentences.columns.text, sentences.columns.label) == (("sentence",), "label")
-    assert [len(part) for part in (sentences.train, sentences.validation, sentences.test)] == [5, 5, 5]
-
-
-def test_a_real_language_model_has_its_known_perplexity(data: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(data / "stories260k")
-    tokens = str(data / "tinystories" / "train.parquet")
-    rows = read_rows(tokens, "causal-lm", eval_source=tokens)
-    first = batches(rows.train.select(range(100)), TokenReader(rows.columns.tokens, 512), 10)
-    task = LanguageModelling()
-    assert task.show(task.score(model, first)) == "4.086"

@@ -1,0 +1,237 @@
+"""Batches of the rows that data.py reads, as a model takes them.
+
+    reader = TextReader(tokenizer, rows.columns.text, rows.columns.label, rows.labels, length=256)
+    loader(rows.train, reader, batch_size=32, seed=0)
+
+A reader turns a handful of rows into one batch and is the loader's `collate_fn`, so that text is padded and pictures
+are decoded batch by batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from shallower.data import Labels
+from shallower.errors import DataError
+from shallower.tasks import IGNORED
+
+Row = Mapping[str, Any]
+Reader = Callable[[Sequence[Row]], Any]
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Rows of text and class -> a Transformers batch, padded to its longest row.
+
+    Attributes:
+        tokenizer: of the model.
+        text: one column, or two for pairs.
+        label: the column of the class.
+        labels: the classes.
+        length: tokens a row at most; longer ones are cut.
+    """
+
+    tokenizer: Callable[..., Any]
+    text: tuple[str, ...]
+    label: str
+    labels: Labels
+    length: int
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """input_ids, attention_mask (rows, tokens) and labels (rows,)."""
+        texts = [[row[column] for row in rows] for column in self.text]
+        encoded = self.tokenizer(*texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
+        return {**encoded, "labels": torch.tensor([self.labels(row[self.label]) for row in rows])}
+
+
+@dataclass(frozen=True)
+class TokenReader:
+    """Rows of token numbers -> a batch for a language model, padded at the end.
+
+    Attributes:
+        column: of the token numbers.
+        length: tokens a row at most; longer ones are cut.
+        pad: the token that fills shorter rows; no position there counts.
+        mapping: whether the model takes a Transformers batch, not the token numbers as its one argument.
+    """
+
+    column: str
+    length: int
+    pad: int = 0
+    mapping: bool = True
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor] | tuple[Tensor, Tensor]:
+        """input_ids, attention_mask and labels, each (rows, tokens); labels are -100 where a row is padded."""
+        tokens = [torch.as_tensor(row[self.column][: self.length]) for row in rows]
+        lengths = torch.tensor([len(row) for row in tokens])
+        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self.pad)
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        labels = ids.masked_fill(~mask, IGNORED)
+        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels} if self.mapping else (ids, labels)
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What a model wants its pictures to look like.
+
+    Attributes:
+        channels: 1 for grey, 3 for colour.
+        size: (height, width), or None to leave the pictures as they are.
+        crop: pictures are resized so that this part of them, cut out of the middle, fills `size`.
+        mean, std: of each channel, of pixels between 0 and 1.
+        interpolation: "bilinear" or "bicubic".
+    """
+
+    channels: int = 3
+    size: tuple[int, int] | None = None
+    crop: float = 1.0
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+
+    @classmethod
+    def of(cls, model: nn.Module, size: int | None = None) -> ImageFormat:
+        """What is known about a model's pictures: timm's configuration, a fixed `image_size`, its first convolution.
+
+        Where nothing is known: colour pictures of their own size, with ImageNet's mean and standard deviation.
+        """
+        known = getattr(model, "pretrained_cfg", None)
+        config: Mapping[str, Any] = known if isinstance(known, Mapping) else {}
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        channels = first.in_channels if first is not None else int((config.get("input_size") or (3,))[0])
+        mean, std = tuple(config.get("mean") or cls.mean), tuple(config.get("std") or cls.std)
+        if channels != len(mean):
+            mean, std = (0.5,) * channels, (0.5,) * channels
+        fixed = (size,) if size else _fixed_size(model) or tuple(config.get("input_size") or ())[1:]
+        return cls(
+            channels,
+            (int(fixed[0]), int(fixed[-1])) if fixed else None,
+            float(config.get("crop_pct") or 1.0) if not _fixed_size(model) and not size else 1.0,
+            mean,
+            std,
+            "bicubic" if config.get("interpolation") == "bicubic" else "bilinear",
+        )
+
+    def __call__(self, picture: Any) -> Tensor:
+        """One picture, of Pillow or an array, as (channels, height, width) float32.
+
+        An array of numbers that is no picture (one dimension) is returned as it is.
+
+        Raises:
+            DataError: the array has other channels than the model.
+        """
+        if hasattr(picture, "convert"):
+            picture = picture.convert("L" if self.channels == 1 else "RGB")
+        array = np.asarray(picture)
+        pixels = torch.from_numpy(array.astype(np.float32))
+        if array.dtype == np.uint8:
+            pixels = pixels / 255
+        if pixels.ndim < 2:
+            return pixels
+        if pixels.ndim == 2:
+            pixels = pixels[None]
+        elif pixels.shape[0] != self.channels and pixels.shape[-1] == self.channels:
+            pixels = pixels.permute(2, 0, 1)
+        if pixels.ndim != 3 or pixels.shape[0] != self.channels:
+            raise DataError(f"a picture of shape {array.shape} does not fit a model with {self.channels} channels")
+        if self.size is not None and tuple(pixels.shape[1:]) != self.size:
+            pixels = self._resized(pixels, self.size)
+        if array.dtype != np.uint8:
+            return pixels.contiguous()
+        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+
+    def _resized(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        height, width = pixels.shape[1:]
+        scale = max(size[0] / height, size[1] / width) / self.crop
+        whole = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+        if whole != (height, width):
+            pixels = F.interpolate(pixels[None], whole, mode=self.interpolation, antialias=True)[0].clamp(0, 1)
+        top, left = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
+        return pixels[:, top : top + size[0], left : left + size[1]]
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Rows of picture and class -> a batch.
+
+    Attributes:
+        image: column of the picture.
+        label: column of the class.
+        labels: the classes.
+        format: how a picture becomes a tensor.
+        processor: a Transformers image processor, which then takes the place of `format`.
+        mapping: whether the model takes a Transformers batch, not the pictures as its one argument.
+    """
+
+    image: str
+    label: str
+    labels: Labels
+    format: ImageFormat = ImageFormat()
+    processor: Callable[..., Any] | None = None
+    mapping: bool = False
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor] | tuple[Tensor, Tensor]:
+        """pixel_values (rows, channels, height, width) and labels (rows,).
+
+        Raises:
+            DataError: the pictures differ in size, and nothing says which one the model wants.
+        """
+        pictures = [row[self.image] for row in rows]
+        labels = torch.tensor([self.labels(row[self.label]) for row in rows])
+        if self.processor is not None:
+            pictures = [p.convert("RGB") if hasattr(p, "convert") else p for p in pictures]
+            values = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        else:
+            tensors = [self.format(picture) for picture in pictures]
+            shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+            if len(shapes) > 1:
+                raise DataError(f"the pictures have sizes such as {shapes[0]} and {shapes[-1]}: give one --image-size")
+            values = torch.stack(tensors)
+        return {"pixel_values": values, "labels": labels} if self.mapping else (values, labels)
+
+
+def packed(rows: Iterable[Row], column: str, tokenizer: Any, length: int) -> list[dict[str, list[int]]]:
+    """The texts of a column as token numbers, one after another, cut into blocks of equal length.
+
+    An end-of-text token, where the tokenizer has one, stands between two texts. The last block may be shorter.
+
+    Raises:
+        DataError: there are fewer than two tokens.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[int] = []
+    texts = [text for text in (row[column] for row in rows) if text.strip()]
+    for encoded in tokenizer(texts)["input_ids"] if texts else []:
+        tokens += encoded if encoded[-1:] == end else [*encoded, *end]
+    blocks = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+    blocks = [block for block in blocks if len(block) > 1]
+    if not blocks:
+        raise DataError(f"column {column!r} holds fewer than two tokens of text")
+    return [{"input_ids": block} for block in blocks]
+
+
+def loader(rows: Any, reader: Reader, batch_size: int, seed: int | None = None) -> DataLoader[Any]:
+    """A loader of the batches that `reader` makes of `rows`; with a seed, shuffled anew in each pass."""
+    shuffle = seed is not None
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    return DataLoader(rows, batch_size=batch_size, shuffle=shuffle, generator=generator, collate_fn=reader)
+
+
+def _fixed_size(model: nn.Module) -> tuple[int, ...]:
+    """The picture size that a model was built for, where it has an attribute that says so."""
+    owners = (getattr(model, "config", None), model, getattr(model, "patch_embed", None))
+    for size in chain.from_iterable((getattr(o, "image_size", None), getattr(o, "img_size", None)) for o in owners):
+        if isinstance(size, int):
+            return (size,)
+        if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) for n in size):
+            return tuple(size)
+    return ()
