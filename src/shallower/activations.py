@@ -20,7 +20,7 @@ Family = Literal["blend", "prelu"]
 Target = Literal["identity", "one"]
 
 PRELU_INIT = 0.01
-"""Initial slope of the PReLU family (LayerCollapse, arXiv 2311.17943, section 4)."""
+"""Initial slope of the PReLU family (LayerCollapse, arXiv 2311.17943)."""
 
 
 class PartialActivation(nn.Module):
@@ -112,7 +112,7 @@ class SlopeActivation(nn.Module):
     Raises:
         MethodError: family "prelu" with target "one".
 
-    Reference: LayerCollapse, arXiv 2311.17943, section 3.
+    Reference: LayerCollapse, arXiv 2311.17943.
     """
 
     slope: nn.Parameter

@@ -9,7 +9,7 @@ The record of what stood where lives on the model, so that a deep copy can be de
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -30,11 +30,19 @@ class _Attached:
     original: nn.Module
 
 
-def attach(model: nn.Module, place: Place, module: nn.Module) -> None:
+def attach(model: nn.Module, place: Place, module: nn.Module | Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Let `module` do what the operation at `place` did.
 
-    A functional call, or one of several calls of a module, is made a module of its own first. `module` gets the mode
-    (train or eval) of the model.
+    A functional call, or one of several calls of a module, is made a module of its own first.
+
+    Args:
+        model: that `place` is relative to.
+        place: where.
+        module: what to put there; a plain function is called with the module that stands there and makes it. It gets
+            that module's mode (train or eval).
+
+    Returns:
+        What was put there.
 
     Raises:
         MethodError: something is attached at this place already.
@@ -43,13 +51,15 @@ def attach(model: nn.Module, place: Place, module: nn.Module) -> None:
     record = _record(model)
     if place in record:
         raise MethodError(
-            f"{place}: a {type(record[place].original).__name__} is already replaced here by a "
-            f"{type(attached(model, place)).__name__}; detach the earlier method first (method.detach())"
+            f"{place}: a {type(attached(model, place)).__name__} is attached here already; detach the earlier method "
+            "first (method.detach())"
         )
     name = standing_at(model, place)
     original = _get(model, name, place)
-    model.set_submodule(name, module.train(original.training))
+    replacement = module if isinstance(module, nn.Module) else module(original)
+    model.set_submodule(name, replacement.train(original.training))
     vars(model).setdefault(_RECORD, {})[place] = _Attached(name, original)
+    return replacement
 
 
 def attached(model: nn.Module, place: Place) -> nn.Module:
