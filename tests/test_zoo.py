@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +27,13 @@ class Found:
 
 
 @pytest.fixture(scope="module", params=ZOO, ids=lambda specimen: specimen.name)
-def found(request: pytest.FixtureRequest) -> Iterator[Found]:
+def found(request: pytest.FixtureRequest) -> Found:
     specimen: Specimen = request.param
     model, inputs = specimen.build()
     model.train()  # sites are those of the model in eval mode, in whatever mode it is handed over
     before = state(model)
     sites = find_sites(model, inputs)
-    yield Found(specimen, model, sites, before, state(model))
+    return Found(specimen, model, sites, before, state(model))
 
 
 def state(model: nn.Module) -> dict[str, Any]:

@@ -316,7 +316,6 @@ LANGUAGE = (
         hf.BertModel,
         hf.BertConfig,
         *each("encoder.layer.{}", BERT_LAYER),
-        skips=(Skip("pooler", "output"),),
         **ENCODER,
     ),
     text(
@@ -324,7 +323,7 @@ LANGUAGE = (
         hf.BertForMaskedLM,
         hf.BertConfig,
         *each("bert.encoder.layer.{}", BERT_LAYER),
-        skips=(Skip("transform", "norm"),),
+        skips=(Skip("cls.predictions", "norm|tied"),),
         **ENCODER,
     ),
     text(
@@ -680,7 +679,7 @@ SEEING = (
         embedding_size=8,
         hidden_sizes=[16, 32],
         depths=[1, 1],
-        skips=(Skip("embedder", "pool"),),
+        skips=(Skip("resnet", "pool"),),
     ),
     picture(
         "segformer",
@@ -695,7 +694,7 @@ SEEING = (
         strides=[2, 2],
         num_attention_heads=[1, 2],
         mlp_ratios=[2, 2],
-        skips=(Skip("stages.0", "reshape|view|flatten|transpose"), Skip("stages.1", "reshape|view|flatten|transpose")),
+        skips=(Skip("stages.0", "depthwise|reshape"), Skip("stages.1", "depthwise|reshape")),
     ),
     Specimen(
         "clip",
@@ -836,7 +835,7 @@ OF_TIMM = (
         lambda: mlp_mixer.MlpMixer(
             mlp_ratio=4, block_layer=mlp_mixer.SpatialGatingBlock, mlp_layer=GatedMlp, **TIMM_MIXER
         ),
-        skips=(Skip("blocks.0", "chunk|split|read"),),
+        skips=(Skip("blocks.0", "chunk|split|read|reshape"),),
     ),
     plain("timm_convnext", timm_convnext, *TIMM_CONVNEXT_SITES, size=32),
     plain("timm_convnext_with_convolutions", lambda: timm_convnext(conv_mlp=True), *TIMM_CONVNEXT_SITES, size=32),
@@ -948,7 +947,7 @@ OF_TORCHVISION = (
         head("classifier.0", "classifier.3", 37, "relu"),
         head("classifier.3", "classifier.6", 41, "relu"),
         size=32,
-        skips=(Skip("features.0", "pool"), Skip("features.4", "pool"), Skip("features.25", "pool")),
+        skips=(Skip("features.0", "pool"), Skip("features.4", "pool"), Skip("features.25", "pool|flatten")),
     ),
     plain(
         "resnet18",
@@ -981,7 +980,7 @@ OF_TORCHVISION = (
         tv_mobilenet_v2,
         size=32,
         skips=(
-            Skip("features.0", "group|depthwise"),
+            Skip("features.1.conv", "group|depthwise"),
             Skip("features.2.conv.0", "group|depthwise"),
             Skip("features.3.conv.1", "group|depthwise"),
         ),
@@ -1037,7 +1036,7 @@ OF_TORCHVISION = (
             for site in under(f"features.{fire}", conv("squeeze", ("expand1x1", "expand3x3"), width, linear=False))
         ),
         size=64,
-        skips=(Skip("features.0", "pool"), Skip("features.3.expand1x1", "cat")),
+        skips=(Skip("features", "pool"), Skip("features.3.expand1x1", "cat")),
     ),
 )
 
