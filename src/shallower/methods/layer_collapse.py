@@ -290,8 +290,8 @@ class LayerCollapse(Method):
     ) -> dict[str, float]:
         """What each site alone costs if it becomes linear now, the others staying as they are.
 
-        The cost is what the score loses if `score` is given, else what the loss gains if `loss` is given, else the change
-        of the model's output: KL divergence of logits, relative squared error otherwise; means over the batches.
+        The cost is what the score loses if `score` is given, else what the loss gains if `loss` is given, else the
+        change of the model's output: KL divergence of logits, relative squared error otherwise; means over the batches.
 
         Args:
             batches: a few; not read where `score` is given.
