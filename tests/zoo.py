@@ -878,8 +878,8 @@ OF_TIMM = (
     plain(
         "timm_mobilenet_v3",
         timm_mobilenet_v3,
-        mlp("blocks.0.0.se.conv_reduce", "blocks.0.0.se.conv_expand", 2, f="relu"),
-        mlp("blocks.2.0.se.conv_reduce", "blocks.2.0.se.conv_expand", 18, f="swish"),
+        conv("blocks.0.0.se.conv_reduce", "blocks.0.0.se.conv_expand", 2),
+        conv("blocks.2.0.se.conv_reduce", "blocks.2.0.se.conv_expand", 18, "swish"),
         size=32,
         skips=(Skip("conv_stem", "group|depthwise"), Skip("blocks.1.0.conv_pw", "group|depthwise")),
     ),
@@ -1019,8 +1019,8 @@ OF_TORCHVISION = (
             32,
             norm_before="stem.1",
         ),
-        *under("trunk_output.block1.block1-0.f.se", mlp("fc1", "fc2", 8, f="relu")),
-        *under("trunk_output.block2.block2-0.f.se", mlp("fc1", "fc2", 2, f="relu")),
+        *under("trunk_output.block1.block1-0.f.se", conv("fc1", "fc2", 8)),
+        *under("trunk_output.block2.block2-0.f.se", conv("fc1", "fc2", 2)),
         size=32,
         skips=(
             Skip("block1-0.f.a", "group|depthwise"),
@@ -1241,6 +1241,12 @@ def convolutions_with_norm_after() -> nn.Module:
     )
 
 
+def norm_before_padding() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1, bias=False), nn.ReLU(), nn.BatchNorm2d(8), nn.Dropout2d(0.1), nn.Conv2d(8, 6, 3, padding=1)
+    )
+
+
 def channels_last() -> nn.Module:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
@@ -1318,6 +1324,7 @@ BY_HAND = (
         conv("0", "3", 8, norm_after="2"),
         conv("3", "6", 12, norm_after="5"),
     ),
+    plain("norm_before_padding", norm_before_padding, conv("0", "4", 8, norm_after="2", linear=False)),
     Specimen(
         "channels_last",
         lambda: (channels_last(), images().to(memory_format=torch.channels_last)),

@@ -1,0 +1,148 @@
+"""Surgery equals simulation on every architecture of the zoo, in float64."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shallower.errors import PlanError
+from shallower.inputs import Inputs, call, tensors
+from shallower.matching import find_sites
+from shallower.plan import Entry, Fate, Plan
+from shallower.sites import Site, Sites
+from shallower.surgery import apply, simulate
+from tests.zoo import ZOO, Specimen
+
+# What is tested is exactness; the narrow sites of the zoo seldom pay.
+pytestmark = pytest.mark.filterwarnings("ignore::shallower.plan.CostWarning")
+
+WITH_SITES = [specimen for specimen in ZOO if specimen.sites]
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A model in float64, its inputs, sites and outputs."""
+
+    name: str
+    model: nn.Module
+    inputs: Inputs
+    sites: Sites
+    outputs: list[Tensor]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A source of randomness of its own for each model and purpose."""
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.name} {purpose}".encode()))
+
+
+@pytest.fixture(scope="module", params=WITH_SITES, ids=lambda specimen: specimen.name)
+def patient(request: pytest.FixtureRequest) -> Patient:
+    return admit(request.param)
+
+
+def admit(specimen: Specimen, places: bool = False) -> Patient:
+    model, inputs = specimen.build()
+    model, inputs = model.double(), widened(inputs)
+    sites = find_sites(model, inputs, places=places)
+    return Patient(specimen.name, model, inputs, sites, outputs(model, inputs))
+
+
+def widened(inputs: Inputs) -> Inputs:
+    """The inputs with their floating-point tensors in float64."""
+    if isinstance(inputs, Tensor):
+        return inputs.double() if inputs.is_floating_point() else inputs
+    assert isinstance(inputs, dict)
+    return {name: widened(value) for name, value in inputs.items()}
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The floating-point tensors that a model gives."""
+    return [tensor.clone() for tensor in tensors(call(model, inputs)) if tensor.is_floating_point()]
+
+
+def params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def check(patient: Patient, plan: Plan) -> None:
+    """What holds for every plan: surgery equals simulation, it costs what the plan says, the argument is untouched."""
+    small = apply(patient.model, plan, patient.inputs)
+    simulated = outputs(simulate(patient.model, plan), patient.inputs)
+    result = outputs(small, patient.inputs)
+    assert len(result) == len(simulated) == len(patient.outputs)
+    for got, wanted in zip(result, simulated, strict=True):
+        error = (got - wanted).abs().max() / wanted.abs().max()
+        assert error <= 1e-10, f"relative error {error:.1e} at the output:\n{plan}"
+    assert params(patient.model) - params(small) == plan.params_saved, plan
+    for got, wanted in zip(outputs(patient.model, patient.inputs), patient.outputs, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def jointly_linear(sites: Iterable[Site]) -> list[Site]:
+    """Sites that may be linear together. Only convolutions may exclude one another, by the kernels they would grow."""
+    chosen: list[Site] = []
+    for site in sites:
+        if site.not_linear:
+            continue
+        try:
+            Plan.collapse([*chosen, site])
+        except PlanError:
+            assert site.kind == "convolution", f"{site.name} cannot be collapsed together with {chosen}"
+            continue
+        chosen.append(site)
+    return chosen
+
+
+def random_entry(site: Site, generator: torch.Generator, fates: tuple[Fate, ...]) -> Entry:
+    """Random fates with random slopes, offsets and, for kept channels, slopes of their activation."""
+    if site.not_linear:
+        fates = tuple(fate for fate in fates if fate is not Fate.LINEAR)
+    n = site.width
+    padded = any(consumer.padding != (0, 0) for consumer in site.consumers)
+    chosen = torch.tensor(fates)[torch.randint(len(fates), (n,), generator=generator)]
+    chosen[int(torch.randint(n, (), generator=generator))] = int(Fate.KEEP)
+    offsets = torch.randn(n, generator=generator, dtype=torch.float64)
+    alphas = torch.rand((1, n, 0)[int(torch.randint(3, (), generator=generator))], generator=generator).double()
+    return Entry(
+        site,
+        fates=chosen.to(torch.int8),
+        slopes=torch.randn(n, generator=generator, dtype=torch.float64),
+        offsets=torch.zeros_like(offsets) if padded else offsets,
+        alphas=alphas if len(alphas) else None,
+    )
+
+
+def test_each_site_collapses_exactly(patient: Patient) -> None:
+    for site in patient.sites:
+        if not site.not_linear:
+            check(patient, Plan.collapse([site]))
+
+
+def test_all_sites_collapse_exactly_together(patient: Patient) -> None:
+    check(patient, Plan.collapse(jointly_linear(patient.sites)))
+
+
+def test_narrower_sites_are_exact(patient: Patient) -> None:
+    generator = patient.generator("narrower")
+    check(patient, Plan(tuple(random_entry(s, generator, (Fate.KEEP, Fate.DROP)) for s in patient.sites)))
+
+
+def test_any_mix_of_fates_is_exact(patient: Patient) -> None:
+    generator = patient.generator("mix")
+    linear = [site.name for site in jointly_linear(patient.sites)]
+    fates = dict.fromkeys(linear, (Fate.KEEP, Fate.LINEAR, Fate.DROP))
+    entries = (random_entry(s, generator, fates.get(s.name, (Fate.KEEP, Fate.DROP))) for s in patient.sites)
+    check(patient, Plan(tuple(entries)))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "cifar_resnet", "regnet_y", "mobilenet_v2"])
+def test_activation_places_go_exactly(name: str) -> None:
+    patient = admit(next(specimen for specimen in ZOO if specimen.name == name), places=True)
+    places = [site for site in patient.sites if site.kind == "activation"]
+    assert places
+    check(patient, Plan(tuple(Entry.collapse(place) for place in places)))
