@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from shallower.inputs import Inputs
-from shallower.rewriting import reason_not_rewritable, steps_of
+from shallower.rewriting import reason_not_rewritable
 from shallower.sites import Kind, LinearMap, Place, Site, Sites
 from shallower.tracing import Call, Frame, Trace, Value, trace_forward
 
@@ -591,7 +591,9 @@ class Matcher:
             problem = self.module_problem(exact[0].module)
             if problem:
                 return None, problem
-            place, problem = self.module_place(exact)
+            # PyTorch's fused encoder path passes the activation by: externalising it switches that path off.
+            fused = any(isinstance(f.parent.module, nn.TransformerEncoderLayer) for f in exact if f.parent)
+            place, problem = (None, "") if fused else self.module_place(exact)
             if place is not None or problem:
                 return place, problem
         places = set()
@@ -671,7 +673,7 @@ class Matcher:
                     return None, f"its activation is called in {self.title(step)}, which {frame.name} does not own"
                 calls.append(("self." + name, step.ordinal))
         place = Place(frame.name, tuple(calls))
-        reason = reason_not_rewritable(self.trace.model, place, steps_of(frame))
+        reason = reason_not_rewritable(self.trace.model, place, frame)
         return (None, reason) if reason else (place, "")
 
     def dropout_place(self, call: Call) -> Place | None:

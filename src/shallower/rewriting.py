@@ -1,27 +1,511 @@
-"""Make any pointwise operation of a model a module of its own, so that it can be exchanged by its name."""
+"""Make any pointwise operation of a model a module of its own, so that it can be exchanged by its name.
+
+A functional call, or one of several calls of a module, has no name. The `forward` of the module that makes it is
+traced with torch.fx, children being leaves, and the call becomes a call of a new child. The new forward is bound to
+the instance: its class, its parameters and their names stay.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import dis
+import functools
+import inspect
+import types
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from shallower.errors import SiteError
 from shallower.sites import Place
-from shallower.tracing import Frame
+from shallower.tracing import Call, Frame, canonical, is_metadata
 
-
-def steps_of(frame: Frame) -> tuple[str, ...]:
-    return ()
-
-
-def reason_not_rewritable(model: nn.Module, place: Place, expected: Sequence[str] | None = None) -> str:
-    """Why `place` cannot be made a module."""
-    return "not yet" if place.calls else ""
+_RECORD = "_shallower_externalised"
 
 
 def externalise(model: nn.Module, place: Place) -> str:
-    """The dotted name of a module that is exactly the operation at `place`."""
-    if place.calls:
-        raise SiteError(str(place))
-    return place.module
+    """Make the operation at `place` a module, and return that module's dotted name.
+
+    A place without calls is a module already: its own name is returned. Otherwise the calls become one new child of
+    the enclosing module, named after the first of them ("relu_0"), with the same values as before in train and in eval
+    mode. Doing it again changes nothing; several places of one module add up, and ordinals always count in the
+    original forward.
+
+    Raises:
+        SiteError: there is no such place, or the enclosing module's forward cannot be rewritten.
+    """
+    if not place.calls:
+        return place.module
+    owner = _owner(model, place)
+    record = _record(owner)
+    if place.calls not in record:
+        change = _change(owner, place)
+        if isinstance(change, str):
+            raise SiteError(f"{place}: cannot be made a module of its own: {change}")
+        vars(owner).setdefault(_RECORD, {})[place.calls] = change.install(owner)
+        _rebind(owner)
+    return f"{place.module}.{record_name(owner, place)}" if place.module else record_name(owner, place)
+
+
+def record_name(owner: nn.Module, place: Place) -> str:
+    """The name, below `owner`, of the child that the operation at `place` has become."""
+    return _record(owner)[place.calls].child
+
+
+def internalise(model: nn.Module, place: Place) -> None:
+    """Undo `externalise`; nothing happens where it was not done.
+
+    Raises:
+        SiteError: there is no such place.
+    """
+    if not place.calls:
+        return
+    owner = _owner(model, place)
+    change = _record(owner).pop(place.calls, None)
+    if change is None:
+        return
+    change.remove(owner)
+    if not _record(owner):
+        vars(owner).pop(_RECORD, None)
+    _rebind(owner)
+
+
+def reason_not_rewritable(model: nn.Module, place: Place, frame: Frame | None = None) -> str:
+    """Why the operation at `place` cannot be made a module of its own, "" if it can. The model is not changed.
+
+    Args:
+        model: that `place` is relative to.
+        place: where.
+        frame: a recorded invocation of the enclosing module; the forward as torch.fx sees it must then make the very
+            same calls.
+    """
+    if not place.calls:
+        return ""
+    try:
+        owner = _owner(model, place)
+    except SiteError as error:
+        return str(error)
+    if place.calls in _record(owner):
+        return ""
+    change = _change(owner, place, frame)
+    return change if isinstance(change, str) else ""
+
+
+# ---------------------------------------------------------------------- what externalising does to the owner
+
+
+@dataclass
+class _NewChild:
+    """The calls become a call of a new child, by a new forward."""
+
+    child: str
+    module: nn.Module | None
+
+    def install(self, owner: nn.Module) -> _NewChild:
+        owner.add_module(self.child, self.module)
+        return _NewChild(self.child, None)
+
+    def remove(self, owner: nn.Module) -> None:
+        delattr(owner, self.child)
+
+
+@dataclass
+class _Attribute:
+    """The enclosing module keeps the function, or the module, in an attribute: the attribute is exchanged.
+
+    `state` is what stood there, and in other attributes that have to change with it.
+    """
+
+    child: str
+    module: nn.Module | None
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def install(self, owner: nn.Module) -> _Attribute:
+        if self.module is not None:
+            state = {self.child: vars(owner)[self.child]}
+            setattr(owner, self.child, self.module)
+        else:
+            state = {}
+        # PyTorch's fused path reads the weights itself and would not see what stands at the activation's place.
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            state["activation_relu_or_gelu"] = owner.activation_relu_or_gelu
+            owner.activation_relu_or_gelu = 0
+        return _Attribute(self.child, None, state)
+
+    def remove(self, owner: nn.Module) -> None:
+        for name, value in self.state.items():
+            owner._modules.pop(name, None)
+            setattr(owner, name, value)
+
+
+_Change = _NewChild | _Attribute
+
+
+def _record(owner: nn.Module) -> dict[tuple[tuple[str, int], ...], _Change]:
+    record: dict[tuple[tuple[str, int], ...], _Change] = vars(owner).get(_RECORD, {})
+    return record
+
+
+def _owner(model: nn.Module, place: Place) -> nn.Module:
+    try:
+        return model.get_submodule(place.module)
+    except AttributeError:
+        raise SiteError(
+            f"{place}: the model has no module {place.module!r}; were the sites found in this model?"
+        ) from None
+
+
+def _change(owner: nn.Module, place: Place, frame: Frame | None = None) -> _Change | str:
+    """What would have to be done for `place`, or the reason why it cannot be."""
+    attribute = _attribute(owner, place)
+    if attribute is not None:
+        return attribute
+    if "forward" in vars(owner) and not any(isinstance(change, _NewChild) for change in _record(owner).values()):
+        return f"the forward of {place.module or 'the model'} has been replaced on the instance"
+    taken = {call for calls in _record(owner) for call in calls}
+    if taken & set(place.calls):
+        return "a part of it has been made a module already"
+    forwards = _forwards(owner)
+    if isinstance(forwards, str):
+        return forwards
+    if frame is not None and (problem := forwards.problem_of(frame)):
+        return problem
+    regions = [_region(graph, place) for graph in forwards.graphs]
+    for region in regions:
+        if isinstance(region, str):
+            return region
+    module = _module_of(owner, [region for region in regions if not isinstance(region, str)])
+    return module if isinstance(module, str) else _NewChild(_child_name(owner, place), module)
+
+
+def _attribute(owner: nn.Module, place: Place) -> _Attribute | None:
+    """The attribute through which the one call at `place` is certainly made, if there is one."""
+    if len(place.calls) != 1:
+        return None
+    ((name, ordinal),) = place.calls
+    if isinstance(owner, nn.TransformerEncoderLayer) and name == "self.activation" and ordinal == 0:
+        return _Attribute("activation", None)
+    holders = [
+        key
+        for key, value in vars(owner).items()
+        if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)) and canonical(value) == name
+    ]
+    if len(holders) != 1 or ordinal != 0:
+        return None
+    stock = STOCK.get(name)
+    if stock is None or _mentions(type(owner), holders[0]) != 1 or _mentions(type(owner), name):
+        return None
+    return _Attribute(holders[0], stock())
+
+
+def _mentions(kind: type[nn.Module], name: str) -> int:
+    """In how many places of its own methods a class uses a name (constructors and pickling apart)."""
+    count = 0
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for key, method in vars(base).items():
+            if isinstance(method, types.FunctionType) and not (key.startswith("__") and key.endswith("__")):
+                count += sum(1 for line in _instructions(method) if line == name)
+    return count
+
+
+def _instructions(function: types.FunctionType) -> list[str]:
+    return [str(i.argval) for i in dis.get_instructions(function) if i.opname.startswith("LOAD_") and i.argval]
+
+
+def _child_name(owner: nn.Module, place: Place) -> str:
+    name, ordinal = place.calls[0]
+    base = f"{name.removeprefix('self.').replace('.', '_')}_{'call_' if name.startswith('self.') else ''}{ordinal}"
+    while hasattr(owner, base):
+        base += "_"
+    return base
+
+
+# ---------------------------------------------------------------------- the forward as graphs
+
+
+@dataclass
+class _Forwards:
+    """A module's original forward as torch.fx sees it.
+
+    Attributes:
+        graphs: in train and in eval mode.
+        fixed: parameters of the forward that have their default value in the graphs: position and default by name.
+    """
+
+    graphs: tuple[fx.Graph, fx.Graph]
+    fixed: Mapping[str, tuple[int, Any]]
+
+    def problem_of(self, frame: Frame) -> str:
+        """Why these graphs are not what ran in `frame`, "" if they are."""
+        names = [name for name, _ in _steps(self.graphs[1])]
+        if names != steps_of(frame):
+            return f"torch.fx does not see what runs in the forward of {type(frame.module).__name__}"
+        for name, (position, default) in self.fixed.items():
+            if not _is_default(name, position, default, frame.args, frame.kwargs):
+                return f"the forward of {type(frame.module).__name__} branches on its argument {name}"
+        return ""
+
+
+def steps_of(frame: Frame) -> list[str]:
+    """The names of what a frame's own forward called, in order: functions of tensors, and children."""
+    names: list[str] = []
+    for step in frame.steps:
+        if isinstance(step, Call):
+            if step.inputs and step.outputs and step.name != "getitem":
+                names.append(step.name)
+        else:
+            path = next((n for n, child in frame.module.named_modules() if child is step.module), "?")
+            names.append("self." + path)
+    return names
+
+
+def _is_default(name: str, position: int, default: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    given = args[position] if position < len(args) else kwargs.get(name, default)
+    return given is default or (isinstance(given, (bool, int, float, str)) and bool(given == default))
+
+
+class _Tracer(fx.Tracer):
+    """Traces one module's own forward; optional arguments may be held at their defaults."""
+
+    def __init__(self, hold: bool) -> None:
+        super().__init__()
+        self.hold = hold
+        self.fixed: dict[str, tuple[int, Any]] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        arguments: list[Any] = [self.root]
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        for position, parameter in enumerate(parameters):
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.KEYWORD_ONLY):
+                raise fx.proxy.TraceError("it takes *args, **kwargs or keyword-only arguments")
+            optional = parameter.default is not parameter.empty
+            defaults = (parameter.default,) if optional else ()
+            proxy = self.create_proxy("placeholder", parameter.name, defaults, {})
+            if optional and self.hold:
+                self.fixed[parameter.name] = (position, parameter.default)
+            arguments.append(parameter.default if optional and self.hold else proxy)
+        return root_fn, arguments
+
+
+def _forwards(owner: nn.Module) -> _Forwards | str:
+    """The original forward of `owner` as graphs, or why there are none."""
+    graphs = []
+    fixed: dict[str, tuple[int, Any]] = {}
+    for training in (True, False):
+        held = _graph(owner, training, hold=True)
+        free = _graph(owner, training, hold=False)
+        if isinstance(held, str):
+            return held
+        if not isinstance(free, str) and _shape(free[0]) == _shape(held[0]):
+            graphs.append(free[0])
+            continue
+        graphs.append(held[0])
+        fixed |= held[1]
+    return _Forwards((graphs[0], graphs[1]), fixed)
+
+
+def _graph(owner: nn.Module, training: bool, hold: bool) -> tuple[fx.Graph, dict[str, tuple[int, Any]]] | str:
+    # Tracing may set attributes of the traced module, and the mode is to be chosen: done on a shallow copy.
+    root = copy.copy(owner)
+    vars(root)["training"] = training
+    before = dict(vars(root))
+    tracer = _Tracer(hold)
+    kind = type(owner).__name__
+    try:
+        with torch.no_grad():
+            graph = tracer.trace(root)
+    except Exception as error:
+        message = str(error).strip().split("\n")[0]
+        return f"the forward of {kind} cannot be traced ({type(error).__name__}: {message})"
+    changed = [key for key, value in vars(root).items() if before.get(key, _RECORD) is not value]
+    if changed:
+        return f"the forward of {kind} sets attributes or makes tensors of its own ({changed[0]})"
+    return graph, tracer.fixed
+
+
+def _shape(graph: fx.Graph) -> list[tuple[str, Any]]:
+    return [(node.op, node.target) for node in graph.nodes if node.op != "placeholder"]
+
+
+_TENSOR_ATTRIBUTES = {"T", "mT", "H", "mH", "data", "real", "imag"}
+
+
+def _steps(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
+    """The nodes that compute tensors from tensors, with their canonical names; getting an item does not count."""
+    plain: set[fx.Node] = set()
+    steps: list[tuple[str, fx.Node]] = []
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        read = [other for other in node.all_input_nodes if other not in plain]
+        if node.op == "call_module":
+            steps.append(("self." + str(node.target), node))
+            continue
+        name = canonical(node.target)
+        if node.target is getattr:
+            name = "get." + str(node.args[1])
+            if node.args[1] not in _TENSOR_ATTRIBUTES:
+                plain.add(node)
+                continue
+        if not read or (is_metadata(name) and node.target is not getattr):
+            plain.add(node)
+            continue
+        if name != "getitem":
+            steps.append((name, node))
+    return steps
+
+
+# ---------------------------------------------------------------------- the calls as a module
+
+
+@dataclass
+class _Region:
+    """The nodes of a place in one graph, and the one node they read from outside."""
+
+    nodes: list[fx.Node]
+    source: fx.Node
+
+
+def _region(graph: fx.Graph, place: Place) -> _Region | str:
+    counts: Counter[str] = Counter()
+    wanted = set(place.calls)
+    nodes: list[fx.Node] = []
+    for name, node in _steps(graph):
+        if (name, counts[name]) in wanted:
+            nodes.append(node)
+        counts[name] += 1
+    if len(nodes) != len(wanted):
+        return "its forward does not make these calls"
+    inside = set(nodes)
+    sources = list(dict.fromkeys(other for node in nodes for other in node.all_input_nodes if other not in inside))
+    if len(sources) != 1:
+        return "the operation reads more than one tensor of the forward"
+    if any(user not in inside for node in nodes[:-1] for user in node.users):
+        return "a tensor inside the operation is read elsewhere in the forward"
+    if sources[0].op == "get_attr":
+        return "the operation reads a parameter"
+    return _Region(nodes, sources[0])
+
+
+def _module_of(owner: nn.Module, regions: Sequence[_Region]) -> nn.Module | str:
+    """A module that does what the nodes do, in train and in eval mode."""
+    train, evaluation = regions
+    first = train.nodes[0]
+    if len(train.nodes) == 1:
+        if first.op == "call_module":
+            return copy.deepcopy(owner.get_submodule(str(first.target)))
+        name = canonical(first.target)
+        if name == "dropout":
+            given = {**dict(zip(("input", "p", "training", "inplace"), first.args, strict=False)), **first.kwargs}
+            rate = given.get("p", 0.5)
+            if given.get("training", True) is True and isinstance(rate, (int, float)):
+                return nn.Dropout(float(rate))
+            return "its dropout does not follow the mode of the module"
+        plain = len(first.args) == 1 and not {k: v for k, v in first.kwargs.items() if k != "inplace"}
+        if plain and name in STOCK:
+            return STOCK[name]()
+    if _listing(train) != _listing(evaluation):
+        return "the operation differs between training and inference"
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {train.source: graph.placeholder("x")}
+    children: dict[str, Any] = {}
+    for node in train.nodes:
+        if node.op == "call_module":
+            children[str(node.target)] = copy.deepcopy(owner.get_submodule(str(node.target)))
+        copies[node] = graph.node_copy(node, lambda other: copies[other])
+    graph.output(copies[train.nodes[-1]])
+    return fx.GraphModule(children, graph, "Pointwise")
+
+
+def _listing(region: _Region) -> list[Any]:
+    """What a region computes, without the names of its nodes."""
+    index = {node: i for i, node in enumerate(region.nodes)}
+
+    def plain(value: Any) -> Any:
+        return fx.node.map_arg(value, lambda node: index.get(node, -1))
+
+    return [(node.op, node.target, plain(node.args), plain(node.kwargs)) for node in region.nodes]
+
+
+STOCK: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "hardswish": nn.Hardswish,
+    "hardsigmoid": nn.Hardsigmoid,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "selu": nn.SELU,
+    "celu": nn.CELU,
+    "mish": nn.Mish,
+    "softplus": nn.Softplus,
+    "softsign": nn.Softsign,
+    "logsigmoid": nn.LogSigmoid,
+    "tanhshrink": nn.Tanhshrink,
+}
+"""The modules that are these functions, called without further arguments."""
+
+
+# ---------------------------------------------------------------------- the new forward
+
+
+def _rebind(owner: nn.Module) -> None:
+    """Give `owner` the forward in which every externalised place is a call of its child."""
+    changes = {calls: change for calls, change in _record(owner).items() if isinstance(change, _NewChild)}
+    vars(owner).pop("forward", None)
+    if not changes:
+        return
+    forwards = _forwards(owner)
+    if isinstance(forwards, str):
+        raise SiteError(forwards)
+    functions = []
+    for graph in forwards.graphs:
+        regions = {calls: _region(graph, Place("", calls)) for calls in changes}
+        for calls, region in regions.items():
+            if isinstance(region, str):
+                raise SiteError(region)
+            last = region.nodes[-1]
+            with graph.inserting_before(last):
+                node = graph.call_module(changes[calls].child, (region.source,))
+            last.replace_all_uses_with(node)
+            for old in reversed(region.nodes):
+                graph.erase_node(old)
+        functions.append((graph.python_code("self").src, type(fx.GraphModule(owner, graph)).forward))
+    (train_code, train), (eval_code, evaluation) = functions
+    if train_code == eval_code and not forwards.fixed:
+        forward = evaluation
+    else:
+        forward = _by_mode(type(owner).forward, train, evaluation, forwards.fixed)
+    vars(owner)["forward"] = types.MethodType(forward, owner)
+
+
+def _by_mode(
+    original: Callable[..., Any],
+    train: Callable[..., Any],
+    evaluation: Callable[..., Any],
+    fixed: Mapping[str, tuple[int, Any]],
+) -> Callable[..., Any]:
+    """A forward with the signature of the original one that is `train` or `evaluation`, by the module's mode."""
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name, (position, default) in fixed.items():
+            if not _is_default(name, position, default, args, kwargs):
+                raise SiteError(
+                    f"{type(self).__name__}: its rewritten forward holds for the default of {name!r} only ({default!r})"
+                )
+        return train(self, *args, **kwargs) if self.training else evaluation(self, *args, **kwargs)
+
+    return forward

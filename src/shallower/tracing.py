@@ -102,6 +102,7 @@ class Frame:
         parent: the frame that called it; None for the model itself.
         ordinal: how many times the parent frame had called this module before.
         steps: the calls and module invocations of its own forward, in order.
+        args, kwargs: what it was called with, each tensor replaced by its value.
         outputs: tensors it returned.
     """
 
@@ -110,6 +111,8 @@ class Frame:
     parent: Frame | None
     ordinal: int = 0
     steps: list[Call | Frame] = field(default_factory=list)
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     outputs: list[Value] = field(default_factory=list)
     counts: Counter[Any] = field(default_factory=Counter)
 
@@ -276,7 +279,7 @@ class _Recorder(TorchFunctionMode):
         inputs = list(dict.fromkeys(self.value(tensor) for tensor in _flat((args, kwargs))))
         produced = list({id(t): t for t in [*written, *returned]}.values())
         frame = self.frame
-        counted = bool(produced)
+        counted = bool(produced) and bool(inputs)
         made = Call(
             name=name,
             function=function,
@@ -383,10 +386,11 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
             trace.frames.append(frame)
             recorder.frame = frame
 
-        def leave(module: nn.Module, _: Any, __: Any, output: Any) -> None:
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             frame = recorder.frame
             while frame.module is not module and frame.parent is not None:
                 frame = frame.parent
+            frame.args, frame.kwargs = recorder.described(args), recorder.described(kwargs)
             frame.outputs = [recorder.value(t) for t in tensors(output)]
             if frame.parent is not None:
                 recorder.frame = frame.parent
