@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,6 +29,12 @@ NONLINEAR = frozenset(
 
 AFFINE = frozenset("add sub mul div neg positive addcmul addcdiv lerp".split())
 """Functions that act on each element by itself and are affine where all but one argument are constants."""
+
+ACTIVATIONS = frozenset(
+    "relu relu6 gelu silu tanh sigmoid hardswish hardtanh hardsigmoid leaky_relu elu selu celu mish softplus softsign "
+    "logsigmoid tanhshrink softshrink hardshrink threshold rrelu prelu erf clamp clamp_min".split()
+)
+"""Functions that make a chain of pointwise calls an activation wherever it stands."""
 
 UNCHANGED = frozenset(
     "contiguous to float half bfloat16 double type type_as clone detach alias get.data lift_fresh requires_grad".split()
@@ -375,7 +381,7 @@ class Matcher:
             top = self.source(joined)
             if len(live) < 2 or not isinstance(top, Call):
                 return None
-            gated = self.gated(joined, top, between, obstacles)
+            gated = self.gated(joined, top, obstacles)
             if gated is not None:
                 found = gated
                 break
@@ -414,9 +420,18 @@ class Matcher:
         producer = self.source(start)
         if producer is None or not self.is_map(producer):
             return None
-        found = Found(joined, calls, leaf, joined, producer, obstacles=obstacles + met)
-        self._collect(found, calls, [*between, leaf], before, start)
+        chain, entry, trimmed = self.trimmed(calls, leaf)
+        found = Found(joined, chain, entry, joined, producer, obstacles=obstacles + met)
+        self._collect(found, chain, [*between, leaf], [*trimmed, *before], start)
         return found
+
+    def trimmed(self, calls: list[Call], leaf: Value) -> tuple[list[Call], Value, list[Step]]:
+        """A chain without the calls at its beginning that change nothing, the value it then starts from, and those."""
+        chain, passed = list(calls), []
+        while chain[0].name in UNCHANGED | DROPOUT and not any(leaf in call.inputs for call in chain[1:]):
+            leaf = chain[0].outputs[0]
+            passed.append(chain.pop(0))
+        return chain, leaf, list(passed)
 
     def _collect(
         self, found: Found, calls: Sequence[Call], values: Iterable[Value], before: list[Step], start: Value
@@ -431,7 +446,7 @@ class Matcher:
                 found.dropouts.append(step)
         found.dropouts += [call for call in calls if call.name in DROPOUT]
 
-    def gated(self, joined: Value, top: Call, between: list[Value], obstacles: list[str]) -> Found | None:
+    def gated(self, joined: Value, top: Call, obstacles: list[str]) -> Found | None:
         """f(G x) * (U x), with two maps or with one whose result is split."""
         factors = moving(top)
         if top.name != "mul" or len(factors) != 2:
@@ -450,6 +465,8 @@ class Matcher:
             met.append("both factors of the product are activated")
         elif any(call.name not in UNCHANGED for call in steps):
             met.append("the factor without activation is scaled or shifted")
+        chain, entry, trimmed = self.trimmed(chain, gate_leaf)
+        steps = [*steps, *(step for step in trimmed if isinstance(step, Call))]
         found = self._packed(joined, chain, gate_leaf, up_leaf, obstacles + met, factors[f])
         if found is None:
             gate_start, gate_before, gate_met = self.back(gate_leaf)
@@ -466,6 +483,8 @@ class Matcher:
                 found.obstacles.append("the gate and the up projection read different tensors")
             self._collect(found, [], [gate_leaf], gate_before, gate_start)
             self._collect(found, [], [up_leaf], up_before, up_start)
+        found.entry = entry
+        found.dropouts += [call for call in (*chain, *steps) if call.name in DROPOUT]
         if found.norms_before:
             found.obstacles.append(f"a norm ({self.title(found.norms_before[0])}) stands before the gate's product")
         found.inside += [top, *chain, *steps]
@@ -619,7 +638,7 @@ class Matcher:
 
     def exact_frame(self, chain: set[Call], frame: Frame) -> Frame | None:
         """`frame` if it does what the chain does and nothing else."""
-        extra = [call for call in frame.calls() if call not in chain and call.outputs]
+        extra = [call for call in frame.calls() if call not in chain and call.outputs and call.name not in UNCHANGED]
         return frame if not extra and frame.module in self.names else None
 
     def module_place(self, exact: Sequence[Frame]) -> tuple[Place | None, str]:
@@ -720,7 +739,7 @@ class Matcher:
                 refused.append((found, reason))
             else:
                 usable.setdefault(self.signature(found), []).append(found)
-        built: list[tuple[list[Found], Site]] = []
+        chosen: list[tuple[list[Found], Place]] = []
         for group in usable.values():
             reason = self.shared_reason(group)
             place: Place | None = None
@@ -729,14 +748,20 @@ class Matcher:
             if place is None or reason:
                 refused.append((group[0], reason))
                 continue
-            built.append((group, self.build(group, place)))
+            chosen.append((group, place))
+        heads = self.heads([group for group, _ in chosen])
+        built = [(group, self.build(group, place, i in heads)) for i, (group, place) in enumerate(chosen)]
         order = {call: i for i, call in enumerate(self.trace.calls)}
         refused.sort(key=lambda item: order[item[0].chain[0]])
-        named = self.named(built, refused)
+        items, skipped = self.named(built, refused)
+        if places:
+            covered = {call for group, _ in built for found in group for call in found.chain}
+            items += self.places(covered, skipped)
+            items.sort(key=lambda item: item[0])
         model = self.trace.model
         return Sites(
-            items=tuple(named[0]),
-            skipped=named[1],
+            items=tuple(site for _, site in items),
+            skipped=skipped,
             params=sum(parameter.numel() for parameter in model.parameters()),
             macs=self.trace.macs,
         )
@@ -767,7 +792,7 @@ class Matcher:
                     return f"{self.names[module][0]} is also called{where} outside of this site"
         return ""
 
-    def build(self, group: Sequence[Found], place: Place) -> Site:
+    def build(self, group: Sequence[Found], place: Place, head: bool) -> Site:
         """The site that a group of executions is."""
         first = group[0]
         producer = self.linear_map([found.producer for found in group if isinstance(found.producer, Unit)])
@@ -784,7 +809,7 @@ class Matcher:
         dropouts = dict.fromkeys(self.dropout_place(call) for found in group for call in found.dropouts)
         return Site(
             name="",
-            kind=self.kind(group, producer, gate, consumers),
+            kind=self.kind(first, producer, gate, consumers, head),
             width=producer.d_out // (2 if first.packed else 1),
             producer=producer,
             consumers=consumers,
@@ -803,18 +828,70 @@ class Matcher:
         )
 
     def kind(
-        self, group: Sequence[Found], producer: LinearMap, gate: LinearMap | None, consumers: Sequence[LinearMap]
+        self, first: Found, producer: LinearMap, gate: LinearMap | None, consumers: Sequence[LinearMap], head: bool
     ) -> Kind:
         """What the site is in the network, from the structure around it."""
-        first = group[0]
         if gate is not None or first.packed:
             return "gated"
+        if isinstance(first.producer, Unit) and not first.producer.source.fed:
+            return "position MLP"
         maps = (producer, *consumers)
         plain = all(m.taps == 1 and m.stride == (1, 1) and m.padding == (0, 0) for m in maps)
         widening = producer.d_out > max(producer.d_in, *(c.d_out for c in consumers))
         if producer.kind == "conv2d" and not (plain and widening):
             return "convolution"
-        return "feed-forward"
+        return "head" if head else "feed-forward"
+
+    def heads(self, groups: Sequence[Sequence[Found]]) -> set[int]:
+        """Which groups are heads: behind other maps, in no residual, and nothing but heads behind them."""
+        followed: set[Value] = set()
+        for call in reversed(self.trace.calls):
+            if self.is_map(self.step(call)) or any(value in followed for value in call.outputs):
+                followed.update(call.inputs)
+        preceded: set[Value] = set()
+        for call in self.trace.calls:
+            if self.is_map(self.step(call)) or any(value in preceded for value in call.inputs):
+                preceded.update(call.outputs)
+        by_producer = {group[0].producer: i for i, group in enumerate(groups)}
+        behind: dict[int, list[int]] = {}
+        last: set[int] = set()
+        for i in reversed(range(len(groups))):
+            results = [unit.result for found in groups[i] for unit in found.consumers if isinstance(unit, Unit)]
+            if any(self.joins_residual(value) for value in results):
+                continue
+            next_sites = [by_producer.get(consumer) for consumer in groups[i][0].consumers]
+            if not any(value in followed for value in results) or (next_sites and all(n in last for n in next_sites)):
+                last.add(i)
+                for n in next_sites:
+                    if n is not None:
+                        behind.setdefault(n, []).append(i)
+        heads: set[int] = set()
+        for i in range(len(groups)):
+            producer = groups[i][0].producer
+            if i in last and isinstance(producer, Unit):
+                before = behind.get(i, [])
+                if all(n in heads for n in before) if before else producer.source in preceded:
+                    heads.add(i)
+        return heads
+
+    def joins_residual(self, value: Value) -> bool:
+        """Whether a value is soon added to another tensor that depends on the inputs."""
+        waiting, seen = [(value, 0)], {value}
+        while waiting:
+            current, depth = waiting.pop()
+            for reader in self.readers(current):
+                if isinstance(reader, Unit):
+                    onward = [reader.result] if reader.kind == "norm" else []
+                elif reader.name in ("add", "sub") and len([v for v in reader.inputs if v.fed and v.elements > 1]) > 1:
+                    return True
+                elif reader.name in UNCHANGED | DROPOUT | AFFINE or obstacle(reader):
+                    onward = reader.outputs
+                else:
+                    onward = []
+                if depth < 8:
+                    waiting += [(v, depth + 1) for v in onward if v not in seen]
+                    seen.update(onward)
+        return False
 
     def not_linear(self, found: Found, producer: LinearMap, consumers: Sequence[LinearMap]) -> str:
         """Why no channel may become linear, "" if it may."""
@@ -834,8 +911,8 @@ class Matcher:
 
     def named(
         self, built: list[tuple[list[Found], Site]], refused: list[tuple[Found, str]]
-    ) -> tuple[list[Site], dict[str, str]]:
-        """The sites with their names, in order of execution, and the skipped ones by name."""
+    ) -> tuple[list[tuple[int, Site]], dict[str, str]]:
+        """The sites with their names and their position in the execution, and the skipped ones by name."""
         prefixes = [self.prefix(found[0]) for found, _ in built] + [self.prefix(found) for found, _ in refused]
         items = []
         taken: set[str] = set()
@@ -850,7 +927,90 @@ class Matcher:
             if name not in taken:
                 skipped.setdefault(name, reason)
         items.sort(key=lambda item: item[0])
-        return [site for _, site in items], skipped
+        return items, skipped
+
+    def places(self, covered: set[Call], skipped: dict[str, str]) -> list[tuple[int, Site]]:
+        """The activations that stand in no site, with their position; those that cannot be exchanged are skipped."""
+        groups: dict[Any, list[Found]] = {}
+        for chain, entry, top in self.activations():
+            if covered & set(chain):
+                continue
+            frame = self.frame_of(set(chain))
+            key = (frame.module, tuple((c.name, c.ordinal, c.frame.module, c.frame.ordinal) for c in chain))
+            dummy = chain[0]
+            groups.setdefault(key, []).append(Found(top, chain, entry, top, dummy))
+        items = []
+        for group in groups.values():
+            first = group[0]
+            place, reason = self.place_of(group)
+            owner = self.exact_frame(set(first.chain), self.frame_of(set(first.chain)))
+            if place is None:
+                frame = self.frame_of(set(first.chain))
+                skipped.setdefault(f"{frame.name or 'model'}:{first.chain[0].name}#{first.chain[0].ordinal}", reason)
+                continue
+            site = Site(
+                name=str(place),
+                kind="activation",
+                width=0,
+                producer=None,
+                consumers=(),
+                activation=place,
+                activation_name=activation_name(first.chain, owner),
+                calls=len(group),
+                channels_first=self.is_spatial(first.entry),
+            )
+            items.append((self._position(first.chain[0]), site))
+        return items
+
+    def activations(self) -> Iterator[tuple[list[Call], Value, Value]]:
+        """Every activation: its calls, the value it reads and the value it gives."""
+        roots: dict[Value, Value] = {}
+        for call in self.trace.calls:
+            if call in self.unit_of or not is_pointwise(call):
+                continue
+            found = {roots.get(value, value) for value in moving(call)}
+            if len(found) == 1:
+                roots[call.outputs[0]] = found.pop()
+        ends = {
+            value
+            for value, root in roots.items()
+            if any(roots.get(o) is not root for reader in value.readers for o in reader.outputs or [value])
+            or not value.readers
+        }
+        for end in sorted(ends, key=lambda value: self._position(value.call) if value.call else 0):
+            chain: list[Call] = []
+            entries: set[Value] = set()
+            waiting = [end]
+            while waiting:
+                value = waiting.pop()
+                if value.call is None or (value is not end and value in ends) or value not in roots:
+                    entries.add(value)
+                elif value.call not in chain:
+                    chain.append(value.call)
+                    waiting += moving(value.call)
+            chain.sort(key=self._position)
+            if len(entries) != 1 or not any(call.name in ACTIVATIONS for call in chain):
+                continue
+            entry = entries.pop()
+            chain, entry, _ = self.trimmed(chain, entry)
+            while chain[-1].name in UNCHANGED | DROPOUT:
+                chain.pop()
+            gates = any(r.name in ("mul", "glu") and len(moving(r)) > 1 for r in end.readers)
+            if entry.fed and entry.elements > 1 and not gates:
+                yield chain, entry, chain[-1].outputs[0]
+
+    def is_spatial(self, value: Value) -> bool:
+        """Whether a value has its channels in dimension 1, as convolutions make it."""
+        waiting, seen = [value], {value}
+        while waiting and len(seen) < MOST_STEPS:
+            current = waiting.pop(0)
+            step = self.source(current)
+            if isinstance(step, Unit) and step.kind == "map":
+                return isinstance(step.module, nn.modules.conv._ConvNd)
+            onward = [step.source] if isinstance(step, Unit) else step.inputs if step is not None else []
+            waiting += [v for v in onward if v not in seen and v.fed]
+            seen.update(onward)
+        return False
 
     def step_name(self, step: Step) -> str:
         """A name for a producer, whatever it is."""
