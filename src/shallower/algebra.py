@@ -1,0 +1,171 @@
+"""Linear algebra of linear maps: pure functions of tensors, no modules.
+
+Weights are in logical orientation: (d_out, d_in) for a linear layer, (d_out, d_in, kh, kw) for a convolution. Nothing here
+chooses a precision; callers pass float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from shallower.errors import FitError
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU where its device has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
+
+
+def norm_as_affine(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in eval mode as scale and shift: norm(x) = scale x + shift.
+
+    Args:
+        mean, var: (n,) running statistics.
+        weight, bias: (n,) gamma and beta, None for 1 and 0.
+        eps: added to the variance.
+
+    Returns:
+        scale (n,) and shift (n,), float64.
+    """
+    scale = (wide(var) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * wide(weight)
+    shift = -wide(mean) * scale
+    return scale, shift if bias is None else shift + wide(bias)
+
+
+def scale_rows(weight: Tensor, scale: Tensor) -> Tensor:
+    """diag(scale) W: every output channel times its scale."""
+    return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def scale_columns(weight: Tensor, scale: Tensor) -> Tensor:
+    """W diag(scale): every input channel times its scale."""
+    return weight * scale.reshape(1, -1, *[1] * (weight.dim() - 2))
+
+
+def response(weight: Tensor, constant: Tensor) -> Tensor:
+    """What a map without bias answers to a constant input (d_in,): (d_out,). Of a convolution, away from the border."""
+    return weight.flatten(2).sum(2) @ constant if weight.dim() > 2 else weight @ constant
+
+
+def ungrouped(weight: Tensor, groups: int) -> Tensor:
+    """The dense (d_out, d_in, kh, kw) weight of a grouped convolution's (d_out, d_in / groups, kh, kw)."""
+    if groups == 1:
+        return weight
+    d_out, width = weight.shape[:2]
+    dense = weight.new_zeros(d_out, width * groups, *weight.shape[2:])
+    rows = d_out // groups
+    for g in range(groups):
+        dense[g * rows : (g + 1) * rows, g * width : (g + 1) * width] = weight[g * rows : (g + 1) * rows]
+    return dense
+
+
+def compose(
+    outer: Tensor,
+    inner: Tensor,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    inner_dilation: tuple[int, int] = (1, 1),
+    outer_dilation: tuple[int, int] = (1, 1),
+) -> Tensor:
+    """The weight of the one map that does `inner` and then `outer`.
+
+        y = compose(C, P) @ x           # equals C @ (P @ x)
+
+    Args:
+        outer: (d_out, m) or (d_out, m, k2, k2).
+        inner: (m, d_in) or (m, d_in, k1, k1).
+        stride: of the inner convolution.
+        inner_dilation, outer_dilation: of the convolutions.
+
+    Returns:
+        (d_out, d_in), or (d_out, d_in, k, k) with k = d1 (k1 - 1) + stride d2 (k2 - 1) + 1. Along an axis where one of the two
+        kernels has a single tap, k is the other's size, to be used with the dilation stride d2 or d1.
+    """
+    if outer.dim() == 2:
+        return outer @ inner
+    steps, sizes = [], []
+    for axis in (0, 1):
+        k1, k2 = inner.shape[2 + axis], outer.shape[2 + axis]
+        d1, d2 = inner_dilation[axis], stride[axis] * outer_dilation[axis]
+        if k1 == 1 or k2 == 1:
+            d1 = d2 = 1
+        steps.append((d1, d2))
+        sizes.append(d1 * (k1 - 1) + d2 * (k2 - 1) + 1)
+    result = outer.new_zeros(outer.shape[0], inner.shape[1], *sizes)
+    for b0 in range(outer.shape[2]):
+        for b1 in range(outer.shape[3]):
+            for a0 in range(inner.shape[2]):
+                for a1 in range(inner.shape[3]):
+                    row = steps[0][0] * a0 + steps[0][1] * b0
+                    column = steps[1][0] * a1 + steps[1][1] * b1
+                    result[:, :, row, column] += outer[:, :, b0, b1] @ inner[:, :, a0, a1]
+    return result
+
+
+def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best factorisation of a matrix of a given rank, in the Frobenius norm.
+
+        down, up = low_rank(W, 64)
+        y = up @ (down @ x)
+
+    Args:
+        weight: (d_out, d_in).
+        rank: 1 .. min(d_out, d_in).
+
+    Returns:
+        down (rank, d_in) and up (d_out, rank), which share the singular values evenly.
+
+    Raises:
+        FitError: the rank is out of range, or the weight is not finite.
+
+    Reference: Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
+    """
+    if not 1 <= rank <= min(weight.shape):
+        raise FitError(f"a {tuple(weight.shape)} matrix has no factorisation of rank {rank}")
+    if not bool(weight.isfinite().all()):
+        raise FitError("a matrix with numbers that are not finite cannot be factorised")
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root
+
+
+def best_affine(mean_h: Tensor, var_h: Tensor, mean_f: Tensor, cov_fh: Tensor) -> tuple[Tensor, Tensor]:
+    """The affine map of h that is closest to f(h) in the least-squares sense, from moments, for each channel.
+
+    Args:
+        mean_h, var_h: (n,) mean and variance of h.
+        mean_f: (n,) mean of f(h).
+        cov_fh: (n,) covariance of f(h) and h.
+
+    Returns:
+        slope (n,) and offset (n,); slope 0 where h does not vary.
+    """
+    slope = torch.where(var_h > 0, cov_fh / var_h.clamp_min(torch.finfo(var_h.dtype).tiny), torch.zeros_like(var_h))
+    return slope, mean_f - slope * mean_h
+
+
+def best_affine_of_prelu(mean: Tensor, std: Tensor, a: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The affine map of h ~ N(mean, std^2) that is closest to max(h, 0) + a min(h, 0), for each channel.
+
+    Args:
+        mean, std: (n,) of h; std 0 is allowed.
+        a: slope of the negative side, a number or (n,).
+
+    Returns:
+        slope (n,) = 1 - (1 - a) Phi(-mean / std) and the offset (n,) that matches the mean.
+
+    Reference: LayerCollapse, arXiv 2311.17943, section 3; Stein's lemma gives the slope as the mean derivative.
+    """
+    b = torch.where(std > 0, mean / std.clamp_min(torch.finfo(std.dtype).tiny), torch.sign(mean) * math.inf)
+    negative = torch.special.ndtr(torch.where(b.isnan(), torch.zeros_like(b), -b))
+    density = torch.exp(-0.5 * b.nan_to_num(0.0, math.inf, -math.inf) ** 2) / math.sqrt(2 * math.pi)
+    slope = 1 - (1 - a) * negative
+    below = mean * negative - std * density
+    return slope, mean - (1 - a) * below - slope * mean

@@ -1,0 +1,77 @@
+"""Keep a model's configuration true to its hidden widths, where the configuration can express them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from shallower.forms import Step
+from shallower.layers import kind_of, weight_of
+
+WIDTHS = (
+    "intermediate_size",
+    "ffn_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "n_inner",
+    "d_ff",
+    "hidden_dim",
+    "ffn_hidden_size",
+)
+"""Attributes of Transformers configurations that say how wide the feed-forward layers are."""
+
+
+def update_configs(model: nn.Module, todo: Sequence[Step]) -> None:
+    """Set the width in every `config` of the model that became uniformly narrower, in stock modules.
+
+    A width is changed only if every layer under the config's owner that had the old width now has the same new one.
+    """
+    owners: dict[int, tuple[Any, list[str]]] = {}
+    for name, module in model.named_modules():
+        config = vars(module).get("config")
+        if config is not None and not isinstance(config, nn.Module):
+            owners.setdefault(id(config), (config, []))[1].append(name)
+    for config, names in owners.values():
+        for key in WIDTHS:
+            old = _width(config, key)
+            if old is None:
+                continue
+            part = key.split("_")[0] if key in ("encoder_ffn_dim", "decoder_ffn_dim") else ""
+            new = _new_width(model, todo, names, part, old)
+            if new is not None:
+                setattr(config, key, new)
+
+
+def _width(config: Any, key: str) -> int | None:
+    value = getattr(config, key, None)
+    if key == "n_inner" and hasattr(config, "n_inner") and value is None:  # GPT-2: four times the hidden width
+        hidden = getattr(config, "n_embd", None)
+        value = 4 * hidden if isinstance(hidden, int) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _new_width(model: nn.Module, todo: Sequence[Step], names: list[str], part: str, old: int) -> int | None:
+    def owned(module: str) -> bool:
+        inside = any(name == "" or module == name or module.startswith(f"{name}.") for name in names)
+        return inside and (not part or part in module.split("."))
+
+    found = set()
+    for step in todo:
+        site, form = step.entry.site, step.form
+        if site.width != old or site.producer is None or not owned(site.producer.name):
+            continue
+        biases = [m.bias for m in site.consumers] == [m.bias for m in form.consumers]
+        if form.kind != "narrower" or form.slopes or not biases:
+            return None
+        found.add(form.kept)
+    if len(found) != 1:
+        return None
+    factors = (1, 2)  # a packed gate's producer is twice as wide
+    for name, module in model.named_modules():
+        if kind_of(module) and owned(name):
+            d_out, d_in = weight_of(module).shape[:2]
+            if d_in == old or d_out in [factor * old for factor in factors]:
+                return None
+    return found.pop()

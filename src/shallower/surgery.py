@@ -1,0 +1,417 @@
+"""Apply a plan to a model: merge, slice, and prove that nothing else changed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from shallower.activations import PartialActivation, SlopeActivation
+from shallower.algebra import compose, norm_as_affine, response, scale_columns, scale_rows, ungrouped, wide
+from shallower.attachment import detached_copy
+from shallower.config import update_configs
+from shallower.edits import edits, perform, replay
+from shallower.errors import PlanError, SurgeryError
+from shallower.fitting import check_fits
+from shallower.forms import Form, Step, steps
+from shallower.inputs import Inputs
+from shallower.layers import bias_of, fill_norm, is_the_map, weight_of
+from shallower.plan import Entry, Plan
+from shallower.proof import Proof
+from shallower.rewriting import externalise
+from shallower.simulation import simulate
+from shallower.sites import LinearMap, Place, Site
+
+__all__ = ["apply", "edits", "operate", "replay", "simulate"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def apply(model: M, plan: Plan, example_inputs: Inputs) -> M:
+    """A new model in which every site has become what the plan says; the argument is untouched.
+
+        small = sh.apply(model, sh.Plan.collapse(sites), example_inputs)
+
+    The result is proven: with the plan simulated on the original layers it agrees on the example inputs, at each site's
+    consumers and at the model's output, up to a relative error (norm of the difference over the norm) of 1e-5 in float32
+    and 1e-10 in float64. Narrower weights are proven in float32 site by site before they are rounded again. Of a model
+    on the meta device only shapes are compared.
+
+    Args:
+        model: perhaps with a method attached; a detached copy is changed.
+        plan: for this model.
+        example_inputs: what the model is called with.
+
+    Returns:
+        A model with the argument's class, mode (train or eval), dtypes and devices.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        SurgeryError: the result differs from the simulation beyond rounding.
+
+    Warns:
+        CostWarning: a site does not become cheaper.
+    """
+    small = detached_copy(model)
+    check_fits(small, plan)
+    plan.warn_of_cost()
+    todo = steps(plan.entries)
+    proof = Proof.of(model, plan, example_inputs)
+    for step in todo:
+        with proof.of_step(small, step):
+            operate(small, step)
+    _check_finite(small, todo)
+    proof.check(small)
+    update_configs(small, todo)
+    return small
+
+
+def operate(model: nn.Module, step: Step) -> None:
+    """Give one site of the model, in place, the form that `step` says."""
+    entry, form = step.entry, step.form
+    site = entry.site
+    if site.producer is None or form.kind == "removed":
+        _vanish(model, site.activation)
+        return
+    producer = model.get_submodule(site.producer.name)
+    consumers = [model.get_submodule(m.name) for m in site.consumers]
+    path = _path_of(model, entry, producer, consumers)
+    if form.kind == "merged":
+        _merge(model, site, form, producer, path)
+    elif form.kind == "pair":
+        _pair(model, site, form, path)
+    else:
+        _narrow(model, entry, form, path)
+
+
+@dataclass
+class _Path:
+    """The linear path of a site, float64, and the consumers' biases with all constants in them.
+
+    y = consumer(kept channels) + ups[i] (down x) + biases[i];  ups[i] is one full map where down is None.
+    """
+
+    down: Tensor | None
+    ups: list[Tensor]
+    biases: list[Tensor]
+
+
+def _path_of(model: nn.Module, entry: Entry, producer: nn.Module, consumers: list[nn.Module]) -> _Path:
+    site, fit = entry.site, entry.fit
+    if fit is not None:
+        where = weight_of(producer).device
+        dense = [wide(up.to(where)) for up in fit.ups]
+        down = None if fit.down is None else wide(fit.down.to(where))
+        if not fit.ups:
+            shape = (0, *_logical(producer).shape[1:])
+            down = weight_of(producer).new_zeros(shape, dtype=torch.float64)
+            dense = [wide(_columns(c, torch.zeros(0, dtype=torch.int64))) for c in consumers]
+        return _Path(down, dense, [wide(bias.to(where)) for bias in fit.biases])
+    before, after = _affine(model, site.norm_before), _affine(model, site.norm_after)
+    where = weight_of(producer).device
+    linear, dropped = entry.linear.to(where), entry.dropped.to(where)
+    rows = _up_rows(site, linear)
+    down = wide(_logical(producer)[rows])
+    bias = bias_of(producer)
+    shift = down.new_zeros(len(linear)) if bias is None else wide(bias[rows])
+    if before is not None:
+        down = scale_rows(down, before[0][linear])
+        shift = shift * before[0][linear] + before[1][linear]
+    slopes, offsets = wide(entry.slopes.to(where)), wide(entry.offsets.to(where))
+    at_linear, at_dropped = slopes[linear] * shift + offsets[linear], offsets[dropped]
+    gain = slopes[linear]
+    if after is not None:
+        gain = gain * after[0][linear]
+        at_linear = at_linear * after[0][linear] + after[1][linear]
+        at_dropped = at_dropped * after[0][dropped] + after[1][dropped]
+    ups, biases = [], []
+    for m, consumer in zip(site.consumers, consumers, strict=True):
+        for_linear = wide(_columns(consumer, linear))
+        for_dropped = wide(_columns(consumer, dropped))
+        _check_border(site, m, at_linear, at_dropped)
+        own = bias_of(consumer)
+        constant = response(for_linear, at_linear) + response(for_dropped, at_dropped)
+        biases.append(constant if own is None else wide(own) + constant)
+        ups.append(scale_columns(for_linear, gain))
+    return _Path(down, ups, biases)
+
+
+def _merge(model: nn.Module, site: Site, form: Form, producer: nn.Module, path: _Path) -> None:
+    weights = [_composed(up, path.down, producer, m) for up, m in zip(path.ups, _consumers(model, site), strict=True)]
+    for m, weight, bias in zip(form.consumers, weights, path.biases, strict=True):
+        _set(_become(model, m), [weight], [], bias)
+    width = form.consumers[0].d_in
+    if site.packed:
+        perform(model, {"edit": "twice", "name": _name(site.producer), "channels_first": site.channels_first})
+    else:
+        perform(model, {"edit": "identity", "name": _name(site.producer)})
+    _clear(model, site, width)
+
+
+def _pair(model: nn.Module, site: Site, form: Form, path: _Path) -> None:
+    down = cast(Tensor, path.down)
+    if len(down) == 0:  # nothing is left but a constant: a layer needs at least one channel
+        down = down.new_zeros(1, *down.shape[1:])
+        path.ups = [up.new_zeros(up.shape[0], 1, *up.shape[2:]) for up in path.ups]
+    producer = _become(model, cast(LinearMap, form.producer))
+    halves = [torch.zeros_like(down), down] if site.packed == "gate-first" else [down, torch.zeros_like(down)]
+    _set(producer, [], halves if site.packed else [down], None)
+    for m, up, bias in zip(form.consumers, path.ups, path.biases, strict=True):
+        _set(_become(model, m), [up], [], bias)
+    _clear(model, site, form.rank)
+
+
+def _clear(model: nn.Module, site: Site, width: int) -> None:
+    """Take away all that stood between the two linear maps; a gate becomes ones of that width."""
+    if site.gate is not None:
+        perform(model, {"edit": "identity", "name": site.gate.name})
+    name = _vanish(model, site.activation)
+    if site.gated:
+        gate = "packed" if site.packed else "separate"
+        _partial(model, name, 0, width, gate, site.channels_first)
+    for norm in (site.norm_before, site.norm_after):
+        if norm:
+            perform(model, {"edit": "identity", "name": norm})
+    for place in site.dropouts:
+        _vanish(model, place)
+
+
+def _narrow(model: nn.Module, entry: Entry, form: Form, path: _Path) -> None:
+    site, kept = entry.site, entry.kept
+    producer = model.get_submodule(_name(site.producer))
+    consumers = _consumers(model, site)
+    down, ups = _reduced(path, form.rank, producer, consumers)
+    if form.kept == site.width and form.rank == 0 and entry.fit is None:
+        _set_activation(model, entry, form)
+        return
+
+    rows, bias = weight_of(producer), bias_of(producer)
+    own = [rows[_up_rows(site, kept)], down]
+    shifts = None if bias is None else [bias[_up_rows(site, kept)], down.new_zeros(form.rank)]
+    if site.packed:
+        gate_rows = _gate_rows(site, kept)
+        gates = [rows[gate_rows], torch.zeros_like(down)]
+        own = [*gates, *own] if site.packed == "gate-first" else [*own, *gates]
+        if bias is not None and shifts is not None:
+            gate_shifts = [bias[gate_rows], down.new_zeros(form.rank)]
+            shifts = [*gate_shifts, *shifts] if site.packed == "gate-first" else [*shifts, *gate_shifts]
+    _set(_become(model, cast(LinearMap, form.producer)), [], own, None if shifts is None else _joined(shifts))
+
+    if site.gate is not None:
+        gate_layer = model.get_submodule(site.gate.name)
+        weight, gate_bias = weight_of(gate_layer)[kept], bias_of(gate_layer)
+        _set(_become(model, cast(LinearMap, form.gate)), [weight], [], None if gate_bias is None else gate_bias[kept])
+
+    for i, (m, consumer) in enumerate(zip(form.consumers, consumers, strict=True)):
+        columns = _columns(consumer, kept) if entry.fit is None else entry.fit.consumers[i]
+        _set(_become(model, m), [columns, ups[i]], [], path.biases[i])
+
+    for name in (site.norm_before, site.norm_after):
+        if name:
+            norm = cast(_BatchNorm, model.get_submodule(name))
+            narrower = perform(model, {"edit": "norm", "name": name, "channels": form.kept + form.rank})
+            fill_norm(cast(_BatchNorm, narrower), norm, kept)
+    _set_activation(model, entry, form)
+
+
+def _reduced(path: _Path, rank: int, producer: nn.Module, consumers: list[nn.Module]) -> tuple[Tensor, list[Tensor]]:
+    """The same path with fewer channels, where there are fewer inputs or outputs than channels."""
+    down, ups = path.down, path.ups
+    if down is not None and len(down) == rank:
+        return down, ups
+    d_in = ups[0].shape[1] if down is None else down.shape[1]
+    if rank == d_in:
+        eye = torch.eye(d_in, dtype=torch.float64, device=ups[0].device)
+        eye = eye[:, :, None, None] if isinstance(producer, nn.Conv2d) else eye
+        return eye, ups if down is None else [
+            _composed(up, down, producer, c) for up, c in zip(ups, consumers, strict=True)
+        ]
+    full = torch.cat([_composed(up, down, producer, c) for up, c in zip(ups, consumers, strict=True)])
+    eye = torch.eye(len(full), dtype=torch.float64, device=full.device)
+    eye = eye[:, :, None, None] if isinstance(consumers[0], nn.Conv2d) else eye
+    return full, list(eye.split([up.shape[0] for up in ups]))
+
+
+def _set_activation(model: nn.Module, entry: Entry, form: Form) -> None:
+    site, kept = entry.site, entry.kept
+    place = site.activation
+    if place is None or (entry.alphas is None and form.rank == 0 and (form.kept == site.width or place.calls)):
+        return
+    name = _module_at(model, place)
+    if form.kept < site.width:
+        _narrow_activation(model, site, name, kept)
+    if entry.alphas is not None:
+        alphas = entry.alphas if entry.alphas.numel() == 1 else entry.alphas[kept]
+        double = weight_of(model.get_submodule(_name(site.producer))).dtype == torch.float64
+        slope = perform(
+            model,
+            {
+                "edit": "slope",
+                "name": name,
+                "width": alphas.numel() if entry.alphas.numel() > 1 else 0,
+                "family": entry.family,
+                "target": "one" if site.gated else "identity",
+                "channels_first": site.channels_first,
+                "dtype": "float64" if double else "float32",
+            },
+        )
+        own = cast(SlopeActivation, slope).to(weight_of(model.get_submodule(_name(site.producer))).device).slope
+        with torch.no_grad():
+            own.copy_(alphas)
+    if form.rank:
+        gate = "packed" if site.packed else "separate" if site.gated else ""
+        _partial(model, name, form.kept, form.rank, gate, site.channels_first)
+
+
+def _narrow_activation(model: nn.Module, site: Site, name: str, kept: Tensor) -> None:
+    """Slice an activation with one parameter for each channel."""
+    f = model.get_submodule(name)
+    if isinstance(f, PartialActivation):
+        raise PlanError(
+            f"{site.name}: its activation is partly linear already; plan all its channels linear or dropped"
+        )
+    own = f.slope if isinstance(f, SlopeActivation) else f.weight if isinstance(f, nn.PReLU) else None
+    if own is None:
+        wide_parameter = next((p for p in f.parameters() if p.numel() == site.width > 1), None)
+        if wide_parameter is not None:
+            raise PlanError(f"{site.name}: it is not known how the channels of a {type(f).__name__} are counted")
+        return
+    if own.numel() == 1:
+        return
+    narrower = perform(model, {"edit": "activation", "name": name, "channels": len(kept)})
+    with torch.no_grad():
+        cast(Tensor, narrower.slope if isinstance(narrower, SlopeActivation) else narrower.weight).copy_(own[kept])
+
+
+def _partial(model: nn.Module, name: str, kept: int, linear: int, gate: str, channels_first: bool) -> None:
+    arguments = {"kept": kept, "linear": linear, "gate": gate, "channels_first": channels_first}
+    perform(model, {"edit": "partial", "name": name, **arguments})
+
+
+def _vanish(model: nn.Module, place: Place | None) -> str:
+    """Make what stands at `place` an identity; the dotted name of it."""
+    if place is None:
+        raise PlanError("a site without an activation cannot become linear")
+    name = _module_at(model, place)
+    perform(model, {"edit": "identity", "name": name})
+    return name
+
+
+def _module_at(model: nn.Module, place: Place) -> str:
+    if not place.calls:
+        return place.module
+    perform(model, {"edit": "externalise", "module": place.module, "calls": [list(call) for call in place.calls]})
+    return externalise(model, place)
+
+
+def _become(model: nn.Module, m: LinearMap) -> nn.Module:
+    """The layer at `m.name`, exchanged for one of the sizes of `m` if it has others."""
+    module = model.get_submodule(m.name)
+    if is_the_map(module, m):
+        return module
+    sizes = {key: value for key, value in asdict(m).items() if key != "positions"}
+    pairs = {key: list(value) if isinstance(value, tuple) else value for key, value in sizes.items()}
+    return perform(model, {"edit": "map", **pairs})
+
+
+def _set(layer: nn.Module, columns: list[Tensor], rows: list[Tensor], bias: Tensor | None) -> None:
+    """Set the weight of a layer, given side by side or one above the other, and its bias."""
+    weight = torch.cat([c.to(_widest(columns)) for c in columns], 1) if columns else _joined(rows)
+    with torch.no_grad():
+        weight_of(layer).copy_(weight)
+        own = bias_of(layer)
+        if own is not None:
+            own.zero_() if bias is None else own.copy_(bias)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.to(_widest(parts)) for part in parts])
+
+
+def _widest(parts: list[Tensor]) -> torch.dtype:
+    """One type that holds all parts; what is copied without arithmetic is exact in it."""
+    full = [part.dtype for part in parts if part.numel()]
+    return torch.float64 if torch.float64 in full else (full or [torch.float64])[0]
+
+
+def _consumers(model: nn.Module, site: Site) -> list[nn.Module]:
+    return [model.get_submodule(m.name) for m in site.consumers]
+
+
+def _composed(up: Tensor, down: Tensor | None, producer: nn.Module, consumer: nn.Module) -> Tensor:
+    if down is None:
+        return up
+    if not isinstance(producer, nn.Conv2d) or not isinstance(consumer, nn.Conv2d):
+        return compose(up, down)
+    return compose(
+        up,
+        down,
+        stride=cast("tuple[int, int]", producer.stride),
+        inner_dilation=cast("tuple[int, int]", producer.dilation),
+        outer_dilation=cast("tuple[int, int]", consumer.dilation),
+    )
+
+
+def _logical(module: nn.Module) -> Tensor:
+    """The weight with all input channels, also of a grouped convolution."""
+    weight = weight_of(module)
+    return ungrouped(weight, module.groups) if isinstance(module, nn.Conv2d) else weight
+
+
+def _columns(module: nn.Module, channels: Tensor) -> Tensor:
+    weight = _logical(module)
+    return weight[:, channels.to(weight.device)]
+
+
+def _up_rows(site: Site, channels: Tensor) -> Tensor:
+    """Rows of the producer that give these channels of the up projection."""
+    return channels + site.width if site.packed == "gate-first" else channels
+
+
+def _gate_rows(site: Site, channels: Tensor) -> Tensor:
+    """Rows of a packed producer that give these channels of the gate."""
+    return channels + site.width if site.packed == "up-first" else channels
+
+
+def _affine(model: nn.Module, norm: str) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift of a BatchNorm, by name."""
+    if not norm:
+        return None
+    module = model.get_submodule(norm)
+    if not isinstance(module, _BatchNorm) or module.running_mean is None or module.running_var is None:
+        raise PlanError(f"`{norm}` is not a BatchNorm with running statistics")
+    weight = None if module.weight is None else module.weight.detach()
+    bias = None if module.bias is None else module.bias.detach()
+    return norm_as_affine(module.running_mean, module.running_var, weight, bias, module.eps)
+
+
+def _check_border(site: Site, consumer: LinearMap, *constants: Tensor) -> None:
+    if consumer.padding == (0, 0):
+        return
+    for constant in constants:
+        # what rounding leaves of an offset that was chosen so that the norm maps it to zero
+        if not constant.is_meta and bool((constant.abs() > 1e-12).any()):
+            raise PlanError(
+                f"{site.name}: `{consumer.name}` pads with zeros, so that a constant in its input (a bias, an offset or a "
+                "BatchNorm shift) would be wrong along the border. Choose offsets that make it zero, or keep the channels"
+            )
+
+
+def _check_finite(model: nn.Module, todo: list[Step]) -> None:
+    for step in todo:
+        for m in step.form.maps:
+            for parameter in model.get_submodule(m.name).parameters():
+                if not parameter.is_meta and not bool(parameter.isfinite().all()):
+                    raise SurgeryError(
+                        f"{step.entry.site.name}: the layer `{m.name}` after surgery has numbers that {parameter.dtype} "
+                        "cannot hold. Convert the model to a wider type first, or exclude the site"
+                    )
+
+
+def _name(m: LinearMap | None) -> str:
+    if m is None:
+        raise PlanError("the site has no producer")
+    return m.name
