@@ -1,7 +1,7 @@
 """Linear algebra of linear maps: pure functions of tensors, no modules.
 
-Weights are in logical orientation: (d_out, d_in) for a linear layer, (d_out, d_in, kh, kw) for a convolution. Nothing here
-chooses a precision; callers pass float64.
+Weights are in logical orientation: (d_out, d_in) for a linear layer, (d_out, d_in, kh, kw) for a convolution. Nothing
+here chooses a precision; callers pass float64.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def compose(
         inner_dilation, outer_dilation: of the convolutions.
 
     Returns:
-        (d_out, d_in), or (d_out, d_in, k, k) with k = d1 (k1 - 1) + stride d2 (k2 - 1) + 1. Along an axis where one of the two
-        kernels has a single tap, k is the other's size, to be used with the dilation stride d2 or d1.
+        (d_out, d_in), or (d_out, d_in, k, k) with k = d1 (k1 - 1) + stride d2 (k2 - 1) + 1. Along an axis where one of
+        the two kernels has a single tap, k is the other's size, to be used with the dilation stride d2 or d1.
     """
     if outer.dim() == 2:
         return outer @ inner

@@ -1,7 +1,7 @@
 """What surgery did to a model, as data: enough to do it again to a fresh model without its weights.
 
-Every change of structure is one edit, a flat JSON object. Surgery makes its changes through `perform`, and the model keeps
-the list; `replay` performs a list from a file, which may be hostile.
+Every change of structure is one edit, a flat JSON object. Surgery makes its changes through `perform`, and the model
+keeps the list; `replay` performs a list from a file, which may be hostile.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def replay(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Module:
     Raises:
         CheckpointError: the list is malformed, or does not fit the model.
     """
-    if not isinstance(edits, Sequence) or isinstance(edits, (str, bytes)):
+    if not isinstance(edits, (list, tuple)):
         raise CheckpointError("the edits of a saved model are a list")
     for i, edit in enumerate(edits):
         checked = _checked(i, edit)
@@ -87,7 +87,7 @@ def _externalise(model: nn.Module, edit: Edit) -> nn.Module:
 
 def _map(model: nn.Module, edit: Edit) -> nn.Module:
     module = model.get_submodule(edit["name"])
-    pairs = {key: (edit[key][0], edit[key][1]) for key in ("kernel", "stride", "padding", "dilation")}
+    pairs: dict[str, Any] = {key: tuple(edit[key]) for key in ("kernel", "stride", "padding", "dilation")}
     kind = kind_of(module)
     if kind != edit["kind"]:
         raise PlanError(f"`{edit['name']}` is a {type(module).__name__}, not a {edit['kind']} layer")

@@ -37,4 +37,4 @@ def has_no_numbers(tensor: Tensor) -> bool:
 def content(tensor: Tensor) -> memoryview:
     """The numbers of a tensor as bytes in logical order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

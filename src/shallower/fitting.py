@@ -18,7 +18,8 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
         plan: to be applied to it.
 
     Raises:
-        PlanError: a layer is missing, or of another kind or size, or the plan depends on weights and was made for others.
+        PlanError: a layer is missing, or of another kind or size, or the plan depends on weights and was made for
+            others.
     """
     for entry in plan.entries:
         site = entry.site

@@ -82,8 +82,8 @@ class Step:
 def steps(entries: Iterable[Entry]) -> list[Step]:
     """The entries in the order in which the network runs them, each with the form that its site takes.
 
-    Where sites overlap - the consumer of one is the producer of the next - a later site starts from what the earlier one
-    left: after a full collapse, from the merged map at the consumer's name.
+    Where sites overlap - the consumer of one is the producer of the next - a later site starts from what the earlier
+    one left: after a full collapse, from the merged map at the consumer's name.
 
     Raises:
         PlanError: two entries change the same layer in the same role, or a linear path does not fit what it reads.
@@ -201,8 +201,8 @@ def form_of(entry: Entry, maps: Mapping[str, LinearMap] | None = None) -> Form:
 def composed(producer: LinearMap, consumer: LinearMap, bias: bool) -> LinearMap:
     """The one map that is `consumer` after `producer`, at the consumer's name.
 
-    Two convolutions give a kernel of d1 (k1 - 1) + s1 d2 (k2 - 1) + 1 with stride s1 s2 and padding p1 + s1 p2; where one of
-    them has a single tap, the other's dilation stays instead.
+    Two convolutions give a kernel of d1 (k1 - 1) + s1 d2 (k2 - 1) + 1 with stride s1 s2 and padding p1 + s1 p2; where
+    one of them has a single tap, the other's dilation stays instead.
 
     Raises:
         PlanError: one is a convolution and the other is not.
@@ -252,8 +252,9 @@ def _path(entry: Entry, producer: LinearMap, consumers: tuple[LinearMap, ...]) -
         if any(up.shape[1] != d_in for up in fit.ups if fit.down is None) or d_in != producer.d_in:
             found = fit.ups[0].shape[1] if fit.down is None else d_in
             raise PlanError(
-                f"{site.name}: its linear path was fitted for {found} inputs, and `{producer.name}` has {producer.d_in} "
-                "after the earlier entries of the plan. Apply those first, and fit this site on the result"
+                f"{site.name}: its linear path was fitted for {found} inputs, and `{producer.name}` has "
+                f"{producer.d_in} after the earlier entries of the plan. Apply those first, and fit this site on the "
+                "result"
             )
         given = 0 if fit.down is None else fit.down.shape[0]
     if len(entry.kept) == 0:

@@ -75,8 +75,8 @@ def check_shape(name: str, module: nn.Module, m: LinearMap) -> None:
 def resized(module: nn.Module, m: LinearMap) -> nn.Module:
     """A new layer with the sizes of `m` and unset weights; all else (dtype, device, requires_grad) is `module`'s.
 
-    A subclass stays itself if its forward is the stock one, so that its class and attributes survive; else the result is
-    the stock class.
+    A subclass stays itself if its forward is the stock one, so that its class and attributes survive; else the result
+    is the stock class.
     """
     weight = cast(Tensor, module.weight)
     shape: tuple[int, ...] = (m.d_out, m.d_in // m.groups)
@@ -109,7 +109,9 @@ def resized(module: nn.Module, m: LinearMap) -> nn.Module:
         layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
     bias = cast("Tensor | None", module.bias)
     requires_grad = weight.requires_grad if bias is None else bias.requires_grad
-    layer.bias = nn.Parameter(weight.new_empty(m.d_out), requires_grad=requires_grad) if m.bias else None
+    layer.register_parameter(
+        "bias", nn.Parameter(weight.new_empty(m.d_out), requires_grad=requires_grad) if m.bias else None
+    )
     return layer
 
 

@@ -44,8 +44,8 @@ class Fit:
 
         y = consumers[i] z_kept + ups[i] (down x) + biases[i]
 
-    z_kept are the kept channels as the consumer reads them (behind a BatchNorm after f, where there is one), x is what the
-    producer reads in the model after the earlier entries of the plan.
+    z_kept are the kept channels as the consumer reads them (behind a BatchNorm after f, where there is one), x is what
+    the producer reads in the model after the earlier entries of the plan.
 
     Attributes:
         consumers: for each consumer (d_out, kept) - for a convolution (d_out, kept, kh, kw) - in the logical
@@ -54,8 +54,8 @@ class Fit:
         down: (rank, d_in), first half of the linear path that all consumers share; None where there is no path,
             or where the path is one full map. For a convolution (rank, d_in, kh, kw), with the producer's geometry.
         ups: for each consumer (d_out, rank), or (d_out, d_in) where `down` is None; empty where there is no path. For a
-            convolution (d_out, rank, kh, kw), with the consumer's geometry; where `down` is None, with the geometry of the
-            merged map.
+            convolution (d_out, rank, kh, kw), with the consumer's geometry; where `down` is None, with the geometry of
+            the merged map.
     """
 
     consumers: tuple[Tensor, ...]
@@ -128,8 +128,8 @@ class Entry:
         padded = next((c for c in site.consumers if c.padding != (0, 0)), None)
         if padded is not None and bool(self.offsets[self.fates != Fate.KEEP].ne(0).any()):
             raise PlanError(
-                f"{site.name}: `{padded.name}` pads with zeros, so that a constant in its input would be wrong along the "
-                "border. Set the offsets to 0 and correct the consumer's bias instead (a fit with biases)"
+                f"{site.name}: `{padded.name}` pads with zeros, so that a constant in its input would be wrong along "
+                "the border. Set the offsets to 0 and correct the consumer's bias instead (a fit with biases)"
             )
 
     @classmethod
@@ -195,8 +195,8 @@ class Plan:
         plan.save("plan/")
         small = sh.apply(model, sh.Plan.load("plan/"), example_inputs)
 
-    Overlapping sites (the consumer of one is the producer of the next) are always applied in the order in which the network
-    runs them. Only a fitted linear path notices: it reads what the earlier site leaves.
+    Overlapping sites (the consumer of one is the producer of the next) are always applied in the order in which the
+    network runs them. Only a fitted linear path notices: it reads what the earlier site leaves.
 
     Attributes:
         entries: at most one per site.
@@ -255,9 +255,9 @@ class Plan:
             form = step.form
             if not form.cheaper and form.kind != "narrower":
                 warnings.warn(
-                    f"{step.entry.site.name}: as planned it has {amount(form.params)} parameters and {amount(form.macs)} "
-                    f"MACs, and it had {amount(form.params_before)} and {amount(form.macs_before)}. It is exact, but no "
-                    "cheaper: only sites that widen pay",
+                    f"{step.entry.site.name}: as planned it has {amount(form.params)} parameters and "
+                    f"{amount(form.macs)} MACs, and it had {amount(form.params_before)} and "
+                    f"{amount(form.macs_before)}. It is exact, but no cheaper: only sites that widen pay",
                     CostWarning,
                     stacklevel=3,
                 )
@@ -387,8 +387,8 @@ def _checked_fit(site: Site, fit: Fit, kept: int) -> Fit:
         wanted = (c.d_out, kept, *_kernel(c.kind, c.kernel))
         if tuple(consumers[i].shape) != wanted:
             raise PlanError(
-                f"{site.name}: consumers.{i} of the fit has shape {tuple(consumers[i].shape)}; `{c.name}` with {kept} kept "
-                f"channels needs {wanted}"
+                f"{site.name}: consumers.{i} of the fit has shape {tuple(consumers[i].shape)}; `{c.name}` with {kept} "
+                f"kept channels needs {wanted}"
             )
         if tuple(fit.biases[i].shape) != (c.d_out,):
             raise PlanError(
@@ -401,7 +401,8 @@ def _checked_fit(site: Site, fit: Fit, kept: int) -> Fit:
             kernel = _kernel(c.kind, geometry.kernel)
             if tuple(up.shape) != (c.d_out, rank, *kernel):
                 raise PlanError(
-                    f"{site.name}: ups.{i} of the fit has shape {tuple(fitted.ups[i].shape)}, not {(c.d_out, rank, *kernel)}"
+                    f"{site.name}: ups.{i} of the fit has shape {tuple(fitted.ups[i].shape)}, "
+                    f"not {(c.d_out, rank, *kernel)}"
                 )
             ups.append(up)
     return Fit(fitted.consumers, fitted.biases, fitted.down, tuple(ups))

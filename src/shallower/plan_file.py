@@ -107,8 +107,8 @@ def plan_from_json(data: object, tensors: Mapping[str, Tensor]) -> Plan:
     saves = _object(top["saves"], "the plan's savings", {"params", "macs"})
     if saves != {"params": plan.params_saved, "macs": plan.macs_saved}:
         raise PlanError(
-            f"the plan says that it saves {saves['params']!r:.20} params and {saves['macs']!r:.20} MACs, and its entries save "
-            f"{plan.params_saved} and {plan.macs_saved}; the file was changed"
+            f"the plan says that it saves {saves['params']!r:.20} params and {saves['macs']!r:.20} MACs, and its "
+            f"entries save {plan.params_saved} and {plan.macs_saved}; the file was changed"
         )
     return plan
 

@@ -1,7 +1,8 @@
 """The proof that surgery changed nothing but what the plan says.
 
 Three ways, chosen by the weights' type:
-whole network   float32 and float64: simulated model and result on the example inputs, at every consumer and at the output
+whole network   float32 and float64: simulated model and result on the example inputs, at every consumer and at the
+                output
 site by site    narrower types: each site alone in float32, on the inputs that it has in the network, before rounding
 shapes          meta tensors have no numbers
 """
@@ -47,7 +48,7 @@ class Proof:
         return _Whole(model, plan, inputs)
 
     @contextmanager
-    def of_step(self, model: nn.Module, step: Step) -> Iterator[None]:
+    def of_step(self, model: nn.Module, step: Step) -> Iterator[None]:  # noqa: ARG002
         """Around the surgery of one site."""
         yield
 
@@ -88,12 +89,12 @@ class _Whole(Proof):
         found = _observe(model, self.inputs, self.taps, before=False)
         try:
             _compare(self.taps, self.expected, found)
-        except _Difference as difference:
+        except _DifferenceError as difference:
             if difference.dtype != torch.float32:
                 raise difference.error() from None
             self._check_in_float64(model, difference)
 
-    def _check_in_float64(self, model: nn.Module, difference: _Difference) -> None:
+    def _check_in_float64(self, model: nn.Module, difference: _DifferenceError) -> None:
         """A deep network amplifies the rounding of float32; in float64 only what surgery did wrong is left."""
         self.expected = _Observed()
         inputs = _doubled(self.inputs)
@@ -104,7 +105,7 @@ class _Whole(Proof):
             raise difference.error() from None
         try:
             _compare(self.taps, expected, found, allowed=ALLOWED[torch.float32])
-        except _Difference as again:
+        except _DifferenceError as again:
             raise again.error() from None
 
 
@@ -164,7 +165,7 @@ class _SiteBySite(Proof):
         for y, z in zip(expected, found, strict=True):
             error = _relative_error(y, z)
             if error > ALLOWED[torch.float32]:
-                raise _Difference(site, "", error, ALLOWED[torch.float32], torch.float32).error()
+                raise _DifferenceError(site, "", error, ALLOWED[torch.float32], torch.float32).error()
 
     def _input_of(self, model: nn.Module, producer: str) -> Tensor:
         if self.shapes is None:
@@ -197,7 +198,7 @@ class _SiteBySite(Proof):
             _compare_shapes(self.shapes, outputs)
 
 
-class _Difference(Exception):
+class _DifferenceError(Exception):
     """A comparison that failed."""
 
     def __init__(self, site: Site | None, name: str, error: float, allowed: float, dtype: torch.dtype) -> None:
@@ -213,8 +214,8 @@ class _Difference(Exception):
             )
         at = f" at `{self.name}`" if self.name else ""
         return SurgeryError(
-            f"{self.site.name} ({self.site.kind}, {self.site.width} channels): the result{at} differs from the simulated "
-            f"one {by}. The model does not compute there what the site says. Exclude the site: "
+            f"{self.site.name} ({self.site.kind}, {self.site.width} channels): the result{at} differs from the "
+            f"simulated one {by}. The model does not compute there what the site says. Exclude the site: "
             f'sites.select(lambda s: s.name != "{self.site.name}")'
         )
 
@@ -318,7 +319,7 @@ def _judge(site: Site | None, name: str, y: list[Tensor], z: list[Tensor], allow
         limit = allowed or ALLOWED.get(a.dtype, ALLOWED[torch.float32])
         error = _relative_error(a, b)
         if error > limit:
-            raise _Difference(site, name, error, limit, a.dtype)
+            raise _DifferenceError(site, name, error, limit, a.dtype)
 
 
 def _compare_shapes(expected: Sequence[torch.Size], found: Sequence[Tensor]) -> None:

@@ -7,7 +7,7 @@ surgery.py, which is proven against it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ M = TypeVar("M", bound=nn.Module)
 def simulate(model: M, plan: Plan) -> M:
     """A copy of the model with its original layers, in which every channel does what the plan says.
 
-    Consumers and linear paths that the plan has fitted are used; nothing is merged or sliced, so it is no cheaper than the
-    model. `apply` makes a smaller model that equals it.
+    Consumers and linear paths that the plan has fitted are used; nothing is merged or sliced, so it is no cheaper than
+    the model. `apply` makes a smaller model that equals it.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -97,8 +97,8 @@ def _source(entry: Entry, plan: Mapping[str, Any]) -> tuple[str, Tensor | None]:
             if step.form.kind == "narrower":
                 return producer.name, step.entry.kept
             raise PlanError(
-                f"{entry.site.name}: its linear path reads what `{step.entry.site.name}` becomes, a linear path itself. "
-                "Apply that entry first, and fit this site on the result"
+                f"{entry.site.name}: its linear path reads what `{step.entry.site.name}` becomes, a linear path "
+                "itself. Apply that entry first, and fit this site on the result"
             )
     return producer.name, None
 
@@ -151,7 +151,7 @@ class _Affine:
         self.shift = torch.where(entry.fates == Fate.KEEP, torch.zeros_like(entry.offsets), entry.offsets)
         self.channels_first = entry.site.channels_first
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         z = _input(args, kwargs)
         z = z * _vector(self.scale, z, self.channels_first) + _vector(self.shift, z, self.channels_first)
         return (z,), {}
@@ -165,7 +165,7 @@ class _Memory:
         self.channels_first = channels_first
         self.x: Tensor | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = _input(args, kwargs)
         self.x = x if self.selected is None else _select(x, self.selected, self.channels_first)
 
@@ -178,7 +178,7 @@ class _Fitted:
         # in a list: a hook is copied with its module, and this must not make the producer a child of anything
         self.producer = [producer]
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> Tensor:
         z, fit, i = _input(args, kwargs), self.fit, self.i
         y = _apply(module, fit.consumers[i], _select(z, self.kept, self.site.channels_first))
         if fit.ups:
@@ -206,7 +206,8 @@ def _apply_full(producer: nn.Module, consumer: nn.Module, weight: Tensor, x: Ten
     if not isinstance(consumer, nn.Conv2d) or not isinstance(producer, nn.Conv2d):
         return F.linear(x, weight)
     stride = [a * b for a, b in zip(producer.stride, consumer.stride, strict=True)]
-    padding = [int(p) + s * int(q) for p, s, q in zip(producer.padding, producer.stride, consumer.padding, strict=True)]
+    inner, outer = cast("tuple[int, int]", producer.padding), cast("tuple[int, int]", consumer.padding)
+    padding = [p + s * q for p, s, q in zip(inner, producer.stride, outer, strict=True)]
     dilation = []
     for k1, d1, k2, s, d2 in zip(
         producer.kernel_size, producer.dilation, consumer.kernel_size, producer.stride, consumer.dilation, strict=True

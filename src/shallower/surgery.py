@@ -36,9 +36,9 @@ def apply(model: M, plan: Plan, example_inputs: Inputs) -> M:
         small = sh.apply(model, sh.Plan.collapse(sites), example_inputs)
 
     The result is proven: with the plan simulated on the original layers it agrees on the example inputs, at each site's
-    consumers and at the model's output, up to a relative error (norm of the difference over the norm) of 1e-5 in float32
-    and 1e-10 in float64. Narrower weights are proven in float32 site by site before they are rounded again. Of a model
-    on the meta device only shapes are compared.
+    consumers and at the model's output, up to a relative error (norm of the difference over the norm) of 1e-5 in
+    float32 and 1e-10 in float64. Narrower weights are proven in float32 site by site before they are rounded again. Of
+    a model on the meta device only shapes are compared.
 
     Args:
         model: perhaps with a method attached; a detached copy is changed.
@@ -232,7 +232,7 @@ def _reduced(path: _Path, rank: int, producer: nn.Module, consumers: list[nn.Mod
     full = torch.cat([_composed(up, down, producer, c) for up, c in zip(ups, consumers, strict=True)])
     eye = torch.eye(len(full), dtype=torch.float64, device=full.device)
     eye = eye[:, :, None, None] if isinstance(consumers[0], nn.Conv2d) else eye
-    return full, list(eye.split([up.shape[0] for up in ups]))
+    return full, list(torch.split(eye, [up.shape[0] for up in ups]))
 
 
 def _set_activation(model: nn.Module, entry: Entry, form: Form) -> None:
@@ -395,8 +395,9 @@ def _check_border(site: Site, consumer: LinearMap, *constants: Tensor) -> None:
         # what rounding leaves of an offset that was chosen so that the norm maps it to zero
         if not constant.is_meta and bool((constant.abs() > 1e-12).any()):
             raise PlanError(
-                f"{site.name}: `{consumer.name}` pads with zeros, so that a constant in its input (a bias, an offset or a "
-                "BatchNorm shift) would be wrong along the border. Choose offsets that make it zero, or keep the channels"
+                f"{site.name}: `{consumer.name}` pads with zeros, so that a constant in its input (a bias, an offset "
+                "or a BatchNorm shift) would be wrong along the border. Choose offsets that make it zero, or keep the "
+                "channels"
             )
 
 
@@ -406,8 +407,8 @@ def _check_finite(model: nn.Module, todo: list[Step]) -> None:
             for parameter in model.get_submodule(m.name).parameters():
                 if not parameter.is_meta and not bool(parameter.isfinite().all()):
                     raise SurgeryError(
-                        f"{step.entry.site.name}: the layer `{m.name}` after surgery has numbers that {parameter.dtype} "
-                        "cannot hold. Convert the model to a wider type first, or exclude the site"
+                        f"{step.entry.site.name}: the layer `{m.name}` after surgery has numbers that "
+                        f"{parameter.dtype} cannot hold. Convert the model to a wider type first, or exclude the site"
                     )
 
 
