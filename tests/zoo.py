@@ -1119,7 +1119,7 @@ class GeGLU(nn.Module):
 
 
 class SplitSwiGLU(nn.Module):
-    """The gate first, divided by `split`."""
+    """The gate first, cut at a place that does not follow the map's width."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1299,7 +1299,7 @@ BY_HAND = (
         "packed_gates",
         lambda: nn.Sequential(Residual(GeGLU()), Residual(SplitSwiGLU())),
         *under("0.body", packed("proj", "out", "up-first", f="gelu")),
-        *under("1.body", packed("proj", "out", "gate-first")),
+        skips=(Skip("1.body", "split|cut"),),
     ),
     vectors("tanh_gelu", lambda: Residual(TanhGELU()), *under("body", mlp("up", "down"))),
     vectors(
