@@ -203,10 +203,24 @@ def build_skeleton(source: str, config: Mapping[str, Any] | None = None) -> nn.M
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    from accelerate import init_empty_weights
+    """Modules that are made meanwhile get their parameters on the meta device.
 
-    with init_empty_weights(include_buffers=False):
+    Buffers stay real, because many are computed when a module is made and stand in no state dict.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            vars(empty).update(vars(parameter))
+            module._parameters[name] = empty
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
         yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _value(text: str) -> Option:
