@@ -74,6 +74,15 @@ def test_perplexity_is_shown_for_the_score_of_a_language_model() -> None:
     assert CLASSIFICATION.show(0.9375) == "93.75 %"
 
 
+def test_a_quality_as_people_say_it_becomes_a_score() -> None:
+    assert CLASSIFICATION.score_of(0.9) == 0.9
+    assert LANGUAGE.show(LANGUAGE.score_of(20)) == "20"
+    with pytest.raises(DataError, match="between 0 and 1, not at 90"):
+        CLASSIFICATION.score_of(90)
+    with pytest.raises(DataError, match="at least 1"):
+        LANGUAGE.score_of(0.5)
+
+
 @pytest.mark.parametrize("task", [CLASSIFICATION, LANGUAGE])
 def test_no_rows_cannot_be_scored(task: Any) -> None:
     with pytest.raises(DataError, match="there are no"):

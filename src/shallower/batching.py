@@ -10,7 +10,7 @@ are decoded batch by batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from shallower.data import Labels
+from shallower.data import Labels, Rows
 from shallower.errors import DataError
-from shallower.tasks import IGNORED
+from shallower.inputs import Inputs, call, default_inputs_of, model_device, to_device
+from shallower.tasks import IGNORED, TaskName, logits_of
 
 Row = Mapping[str, Any]
 Reader = Callable[[Sequence[Row]], Any]
@@ -224,6 +225,105 @@ def loader(rows: Any, reader: Reader, batch_size: int, seed: int | None = None) 
     shuffle = seed is not None
     generator = torch.Generator().manual_seed(seed) if seed is not None else None
     return DataLoader(rows, batch_size=batch_size, shuffle=shuffle, generator=generator, collate_fn=reader)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What a model is trained on, chosen by and reported on.
+
+    Attributes:
+        train: shuffled anew in each pass.
+        validation: to choose on.
+        test: to report on; `validation` where the data has no test part.
+        example: the model's inputs of the first batch of `validation`.
+    """
+
+    train: DataLoader[Any]
+    validation: DataLoader[Any]
+    test: DataLoader[Any]
+    example: Inputs
+
+
+def make_batches(
+    rows: Rows,
+    task: TaskName,
+    model: nn.Module,
+    processor: Any | None = None,
+    *,
+    batch_size: int = 32,
+    length: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> Batches:
+    """The batches of `rows` that `model` takes.
+
+    Args:
+        rows: as `read_rows` gives them.
+        task: what the rows are for.
+        model: a Transformers model gets mappings, any other model pairs (inputs, labels).
+        processor: its tokenizer or image processor.
+        batch_size: rows in a batch.
+        length: tokens in a row at most; by default what the model has positions for, at most 256, and 512 for the
+            blocks of a language model.
+        image_size: height and width of pictures; by default what the model is known to want.
+        seed: of the order of the training rows.
+
+    Raises:
+        DataError: the classes do not fit the model, or text has no tokenizer.
+    """
+    parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
+    mapping = hasattr(model, "main_input_name")
+    reader: Reader
+    if task == "image-classification":
+        assert rows.labels is not None
+        form = ImageFormat.of(model, image_size)
+        reader = ImageReader(rows.columns.image, rows.columns.label, rows.labels, form, processor, mapping)
+    elif task == "text-classification":
+        assert rows.labels is not None
+        limit = length or _positions(model, processor, 256)
+        reader = TextReader(_tokenizer(processor), rows.columns.text, rows.columns.label, rows.labels, limit)
+    else:
+        limit = length or _positions(model, processor, 512)
+        pad = getattr(processor, "pad_token_id", None)
+        reader = TokenReader("input_ids", limit, 0 if pad is None else pad, mapping)
+        if rows.columns.tokens:
+            reader = replace(reader, column=rows.columns.tokens)
+        else:
+            tokenizer = _tokenizer(processor)
+            parts = {k: part and packed(part, rows.columns.text[0], tokenizer, limit) for k, part in parts.items()}
+    example = default_inputs_of(
+        reader([parts["validation"][i] for i in range(min(batch_size, len(parts["validation"])))])
+    )
+    if isinstance(reader, TextReader | ImageReader):
+        reader = replace(reader, labels=reader.labels.fitted(_outputs(model, example), _class_names(model)))
+    validation = loader(parts["validation"], reader, batch_size)
+    test = validation if parts["test"] is None else loader(parts["test"], reader, batch_size)
+    return Batches(loader(parts["train"], reader, batch_size, seed), validation, test, example)
+
+
+def _tokenizer(processor: Any | None) -> Any:
+    if processor is None or not hasattr(processor, "eos_token_id"):
+        raise DataError("text needs the model's tokenizer: save it beside the model, or give rows of input_ids")
+    return processor
+
+
+def _positions(model: nn.Module, tokenizer: Any | None, most: int) -> int:
+    """Tokens a row may have: the model's positions and the tokenizer's limit, at most `most`."""
+    config = getattr(model, "config", None)
+    limits = [most, getattr(tokenizer, "model_max_length", None)]
+    if config is not None and hasattr(config, "get_text_config"):
+        limits.append(getattr(config.get_text_config(), "max_position_embeddings", None))
+    return min(limit for limit in limits if isinstance(limit, int) and limit > 0)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, example: Inputs) -> int:
+    return logits_of(call(model, to_device(example, model_device(model)))).shape[-1]
+
+
+def _class_names(model: nn.Module) -> tuple[str, ...]:
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    return tuple(str(names[number]) for number in sorted(names)) if names else ()
 
 
 def _fixed_size(model: nn.Module) -> tuple[int, ...]:

@@ -40,6 +40,9 @@ class Task(Protocol):
     def show(self, score: float) -> str:
         """The score for people."""
 
+    def score_of(self, quality: float) -> float:
+        """The score of a quality as people say it: an accuracy of 0.9, a perplexity of 20."""
+
 
 class Classification:
     """One class for each input: cross-entropy, judged by accuracy."""
@@ -65,8 +68,18 @@ class Classification:
         return right / rows
 
     def show(self, score: float) -> str:
-        """93.4 %."""
+        """93.40 %."""
         return f"{score * 100:.2f} %"
+
+    def score_of(self, quality: float) -> float:
+        """The accuracy itself, 0 to 1.
+
+        Raises:
+            DataError: it is not within 0 and 1.
+        """
+        if not 0 <= quality <= 1:
+            raise DataError(f"an accuracy lies between 0 and 1, not at {quality:g}")
+        return quality
 
 
 class LanguageModelling:
@@ -95,6 +108,16 @@ class LanguageModelling:
     def show(self, score: float) -> str:
         """exp(-score), the perplexity."""
         return f"{math.exp(min(-score, 700.0)):.4g}"
+
+    def score_of(self, quality: float) -> float:
+        """Minus the logarithm of a perplexity.
+
+        Raises:
+            DataError: it is below 1.
+        """
+        if quality < 1:
+            raise DataError(f"a perplexity is at least 1, not {quality:g}")
+        return -math.log(quality)
 
     def _token_losses(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         logits, labels = _answer(model, batch)
