@@ -65,10 +65,10 @@ class PartialActivation(nn.Module):
             shape = list(x.shape)
             shape[dim] = self.linear
             return torch.cat([self.f(x), x.new_ones(shape)], dim)
-        kept, rest = torch.split(x, [self.kept, self.linear], dim)
+        # narrow, not split: an in-place f must be able to write into this view
+        kept, rest = x.narrow(dim, 0, self.kept), x.narrow(dim, self.kept, self.linear)
         rest = torch.ones_like(rest) if self.gate == "packed" else rest
-        # contiguous: an in-place f must not write into x, which the rest still shows
-        return rest if self.kept == 0 else torch.cat([self.f(kept.contiguous()), rest], dim)
+        return rest if self.kept == 0 else torch.cat([self.f(kept), rest], dim)
 
     def extra_repr(self) -> str:
         gate = f", gate={self.gate!r}" if self.gate else ""
@@ -286,7 +286,7 @@ def _aligned(slope: Tensor, x: Tensor, channels_first: bool) -> Tensor:
 def _mix(x: Tensor, y: Tensor, slope: Tensor, target: Target) -> Tensor:
     if target == "one":
         return slope + (1 - slope) * y
-    return y + slope * (x - y)
+    return torch.lerp(y.to(x.dtype), x, slope)
 
 
 class _Slope(torch.autograd.Function):

@@ -17,6 +17,7 @@ from typing import TypeVar
 from torch import nn
 
 from shallower.errors import MethodError, SiteError
+from shallower.rewriting import externalise, internalise
 from shallower.sites import Place
 
 M = TypeVar("M", bound=nn.Module)
@@ -89,8 +90,7 @@ def detach(model: nn.Module, places: Iterable[Place] | None = None) -> None:
         for place in list(record) if places is None else [p for p in places if p in record]:
             entry = record.pop(place)
             owner.set_submodule(entry.name, entry.original.train(owner.get_submodule(entry.name).training))
-            if place.calls:
-                _internalise(owner, place)
+            internalise(owner, place)
         if not record:
             vars(owner).pop(_RECORD, None)
 
@@ -114,7 +114,7 @@ def exposed(model: nn.Module, places: Sequence[Place]) -> Iterator[Mapping[Place
         yield {place: _get(model, standing_at(model, place), place) for place in places}
     finally:
         for place in temporary:
-            _internalise(model, place)
+            internalise(model, place)
 
 
 def standing_at(model: nn.Module, place: Place) -> str:
@@ -122,19 +122,7 @@ def standing_at(model: nn.Module, place: Place) -> str:
     record = _record(model)
     if place in record:
         return record[place].name
-    return _externalise(model, place) if place.calls else place.module
-
-
-def _externalise(model: nn.Module, place: Place) -> str:
-    from shallower.rewriting import externalise
-
     return externalise(model, place)
-
-
-def _internalise(model: nn.Module, place: Place) -> None:
-    from shallower.rewriting import internalise
-
-    internalise(model, place)
 
 
 def _record(model: nn.Module) -> dict[Place, _Attached]:

@@ -246,7 +246,8 @@ class LayerCollapse(Method):
             batches: for "calibration"; see `shallower.statistics.collect`, also for `inputs_of` and `mask_of`.
 
         Raises:
-            MethodError: the tolerance is not positive, or batches are needed and missing.
+            MethodError: the tolerance is not positive, batches are needed and missing, or an activation place has
+                neither arrived nor stayed as it was.
         """
         if tolerance <= 0:
             raise MethodError(f"tolerance={tolerance}: a slope is never less than 0 away from 1")
@@ -269,13 +270,20 @@ class LayerCollapse(Method):
         linear = linear.cpu()
         if self.family == "blend" and bool((alphas == 0).all()):
             return None
-        width = max(1, site.width)
-        fates = torch.where(linear, int(Fate.LINEAR), int(Fate.KEEP)).to(torch.int8).expand(width).clone()
-        slopes, offsets = torch.ones(width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+        if site.kind == "activation":
+            if not bool(linear.all()):
+                raise MethodError(
+                    f"{site.name}: an activation place is either linear or as it was, and its slope is "
+                    f"{float(alphas):.3f}: train it further, or leave the site out when you construct the method"
+                )
+            return Entry.collapse(site)
+        fates = torch.where(linear, int(Fate.LINEAR), int(Fate.KEEP)).to(torch.int8).expand(site.width).clone()
+        slopes = torch.ones(site.width, dtype=torch.float64)
+        offsets = torch.zeros_like(slopes)
         if bool(linear.any()):
             if moments is not None:
                 slopes, offsets = (t.cpu() for t in moments.best_affine())
-            elif affine != "unit" and site.norm_before:
+            elif affine != "unit" and site.norm_before and not site.gated:
                 slopes, offsets = (t.cpu() for t in _gaussian(module, self.model.get_submodule(site.norm_before)))
         kept = None if bool(linear.all()) else alphas
         return Entry(site, fates, slopes, offsets, alphas=kept, family="blend" if site.gated else self.family)
