@@ -209,12 +209,12 @@ def _parameters_on_meta() -> Iterator[None]:
     """
     register = nn.Module.register_parameter
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and not parameter.is_meta:
-            empty = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-            vars(empty).update(vars(parameter))
-            module._parameters[name] = empty
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and not param.is_meta:
+            empty = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            vars(empty).update(vars(param))
+            self._parameters[name] = empty
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
     try:
