@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from shallower.inputs import call, to_device
 from shallower.matching import find_sites
 from shallower.sites import Site, Sites
 from tests.zoo import ZOO, Expected, Specimen
@@ -134,6 +135,19 @@ def test_the_sites_are_printed_as_a_table(found: Found) -> None:
     for name, reason in found.sites.skipped.items():
         assert name in table
         assert reason in table
+
+
+def test_the_same_sites_are_found_without_data(found: Found) -> None:
+    model, inputs = found.specimen.build()
+    model, inputs = model.to("meta"), to_device(inputs, "meta")
+    try:
+        call(model, inputs)
+    except RuntimeError as error:
+        pytest.skip(f"the model itself reads its inputs' values: {error}")
+    sites = find_sites(model, inputs)
+    assert sites.items == found.sites.items
+    assert set(sites.skipped) == set(found.sites.skipped)
+    assert sites.macs == found.sites.macs
 
 
 def test_activation_places_of_resnet18_are_listed_on_request() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -135,11 +136,34 @@ def test_all_sites_collapse_exactly_together(patient: Patient) -> None:
     check(patient, Plan.collapse(jointly_linear(patient.sites)))
 
 
+def test_the_collapse_proves_itself_in_single_precision(patient: Patient) -> None:
+    model, inputs = next(specimen for specimen in ZOO if specimen.name == patient.name).build()
+    plan = Plan.collapse(jointly_linear(patient.sites))
+    apply(model, plan, inputs)
+
+
+def test_narrower_sites_are_found_again_with_the_channels_they_kept(patient: Patient) -> None:
+    generator = patient.generator("again")
+    entries = [random_entry(patient.model, s, generator, (Fate.KEEP, Fate.DROP)) for s in patient.sites]
+    entries = [dataclasses.replace(entry, alphas=None) for entry in entries]
+    small = apply(patient.model, Plan(tuple(entries)), patient.inputs)
+    again = find_sites(small, patient.inputs)
+    assert {s.name: s.width for s in again} == {e.site.name: len(e.kept) for e in entries}
+    assert again.macs == patient.sites.macs - Plan(tuple(entries)).macs_saved
+
+
 def test_narrower_sites_are_exact(patient: Patient) -> None:
     generator = patient.generator("narrower")
     check(
         patient, Plan(tuple(random_entry(patient.model, s, generator, (Fate.KEEP, Fate.DROP)) for s in patient.sites))
     )
+
+
+def test_what_is_simulated_is_not_the_model_itself(patient: Patient) -> None:
+    generator = patient.generator("narrower")
+    plan = Plan(tuple(random_entry(patient.model, s, generator, (Fate.KEEP, Fate.DROP)) for s in patient.sites))
+    simulated = outputs(simulate(patient.model, plan), patient.inputs)
+    assert any((a - b).abs().max() > 1e-3 * b.abs().max() for a, b in zip(simulated, patient.outputs, strict=True))
 
 
 def test_any_mix_of_fates_is_exact(patient: Patient) -> None:
