@@ -57,7 +57,7 @@ def _new_width(model: nn.Module, todo: Sequence[Step], names: list[str], part: s
         inside = any(name == "" or module == name or module.startswith(f"{name}.") for name in names)
         return inside and (not part or part in module.split("."))
 
-    found = set()
+    widths, changed = set(), set()
     for step in todo:
         site, form = step.entry.site, step.form
         if site.width != old or site.producer is None or not owned(site.producer.name):
@@ -65,13 +65,13 @@ def _new_width(model: nn.Module, todo: Sequence[Step], names: list[str], part: s
         biases = [m.bias for m in site.consumers] == [m.bias for m in form.consumers]
         if form.kind != "narrower" or form.slopes or not biases:
             return None
-        found.add(form.kept)
-    if len(found) != 1:
+        widths.add(form.kept)
+        changed |= {m.name for m in site.maps}
+    if len(widths) != 1:
         return None
-    factors = (1, 2)  # a packed gate's producer is twice as wide
     for name, module in model.named_modules():
-        if kind_of(module) and owned(name):
+        if kind_of(module) and owned(name) and name not in changed:
             d_out, d_in = weight_of(module).shape[:2]
-            if d_in == old or d_out in [factor * old for factor in factors]:
+            if d_in == old or d_out in (old, 2 * old):  # twice: the producer of a packed gate
                 return None
-    return found.pop()
+    return widths.pop()
