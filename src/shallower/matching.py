@@ -169,6 +169,8 @@ class Matcher:
             if not kind:
                 continue
             calls = list(frame.calls())
+            if kind == "norm" and any(call.name in ACTIVATIONS for call in calls):
+                continue
             made = {value for call in calls for value in call.outputs}
             own = set(frame.module.modules())
             read = [
@@ -264,7 +266,7 @@ class Matcher:
             if module.padding == "same" and any((k - 1) * d % 2 for k, d in zip(module.kernel_size, module.dilation)):
                 return f"{name} pads one side more than the other"
         elif isinstance(module, nn.Linear):
-            if type(module).forward is not nn.Linear.forward:
+            if type(module).forward is not nn.Linear.forward and not self.computes_linear(frame):
                 return f"{name} is a {kind} with a forward of its own, not a plain nn.Linear"
         elif not is_transposed(module):
             return f"{name} is a {kind}, not an nn.Linear"
@@ -286,6 +288,22 @@ class Matcher:
             if outside:
                 return f"the {attribute} of {name} is also read by {self.title(outside[0])}"
         return ""
+
+    def computes_linear(self, frame: Frame) -> bool:
+        """Whether what ran in a frame is x W^T + b with the module's own weight and bias."""
+        own = [self.trace.weights.get(id(p)) for p in (frame.module.weight, getattr(frame.module, "bias", None))]
+        weight, bias = own
+        calls = [call for call in frame.calls() if call.outputs and call.name not in UNCHANGED]
+        if len(calls) == 1 and calls[0].name == "linear":
+            return calls[0].inputs[1:] == [value for value in own if value is not None]
+        if calls and calls[0].name in ("get.T", "t", "transpose") and calls[0].inputs == [weight]:
+            turned, product, *shift = (*calls, *[None] * (2 - len(calls)))
+            if product is None or product.name != "matmul" or product.inputs[1:] != turned.outputs:
+                return False
+            if not shift:
+                return bias is None
+            return len(shift) == 1 and shift[0].name == "add" and shift[0].inputs == [*product.outputs, bias]
+        return False
 
     def norm_problem(self, frame: Frame) -> str:
         """Why a norm cannot be folded."""
@@ -843,17 +861,12 @@ class Matcher:
         return "head" if head else "feed-forward"
 
     def heads(self, groups: Sequence[Sequence[Found]]) -> set[int]:
-        """Which groups are heads: behind other maps, in no residual, and nothing but heads behind them."""
+        """Which groups are heads: in no residual, and no maps but heads behind them."""
         followed: set[Value] = set()
         for call in reversed(self.trace.calls):
             if self.is_map(self.step(call)) or any(value in followed for value in call.outputs):
                 followed.update(call.inputs)
-        preceded: set[Value] = set()
-        for call in self.trace.calls:
-            if self.is_map(self.step(call)) or any(value in preceded for value in call.inputs):
-                preceded.update(call.outputs)
         by_producer = {group[0].producer: i for i, group in enumerate(groups)}
-        behind: dict[int, list[int]] = {}
         last: set[int] = set()
         for i in reversed(range(len(groups))):
             results = [unit.result for found in groups[i] for unit in found.consumers if isinstance(unit, Unit)]
@@ -862,17 +875,7 @@ class Matcher:
             next_sites = [by_producer.get(consumer) for consumer in groups[i][0].consumers]
             if not any(value in followed for value in results) or (next_sites and all(n in last for n in next_sites)):
                 last.add(i)
-                for n in next_sites:
-                    if n is not None:
-                        behind.setdefault(n, []).append(i)
-        heads: set[int] = set()
-        for i in range(len(groups)):
-            producer = groups[i][0].producer
-            if i in last and isinstance(producer, Unit):
-                before = behind.get(i, [])
-                if all(n in heads for n in before) if before else producer.source in preceded:
-                    heads.add(i)
-        return heads
+        return last
 
     def joins_residual(self, value: Value) -> bool:
         """Whether a value is soon added to another tensor that depends on the inputs."""

@@ -12,6 +12,7 @@ import dis
 import functools
 import inspect
 import types
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -233,20 +234,20 @@ class _Forwards:
 
     Attributes:
         graphs: in train and in eval mode.
-        fixed: parameters of the forward that have their default value in the graphs: position and default by name.
+        held: parameters of the forward that have their default value in the graphs.
     """
 
     graphs: tuple[fx.Graph, fx.Graph]
-    fixed: Mapping[str, tuple[int, Any]]
+    held: tuple[_Held, ...]
 
     def problem_of(self, frame: Frame) -> str:
         """Why these graphs are not what ran in `frame`, "" if they are."""
         names = [name for name, _ in _steps(self.graphs[1])]
         if names != steps_of(frame):
             return f"torch.fx does not see what runs in the forward of {type(frame.module).__name__}"
-        for name, (position, default) in self.fixed.items():
-            if not _is_default(name, position, default, frame.args, frame.kwargs):
-                return f"the forward of {type(frame.module).__name__} branches on its argument {name}"
+        for held in self.held:
+            if not held.holds(frame.args, frame.kwargs):
+                return f"the forward of {type(frame.module).__name__} branches on its argument {held.name}"
         return ""
 
 
@@ -263,65 +264,106 @@ def steps_of(frame: Frame) -> list[str]:
     return names
 
 
-def _is_default(name: str, position: int, default: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    given = args[position] if position < len(args) else kwargs.get(name, default)
-    return given is default or (isinstance(given, (bool, int, float, str)) and bool(given == default))
+@dataclass(frozen=True)
+class _Held:
+    """A parameter of a forward that the graphs hold at its default: nothing, for *args and **kwargs."""
+
+    name: str
+    position: int
+    kind: Any
+    default: Any
+    known: frozenset[str]
+
+    def holds(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call with these arguments leaves it at its default."""
+        if self.kind is inspect.Parameter.VAR_POSITIONAL:
+            return len(args) <= self.position
+        if self.kind is inspect.Parameter.VAR_KEYWORD:
+            return self.known.issuperset(kwargs)
+        given = args[self.position] if self.position < len(args) else kwargs.get(self.name, self.default)
+        return given is self.default or (isinstance(given, (bool, int, float, str)) and bool(given == self.default))
 
 
 class _Tracer(fx.Tracer):
-    """Traces one module's own forward; optional arguments may be held at their defaults."""
+    """Traces one module's own forward, all optional arguments held at their defaults but the `free` ones."""
 
-    def __init__(self, hold: bool) -> None:
+    def __init__(self, free: frozenset[str]) -> None:
         super().__init__()
-        self.hold = hold
-        self.fixed: dict[str, tuple[int, Any]] = {}
+        self.free = free
+        self.held: list[_Held] = []
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+    def is_leaf_module(self, *_: Any) -> bool:
         return True
 
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        # A module made in the forward has no name by which it could be called: it is looked into.
+        if self.submodule_paths is not None and m not in self.submodule_paths:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
     def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+        self, root_fn: Callable[..., Any], *_: Any, **__: Any
     ) -> tuple[Callable[..., Any], list[Any]]:
         arguments: list[Any] = [self.root]
+        keywords: dict[str, Any] = {}
+        loaded = [i.argval for i in dis.get_instructions(inspect.unwrap(root_fn)) if i.opname.startswith("LOAD_")]
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        known = frozenset(parameter.name for parameter in parameters)
         for position, parameter in enumerate(parameters):
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.KEYWORD_ONLY):
-                raise fx.proxy.TraceError("it takes *args, **kwargs or keyword-only arguments")
+            held = _Held(parameter.name, position, parameter.kind, parameter.default, known)
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                if parameter.name in loaded:
+                    self.held.append(held)
+                continue
             optional = parameter.default is not parameter.empty
-            defaults = (parameter.default,) if optional else ()
-            proxy = self.create_proxy("placeholder", parameter.name, defaults, {})
-            if optional and self.hold:
-                self.fixed[parameter.name] = (position, parameter.default)
-            arguments.append(parameter.default if optional and self.hold else proxy)
-        return root_fn, arguments
+            argument: Any = self.create_proxy(
+                "placeholder", parameter.name, (parameter.default,) if optional else (), {}
+            )
+            if optional and parameter.name not in self.free:
+                self.held.append(held)
+                argument = parameter.default
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                keywords[parameter.name] = argument
+            else:
+                arguments.append(argument)
+        return functools.partial(root_fn, **keywords), arguments
+
+    def create_arg(self, a: Any) -> Any:
+        # Transformers' outputs are dicts of their own kind, and stay it.
+        if isinstance(a, dict) and type(a) is not dict:
+            return self.create_proxy("call_function", type(a), (), dict(a)).node
+        return super().create_arg(a)
 
 
 def _forwards(owner: nn.Module) -> _Forwards | str:
     """The original forward of `owner` as graphs, or why there are none."""
     graphs = []
-    fixed: dict[str, tuple[int, Any]] = {}
+    held: dict[str, _Held] = {}
     for training in (True, False):
-        held = _graph(owner, training, hold=True)
-        free = _graph(owner, training, hold=False)
-        if isinstance(held, str):
-            return held
-        if not isinstance(free, str) and _shape(free[0]) == _shape(held[0]):
-            graphs.append(free[0])
-            continue
-        graphs.append(held[0])
-        fixed |= held[1]
-    return _Forwards((graphs[0], graphs[1]), fixed)
+        traced = _graph(owner, training, frozenset())
+        if isinstance(traced, str):
+            return traced
+        # An optional argument on which nothing in the forward branches stays an argument.
+        free: frozenset[str] = frozenset()
+        for optional in [h for h in traced[1] if h.default is not inspect.Parameter.empty]:
+            other = _graph(owner, training, free | {optional.name})
+            if not isinstance(other, str) and _shape(other[0]) == _shape(traced[0]):
+                free, traced = free | {optional.name}, other
+        graphs.append(traced[0])
+        held |= {h.name: h for h in traced[1]}
+    return _Forwards((graphs[0], graphs[1]), tuple(held.values()))
 
 
-def _graph(owner: nn.Module, training: bool, hold: bool) -> tuple[fx.Graph, dict[str, tuple[int, Any]]] | str:
+def _graph(owner: nn.Module, training: bool, free: frozenset[str]) -> tuple[fx.Graph, list[_Held]] | str:
     # Tracing may set attributes of the traced module, and the mode is to be chosen: done on a shallow copy.
     root = copy.copy(owner)
     vars(root)["training"] = training
     before = dict(vars(root))
-    tracer = _Tracer(hold)
+    tracer = _Tracer(free)
     kind = type(owner).__name__
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             graph = tracer.trace(root)
     except Exception as error:
         message = str(error).strip().split("\n")[0]
@@ -329,7 +371,7 @@ def _graph(owner: nn.Module, training: bool, hold: bool) -> tuple[fx.Graph, dict
     changed = [key for key, value in vars(root).items() if before.get(key, _RECORD) is not value]
     if changed:
         return f"the forward of {kind} sets attributes or makes tensors of its own ({changed[0]})"
-    return graph, tracer.fixed
+    return graph, tracer.held
 
 
 def _shape(graph: fx.Graph) -> list[tuple[str, Any]]:
@@ -484,28 +526,36 @@ def _rebind(owner: nn.Module) -> None:
                 graph.erase_node(old)
         functions.append((graph.python_code("self").src, type(fx.GraphModule(owner, graph)).forward))
     (train_code, train), (eval_code, evaluation) = functions
-    if train_code == eval_code and not forwards.fixed:
-        forward = evaluation
-    else:
-        forward = _by_mode(type(owner).forward, train, evaluation, forwards.fixed)
+    forward = evaluation
+    if train_code != eval_code or forwards.held or _takes_more(type(owner).forward):
+        forward = _by_mode(type(owner).forward, train, evaluation, forwards.held)
     vars(owner)["forward"] = types.MethodType(forward, owner)
 
 
+def _takes_more(function: Callable[..., Any]) -> bool:
+    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+    return bool(kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD})
+
+
 def _by_mode(
-    original: Callable[..., Any],
-    train: Callable[..., Any],
-    evaluation: Callable[..., Any],
-    fixed: Mapping[str, tuple[int, Any]],
+    original: Callable[..., Any], train: Callable[..., Any], evaluation: Callable[..., Any], held: Sequence[_Held]
 ) -> Callable[..., Any]:
     """A forward with the signature of the original one that is `train` or `evaluation`, by the module's mode."""
+    named = [p for p in inspect.signature(original).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    positional = len([p for p in named if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.POSITIONAL_ONLY]) - 1
+    known = {parameter.name for parameter in named}
+    more = _takes_more(original)
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for name, (position, default) in fixed.items():
-            if not _is_default(name, position, default, args, kwargs):
+        for one in held:
+            if not one.holds(args, kwargs):
                 raise SiteError(
-                    f"{type(self).__name__}: its rewritten forward holds for the default of {name!r} only ({default!r})"
+                    f"{type(self).__name__}: its rewritten forward holds for the default of {one.name} only"
                 )
+        if more:
+            args = args[:positional]
+            kwargs = {name: value for name, value in kwargs.items() if name in known}
         return train(self, *args, **kwargs) if self.training else evaluation(self, *args, **kwargs)
 
     return forward

@@ -14,14 +14,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_map
 
 from shallower.errors import SiteError
 from shallower.inputs import Inputs, call, model_device, tensors, to_device
+from shallower.measure import mac_counter
 
 Origin = Literal["input", "parameter", "buffer", "unknown", "computed"]
 
@@ -98,7 +99,7 @@ class Frame:
 
     Attributes:
         module: what was called.
-        name: its dotted name, the first where it has several; None for a module that is not part of the model.
+        name: its dotted name, the first where it has several; None for the caller of the model.
         parent: the frame that called it; None for the model itself.
         ordinal: how many times the parent frame had called this module before.
         steps: the calls and module invocations of its own forward, in order.
@@ -329,7 +330,7 @@ class _Unseen(TorchDispatchMode):
     """Reports operators that run outside of any recorded function: scripted code, extensions written in C++."""
 
     def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
 
     def __torch_dispatch__(
@@ -339,6 +340,16 @@ class _Unseen(TorchDispatchMode):
         if self.recorder.depth == 0:
             self.recorder.record(func, args, kwargs or {}, result)
         return result
+
+
+class _WholeModel:
+    """Stands for the counter's own tracking of modules, which fails where weights are handed from module to module."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
@@ -354,6 +365,10 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
         raise SiteError(f"sites are found in a torch.nn.Module, not in a {type(model).__name__}")
     if next(model.parameters(), None) is None:
         raise SiteError(f"{type(model).__name__} has no parameters, so there is nothing in it to squeeze")
+    if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
+        raise SiteError(
+            f"{type(model).__name__} has parameters without a shape yet (lazy modules); run it once on real inputs first"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise SiteError("a scripted model cannot be looked into; pass the torch.nn.Module it was made from")
     with contextlib.ExitStack() as stack:
@@ -378,7 +393,10 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
             recorder.known.pop(id(tensor), None)
             recorder.adopt(tensor, "input", fed=True)
 
+        # Modules made on the fly, not part of the model, are seen through: their calls are the caller's.
         def enter(module: nn.Module, _: Any) -> None:
+            if module not in names:
+                return
             parent = recorder.frame
             frame = Frame(module, names.get(module), parent, ordinal=parent.counts[module])
             parent.counts[module] += 1
@@ -386,7 +404,11 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
             trace.frames.append(frame)
             recorder.frame = frame
 
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def leave(module: nn.Module, args: Any, *rest: Any) -> None:
+            if module not in names:
+                return
+            # After an error in the forward the hook is called without the keyword arguments.
+            kwargs, output = rest if len(rest) == 2 else ({}, rest[0])
             frame = recorder.frame
             while frame.module is not module and frame.parent is not None:
                 frame = frame.parent
@@ -397,7 +419,8 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
 
         stack.callback(register_module_forward_pre_hook(enter).remove)
         stack.callback(register_module_forward_hook(leave, with_kwargs=True, always_call=True).remove)
-        counter = FlopCounterMode(display=False)
+        counter = mac_counter()
+        vars(counter)["mod_tracker"] = _WholeModel()
         try:
             with torch.compiler.set_stance("force_eager"), counter, _Unseen(recorder), recorder:
                 output = call(model, inputs)
@@ -440,8 +463,11 @@ def _storage(tensor: Tensor) -> int:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; modes and random state are restored."""
-    modes = {module: module.training for module in model.modules()}
+    """Eval mode and no gradients; modes, attributes and hooks of all modules and the random state are restored."""
+    before = {module: dict(vars(module)) for module in model.modules()}
+    hooks = [
+        (table, dict(table)) for state in before.values() for key, table in state.items() if key.endswith("_hooks")
+    ]
     device = model_device(model)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
@@ -449,54 +475,76 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
         finally:
-            for module, mode in modes.items():
-                module.training = mode
+            for module, state in before.items():
+                vars(module).clear()
+                vars(module).update(state)
+            for table, entries in hooks:
+                if isinstance(table, dict) and dict(table) != entries:
+                    table.clear()
+                    table.update(entries)
 
 
 @contextlib.contextmanager
 def _placed(model: nn.Module, example_inputs: Inputs) -> Iterator[Inputs]:
-    """The inputs where the model can take them; a model on the meta device is given fake weights meanwhile."""
+    """The inputs where the model can take them.
+
+    Where weights have no data (meta device, fake tensors), whatever is computed from the inputs alone still runs on
+    real values, so that code which looks at them (masks, lengths, padding) takes its usual way.
+    """
     weights = [*model.parameters(), *model.buffers()]
-    fake = next((weight for weight in weights if isinstance(weight, FakeTensor)), None)
-    if fake is not None:
-        mode = fake.fake_mode
-        allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
-        try:
-            with mode:
-                yield to_device(example_inputs, fake.device)
-        finally:
-            mode.allow_non_fake_inputs = allowed
-        return
-    if not any(weight.is_meta for weight in weights):
+    if not any(weight.is_meta or isinstance(weight, FakeTensor) for weight in weights):
         yield to_device(example_inputs, model_device(model))
         return
-    if any(tensor.is_meta for tensor in tensors(example_inputs)):
-        yield to_device(example_inputs, "meta")
-        return
-    # Weights without data and inputs with data: fake weights on the inputs' device let code that looks at the inputs'
-    # values (masks, lengths) run as it would.
-    device = next((tensor.device for tensor in tensors(example_inputs)), torch.device("cpu"))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    swapped: list[tuple[dict[str, Any], str, Any]] = []
-    fakes: dict[int, Tensor] = {}
-    try:
-        for module in model.modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in fakes:
-                        with mode:
-                            blank = torch.empty_strided(
-                                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-                            )
-                        is_parameter = isinstance(tensor, nn.Parameter)
-                        fakes[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if is_parameter else blank
-                    swapped.append((table, name, tensor))
-        for table, name, tensor in swapped:
-            table[name] = fakes[id(tensor)]
-        with mode:
-            yield example_inputs
-    finally:
-        for table, name, tensor in swapped:
-            table[name] = tensor
+    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
+    blanks: dict[int, Tensor] = {}
+    with unset_fake_temporarily():
+        inputs = _filled(example_inputs)
+        try:
+            for module in model.modules():
+                tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                for table in tables:
+                    for name, tensor in table.items():
+                        if isinstance(tensor, FakeTensor):
+                            if id(tensor) not in blanks:
+                                blanks[id(tensor)] = _blank(tensor)
+                            swapped.append((table, name, tensor))
+            for table, name, tensor in swapped:
+                table[name] = blanks[id(tensor)]
+            with _DataIsOptional():  # type: ignore[no-untyped-call]
+                yield inputs
+        finally:
+            for table, name, tensor in swapped:
+                table[name] = tensor
+
+
+def _blank(tensor: Tensor) -> Tensor:
+    """A tensor on the meta device, or a parameter there, like a fake one."""
+    blank = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
+
+
+def _filled(value: Any) -> Any:
+    """Inputs with every tensor that has no data replaced by one full of ones."""
+    if isinstance(value, Tensor):
+        missing = value.is_meta or isinstance(value, FakeTensor)
+        return torch.ones(value.shape, dtype=value.dtype) if missing else value
+    if isinstance(value, Mapping):
+        return {key: _filled(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_filled(item) for item in value)
+    return value
+
+
+class _DataIsOptional(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets tensors with and without data meet: what reads one without has none, and everything else has."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        missing = any(tensor.is_meta for tensor in _flat((args, named)))
+        if missing:
+            args, named = tree_map(lambda item: item.to("meta") if isinstance(item, Tensor) else item, (args, named))
+        if named.get("device") is not None:
+            named["device"] = torch.device("meta" if missing else "cpu")
+        return func(*args, **named)
