@@ -209,7 +209,8 @@ def test_deep_copy_is_independent() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "width"), [*product(("gelu", "relu", ""), (None, 8))])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # from inductor
+@pytest.mark.parametrize(("name", "width"), [("gelu", None), ("", 8)])
 def test_compiled_as_one_graph_it_gives_the_same_values_and_gradients(name: str, width: int | None) -> None:
     module = slope_activation(ANY[name], width=width)
     x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
