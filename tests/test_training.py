@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import subprocess
@@ -250,6 +251,21 @@ def test_mixed_precision_leaves_no_trace_on_the_model() -> None:
     assert set(vars(model)) == before
     assert model(torch.randn(4, 8)).dtype == torch.float32
     assert model.training
+
+
+def test_score_may_copy_a_model_that_trains_in_mixed_precision() -> None:
+    x = problem().tensors[0]
+
+    def zeroed(model: nn.Module) -> float:
+        duplicate = copy.deepcopy(model)
+        for parameter in duplicate.parameters():
+            nn.init.zeros_(parameter)
+        out = duplicate(x)
+        assert out.dtype == torch.float32
+        return float(out.detach().abs().max())
+
+    history = train(Halves(), loader(), cross_entropy, Recipe(epochs=2, lr=1e-2, precision="bf16"), score=zeroed)
+    assert history.scores == [0.0, 0.0]
 
 
 def test_an_accelerator_of_the_caller_keeps_its_precision() -> None:

@@ -162,7 +162,7 @@ def train(
         recipe: how to train.
         method: attached to `model` already; the optimizer is made from its `param_groups`. Without one, weights of
             two dimensions or more decay and the rest does not.
-        score: called with the model in eval mode after each epoch, higher is better.
+        score: called with the model in eval mode after each epoch, in the model's own precision; higher is better.
         floor: lowest acceptable score. Below it the training stops, and the model goes back to the last state that
             reached it: to its state at the start where none did.
         checkpoint: a file (.safetensors). Where it exists the run goes on from it, exactly; where it holds a
@@ -211,21 +211,29 @@ class _Run:
         self.epoch_loss = 0.0
         self.good: dict[str, Tensor] = {}
         self.random_state: list[Any] | None = None
+        self.own: dict[str, Any] = {}
         self.finished = recipe.epochs == 0
         if steps == 0:
             raise TrainingError("there are fewer batches than processes; make the batches smaller")
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[tuple[nn.Module, Any]]:
-        """The model and the optimizer as Accelerate wants them; the model's own forward comes back afterwards."""
-        own_forward = vars(self.model).get("forward")
+        """The model and the optimizer as Accelerate wants them; the model is its own again afterwards."""
+        self.own = self.patches()
         try:
             yield self.accelerator.prepare(self.model, self.optimizer)
         finally:
-            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-                vars(self.model).pop(name, None)
-            if own_forward is not None:
-                self.model.forward = own_forward
+            self.patch(self.own)
+
+    def patches(self) -> dict[str, Any]:
+        """What Accelerate puts on a model for mixed precision, as it is now."""
+        names = ("forward", "_original_forward", "_is_accelerate_prepared")
+        return {name: value for name, value in vars(self.model).items() if name in names}
+
+    def patch(self, values: Mapping[str, Any]) -> None:
+        for name in self.patches():
+            del vars(self.model)[name]
+        vars(self.model).update(values)
 
     def train(
         self,
@@ -324,7 +332,11 @@ class _Run:
     def judge(self, score: Callable[[nn.Module], float], floor: float | None) -> None:
         """Score the model; keep it where it reaches the floor, go back and finish where it does not."""
         self.model.eval()
+        # A copy that `score` makes of the model would still call the forward of this one.
+        patched = self.patches()
+        self.patch(self.own)
         values = [float(score(self.model))]
+        self.patch(patched)
         if self.accelerator.num_processes > 1:
             broadcast_object_list(values)
         self.history.scores.append(values[0])

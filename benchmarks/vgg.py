@@ -1,0 +1,198 @@
+"""CIFAR-10 with VGG16-BN: both activations of its head collapse, and most of its parameters go.
+
+One dense warm-up; from its end two equally long continuations with the same recipe and seed, one dense, one with
+LayerCollapse on the two sites of the head. Trained on 13,500 rows of the shared subset; 1,500 are held out for
+choices; the test set is only reported on. Nothing is fine-tuned after the merge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.images import Batches, accuracy, cifar10, cross_entropy, normalised
+from benchmarks.record import markdown, stage
+from shallower.matching import find_sites
+from shallower.measure import compare, count_params, measure
+from shallower.methods.layer_collapse import LayerCollapse, Stage
+from shallower.plan import Plan
+from shallower.sites import amount
+from shallower.surgery import apply
+from shallower.training import History, Recipe, train
+from shallower.vision import import_torchvision
+
+HELD_OUT = 1500
+BATCH = 96
+WARMUP = Recipe(
+    epochs=7, lr=0.05, optimizer="sgd", weight_decay=5e-4, schedule="constant", warmup=0.05, clip=5.0, precision="bf16"
+)
+CONTINUATION = Recipe(
+    epochs=3, lr=0.05, optimizer="sgd", weight_decay=5e-4, schedule="cosine", clip=5.0, precision="bf16", seed=1
+)
+STRENGTH = 0.05
+ARRIVE = 0.5
+
+
+def network(quick: bool, seed: int = 0) -> nn.Module:
+    """VGG16-BN for 32x32 images, head 512-4096-4096-10 with ReLU and dropout; VGG11-BN and a head of 256 if quick."""
+    models = import_torchvision().models
+    torch.manual_seed(seed)
+    model: nn.Module = models.vgg11_bn(num_classes=10) if quick else models.vgg16_bn(num_classes=10)
+    width = 256 if quick else 4096
+    model.avgpool = nn.Identity()
+    model.classifier = nn.Sequential(
+        nn.Linear(512, width),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Linear(width, 10),
+    )
+    return model.to(memory_format=torch.channels_last)
+
+
+class Work:
+    """The data, and the stages that others build on."""
+
+    def __init__(self, data: Path, quick: bool, cache: Path) -> None:
+        rows, test = cifar10(data, "train", cache.parent), cifar10(data, "test", cache.parent)
+        self.quick, self.cache = quick, cache
+        self.batch = 32 if quick else BATCH
+        self.held_out = rows[:100] if quick else rows[:HELD_OUT]
+        self.batches = Batches(rows[HELD_OUT : HELD_OUT + 128] if quick else rows[HELD_OUT:], self.batch)
+        self.test = test[:200] if quick else test
+        self.example = normalised(self.test.pixels[:8]).contiguous(memory_format=torch.channels_last)
+        self.warmup = dataclasses.replace(WARMUP, epochs=1) if quick else WARMUP
+        self.continuation = dataclasses.replace(CONTINUATION, epochs=2) if quick else CONTINUATION
+
+    def score(self, model: nn.Module) -> float:
+        """Accuracy on the rows that are held out."""
+        return accuracy(model, self.held_out)
+
+    def warm(self) -> tuple[nn.Module, History]:
+        """The network after the dense warm-up."""
+        model = network(self.quick)
+        path = stage(self.cache, "warmup", self.warmup, self.batch)
+        history = train(
+            model,
+            self.batches,
+            cross_entropy,
+            self.warmup,
+            score=self.score,
+            checkpoint=path,
+            checkpoint_every=35,
+            label="dense warm-up",
+        )
+        return model, history
+
+    def dense(self) -> tuple[nn.Module, History]:
+        """The network after the dense continuation."""
+        model, _ = self.warm()
+        path = stage(self.cache, "dense", self.warmup, self.continuation, self.batch)
+        history = train(
+            model,
+            self.batches,
+            cross_entropy,
+            self.continuation,
+            score=self.score,
+            checkpoint=path,
+            checkpoint_every=35,
+            label="dense continuation",
+        )
+        return model, history
+
+    def collapsed(self, strength: float = STRENGTH, arrive: float = ARRIVE) -> tuple[nn.Module, Stage]:
+        """The merged network after the continuation with LayerCollapse on the head."""
+        model, _ = self.warm()
+        sites = find_sites(model.eval(), self.example).select(lambda site: site.kind == "head")
+        method = LayerCollapse(model, sites, strength)
+        folder = stage(self.cache, "collapse", self.warmup, self.continuation, self.batch, strength, arrive)
+        (done,) = method.fit(
+            self.batches,
+            cross_entropy,
+            self.continuation,
+            stages=1,
+            order="last-first",
+            arrive=arrive,
+            score=self.score,
+            checkpoint=folder.with_suffix(""),
+        )
+        return apply(model, method.plan(), self.example), done
+
+
+def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
+    """Train, collapse, measure."""
+    work = Work(data, quick, cache)
+    _, warm = work.warm()
+    dense, history = work.dense()
+    small, done = work.collapsed()
+    models = {"dense continuation": dense, "LayerCollapse, merged": small}
+    one = work.example[:1]
+    latency = {batch: compare(models, inputs) for batch, inputs in ((1, one), (len(work.example), work.example))}
+    rows = []
+    for name, model in models.items():
+        cost = measure(model, one)
+        rows.append(
+            {
+                "name": name,
+                "params": cost.params,
+                "macs": cost.macs,
+                "held_out": work.score(model),
+                "test": accuracy(model, work.test),
+                "latency": {str(batch): dataclasses.asdict(compared[name]) for batch, compared in latency.items()},
+            }
+        )
+    return {
+        "recipes": [dataclasses.asdict(work.warmup), dataclasses.asdict(work.continuation)],
+        "batch": work.batch,
+        "images": {"train": len(work.batches.images), "held out": len(work.held_out), "test": len(work.test)},
+        "strength": STRENGTH,
+        "arrive": ARRIVE,
+        "slopes": dict(done.slopes),
+        "collapsed": list(done.collapsed),
+        "histories": {
+            "warm-up": dataclasses.asdict(warm),
+            "dense": dataclasses.asdict(history),
+            "collapse": dataclasses.asdict(done.history),
+        },
+        "rows": rows,
+        "wide_head": wide_head(),
+    }
+
+
+def wide_head() -> dict[str, int]:
+    """Parameters of ImageNet's VGG16-BN with 10 classes, head 25088-4096-4096-10, before and after: counted on meta."""
+    with torch.device("meta"):
+        model = import_torchvision().models.vgg16_bn(num_classes=10).eval()
+        example = torch.empty(1, 3, 224, 224)
+    sites = find_sites(model, example).select(lambda site: site.kind == "head")
+    small = apply(model, Plan.collapse(sites), example)
+    return {"before": count_params(model), "after": count_params(small)}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Accuracy and cost of both continuations."""
+    batches = list(results["rows"][0]["latency"])
+    header = ["", "test accuracy", "held out", "params", "MACs"]
+    header += [f"latency, batch {batch}" for batch in batches]
+    first = results["rows"][0]
+    rows = []
+    for row in results["rows"]:
+        change = "" if row is first else f" ({row['params'] / first['params'] - 1:+.1%})"
+        times = [
+            f"{row['latency'][b]['latency'] * 1e3:.1f} ms ({1 / row['latency'][b]['ratio']:.2f}x)" for b in batches
+        ]
+        accuracies = [f"{row['test']:.2%}", f"{row['held_out']:.2%}"]
+        rows.append([row["name"], *accuracies, f"{row['params']:,}{change}", amount(row["macs"]), *times])
+    wide = results["wide_head"]
+    return (
+        f"{markdown(header, rows)}\n\n"
+        f"Slopes at the end: {', '.join(f'{name} {slope:.3f}' for name, slope in results['slopes'].items())}. "
+        f"The head 25088-4096-4096-10 (counted, not trained): {wide['before']:,} -> {wide['after']:,} params "
+        f"({wide['after'] / wide['before'] - 1:+.0%})."
+    )
