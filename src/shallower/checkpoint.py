@@ -235,7 +235,7 @@ class _Description:
     def from_json(cls, data: Any) -> _Description:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise CheckpointError("this is not the description of a saved model")
-        if data.get("version") != VERSION or isinstance(data["version"], bool):
+        if type(data.get("version")) is not int or data["version"] != VERSION:
             raise CheckpointError(
                 f"the files have version {data.get('version')!r:.40} of the format, and this Shallower reads version "
                 f"{VERSION}; install a newer one"
@@ -329,7 +329,9 @@ def _skeleton(description: _Description, config: Mapping[str, Any] | None, where
             "load(directory, model=...)"
         )
     try:
-        skeleton = build_skeleton(description.source, config)
+        # No surgery takes more than a handful of tensors away, and a class may make some that it then ties.
+        most = 4 * (len(description.names) + 8 * len(description.edits)) + 64
+        skeleton = build_skeleton(description.source, config, most_parameters=most)
     except ModelError as error:
         raise CheckpointError(f"{where}: {error}") from error
     return replay(skeleton, description.edits)

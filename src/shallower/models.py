@@ -178,7 +178,9 @@ def source_of(model: nn.Module) -> str:
     return "transformers:" + format_options(name, {"attention": attention} if attention in _ATTENTION else {})
 
 
-def build_skeleton(source: str, config: Mapping[str, Any] | None = None) -> nn.Module:
+def build_skeleton(
+    source: str, config: Mapping[str, Any] | None = None, *, most_parameters: int | None = None
+) -> nn.Module:
     """The architecture that a source names, with its parameters on the meta device; buffers are real.
 
     Only classes and functions of Transformers, timm and torchvision are called; nothing is fetched, and no file is
@@ -187,6 +189,8 @@ def build_skeleton(source: str, config: Mapping[str, Any] | None = None) -> nn.M
     Args:
         source: "transformers:CLASS", "timm:NAME" or "torchvision:NAME", with options.
         config: of a Transformers model, as its config.json has it.
+        most_parameters: give up where the architecture has more parameter tensors: a file could ask for a billion
+            layers.
 
     Raises:
         ModelError: the source does not name such an architecture, or the library cannot build it.
@@ -196,22 +200,27 @@ def build_skeleton(source: str, config: Mapping[str, Any] | None = None) -> nn.M
         raise ModelError(f"{source!r} names no architecture of Transformers, timm or torchvision")
     name, options = parse_options(rest)
     if library == "transformers":
-        return _transformers_skeleton(name, options, config or {})
-    with _parameters_on_meta():
+        return _transformers_skeleton(name, options, config or {}, most_parameters)
+    with _parameters_on_meta(most_parameters):
         return _timm(name, options, False) if library == "timm" else _torchvision(name, options, False)
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def _parameters_on_meta(most: int | None) -> Iterator[None]:
     """Modules that are made meanwhile get their parameters on the meta device.
 
     Buffers stay real, because many are computed when a module is made and stand in no state dict.
     """
     register = nn.Module.register_parameter
+    made = 0
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        nonlocal made
         register(self, name, param)
         if param is not None and not param.is_meta:
+            made += 1
+            if most is not None and made > most:
+                raise ModelError(f"the architecture has more than {most} parameters, and the files far fewer")
             empty = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
             vars(empty).update(vars(param))
             self._parameters[name] = empty
@@ -421,7 +430,9 @@ def _saved(path: Path) -> LoadedModel:
     return LoadedModel(model, source, _processor(_import_transformers(), str(path), model, where))
 
 
-def _transformers_skeleton(name: str, options: dict[str, Option], config: Mapping[str, Any]) -> nn.Module:
+def _transformers_skeleton(
+    name: str, options: dict[str, Option], config: Mapping[str, Any], most_parameters: int | None
+) -> nn.Module:
     library = _import_transformers()
     architecture = _model_class(library, name)
     if architecture is None or architecture.config_class is None:
@@ -433,7 +444,7 @@ def _transformers_skeleton(name: str, options: dict[str, Option], config: Mappin
         settings = architecture.config_class.from_dict(_inert(config))
         if attention is not None:
             settings._attn_implementation = attention
-        with _parameters_on_meta():
+        with _parameters_on_meta(most_parameters):
             model: nn.Module = architecture(settings)
     except Exception as error:
         raise ModelError(f"transformers:{name} cannot be built from its config: {_first_line(error)}") from error
