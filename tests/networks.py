@@ -129,7 +129,9 @@ def networks(draw: st.DrawFn, dtypes: Iterable[torch.dtype] = (torch.float64,)) 
     d = draw(st.integers(2, 6))
     rows = draw(st.booleans())  # BatchNorm1d takes rows of features
     blocks: list[nn.Module] = []
-    for kind in draw(st.lists(st.sampled_from(["block", "gated", "packed", "shared", "chain"]), min_size=1, max_size=3)):
+    for kind in draw(
+        st.lists(st.sampled_from(["block", "gated", "packed", "shared", "chain"]), min_size=1, max_size=3)
+    ):
         n = draw(st.integers(2, 14))
         bias = draw(st.booleans())
         function = draw(st.sampled_from(FUNCTIONS))
@@ -191,7 +193,9 @@ def random_entry(site: Site, draw: Any, *, fits: bool = False) -> Entry:
     """Fates for one site, drawn by hypothesis (`draw`)."""
     n = site.width
     generator = torch.Generator().manual_seed(draw(seeds))
-    allowed = draw(st.sampled_from(["linear", "drop", "keep", "keep drop", "keep linear", "linear drop", "keep linear drop"]))
+    allowed = draw(
+        st.sampled_from(["linear", "drop", "keep", "keep drop", "keep linear", "linear drop", "keep linear drop"])
+    )
     padded = any(c.padding != (0, 0) for c in site.consumers)
     chosen = [Fate[name.upper()] for name in allowed.split()]
     if site.not_linear:

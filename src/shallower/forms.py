@@ -89,13 +89,35 @@ def steps(entries: Iterable[Entry]) -> list[Step]:
         PlanError: two entries change the same layer in the same role, or a linear path does not fit what it reads.
     """
     ordered = in_execution_order(entries)
+    done = _walk(ordered, {})
+    # Which of two exact forms is smaller may depend on what a neighbour becomes.
+    produced = {m.name for entry in ordered for m in (entry.site.producer, entry.site.gate) if m is not None}
+    prefer: dict[str, FormKind] = {}
+    for i, entry in enumerate(ordered):
+        if len(entry.kept) == 0 and any(c.name in produced for c in entry.site.consumers):
+            other: FormKind = "merged" if done[i].form.kind == "pair" else "pair"
+            try:
+                changed = _walk(ordered, {**prefer, entry.site.name: other})
+            except PlanError:
+                continue
+            if _total(changed) < _total(done):
+                done, prefer = changed, {**prefer, entry.site.name: other}
+    return done
+
+
+def _total(done: Iterable[Step]) -> int:
+    return sum(step.form.params - step.form.params_before for step in done)
+
+
+def _walk(ordered: Iterable[Entry], prefer: Mapping[str, FormKind]) -> list[Step]:
     maps: dict[str, LinearMap] = {}
+    ordered = list(ordered)
     for entry in ordered:
         for m in entry.site.maps:
             maps.setdefault(m.name, m)
     done = []
     for entry in ordered:
-        form = form_of(entry, maps)
+        form = form_of(entry, maps, prefer.get(entry.site.name))
         site = entry.site
         if site.producer is not None and form.producer is not None:
             maps[site.producer.name] = form.producer
@@ -137,12 +159,13 @@ def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
     return ordered
 
 
-def form_of(entry: Entry, maps: Mapping[str, LinearMap] | None = None) -> Form:
+def form_of(entry: Entry, maps: Mapping[str, LinearMap] | None = None, prefer: FormKind | None = None) -> Form:
     """The smallest form that is exactly what the entry asks for.
 
     Args:
         entry: the fates.
         maps: the site's linear maps as they are now, by name; as they were found where None.
+        prefer: "merged" or "pair" where both are possible; the smaller one where None.
 
     Raises:
         PlanError: a fitted linear path does not fit the producer's input.
@@ -166,7 +189,9 @@ def form_of(entry: Entry, maps: Mapping[str, LinearMap] | None = None) -> Form:
         halves = 2 if site.packed else 1
         weights = rank * (halves * producer.d_in * producer.taps + sum(c.d_out * c.taps for c in consumers))
         convolved = producer.groups > 1 or any(c.groups > 1 for c in consumers)
-        if convolved or weights >= sum(m.d_in * m.d_out * m.taps for m in merged):
+        smaller = weights < sum(m.d_in * m.d_out * m.taps for m in merged)
+        fitted_full = entry.fit is not None and bool(entry.fit.ups) and entry.fit.down is None
+        if convolved or fitted_full or not (smaller if prefer is None else prefer == "pair"):
             return Form("merged", 0, 0, None, None, merged, 0, 0, params_before, macs_before)
         return Form(
             "pair",

@@ -10,7 +10,7 @@ shapes          meta tensors have no numbers
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,14 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from shallower.attachment import detached_copy
 from shallower.errors import SurgeryError
 from shallower.fingerprints import has_no_numbers
 from shallower.forms import Step, steps
 from shallower.inputs import Inputs, call, model_device, tensors, to_device
 from shallower.plan import Plan
 from shallower.rewriting import externalise, internalise
-from shallower.simulation import fated, hook, simulate
+from shallower.simulation import fated, hook, impose, simulate
 from shallower.sites import LinearMap, Site
+
+Operate = Callable[[nn.Module, Step], None]
 
 ALLOWED = {torch.float32: 1e-5, torch.float64: 1e-10}
 """Relative error, norm of the difference over the norm, that is taken for rounding."""
@@ -36,8 +39,15 @@ class Proof:
     """Compares a model before and after; this one compares nothing."""
 
     @staticmethod
-    def of(model: nn.Module, plan: Plan, inputs: Inputs) -> Proof:
-        """The proof that suits the model's weights, with the simulated side already observed."""
+    def of(model: nn.Module, plan: Plan, inputs: Inputs, operate: Operate) -> Proof:
+        """The proof that suits the model's weights, with the simulated side already observed.
+
+        Args:
+            model: before surgery.
+            plan: that is applied.
+            inputs: example inputs.
+            operate: the surgery of one step on a model, in place.
+        """
         names = {m.name for entry in plan.entries for m in entry.site.maps}
         weights = [p for name in sorted(names) for p in model.get_submodule(name).parameters()]
         weights = weights or list(model.parameters())
@@ -45,7 +55,7 @@ class Proof:
             return _Shapes(model, plan, inputs)
         if any(p.dtype not in ALLOWED for p in weights if p.is_floating_point()):
             return _SiteBySite(plan, inputs)
-        return _Whole(model, plan, inputs)
+        return _Whole(model, plan, inputs, operate)
 
     @contextmanager
     def of_step(self, model: nn.Module, step: Step) -> Iterator[None]:  # noqa: ARG002
@@ -80,13 +90,15 @@ class _Observed:
 
 
 class _Whole(Proof):
-    def __init__(self, model: nn.Module, plan: Plan, inputs: Inputs) -> None:
-        self.model, self.plan, self.inputs = model, plan, inputs
+    def __init__(self, model: nn.Module, plan: Plan, inputs: Inputs, operate: Operate) -> None:
+        self.model, self.plan, self.inputs, self.operate = model, plan, inputs, operate
         self.taps = _taps(steps(plan.entries))
-        self.expected = _observe(simulate(model, plan), inputs, self.taps, before=True)
+        with _running(plan, "with the plan simulated"):
+            self.expected = _observe(simulate(model, plan), inputs, self.taps, before=True)
 
     def check(self, model: nn.Module) -> None:
-        found = _observe(model, self.inputs, self.taps, before=False)
+        with _running(self.plan, "after surgery"):
+            found = _observe(model, self.inputs, self.taps, before=False)
         try:
             _compare(self.taps, self.expected, found)
         except _DifferenceError as difference:
@@ -95,14 +107,25 @@ class _Whole(Proof):
             self._check_in_float64(model, difference)
 
     def _check_in_float64(self, model: nn.Module, difference: _DifferenceError) -> None:
-        """A deep network amplifies the rounding of float32; in float64 only what surgery did wrong is left."""
+        """A deep network amplifies the rounding of float32; in float64 only what surgery did wrong is left.
+
+        The same surgery in float64 must agree with the simulation, and the result must be its rounding.
+        """
         self.expected = _Observed()
         inputs = _doubled(self.inputs)
         try:
-            expected = _observe(simulate(self.model, self.plan).double(), inputs, self.taps, before=True)
-            found = _observe(copy.deepcopy(model).double(), inputs, self.taps, before=False)
+            double = detached_copy(self.model).double()
+            impose(double, self.plan)
+            expected = _observe(double, inputs, self.taps, before=True)
+            double = detached_copy(self.model).double()
+            for step in steps(self.plan.entries):
+                self.operate(double, step)
+            found = _observe(double, inputs, self.taps, before=False)
         except RuntimeError:  # it computes in float32 whatever its weights are
             raise difference.error() from None
+        rounded, exact = model.state_dict(), double.state_dict()
+        if any(_relative_error(exact[name], tensor) > 1e-6 for name, tensor in rounded.items()):
+            raise difference.error()
         try:
             _compare(self.taps, expected, found, allowed=ALLOWED[torch.float32])
         except _DifferenceError as again:
@@ -113,6 +136,7 @@ class _Shapes(Proof):
     def __init__(self, model: nn.Module, plan: Plan, inputs: Inputs) -> None:
         self.inputs = inputs
         self.expected: list[torch.Size] | None = None
+        self.plan = plan
         try:
             observed = _observe(simulate(model, plan), inputs, [], before=True)
         except (RuntimeError, NotImplementedError):  # reads numbers that a meta tensor does not have
@@ -121,12 +145,14 @@ class _Shapes(Proof):
 
     def check(self, model: nn.Module) -> None:
         if self.expected is not None:
-            _compare_shapes(self.expected, _observe(model, self.inputs, [], before=False).outputs)
+            with _running(self.plan, "after surgery"):
+                found = _observe(model, self.inputs, [], before=False).outputs
+            _compare_shapes(self.expected, found)
 
 
 class _SiteBySite(Proof):
     def __init__(self, plan: Plan, inputs: Inputs) -> None:
-        self.inputs = inputs
+        self.plan, self.inputs = plan, inputs
         todo = steps(plan.entries)
         consumed = {m.name for step in todo for m in step.entry.site.consumers}
         producers = {step.entry.site.name: step.entry.site.producer for step in todo}
@@ -193,7 +219,8 @@ class _SiteBySite(Proof):
         return [t.shape for t in outputs]
 
     def check(self, model: nn.Module) -> None:
-        outputs = _observe(model, self.inputs, [], before=False).outputs
+        with _running(self.plan, "after surgery"):
+            outputs = _observe(model, self.inputs, [], before=False).outputs
         if self.shapes is not None:
             _compare_shapes(self.shapes, outputs)
 
@@ -218,6 +245,20 @@ class _DifferenceError(Exception):
             f"simulated one {by}. The model does not compute there what the site says. Exclude the site: "
             f'sites.select(lambda s: s.name != "{self.site.name}")'
         )
+
+
+@contextmanager
+def _running(plan: Plan, when: str) -> Iterator[None]:
+    """A forward pass that must not fail."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        names = [entry.site.name for entry in plan.entries]
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise SurgeryError(
+            f"{shown}: the model {when} does not run on the example inputs: {error}. Something in it depends on the "
+            "width of a changed layer. Apply the entries of the plan one by one to see which, and exclude that site"
+        ) from error
 
 
 def _taps(todo: Sequence[Step]) -> list[_Tap]:

@@ -35,6 +35,12 @@ def simulate(model: M, plan: Plan) -> M:
     """
     copied = detached_copy(model)
     check_fits(copied, plan)
+    impose(copied, plan)
+    return copied
+
+
+def impose(copied: nn.Module, plan: Plan) -> None:
+    """Make a model do what `simulate` says, in place; nothing is checked."""
     entries = [step.entry for step in steps(plan.entries)]
     for entry in entries:
         place = entry.site.activation
@@ -53,7 +59,6 @@ def simulate(model: M, plan: Plan) -> M:
         )
         modules = {m.name: copied.get_submodule(m.name) for m in site.maps}
         hook(entry, copied.get_submodule(read_by), modules, selected)
-    return copied
 
 
 def fated(entry: Entry, f: nn.Module) -> nn.Module:
@@ -178,9 +183,11 @@ class _Fitted:
         # in a list: a hook is copied with its module, and this must not make the producer a child of anything
         self.producer = [producer]
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         z, fit, i = _input(args, kwargs), self.fit, self.i
-        y = _apply(module, fit.consumers[i], _select(z, self.kept, self.site.channels_first))
+        y = torch.zeros_like(output)
+        if len(self.kept):
+            y = y + _apply(module, fit.consumers[i], _select(z, self.kept, self.site.channels_first))
         if fit.ups:
             x = self.memory.x
             if x is None:

@@ -59,7 +59,7 @@ def apply(model: M, plan: Plan, example_inputs: Inputs) -> M:
     check_fits(small, plan)
     plan.warn_of_cost()
     todo = steps(plan.entries)
-    proof = Proof.of(model, plan, example_inputs)
+    proof = Proof.of(model, plan, example_inputs, operate)
     for step in todo:
         with proof.of_step(small, step):
             operate(small, step)
