@@ -225,7 +225,9 @@ def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
     order = work.order(copy.deepcopy(dense))
     small = copy.deepcopy(dense)
     models: dict[str, nn.Module] = {"0": dense}
-    rows: list[dict[str, Any]] = [{"collapsed": 0, "dense_validation": work.score(dense), "dense_test": accuracy(dense, work.test)}]
+    rows: list[dict[str, Any]] = [
+        {"collapsed": 0, "dense_validation": work.score(dense), "dense_test": accuracy(dense, work.test)}
+    ]
     trained = copy.deepcopy(dense)
     for number, (count, _) in enumerate(STAGES):
         small, done = work.collapsed(copy.deepcopy(small), number, order)

@@ -69,7 +69,7 @@ class Work:
         self.batches = Batches(rows[HELD_OUT : HELD_OUT + 256] if quick else rows[HELD_OUT:], BATCH)
         self.test = test[:200] if quick else test
         chosen = rows[HELD_OUT : HELD_OUT + (128 if quick else CALIBRATION)]
-        self.calibration = list(normalised(chosen.pixels).split(BATCH))
+        self.calibration = list(torch.split(normalised(chosen.pixels), BATCH))
         self.example = normalised(self.test.pixels[:8])
         self.from_scratch_recipe = dataclasses.replace(FROM_SCRATCH, epochs=1) if quick else FROM_SCRATCH
         self.settings = (self.from_scratch_recipe, BATCH, self.layers, quick)
@@ -135,7 +135,7 @@ class Work:
 
         def look(attached: nn.Module) -> float:
             found = {affine: accuracy(self.merged(attached, method, affine), self.held_out) for affine in AFFINE}
-            seen.append({"slope": float(method.slopes()[name].mean()), **found})
+            seen.append({"slope": float(method.slopes()[name].mean()), **{str(a): value for a, value in found.items()}})
             write_json(epochs, seen)
             return found["calibration"]
 
