@@ -182,3 +182,15 @@ def test_activation_places_go_exactly(name: str) -> None:
     places = [site for site in patient.sites if site.kind == "activation"]
     assert places
     check(patient, Plan(tuple(Entry.collapse(place) for place in places)))
+
+
+@pytest.mark.parametrize("specimen", [s for s in WITH_SITES if s.writes], ids=lambda specimen: specimen.name)
+def test_squeezed_language_models_write_the_same_with_and_without_cache(specimen: Specimen) -> None:
+    patient = admit(specimen)
+    generator = patient.generator("write")
+    plan = Plan(tuple(random_entry(patient.model, s, generator, tuple(Fate)) for s in patient.sites))
+    small = apply(patient.model, plan, patient.inputs)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+    assert isinstance(patient.inputs, dict)
+    cached, uncached = (small.generate(**patient.inputs, **options, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached, uncached)

@@ -73,12 +73,14 @@ class Specimen:
         make: the model and the inputs it is called with.
         sites: every site it has, and no other.
         skips: what must be among the skipped, and why.
+        writes: whether it is a language model with `generate`.
     """
 
     name: str
     make: Callable[[], tuple[nn.Module, Inputs]]
     sites: tuple[Expected, ...]
     skips: tuple[Skip, ...] = ()
+    writes: bool = False
 
     def build(self) -> tuple[nn.Module, Inputs]:
         """The model in eval mode with its weights drawn anew, and its inputs; the same at every call."""
@@ -251,23 +253,43 @@ TIMM_MIXER: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 32, 
 
 
 def text(
-    name: str, model: type, config: type, *sites: Expected, skips: tuple[Skip, ...] = (), **fields: Any
+    name: str,
+    model: type[hf.PreTrainedModel],
+    config: type[hf.PreTrainedConfig],
+    *sites: Expected,
+    skips: tuple[Skip, ...] = (),
+    **fields: Any,
 ) -> Specimen:
     """A Transformers model that reads tokens."""
-    return Specimen(name, lambda: (model(config(**fields)), {"input_ids": tokens()}), sites, skips)
+    return Specimen(
+        name,
+        lambda: (model(config(**fields)), {"input_ids": tokens()}),
+        sites,
+        skips,
+        writes=model.can_generate(),
+    )
 
 
-def text_to_text(name: str, model: type, config: type, *sites: Expected, **fields: Any) -> Specimen:
+def text_to_text(
+    name: str, model: type[hf.PreTrainedModel], config: type[hf.PreTrainedConfig], *sites: Expected, **fields: Any
+) -> Specimen:
     """A Transformers encoder-decoder."""
     return Specimen(
         name,
         lambda: (model(config(**fields)), {"input_ids": tokens(), "decoder_input_ids": tokens(5)}),
         sites,
+        writes=True,
     )
 
 
 def picture(
-    name: str, model: type, config: type, *sites: Expected, size: int = 16, skips: tuple[Skip, ...] = (), **fields: Any
+    name: str,
+    model: type[hf.PreTrainedModel],
+    config: type[hf.PreTrainedConfig],
+    *sites: Expected,
+    size: int = 16,
+    skips: tuple[Skip, ...] = (),
+    **fields: Any,
 ) -> Specimen:
     """A Transformers model that reads images."""
     return Specimen(name, lambda: (model(config(**fields)), {"pixel_values": images(size)}), sites, skips)
@@ -297,7 +319,9 @@ BART_SITES = (
 )
 
 
-def llama_like(name: str, model: type, config: type, f: str = "silu", **fields: Any) -> Specimen:
+def llama_like(
+    name: str, model: type[hf.PreTrainedModel], config: type[hf.PreTrainedConfig], f: str = "silu", **fields: Any
+) -> Specimen:
     """A decoder whose layers have a SwiGLU or GeGLU of three maps."""
     return text(name, model, config, *each("model.layers.{}", dataclasses.replace(SWIGLU, f=f)), **DECODER, **fields)
 
