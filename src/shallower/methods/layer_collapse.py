@@ -154,6 +154,12 @@ class LayerCollapse(Method):
         assert isinstance(module, SlopeActivation)
         return module
 
+    def detach(self) -> None:
+        """Takes the slope activations out again; the trained weights stay as they are."""
+        attachment.detach(self.model, [_place(site) for site in self.sites if site.name in self.activations])
+        self.activations = {}
+        self.active = ()
+
     def slopes(self) -> dict[str, Tensor]:
         """The slopes now, by site: (1,) or (n,), detached copies."""
         return {name: _whole(module.slope).detach().clone() for name, module in self.activations.items()}
