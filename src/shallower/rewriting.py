@@ -393,6 +393,8 @@ def _steps(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
             steps.append(("self." + str(node.target), node))
             continue
         name = canonical(node.target)
+        if isinstance(node.target, type):
+            continue
         if node.target is getattr:
             name = "get." + str(node.args[1])
             if node.args[1] not in _TENSOR_ATTRIBUTES:

@@ -367,7 +367,7 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
         raise SiteError(f"{type(model).__name__} has no parameters, so there is nothing in it to squeeze")
     if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
         raise SiteError(
-            f"{type(model).__name__} has parameters without a shape yet (lazy modules); run it once on real inputs first"
+            f"{type(model).__name__} has parameters without a shape yet (lazy modules); run it once on real inputs"
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise SiteError("a scripted model cannot be looked into; pass the torch.nn.Module it was made from")
