@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.record import required
+
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(1, 3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(1, 3, 1, 1)
 
@@ -33,9 +35,9 @@ def cifar10(data: Path, split: str, cache: Path) -> Images:
     """The train (15,000 rows) or test (10,000 rows) images in `data`/cifar10, decoded once into `cache`."""
     decoded = cache / f"cifar10-{split}.safetensors"
     if not decoded.exists():
+        path = str(required(data / "cifar10" / f"{split}.parquet"))
         from datasets import load_dataset
 
-        path = str(data / "cifar10" / f"{split}.parquet")
         rows = load_dataset("parquet", data_files={split: path}, split=split, cache_dir=str(cache / "datasets"))
         pixels = np.stack([np.asarray(image.convert("RGB")) for image in rows["image"]])
         cache.mkdir(parents=True, exist_ok=True)

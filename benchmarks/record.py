@@ -6,12 +6,14 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from shallower.errors import DataError
 
 PACKAGES = ("shallower", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets", "numpy")
 
@@ -47,13 +49,15 @@ def stage(cache: Path, name: str, *settings: Any) -> Path:
     return cache / f"{name}-{digest}.safetensors"
 
 
-def remembered(path: Path, compute: Callable[[], Any]) -> Any:
-    """What `compute()` gives, plain data; kept as JSON in `path` and not computed again."""
-    if path.exists():
-        return json.loads(path.read_text())
-    value = compute()
-    write_json(path, value)
-    return value
+def required(path: Path) -> Path:
+    """`path`, if it is there.
+
+    Raises:
+        DataError: it is not.
+    """
+    if not path.exists():
+        raise DataError(f"no data at {path}; give the folder with --data or set SHALLOWER_DATA")
+    return path
 
 
 def write_json(path: Path, value: Any) -> None:

