@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.nn.modules import module as global_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -418,7 +419,10 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
                 recorder.frame = frame.parent
 
         stack.callback(register_module_forward_pre_hook(enter).remove)
-        stack.callback(register_module_forward_hook(leave, with_kwargs=True, always_call=True).remove)
+        handle = register_module_forward_hook(leave, with_kwargs=True, always_call=True)
+        stack.callback(handle.remove)
+        # PyTorch forgets this entry when the handle is removed, and torch.compile then warns of global hooks for good.
+        stack.callback(global_hooks._global_forward_hooks_with_kwargs.pop, handle.id, None)
         counter = mac_counter()
         vars(counter)["mod_tracker"] = _WholeModel()
         try:
