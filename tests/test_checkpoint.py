@@ -242,6 +242,13 @@ def test_the_memory_layout_survives(tmp_path: Path):
     assert_same(model, loaded, torch.randn(1, 3, 8, 8))
 
 
+def test_tensors_lie_in_memory_as_torch_would_allocate_them(tmp_path: Path):
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7))
+    save(model, tmp_path / "out")
+    loaded = load(tmp_path / "out", model=nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7)))
+    assert [tensor.data_ptr() % 64 for tensor in loaded.state_dict().values()] == [0, 0, 0, 0]
+
+
 def test_a_recurrent_network_finds_its_flattened_weights_again(tmp_path: Path):
     model = nn.LSTM(4, 5)
     save(model, tmp_path / "out")

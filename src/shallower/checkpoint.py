@@ -191,9 +191,13 @@ class _Entry:
         return {**plain, "order": list(self.order)} if self.order else plain
 
     def arranged(self, tensor: Tensor) -> Tensor:
-        """The contiguous `tensor` of the file in the memory layout that it had."""
+        """A copy of the `tensor` of a file, in the memory layout that it had.
+
+        Copied also where the layout is the same: in a mapped file a tensor starts at any multiple of 8 bytes, and on
+        that depends which kernel computes with it, hence the last bit of the result.
+        """
         if not self.order:
-            return tensor
+            return tensor.clone()
         inverse = [self.order.index(i) for i in range(len(self.order))]
         return tensor.permute(self.order).contiguous().permute(inverse)
 
