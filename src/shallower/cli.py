@@ -162,7 +162,7 @@ def compress(
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Go on after an interruption, or not.")] = True,
 ) -> None:
-    """Train MODEL on DATA until layers merge, and write a smaller model that needs no more than it had.
+    """Train MODEL on DATA until layers merge, and write the smaller model.
 
     The result is in --output: model.safetensors and shallower.json (shallower.load reads them), the tokenizer, the
     plan, and result.json with all numbers. It is written at the end, and only if the target was met.
@@ -171,7 +171,7 @@ def compress(
     Examples:
       shallower compress ./my-bert --data reviews.csv --target params:80% \\
         --output smaller
-      shallower compress timm:vit_tiny_patch16_224?num_classes=10 \\
+      shallower compress 'timm:vit_tiny_patch16_224?num_classes=10' \\
         --data photos/ --target macs:60% --epochs 10 --output smaller
       shallower compress ./my-llama --data stories.txt --target drop:2% \\
         --stages 5 --output smaller

@@ -193,6 +193,11 @@ def compress(
     target = settings.target
     floors = [settings.floor, target.floor(base) if target.unit == "drop" else None]
     floor = max((value for value in floors if value is not None), default=None)
+    if floor is not None and base < floor:
+        raise TargetError(
+            f"the {task.quality} of the model as it is, {task.show(base)}, does not reach {task.show(floor)}: "
+            "allow less, or train the model first (--dense-epochs)"
+        )
     chosen = choose(model, sites, batches, settings)
     method = LayerCollapse(model, chosen, settings.strength)
     try:
@@ -216,7 +221,7 @@ def compress(
         small = apply(model, plan, to_device(batches.example, device)).eval()
     finally:
         method.detach()
-    verdict = judge(dense, small, batches, task)
+    verdict = judge(dense, small, batches, task, base if batches.test is batches.validation else None)
     before, after = verdict.dense.cost, replace(verdict.small.cost, latency=verdict.dense.latency / verdict.measured)
     if target.unit != "drop" and not target.met(before, after):
         whole = target.amount_of(before)
@@ -285,13 +290,14 @@ def choose(model: nn.Module, sites: Sites, batches: Batches, settings: Settings)
     return replace(sites, items=tuple(shortest_prefix(order, settings.target, before, cost_of)))
 
 
-def judge(dense: nn.Module, small: nn.Module, batches: Batches, task: Task) -> Verdict:
-    """Score both on the test rows, count their costs, and time them in turn."""
+def judge(dense: nn.Module, small: nn.Module, batches: Batches, task: Task, known: float | None = None) -> Verdict:
+    """Score both on the test rows, count their costs, and time them in turn; `known` is the score of the dense one."""
     example = to_device(batches.example, model_device(dense))
     times = compare({"dense": dense, "small": small}, example)
+    scores = {"dense": known} if known is not None else {}
     sides = {}
     for name, model in (("dense", dense), ("small", small)):
-        score = task.score(model, batches.test, label=f"scoring the {name} model")
+        score = scores[name] if name in scores else task.score(model, batches.test, label=f"scoring: {name}")
         cost = _cost(model, example)
         sides[name] = Side(score, cost.params, cost.macs, cost.memory, times[name].latency)
     return Verdict(sides["dense"], sides["small"], times["small"].speedup, times["small"].ratio_spread)

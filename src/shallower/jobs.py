@@ -6,7 +6,9 @@ import hashlib
 import json
 import platform
 import shutil
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +19,10 @@ import torch
 from shallower.batching import make_batches
 from shallower.budget import Target
 from shallower.checkpoint import _check_replaceable as check_replaceable
-from shallower.checkpoint import save
+from shallower.checkpoint import read_source, save
 from shallower.compression import Result, Settings, compress, verdict_table
 from shallower.data import Rows, read_rows
-from shallower.errors import CheckpointError, ModelError, ShallowerError
+from shallower.errors import CheckpointError, ModelError, ShallowerError, TargetError
 from shallower.models import DESCRIPTION, LoadedModel, load_model
 from shallower.tasks import TASK_NAMES, Task, TaskName, task_named
 from shallower.training import Recipe
@@ -29,6 +31,13 @@ SCHEMA = 1
 """Version of result.json."""
 
 RESULT = "result.json"
+
+_ENDINGS: Mapping[str, TaskName] = {
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+}
 
 
 @dataclass(frozen=True)
@@ -92,56 +101,49 @@ def run(job: Job, *, resume: bool = True) -> str:
         ShallowerError: the first thing that is wrong, before anything is written.
     """
     check_replaceable(job.output.expanduser().resolve())
-    recipe = Recipe(job.epochs, job.lr, warmup=0.1, precision=job.precision, seed=job.seed)
     name = job.task or task_of(job.model)
     task = task_named(name)
-    floor = None if job.quality_floor is None else task.score_of(job.quality_floor)
-    device = _device(job.device)
-    rows = read_rows(
-        job.data,
-        name,
-        eval_source=job.eval_data,
-        text_column=job.text_column,
-        label_column=job.label_column,
-        image_column=job.image_column,
-        held_out=job.held_out,
-        limit=job.limit,
-        seed=job.seed,
-    )
-    torch.manual_seed(job.seed)
-    loaded = _load(job.model, name, rows)
-    dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), torch.float32)
-    loaded.model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-    batches = make_batches(
-        rows,
-        name,
-        loaded.model,
-        loaded.processor,
-        batch_size=job.batch_size,
-        length=job.length,
-        image_size=job.image_size,
-        seed=job.seed,
-    )
     settings = Settings(
         target=job.target,
-        recipe=recipe,
+        recipe=Recipe(job.epochs, job.lr, warmup=0.1, precision=job.precision, seed=job.seed),
         strength=job.strength,
         tolerance=job.tolerance,
         order=job.order,
         stages=job.stages,
         dense_epochs=job.dense_epochs,
-        floor=floor,
+        floor=None if job.quality_floor is None else task.score_of(job.quality_floor),
         sites=job.sites,
     )
-    checkpoints = _checkpoints(job, resume)
-    try:
+    device = _device(job.device)
+    with _checkpoints(job, resume) as checkpoints:
+        rows = read_rows(
+            job.data,
+            name,
+            eval_source=job.eval_data,
+            text_column=job.text_column,
+            label_column=job.label_column,
+            image_column=job.image_column,
+            held_out=job.held_out,
+            limit=job.limit,
+            seed=job.seed,
+        )
+        torch.manual_seed(job.seed)
+        loaded = _load(job.model, name, rows)
+        dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), torch.float32)
+        loaded.model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        batches = make_batches(
+            rows,
+            name,
+            loaded.model,
+            loaded.processor,
+            batch_size=job.batch_size,
+            length=job.length,
+            image_size=job.image_size,
+            seed=job.seed,
+        )
         result = compress(loaded.model, batches, task, settings, checkpoints=checkpoints, cpu=device.type == "cpu")
-    except ShallowerError:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        raise
-    result.model.to("cpu", dtype)
-    _write(job, loaded, rows, task, result)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+        result.model.to("cpu", dtype)
+        _write(job, loaded, rows, task, result)
     again = "" if loaded.source else ", model=a fresh instance of the original model"
     return "\n".join(
         [
@@ -158,23 +160,19 @@ def task_of(model: str) -> TaskName:
     Raises:
         ModelError: neither does.
     """
-    if model.partition(":")[0] in ("timm", "torchvision"):
+    path = Path(model).expanduser()
+    source = read_source(path) if (path / DESCRIPTION).is_file() else model
+    library, _, rest = source.partition(":")
+    if library in ("timm", "torchvision"):
         return "image-classification"
-    architectures: list[str] = []
-    config = Path(model).expanduser() / "config.json"
-    if config.is_file():
+    architectures = [rest.partition("?")[0]] if library == "transformers" else []
+    if not architectures and (path / "config.json").is_file():
         try:
-            architectures = json.loads(config.read_text()).get("architectures") or []
+            architectures = json.loads((path / "config.json").read_text()).get("architectures") or []
         except (ValueError, AttributeError) as error:
-            raise ModelError(f"{config}: cannot be read: {error}") from error
-    endings: dict[str, TaskName] = {
-        "ForSequenceClassification": "text-classification",
-        "ForImageClassification": "image-classification",
-        "ForCausalLM": "causal-lm",
-        "LMHeadModel": "causal-lm",
-    }
+            raise ModelError(f"{path / 'config.json'}: cannot be read: {error}") from error
     for architecture in architectures:
-        for ending, task in endings.items():
+        for ending, task in _ENDINGS.items():
             if architecture.endswith(ending):
                 return task
     raise ModelError(f"{model} does not say what it was made for: choose --task {', '.join(TASK_NAMES)}")
@@ -187,8 +185,13 @@ def _load(spec: str, task: TaskName, rows: Rows) -> LoadedModel:
     made_for = getattr(config, "architectures", None) or ()
     saved = (Path(spec).expanduser() / DESCRIPTION).is_file()
     new_head = config is not None and not saved and type(loaded.model).__name__ not in made_for
-    if new_head and rows.labels is not None and rows.labels.count != getattr(config, "num_labels", None):
-        return load_model(spec, task=task, num_labels=rows.labels.count)
+    if not new_head or rows.labels is None:
+        return loaded
+    loaded = load_model(spec, task=task, num_labels=rows.labels.count)
+    if rows.labels.names:
+        named: Any = loaded.model.config
+        named.id2label = dict(enumerate(rows.labels.names))
+        named.label2id = {name: number for number, name in enumerate(rows.labels.names)}
     return loaded
 
 
@@ -198,23 +201,30 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _checkpoints(job: Job, resume: bool) -> Path:
-    """The folder for the state of this run; it says whose it is, and is emptied if it should not be gone on from."""
-    folder, note = job.progress, job.progress / "job.json"
-    if folder.exists() and not resume:
-        shutil.rmtree(folder)
+@contextmanager
+def _checkpoints(job: Job, resume: bool) -> Iterator[Path]:
+    """The folder for the state of this run. It stays where the run was interrupted, so that it can go on."""
+    folder = job.progress
+    note = folder / "job.json"
     try:
-        if note.exists():
-            if json.loads(note.read_text()).get("fingerprint") != job.fingerprint:
-                raise CheckpointError(
-                    f"{folder} is of an interrupted run with other options: repeat that command, or add --fresh"
-                )
-            return folder
+        if not resume and folder.exists():
+            shutil.rmtree(folder)
+        if note.exists() and json.loads(note.read_text()).get("fingerprint") != job.fingerprint:
+            raise CheckpointError(
+                f"{folder} is of an interrupted run with other options: repeat that command, or add --fresh"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps({"fingerprint": job.fingerprint, "options": job.options}, indent=2) + "\n")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
-    return folder
+    try:
+        yield folder
+    except ShallowerError as error:
+        # What was trained towards a target out of reach is of no use; before other errors it may have taken long.
+        if isinstance(error, TargetError) or list(folder.iterdir()) == [note]:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -240,7 +250,7 @@ def _write(job: Job, loaded: LoadedModel, rows: Rows, task: Task, result: Result
         "quality": task.quality,
         **result.verdict.to_json(),
         "collapsed": list(result.collapsed),
-        "stages": [asdict(replace(stage)) for stage in result.stages],
+        "stages": [asdict(stage) for stage in result.stages],
         "classes": list(rows.labels.names) if rows.labels is not None else None,
         "rows": {
             "train": len(rows.train),
