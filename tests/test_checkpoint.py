@@ -272,6 +272,13 @@ def test_a_model_with_a_method_attached_is_saved_without_it(tmp_path: Path):
     assert_same(model, load(tmp_path / "out", model=Functional()), X)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_saved_as_the_module_inside(tmp_path: Path):
+    model = bert()
+    save(torch.compile(model, backend="eager"), tmp_path / "out")
+    assert_same(model, load(tmp_path / "out"), IDS)
+
+
 def test_a_large_model_is_split_into_several_files(tmp_path: Path):
     model = bert()
     save(model, tmp_path / "out", max_shard_size=10_000)

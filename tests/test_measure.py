@@ -127,6 +127,15 @@ def test_an_attached_model_is_measured_as_if_nothing_were_attached():
     detach(model)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_counted_as_the_module_inside():
+    model, x = network(), torch.randn(2, 8)
+    compiled = measure(torch.compile(model, backend="eager"), x, repeats=2, seconds=0)
+    eager = measure(model, x, repeats=2, seconds=0)
+    assert (compiled.params, compiled.macs, compiled.memory) == (eager.params, eager.macs, eager.memory)
+    assert compiled.latency > 0
+
+
 def test_a_larger_network_compares_as_slower():
     models = {"small": network(16), "large": network(1 << 15)}
     timed = compare(models, torch.randn(64, 8), rounds=5)

@@ -108,7 +108,8 @@ def measure(
 
         sh.measure(model, torch.randn(1, 3, 224, 224))
 
-    The inputs are moved to the model's device. On the meta device counts and memory are right and nothing is timed.
+    The inputs are moved to the model's device. On the meta device counts and memory are right and nothing is timed. Of
+    a compiled model the compiled passes are timed; what counts and memory are taken from is the module inside.
 
     Args:
         repeats: at least so many timed blocks of forward passes.
@@ -123,8 +124,9 @@ def measure(
     device = model_device(model)
     inputs: Inputs = to_device(example_inputs, device)
     with _ready(model) as plain:
-        macs = count_macs(plain, inputs)
-        memory = peak_memory(plain, inputs)
+        eager: nn.Module = getattr(plain, "_orig_mod", plain)
+        macs = count_macs(eager, inputs)
+        memory = peak_memory(eager, inputs)
         times = [] if device.type == "meta" else _times(plain, inputs, repeats, warmup, seconds)
     first = next(tensors(inputs), None)
     return Measurement(
