@@ -107,6 +107,20 @@ class Chain(nn.Module):
         return self.layers[-1](x)
 
 
+class Bottleneck(nn.Module):
+    """Three convolutions with BatchNorm and ReLU between, the middle one padded: two overlapping sites."""
+
+    def __init__(self, d: int, n: int, m: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(d, n, 1, bias=False), nn.BatchNorm2d(n), nn.ReLU(inplace=True),
+            nn.Conv2d(n, m, 3, padding=1, bias=False), nn.BatchNorm2d(m), nn.ReLU(inplace=True), nn.Conv2d(m, d, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
 def _randomised(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """BatchNorms with statistics of their own, and all weights of moderate size."""
     for module in model.modules():
@@ -168,6 +182,9 @@ def convolutional_networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     blocks: list[nn.Module] = []
     for _ in range(draw(st.integers(1, 2))):
         n = draw(st.integers(2, 8))
+        if draw(st.integers(0, 3)) == 0:
+            blocks.append(Bottleneck(d, n, draw(st.integers(2, 8))))
+            continue
         k1, k2 = draw(st.sampled_from([(1, 1), (1, 3), (3, 1), (3, 3), (2, 2)]))
         stride = draw(st.sampled_from([1, 2]))
         padded = draw(st.booleans())

@@ -115,16 +115,6 @@ def resized(module: nn.Module, m: LinearMap) -> nn.Module:
     return layer
 
 
-def fill(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """Set the weights of a layer from logical ones of any float type and device; no bias means zeros."""
-    own = cast(Tensor, layer.weight)
-    with torch.no_grad():
-        own.copy_(weight.t() if is_conv1d(layer) else weight)
-        if layer.bias is not None:
-            target = cast(Tensor, layer.bias)
-            target.zero_() if bias is None else target.copy_(bias)
-
-
 def resized_norm(norm: nn.Module, channels: int) -> _BatchNorm:
     """A BatchNorm like `norm` with unset vectors of another width.
 

@@ -26,7 +26,7 @@ from shallower.forms import Step, steps
 from shallower.inputs import Inputs, call, model_device, tensors, to_device
 from shallower.plan import Plan
 from shallower.rewriting import externalise, internalise
-from shallower.simulation import fated, hook, impose, simulate
+from shallower.simulation import fated, hook, impose
 from shallower.sites import LinearMap, Site
 
 Operate = Callable[[nn.Module, Step], None]
@@ -94,7 +94,9 @@ class _Whole(Proof):
         self.model, self.plan, self.inputs, self.operate = model, plan, inputs, operate
         self.taps = _taps(steps(plan.entries))
         with _running(plan, "with the plan simulated"):
-            self.expected = _observe(simulate(model, plan), inputs, self.taps, before=True)
+            simulated = detached_copy(model)
+            impose(simulated, plan)
+            self.expected = _observe(simulated, inputs, self.taps, before=True)
 
     def check(self, model: nn.Module) -> None:
         with _running(self.plan, "after surgery"):
@@ -138,7 +140,9 @@ class _Shapes(Proof):
         self.expected: list[torch.Size] | None = None
         self.plan = plan
         try:
-            observed = _observe(simulate(model, plan), inputs, [], before=True)
+            simulated = detached_copy(model)
+            impose(simulated, plan)
+            observed = _observe(simulated, inputs, [], before=True)
         except (RuntimeError, NotImplementedError):  # reads numbers that a meta tensor does not have
             return
         self.expected = [t.shape for t in observed.outputs]

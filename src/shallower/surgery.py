@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar, cast
 
@@ -55,11 +56,11 @@ def apply(model: M, plan: Plan, example_inputs: Inputs) -> M:
     Warns:
         CostWarning: a site does not become cheaper.
     """
-    small = detached_copy(model)
-    check_fits(small, plan)
+    check_fits(model, plan)
     plan.warn_of_cost()
     todo = steps(plan.entries)
     proof = Proof.of(model, plan, example_inputs, operate)
+    small = detached_copy(model)
     for step in todo:
         with proof.of_step(small, step):
             operate(small, step)
@@ -102,17 +103,16 @@ class _Path:
 def _path_of(model: nn.Module, entry: Entry, producer: nn.Module, consumers: list[nn.Module]) -> _Path:
     site, fit = entry.site, entry.fit
     if fit is not None:
-        where = weight_of(producer).device
+        where = wide(weight_of(producer)[:0]).device
         dense = [wide(up.to(where)) for up in fit.ups]
         down = None if fit.down is None else wide(fit.down.to(where))
         if not fit.ups:
             shape = (0, *_logical(producer).shape[1:])
-            down = weight_of(producer).new_zeros(shape, dtype=torch.float64)
+            down = torch.zeros(shape, dtype=torch.float64, device=where)
             dense = [wide(_columns(c, torch.zeros(0, dtype=torch.int64))) for c in consumers]
         return _Path(down, dense, [wide(bias.to(where)) for bias in fit.biases])
     before, after = _affine(model, site.norm_before), _affine(model, site.norm_after)
-    where = weight_of(producer).device
-    linear, dropped = entry.linear.to(where), entry.dropped.to(where)
+    linear, dropped = entry.linear, entry.dropped
     rows = _up_rows(site, linear)
     down = wide(_logical(producer)[rows])
     bias = bias_of(producer)
@@ -120,7 +120,7 @@ def _path_of(model: nn.Module, entry: Entry, producer: nn.Module, consumers: lis
     if before is not None:
         down = scale_rows(down, before[0][linear])
         shift = shift * before[0][linear] + before[1][linear]
-    slopes, offsets = wide(entry.slopes.to(where)), wide(entry.offsets.to(where))
+    slopes, offsets = entry.slopes.to(down.device), entry.offsets.to(down.device)
     at_linear, at_dropped = slopes[linear] * shift + offsets[linear], offsets[dropped]
     gain = slopes[linear]
     if after is not None:
@@ -142,7 +142,7 @@ def _path_of(model: nn.Module, entry: Entry, producer: nn.Module, consumers: lis
 def _merge(model: nn.Module, site: Site, form: Form, producer: nn.Module, path: _Path) -> None:
     weights = [_composed(up, path.down, producer, m) for up, m in zip(path.ups, _consumers(model, site), strict=True)]
     for m, weight, bias in zip(form.consumers, weights, path.biases, strict=True):
-        _set(_become(model, m), [weight], [], bias)
+        _set(_become(model, m), columns=[weight], bias=[bias])
     width = form.consumers[0].d_in
     if site.packed:
         perform(model, {"edit": "twice", "name": _name(site.producer), "channels_first": site.channels_first})
@@ -158,9 +158,9 @@ def _pair(model: nn.Module, site: Site, form: Form, path: _Path) -> None:
         path.ups = [up.new_zeros(up.shape[0], 1, *up.shape[2:]) for up in path.ups]
     producer = _become(model, cast(LinearMap, form.producer))
     halves = [torch.zeros_like(down), down] if site.packed == "gate-first" else [down, torch.zeros_like(down)]
-    _set(producer, [], halves if site.packed else [down], None)
+    _set(producer, rows=halves if site.packed else [down])
     for m, up, bias in zip(form.consumers, path.ups, path.biases, strict=True):
-        _set(_become(model, m), [up], [], bias)
+        _set(_become(model, m), columns=[up], bias=[bias])
     _clear(model, site, form.rank)
 
 
@@ -190,24 +190,25 @@ def _narrow(model: nn.Module, entry: Entry, form: Form, path: _Path) -> None:
 
     rows, bias = weight_of(producer), bias_of(producer)
     own = [rows[_up_rows(site, kept)], down]
-    shifts = None if bias is None else [bias[_up_rows(site, kept)], down.new_zeros(form.rank)]
+    shifts = [] if bias is None else [bias[_up_rows(site, kept)], down.new_zeros(form.rank)]
     if site.packed:
         gate_rows = _gate_rows(site, kept)
         gates = [rows[gate_rows], torch.zeros_like(down)]
         own = [*gates, *own] if site.packed == "gate-first" else [*own, *gates]
-        if bias is not None and shifts is not None:
+        if bias is not None:
             gate_shifts = [bias[gate_rows], down.new_zeros(form.rank)]
             shifts = [*gate_shifts, *shifts] if site.packed == "gate-first" else [*shifts, *gate_shifts]
-    _set(_become(model, cast(LinearMap, form.producer)), [], own, None if shifts is None else _joined(shifts))
+    _set(_become(model, cast(LinearMap, form.producer)), rows=own, bias=shifts)
 
     if site.gate is not None:
         gate_layer = model.get_submodule(site.gate.name)
         weight, gate_bias = weight_of(gate_layer)[kept], bias_of(gate_layer)
-        _set(_become(model, cast(LinearMap, form.gate)), [weight], [], None if gate_bias is None else gate_bias[kept])
+        shifts = [] if gate_bias is None else [gate_bias[kept]]
+        _set(_become(model, cast(LinearMap, form.gate)), rows=[weight], bias=shifts)
 
     for i, (m, consumer) in enumerate(zip(form.consumers, consumers, strict=True)):
         columns = _columns(consumer, kept) if entry.fit is None else entry.fit.consumers[i]
-        _set(_become(model, m), [columns, ups[i]], [], path.biases[i])
+        _set(_become(model, m), columns=[columns, ups[i]], bias=[path.biases[i]])
 
     for name in (site.norm_before, site.norm_after):
         if name:
@@ -317,24 +318,19 @@ def _become(model: nn.Module, m: LinearMap) -> nn.Module:
     return perform(model, {"edit": "map", **pairs})
 
 
-def _set(layer: nn.Module, columns: list[Tensor], rows: list[Tensor], bias: Tensor | None) -> None:
-    """Set the weight of a layer, given side by side or one above the other, and its bias."""
-    weight = torch.cat([c.to(_widest(columns)) for c in columns], 1) if columns else _joined(rows)
-    with torch.no_grad():
-        weight_of(layer).copy_(weight)
-        own = bias_of(layer)
-        if own is not None:
-            own.zero_() if bias is None else own.copy_(bias)
+def _set(
+    layer: nn.Module, *, columns: Sequence[Tensor] = (), rows: Sequence[Tensor] = (), bias: Sequence[Tensor] = ()
+) -> None:
+    """Set the weight of a layer, given side by side or one above the other, and its bias (zeros if none is given)."""
+    weight, own = weight_of(layer), bias_of(layer)
+    weight.copy_(_joined(columns, weight, 1) if columns else _joined(rows, weight, 0))
+    if own is not None:
+        own.copy_(_joined(bias, own, 0)) if bias else own.zero_()
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat([part.to(_widest(parts)) for part in parts])
-
-
-def _widest(parts: list[Tensor]) -> torch.dtype:
-    """One type that holds all parts; what is copied without arithmetic is exact in it."""
-    full = [part.dtype for part in parts if part.numel()]
-    return torch.float64 if torch.float64 in full else (full or [torch.float64])[0]
+def _joined(parts: Sequence[Tensor], like: Tensor, dim: int) -> Tensor:
+    # the type first: a device without float64 cannot take the wide ones
+    return torch.cat([part.to(like.dtype).to(like.device) for part in parts], dim)
 
 
 def _consumers(model: nn.Module, site: Site) -> list[nn.Module]:

@@ -1,0 +1,144 @@
+"""Pure functions of tensors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from shallower.algebra import (
+    best_affine,
+    best_affine_of_prelu,
+    compose,
+    low_rank,
+    norm_as_affine,
+    response,
+    scale_columns,
+    scale_rows,
+    ungrouped,
+    wide,
+)
+from shallower.errors import FitError
+
+
+def double(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_composed_matrices_do_what_both_do():
+    outer, inner, x = double(3, 5), double(5, 4, seed=1), double(4, seed=2)
+    assert torch.allclose(compose(outer, inner) @ x, outer @ (inner @ x))
+
+
+@settings(max_examples=40)
+@given(
+    kernels=st.tuples(*[st.integers(1, 3)] * 4),
+    stride=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    dilations=st.tuples(*[st.integers(1, 2)] * 4),
+)
+def test_composed_convolutions_do_what_both_do(kernels, stride, dilations):
+    inner, outer = double(4, 3, *kernels[:2]), double(2, 4, *kernels[2:], seed=1)
+    d1, d2 = dilations[:2], dilations[2:]
+    x = double(1, 3, 17, 17, seed=2)
+    expected = F.conv2d(F.conv2d(x, inner, stride=stride, dilation=d1), outer, dilation=d2)
+    merged = compose(outer, inner, stride=stride, inner_dilation=d1, outer_dilation=d2)
+    dilation = [stride[i] * d2[i] if kernels[i] == 1 else d1[i] if kernels[2 + i] == 1 else 1 for i in (0, 1)]
+    found = F.conv2d(x, merged, stride=stride, dilation=dilation)
+    # a stride may leave a last row that only one of the two ways reaches
+    rows, columns = expected.shape[2:]
+    assert torch.allclose(found[:, :, :rows, :columns], expected)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_batchnorm_is_a_scale_and_a_shift(affine):
+    norm = nn.BatchNorm1d(4, affine=affine).double().eval()
+    norm.running_mean.copy_(double(4))
+    norm.running_var.copy_(double(4).square())
+    scale, shift = norm_as_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    x = double(3, 4, seed=1)
+    assert torch.allclose(norm(x), x * scale + shift)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_grouped_convolution_as_a_dense_one(groups):
+    convolution = nn.Conv2d(4, 8, 3, groups=groups, bias=False).double()
+    x = double(1, 4, 6, 6)
+    assert torch.allclose(convolution(x), F.conv2d(x, ungrouped(convolution.weight, groups)))
+
+
+def test_rows_and_columns_are_scaled():
+    weight, rows, columns = double(2, 3), double(2, seed=1), double(3, seed=2)
+    assert torch.equal(scale_rows(weight, rows), torch.diag(rows) @ weight)
+    assert torch.allclose(scale_columns(weight, columns), weight @ torch.diag(columns))
+
+
+def test_a_convolution_answers_a_constant_with_the_sum_of_its_taps():
+    weight, constant = double(2, 3, 2, 2), double(3, seed=1)
+    image = constant[None, :, None, None].expand(1, 3, 4, 4)
+    assert torch.allclose(F.conv2d(image, weight)[0, :, 0, 0], response(weight, constant))
+
+
+def test_a_low_rank_factorisation_has_the_least_error():
+    weight = double(6, 4)
+    down, up = low_rank(weight, 2)
+    assert down.shape == (2, 4)
+    assert up.shape == (6, 2)
+    singular = torch.linalg.svdvals(weight)
+    assert torch.allclose((weight - up @ down).norm(), singular[2:].norm())
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_rank_out_of_range_is_refused(rank):
+    with pytest.raises(FitError, match="no factorisation of rank"):
+        low_rank(double(6, 4), rank)
+
+
+def test_a_matrix_that_is_not_finite_is_refused():
+    with pytest.raises(FitError, match="not finite"):
+        low_rank(double(6, 4) / 0, 1)
+
+
+def test_the_best_affine_map_leaves_nothing_that_is_correlated():
+    h = double(1000, 3)
+    f = F.gelu(h)
+    centred = h - h.mean(0)
+    slope, offset = best_affine(h.mean(0), h.var(0, correction=0), f.mean(0), (f * centred).mean(0))
+    rest = f - (slope * h + offset)
+    assert torch.allclose(rest.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose((rest * centred).mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-12)
+
+
+def test_the_best_affine_map_of_a_constant_is_that_constant():
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    slope, offset = best_affine(one, zero, 2 * one, zero)
+    assert (slope, offset) == (0, 2)
+
+
+@pytest.mark.parametrize("a", [0.0, 0.3, 1.0])
+def test_the_best_affine_map_of_a_prelu_is_that_of_its_integrals(a):
+    mean, std = torch.tensor([-1.0, 0.0, 0.7], dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    u = torch.linspace(-9, 9, 200_001, dtype=torch.float64)
+    density = torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
+    h = mean[:, None] + std[:, None] * u
+    f = h.clamp(min=0) + a * h.clamp(max=0)
+    mean_f = torch.trapezoid(f * density, u)
+    covariance = torch.trapezoid(f * (h - mean[:, None]) * density, u)
+    expected = best_affine(mean, std**2, mean_f, covariance)
+    slope, offset = best_affine_of_prelu(mean, std, a)
+    assert torch.allclose(slope, expected[0], atol=1e-7)
+    assert torch.allclose(offset, expected[1], atol=1e-7)
+
+
+def test_the_best_affine_map_of_a_prelu_at_one_point_is_exact_there():
+    mean, std = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    slope, offset = best_affine_of_prelu(mean, std, 0.25)
+    assert torch.allclose(slope * mean + offset, torch.tensor([-0.5, 0.0, 3.0], dtype=torch.float64))
+
+
+def test_wide_numbers_are_float64():
+    assert wide(torch.ones(2, dtype=torch.bfloat16)).dtype == torch.float64
