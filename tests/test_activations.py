@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from shallower.activations import KERNELS, PartialActivation, SlopeActivation, Twice, recognise
 from shallower.errors import MethodError
+from shallower.matching import find_sites
 
 
 class WrittenOutGELU(nn.Module):
@@ -191,6 +192,26 @@ def test_under_autocast_the_result_is_narrow_and_the_slope_stays_wide() -> None:
     module.slope.grad = None
     module(layer(x)).square().sum().backward()
     torch.testing.assert_close(narrow, module.slope.grad, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_without_gradients_the_values_are_the_same(name: str) -> None:
+    module = slope_activation(ANY[name], torch.rand(7), width=7)
+    x = torch.randn(5, 7, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), module(x.requires_grad_()).detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_model_with_a_slope_activation_still_shows_its_site() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), SlopeActivation(nn.GELU()), nn.Linear(8, 2))
+    (site,) = find_sites(model, torch.randn(3, 4))
+    assert site.width == 8
+
+
+def test_slope_activation_can_be_exported() -> None:
+    module = SlopeActivation(nn.GELU(), width=7)
+    x = torch.randn(5, 7)
+    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), module(x))
 
 
 def test_slope_is_in_the_state_dict() -> None:

@@ -140,7 +140,8 @@ class SlopeActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape that has its channels where `channels_first` says; the result has the same shape and dtype."""
         slope = self.slope
-        if self.kernel and not torch.compiler.is_compiling():
+        # Without gradients, and for compilers, plain operations: a trace then shows what is computed.
+        if self.kernel and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _Slope.apply(x, slope, self.kernel, self.target, self.channels_first)  # type: ignore[no-any-return,no-untyped-call]
         y = KERNELS[self.kernel].plain(x) if self.kernel else self.f(x.clone() if self.writes_input else x)
         return _mix(x, y, _aligned(slope, x, self.channels_first), self.target)
