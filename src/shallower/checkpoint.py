@@ -92,7 +92,7 @@ def save(
     description, tensors, buffers = _describe(model, source, training)
     _check_source(description, config)
     directory = Path(directory).expanduser().resolve()
-    _check_replaceable(directory)
+    check_replaceable(directory)
     with _replacing(directory) as partial:
         _write_tensors(partial, tensors, max_shard_size)
         if buffers:
@@ -595,7 +595,8 @@ def _write_tensors(directory: Path, tensors: dict[str, Tensor], max_shard_size: 
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _check_replaceable(directory: Path) -> None:
+def check_replaceable(directory: Path) -> None:
+    """Raise CheckpointError unless `save` may write to `directory`: it is not there, is empty or an earlier result."""
     if not directory.exists():
         return
     if not directory.is_dir():
