@@ -130,9 +130,10 @@ class Walk:
                 found = gated
                 break
             # Something else is multiplied in or mixed in after the activation: go on along the side that has one.
-            sides = [side for side in moving(top) if is_nonlinear(self.cone(self.back(side)[0])[0])]
+            same = [side for side in moving(top) if side.shape == top.outputs[0].shape]
+            sides = [side for side in same if is_nonlinear(self.cone(self.back(side)[0])[0])][:1]
             others = [side for side in moving(top) if side not in sides]
-            if len(sides) != 1 or not others or (top.name in ("add", "sub") and others[0].origin == "computed"):
+            if not sides or not others or (top.name in ("add", "sub") and others[0].origin == "computed"):
                 return None
             obstacles.append(f"another tensor ({describe(others[0])}) is mixed in by {self.graph.title(top)}")
             joined, more, met = self.back(sides[0])

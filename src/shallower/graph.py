@@ -7,12 +7,13 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from shallower.pointwise import ACTIVATIONS, PRODUCTS, UNCHANGED, is_pointwise
 from shallower.tracing import Call, Frame, Trace, Value
 
-PLAIN = (nn.Parameter, torch.Tensor)
+PLAIN = (nn.Parameter, torch.Tensor, FakeTensor)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -25,7 +26,6 @@ class Unit:
         kind: which of the two.
         source: the value it reads.
         result: the value it gives.
-        weights: the parameters its calls read.
         problem: why it cannot be used, "" if it can.
     """
 
@@ -50,6 +50,8 @@ class Graph:
     Attributes:
         trace: the recorded pass.
         names: all dotted names of each module, the one `named_modules()` gives first.
+        holders: the attributes that hold each module, as the modules they are of and their names.
+        sharing: the modules that hold each parameter.
         frames: all invocations of each module.
         units, unit_of: the linear maps and norms, by their frame and by each of their calls.
         opaque: for the result of a module that has no linear map and is not pointwise, its frame and what it reads.
@@ -58,6 +60,14 @@ class Graph:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.names = names_of(trace.model)
+        self.holders: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        for parent in self.names:
+            for attribute, child in parent._modules.items():
+                if child is not None:
+                    self.holders.setdefault(child, []).append((parent, attribute))
+        self.sharing: dict[Value | None, list[nn.Module]] = {}
+        for (owner, _), value in trace.weights.items():
+            self.sharing.setdefault(value, []).append(owner)
         self.units: dict[Frame, Unit] = {}
         self.unit_of: dict[Call, Unit] = {}
         self.frames: dict[nn.Module, list[Frame]] = {}
@@ -101,8 +111,8 @@ class Graph:
         frame = step.frame
         return f"`{step.name}` in {frame.name or type(frame.module).__name__}"
 
-    def module_problem(self, module: nn.Module) -> str:
-        """Why a module cannot be exchanged or changed: hooks, an instance's own forward."""
+    def hook_problem(self, module: nn.Module) -> str:
+        """Why a module cannot be exchanged: hooks, an instance's own forward."""
         name = self.names[module][0] if module in self.names else type(module).__name__
         for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             if getattr(module, table, None):
@@ -110,6 +120,13 @@ class Graph:
         if "forward" in vars(module):
             return f"the forward of {name} has been replaced on the instance"
         return ""
+
+    def module_problem(self, module: nn.Module) -> str:
+        """Why a map or norm cannot be exchanged: as `hook_problem`, and it must have one name only."""
+        if len(self.holders.get(module, ())) > 1:
+            names = self.names[module]
+            return f"{names[0]} is held under several names ({', '.join(names[:3])}); keep one of them"
+        return self.hook_problem(module)
 
     def map_problem(self, frame: Frame) -> str:
         """Why a linear map cannot be used."""
@@ -154,9 +171,8 @@ class Graph:
             parameter = getattr(module, attribute, None)
             if parameter is None:
                 continue
-            value = self.trace.weights.get(id(parameter))
-            owners = self.trace.owners.get(id(parameter), [])
-            others = [self.names[owner][0] for owner, _ in owners if owner is not module]
+            value = self.trace.weights.get((module, attribute))
+            others = [self.names[owner][0] for owner in self.sharing.get(value, ()) if owner is not module]
             if others:
                 return f"the {attribute} of {name} is tied to {others[0] or 'the model itself'}"
             outside = [
@@ -168,7 +184,7 @@ class Graph:
 
     def computes_linear(self, frame: Frame) -> bool:
         """Whether what ran in a frame is x W^T + b with the module's own weight and bias."""
-        own = [self.trace.weights.get(id(p)) for p in (frame.module.weight, getattr(frame.module, "bias", None))]
+        own = [self.trace.weights.get((frame.module, attribute)) for attribute in ("weight", "bias")]
         weight, bias = own
         calls = [call for call in frame.calls() if call.outputs and call.name not in UNCHANGED]
         if len(calls) == 1 and calls[0].name == "linear":

@@ -8,7 +8,7 @@ from torch import nn
 
 from shallower.graph import Graph
 from shallower.pointwise import UNCHANGED
-from shallower.rewriting import reason_not_rewritable
+from shallower.rewriting import Forwards, reason_not_rewritable
 from shallower.sites import Place
 from shallower.tracing import Call, Frame
 
@@ -18,6 +18,7 @@ class Placing:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        self.forwards: Forwards = {}
 
     def place_of(self, executions: Sequence[Sequence[Call]]) -> tuple[Place | None, str]:
         """Where an activation stands, from the calls of all its executions; or why it cannot be exchanged."""
@@ -26,7 +27,7 @@ class Placing:
         owners = [self.exact_frame(chain, frame) for chain, frame in zip(chains, frames, strict=True)]
         exact = [frame for frame in owners if frame is not None]
         if len(exact) == len(chains):
-            problem = self.graph.module_problem(exact[0].module)
+            problem = self.graph.hook_problem(exact[0].module)
             if problem:
                 return None, problem
             # PyTorch's fused encoder path passes the activation by: externalising it switches that path off.
@@ -65,7 +66,7 @@ class Placing:
         module = exact[0].module
         if any(frame.module is not module for frame in exact):
             return None, "different activation modules are used in different calls"
-        if len(self.graph.frames[module]) == len(exact) and len(self.graph.names[module]) == 1:
+        if len(self.graph.frames[module]) == len(exact) and len(self.graph.holders.get(module, ())) == 1:
             return Place(self.graph.names[module][0]), ""
         # A shared object. It can still be exchanged where each user reaches it by an attribute of its own.
         paths = {self.path_of(frame) for frame in exact}
@@ -88,7 +89,7 @@ class Placing:
             steps = [step for step in parent.steps if isinstance(step, Frame)]
             slots = list(parent.module._modules)
             return prefix + slots[steps.index(frame)] if len(steps) == len(slots) else ""
-        if len(children) != 1 or len(self.graph.names[parent.module]) != 1:
+        if len(children) != 1:
             return ""
         return prefix + children[0]
 
@@ -97,13 +98,17 @@ class Placing:
         if frame is None or frame.name is None:
             return None, "its activation is called outside of the model's modules"
         calls: list[tuple[str, int]] = []
-        for step in frame.steps:
+        made = {value for call in chain for value in call.outputs}
+        last = max(i for i, step in enumerate(frame.steps) if chain & self._calls(step))
+        for step in frame.steps[: last + 1]:
             if isinstance(step, Call):
                 if step in chain:
                     calls.append((step.name, step.ordinal))
                 continue
-            inner = set(step.calls())
-            if inner & chain:
+            inner = self._calls(step)
+            # A child that hands on what it is given (nn.Identity) is a part of the chain it stands in.
+            handed = not inner and calls and made.issuperset(step.outputs)
+            if inner & chain or handed:
                 if not {call for call in inner if call.outputs} <= chain:
                     return None, f"its activation is only a part of {self.graph.title(step)}"
                 name = relative_name(frame.module, step.module)
@@ -114,16 +119,20 @@ class Placing:
                     )
                 calls.append(("self." + name, step.ordinal))
         place = Place(frame.name, tuple(calls))
-        reason = reason_not_rewritable(self.graph.trace.model, place, frame)
+        reason = reason_not_rewritable(self.graph.trace.model, place, frame, self.forwards)
         return (None, reason) if reason else (place, "")
+
+    @staticmethod
+    def _calls(step: Call | Frame) -> set[Call]:
+        return {step} if isinstance(step, Call) else set(step.calls())
 
     def dropout_place(self, call: Call) -> Place | None:
         """Where a dropout stands, if it can be exchanged there."""
         frame = self.exact_frame({call}, call.frame)
         if frame is not None:
-            if self.graph.module_problem(frame.module):
+            if self.graph.hook_problem(frame.module):
                 return None
-            if len(self.graph.frames[frame.module]) == 1 and len(self.graph.names[frame.module]) == 1:
+            if len(self.graph.frames[frame.module]) == 1 and len(self.graph.holders.get(frame.module, ())) == 1:
                 return Place(self.graph.names[frame.module][0])
             path = self.path_of(frame)
             same = [other for other in self.graph.frames[frame.module] if self.path_of(other) in ("", path)]

@@ -21,11 +21,7 @@ NONLINEAR = _names(
 )
 """Functions that act on each element by itself and are not affine."""
 
-AFFINE = _names(
-    """
-    add sub mul div neg positive addcmul addcdiv lerp
-    """
-)
+AFFINE = _names("add sub mul div neg positive addcmul addcdiv lerp")
 """Functions that act on each element by itself and are affine where all but one argument are constants."""
 
 ACTIVATIONS = _names(
@@ -37,24 +33,16 @@ ACTIVATIONS = _names(
 """Functions that make a chain of pointwise calls an activation wherever it stands."""
 
 UNCHANGED = _names(
-    """
-    contiguous to float half bfloat16 double type type_as clone detach alias get.data lift_fresh requires_grad
-    """
+    "contiguous to float half bfloat16 double type type_as clone detach alias get.data lift_fresh requires_grad"
 )
 """Functions that keep every element where and what it is."""
 
 DROPOUT = _names(
-    """
-    dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d native_dropout
-    """
+    "dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d native_dropout"
 )
 """Functions that are the identity at inference."""
 
-NORMS = _names(
-    """
-    layer_norm rms_norm group_norm instance_norm batch_norm local_response_norm normalize
-    """
-)
+NORMS = _names("layer_norm rms_norm group_norm instance_norm batch_norm local_response_norm normalize")
 
 RESHAPES = _names(
     """
@@ -64,23 +52,19 @@ RESHAPES = _names(
     """
 )
 
-POOLS = _names(
+POOLS = _names("mean sum amax amin max min interpolate upsample pad")
+
+PRODUCTS = _names(
     """
-    mean sum amax amin max min interpolate upsample pad
+    linear addmm matmul mm bmm einsum baddbmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d
+    conv_transpose3d bilinear convolution
     """
 )
-
-PRODUCTS = frozenset(
-    (
-        "linear addmm matmul mm bmm einsum baddbmm conv1d conv2d conv3d conv_transpose1d "
-        "conv_transpose2d conv_transpose3d bilinear convolution"
-    ).split()  # noqa: SIM905
-)  # fmt: skip
 """Functions that are linear maps where one argument is a weight."""
 
 
 def moving(call: Call) -> list[Value]:
-    """The inputs of a pointwise call that are not constants: more than one element, or depending on the model's inputs."""
+    """The inputs of a pointwise call that are not constants: more than one element, or fed by the inputs."""
     inputs = call.inputs[:1] if call.name == "prelu" else call.inputs
     return [value for value in inputs if value.elements > 1 or value.fed]
 
@@ -169,7 +153,8 @@ def activation_name(chain: Sequence[Call], frame: Frame | None) -> str:
     """What an activation is, for people: "gelu", "relu", "silu"."""
     names = [call.name for call in chain if call.name not in UNCHANGED and call.name not in DROPOUT]
     if len(names) == 1:
-        return names[0]
+        limits = [*chain[0].args[1:], *chain[0].kwargs.values()][:2]
+        return "relu6" if names[0] == "hardtanh" and limits == [0.0, 6.0] else names[0]
     if "erf" in names or ("tanh" in names and ("pow" in names or len(names) > 4)):
         return "gelu"
     if sorted(names) in (["mul", "sigmoid"], ["div", "add", "exp"]):

@@ -75,7 +75,13 @@ def internalise(model: nn.Module, place: Place) -> None:
     _rebind(owner)
 
 
-def reason_not_rewritable(model: nn.Module, place: Place, frame: Frame | None = None) -> str:
+Forwards = dict[nn.Module, "_Forwards | str"]
+"""Forwards that were traced already, by their module."""
+
+
+def reason_not_rewritable(
+    model: nn.Module, place: Place, frame: Frame | None = None, known: Forwards | None = None
+) -> str:
     """Why the operation at `place` cannot be made a module of its own, "" if it can. The model is not changed.
 
     Args:
@@ -83,6 +89,7 @@ def reason_not_rewritable(model: nn.Module, place: Place, frame: Frame | None = 
         place: where.
         frame: a recorded invocation of the enclosing module; the forward as torch.fx sees it must then make the very
             same calls.
+        known: what was traced already; added to.
     """
     if not place.calls:
         return ""
@@ -92,7 +99,7 @@ def reason_not_rewritable(model: nn.Module, place: Place, frame: Frame | None = 
         return str(error)
     if place.calls in _record(owner):
         return ""
-    change = _change(owner, place, frame)
+    change = _change(owner, place, frame, known)
     return change if isinstance(change, str) else ""
 
 
@@ -107,7 +114,8 @@ class _NewChild:
     module: nn.Module | None
 
     def install(self, owner: nn.Module) -> _NewChild:
-        owner.add_module(self.child, self.module)
+        if self.module is not None:
+            owner.add_module(self.child, self.module.train(owner.training))
         return _NewChild(self.child, None)
 
     def remove(self, owner: nn.Module) -> None:
@@ -128,7 +136,7 @@ class _Attribute:
     def install(self, owner: nn.Module) -> _Attribute:
         if self.module is not None:
             state = {self.child: vars(owner)[self.child]}
-            setattr(owner, self.child, self.module)
+            setattr(owner, self.child, self.module.train(owner.training))
         else:
             state = {}
         # PyTorch's fused path reads the weights itself and would not see what stands at the activation's place.
@@ -160,7 +168,7 @@ def _owner(model: nn.Module, place: Place) -> nn.Module:
         ) from None
 
 
-def _change(owner: nn.Module, place: Place, frame: Frame | None = None) -> _Change | str:
+def _change(owner: nn.Module, place: Place, frame: Frame | None = None, known: Forwards | None = None) -> _Change | str:
     """What would have to be done for `place`, or the reason why it cannot be."""
     attribute = _attribute(owner, place)
     if attribute is not None:
@@ -170,7 +178,10 @@ def _change(owner: nn.Module, place: Place, frame: Frame | None = None) -> _Chan
     taken = {call for calls in _record(owner) for call in calls}
     if taken & set(place.calls):
         return "a part of it has been made a module already"
-    forwards = _forwards(owner)
+    known = {} if known is None else known
+    if owner not in known:
+        known[owner] = _forwards(owner)
+    forwards = known[owner]
     if isinstance(forwards, str):
         return forwards
     if frame is not None and (problem := forwards.problem_of(frame)):
@@ -517,13 +528,15 @@ def _rebind(owner: nn.Module) -> None:
     functions = []
     for graph in forwards.graphs:
         regions = {calls: _region(graph, Place("", calls)) for calls in changes}
+        became: dict[fx.Node, fx.Node] = {}
         for calls, region in regions.items():
             if isinstance(region, str):
                 raise SiteError(region)
             last = region.nodes[-1]
             with graph.inserting_before(last):
-                node = graph.call_module(changes[calls].child, (region.source,))
+                node = graph.call_module(changes[calls].child, (became.get(region.source, region.source),))
             last.replace_all_uses_with(node)
+            became[last] = node
             for old in reversed(region.nodes):
                 graph.erase_node(old)
         functions.append((graph.python_code("self").src, type(fx.GraphModule(owner, graph)).forward))

@@ -7,6 +7,7 @@ Every torch function that the forward pass calls becomes a `Call` between `Value
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -143,8 +144,7 @@ class Trace:
         root: the outermost frame.
         calls: all calls in order of execution.
         frames: all frames in order of entry.
-        owners: for the id of each parameter, the (module, attribute) pairs that hold it.
-        weights: for the id of each parameter, its value.
+        weights: the value of each parameter, by the module and the attribute that hold it.
         macs: multiply-accumulate operations of the pass.
     """
 
@@ -152,8 +152,7 @@ class Trace:
     root: Frame
     calls: list[Call] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
-    owners: dict[int, list[tuple[nn.Module, str]]] = field(default_factory=dict)
-    weights: dict[int, Value] = field(default_factory=dict)
+    weights: dict[tuple[nn.Module, str], Value] = field(default_factory=dict)
     macs: int = 0
 
 
@@ -383,10 +382,10 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
         for module in names:
             for attribute, parameter in module._parameters.items():
                 if parameter is not None:
-                    trace.owners.setdefault(id(parameter), []).append((module, attribute))
                     if id(parameter) not in recorder.known:
                         prefix = names[module] + "." if names[module] else ""
-                        trace.weights[id(parameter)] = recorder.adopt(parameter, "parameter", prefix + attribute)
+                        recorder.adopt(parameter, "parameter", prefix + attribute)
+                    trace.weights[module, attribute] = recorder.value(parameter)
             for attribute, buffer in module._buffers.items():
                 if buffer is not None and id(buffer) not in recorder.known:
                     recorder.adopt(buffer, "buffer", attribute).owner = module
@@ -426,8 +425,10 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
         counter = mac_counter()
         vars(counter)["mod_tracker"] = _WholeModel()
         try:
-            with torch.compiler.set_stance("force_eager"), counter, _Unseen(recorder), recorder:
-                output = call(model, inputs)
+            with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+                warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)`")
+                with counter, _Unseen(recorder), recorder:
+                    output = call(model, inputs)
         except Exception as error:
             raise SiteError(
                 f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}\n"
