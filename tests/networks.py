@@ -137,8 +137,16 @@ def _randomised(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @st.composite
-def networks(draw: st.DrawFn, dtypes: Iterable[torch.dtype] = (torch.float64,)) -> tuple[nn.Module, Tensor]:
-    """Chains and residual blocks of linear layers, and an input."""
+def networks(
+    draw: st.DrawFn, dtypes: Iterable[torch.dtype] = (torch.float64,), countable: bool = False
+) -> tuple[nn.Module, Tensor]:
+    """Chains and residual blocks of linear layers, and an input.
+
+    Args:
+        dtypes: of weights and input.
+        countable: nothing but linear maps and affine BatchNorms has parameters, as costs assume.
+    """
+    modules = MODULES[:-1] if countable else MODULES
     torch.manual_seed(draw(seeds))
     d = draw(st.integers(2, 6))
     rows = draw(st.booleans())  # BatchNorm1d takes rows of features
@@ -149,7 +157,7 @@ def networks(draw: st.DrawFn, dtypes: Iterable[torch.dtype] = (torch.float64,)) 
         n = draw(st.integers(2, 14))
         bias = draw(st.booleans())
         function = draw(st.sampled_from(FUNCTIONS))
-        module = draw(st.sampled_from(MODULES))
+        module = draw(st.sampled_from(modules))
         f: Any = module(n) if module is nn.PReLU and rows and draw(st.booleans()) else module()
         f = f if draw(st.booleans()) else function
         if kind == "block":
@@ -157,7 +165,11 @@ def networks(draw: st.DrawFn, dtypes: Iterable[torch.dtype] = (torch.float64,)) 
             up = nn.Linear(d, n, bias) if linear is None else Conv1D(n, d)
             down = nn.Linear(n, d, draw(st.booleans())) if linear is None else Conv1D(d, n)
             before = nn.BatchNorm1d(n) if rows and draw(st.booleans()) else nn.Identity()
-            after = nn.BatchNorm1d(n, affine=draw(st.booleans())) if rows and draw(st.booleans()) else nn.Identity()
+            after = (
+                nn.BatchNorm1d(n, affine=countable or draw(st.booleans()))
+                if rows and draw(st.booleans())
+                else nn.Identity()
+            )
             blocks.append(Block(up, f, down, before, after, draw(st.booleans())))
         elif kind == "gated":
             blocks.append(Gated(d, n, f, bias))
@@ -168,14 +180,14 @@ def networks(draw: st.DrawFn, dtypes: Iterable[torch.dtype] = (torch.float64,)) 
         else:
             widths = [d, n, draw(st.integers(2, 14)), draw(st.integers(2, 8)), d]
             biases = draw(st.lists(st.booleans(), min_size=4, max_size=4))
-            blocks.append(Chain(widths, draw(st.sampled_from(MODULES))(), biases))
+            blocks.append(Chain(widths, draw(st.sampled_from(modules))(), biases))
     dtype = draw(st.sampled_from(list(dtypes)))
     x = torch.randn(3, d) if rows else torch.randn(2, 3, d)
     return _randomised(nn.Sequential(*blocks), dtype), x.to(dtype)
 
 
 @st.composite
-def convolutional_networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+def convolutional_networks(draw: st.DrawFn, countable: bool = False) -> tuple[nn.Module, Tensor]:
     """Chains and residual blocks of convolutions, float64, and an image."""
     torch.manual_seed(draw(seeds))
     d = draw(st.integers(2, 4))
@@ -194,7 +206,7 @@ def convolutional_networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
         )
         before = nn.BatchNorm2d(n) if draw(st.booleans()) else nn.Identity()
         after = nn.BatchNorm2d(n) if draw(st.booleans()) else nn.Identity()
-        f = draw(st.sampled_from([nn.ReLU(), nn.GELU(), nn.PReLU(n), F.relu, F.silu]))
+        f = draw(st.sampled_from([nn.ReLU(), nn.GELU(), F.relu, F.silu, *([] if countable else [nn.PReLU(n)])]))
         same = stride == 1 and k1 == 1 and (k2 == 1 or (padded and k2 == 3 and down.dilation == (1, 1)))
         blocks.append(Block(up, f, down, before, after, residual=same and draw(st.booleans())))
     x = torch.randn(2, d, 16, 16, dtype=torch.float64)

@@ -21,7 +21,7 @@ from tests.networks import Gated, Packed, convolutional_networks, networks, rand
 
 pytestmark = pytest.mark.filterwarnings("ignore::shallower.plan.CostWarning")
 many = settings(
-    max_examples=60, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=40, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 
@@ -35,14 +35,20 @@ def macs(model: nn.Module, x: torch.Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def has_wide_prelu(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.PReLU) and m.num_parameters > 1 for m in model.modules())
-
-
 def assert_equal_outputs(small: nn.Module, simulated: nn.Module, x: torch.Tensor, tolerance: float = 1e-10) -> None:
     with torch.no_grad():
         expected, found = simulated(x), small(x)
     assert (found - expected).norm() <= tolerance * expected.norm() + 1e-300
+
+
+def fitted(model: nn.Module, x: torch.Tensor, data: st.DataObject) -> tuple[Plan, nn.Module]:
+    """A random plan with fitted maps, and its result."""
+    try:
+        plan = random_plan(find_sites(model, x), data.draw, fits=True)
+        return plan, apply(model, plan, x)
+    except PlanError as error:  # a linear path that does not fit what an overlapping site leaves
+        assume("Apply" not in str(error))
+        raise
 
 
 @many
@@ -60,8 +66,7 @@ def test_any_mix_of_fates_gives_what_the_simulation_gives(network, data):
 @given(network=convolutional_networks(), data=st.data())
 def test_convolutions_after_surgery_give_what_the_simulation_gives(network, data):
     model, x = network
-    plan = random_plan(find_sites(model, x), data.draw, fits=True)
-    small = apply(model, plan, x)
+    plan, small = fitted(model, x, data)
     assert_equal_outputs(small, simulate(model, plan), torch.randn_like(x))
 
 
@@ -69,36 +74,21 @@ def test_convolutions_after_surgery_give_what_the_simulation_gives(network, data
 @given(network=networks(), data=st.data())
 def test_fitted_maps_give_what_the_simulation_gives(network, data):
     model, x = network
-    sites = find_sites(model, x)
-    try:
-        plan = random_plan(sites, data.draw, fits=True)
-        small = apply(model, plan, x)
-    except PlanError as error:  # a linear path that does not fit what an overlapping site leaves
-        assume("Apply" not in str(error))
-        raise
+    plan, small = fitted(model, x, data)
     assert_equal_outputs(small, simulate(model, plan), torch.randn_like(x))
 
 
 @many
-@given(network=st.one_of(networks(), convolutional_networks()), data=st.data())
+@given(network=st.one_of(networks(countable=True), convolutional_networks(countable=True)), data=st.data())
 def test_costs_of_a_plan_are_the_costs_of_its_result(network, data):
     model, x = network
-    assume(not has_wide_prelu(model))
     plan = random_plan(find_sites(model, x), data.draw)
     small = apply(model, plan, x)
-    shared = {id(m) for m in small.modules()}
-    assume(len(shared) == len(list(small.modules())))
-    lost = _activation_params(model) - _activation_params(small)
-    assert params(model) - params(small) - lost == plan.params_saved
+    assert params(model) - params(small) == plan.params_saved
     assert macs(model, x) - macs(small, x) == plan.macs_saved
 
 
-def _activation_params(model: nn.Module) -> int:
-    """Parameters of f itself, which costs do not count."""
-    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.PReLU))
-
-
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(network=networks(dtypes=[torch.float32]), data=st.data())
 def test_float32_networks_agree_to_rounding(network, data):
     model, x = network
@@ -106,7 +96,7 @@ def test_float32_networks_agree_to_rounding(network, data):
     assert_equal_outputs(apply(model, plan, x).double(), simulate(model, plan).double(), x.double(), 1e-5)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(network=networks(dtypes=[torch.bfloat16, torch.float16]), data=st.data())
 def test_narrow_types_are_proven_site_by_site_and_stay_narrow(network, data):
     model, x = network
@@ -116,7 +106,7 @@ def test_narrow_types_are_proven_site_by_site_and_stay_narrow(network, data):
     assert small(x).dtype == x.dtype
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(network=networks(), data=st.data())
 def test_replaying_the_edits_gives_the_same_structure(network, data):
     model, x = network

@@ -24,6 +24,11 @@ removed   an activation place: the activation is an identity
 """
 
 
+Through = Literal["channels", "inputs", "outputs"]
+"""What each channel of a linear path is: one of the site's or of the fit's, one of the producer's inputs, or one of the
+consumers' outputs. All three are exact; the least is taken."""
+
+
 @dataclass(frozen=True)
 class Form:
     """A site after surgery.
@@ -32,6 +37,7 @@ class Form:
         kind: see `FormKind`.
         kept: channels that keep their activation.
         rank: channels of the linear path.
+        through: what these are.
         producer, gate: what they become; None where they become identities or were none.
         consumers: what they become.
         slopes: parameters of the kept channels' slope activation.
@@ -42,6 +48,7 @@ class Form:
     kind: FormKind
     kept: int
     rank: int
+    through: Through
     producer: LinearMap | None
     gate: LinearMap | None
     consumers: tuple[LinearMap, ...]
@@ -177,11 +184,12 @@ def form_of(entry: Entry, maps: Mapping[str, LinearMap] | None = None, prefer: F
     params_before = sum(m.params for m in before) + 2 * norms * site.width
     macs_before = sum(m.macs for m in before)
     if site.producer is None:
-        return Form("removed", 0, 0, None, None, (), 0, 0, params_before, macs_before)
+        return Form("removed", 0, 0, "channels", None, None, (), 0, 0, params_before, macs_before)
     producer = now[site.producer.name]
     gate = None if site.gate is None else now[site.gate.name]
     consumers = tuple(now[m.name] for m in site.consumers)
-    kept, path = len(entry.kept), _path(entry, producer, consumers)
+    kept = len(entry.kept)
+    path, through = _path(entry, producer, consumers)
 
     if kept == 0:
         merged = tuple(composed(producer, c, _biased(entry, producer, c, i)) for i, c in enumerate(consumers))
@@ -192,11 +200,12 @@ def form_of(entry: Entry, maps: Mapping[str, LinearMap] | None = None, prefer: F
         smaller = weights < sum(m.d_in * m.d_out * m.taps for m in merged)
         fitted_full = entry.fit is not None and bool(entry.fit.ups) and entry.fit.down is None
         if convolved or fitted_full or not (smaller if prefer is None else prefer == "pair"):
-            return Form("merged", 0, 0, None, None, merged, 0, 0, params_before, macs_before)
+            return Form("merged", 0, 0, "channels", None, None, merged, 0, 0, params_before, macs_before)
         return Form(
             "pair",
             0,
             rank,
+            "channels",
             _resized(producer, d_out=halves * rank, bias=False),
             None,
             tuple(_resized(c, d_in=rank, bias=_biased(entry, producer, c, i)) for i, c in enumerate(consumers)),
@@ -213,6 +222,7 @@ def form_of(entry: Entry, maps: Mapping[str, LinearMap] | None = None, prefer: F
         "partial" if path else "narrower",
         kept,
         path,
+        through,
         _resized(producer, d_out=2 * width if site.packed else width),
         None if gate is None else _resized(gate, d_out=kept),
         tuple(_resized(c, d_in=width, bias=_biased(entry, producer, c, i)) for i, c in enumerate(consumers)),
@@ -262,16 +272,16 @@ def _axis(producer: LinearMap, consumer: LinearMap, i: int) -> tuple[int, int]:
     return d1 * (k1 - 1) + d2 * (k2 - 1) + 1, 1
 
 
-def _path(entry: Entry, producer: LinearMap, consumers: tuple[LinearMap, ...]) -> int:
-    """Channels of the linear path."""
+def _path(entry: Entry, producer: LinearMap, consumers: tuple[LinearMap, ...]) -> tuple[int, Through]:
+    """Channels of the linear path, and what they are."""
     fit, site = entry.fit, entry.site
     d_out = sum(c.d_out for c in consumers)
     if fit is None:
         given = len(entry.linear)
         if given == 0:
-            return 0
+            return 0, "channels"
     elif not fit.ups:
-        return 0
+        return 0, "channels"
     else:
         d_in = producer.d_in if fit.down is None else fit.down.shape[1]
         if any(up.shape[1] != d_in for up in fit.ups if fit.down is None) or d_in != producer.d_in:
@@ -283,16 +293,16 @@ def _path(entry: Entry, producer: LinearMap, consumers: tuple[LinearMap, ...]) -
             )
         given = 0 if fit.down is None else fit.down.shape[0]
     if len(entry.kept) == 0:
-        return given or producer.d_in
+        return given or producer.d_in, "channels"
     # A path through all inputs or all outputs is as exact and may be smaller; with kernels on both sides there is none.
-    ranks = [given] if given else []
+    ranks: list[tuple[int, Through]] = [(given, "channels")] if given else []
     if producer.taps == 1 and producer.groups == 1 and producer.stride == (1, 1) and producer.padding == (0, 0):
-        ranks.append(producer.d_in)
+        ranks.append((producer.d_in, "inputs"))
     if all(c.taps == 1 and c.groups == 1 and c.padding == (0, 0) for c in consumers) and _same_stride(consumers):
-        ranks.append(d_out)
+        ranks.append((d_out, "outputs"))
     if not ranks:
         raise PlanError(f"{site.name}: kept channels and one full map do not fit beside each other; give down and ups")
-    return min(ranks)
+    return min(ranks, key=lambda rank: rank[0])
 
 
 def _same_stride(consumers: tuple[LinearMap, ...]) -> bool:

@@ -183,7 +183,7 @@ def _narrow(model: nn.Module, entry: Entry, form: Form, path: _Path) -> None:
     site, kept = entry.site, entry.kept
     producer = model.get_submodule(_name(site.producer))
     consumers = _consumers(model, site)
-    down, ups = _reduced(path, form.rank, producer, consumers)
+    down, ups = _reduced(path, form, producer, consumers)
     if form.kept == site.width and form.rank == 0 and entry.fit is None:
         _set_activation(model, entry, form)
         return
@@ -218,14 +218,13 @@ def _narrow(model: nn.Module, entry: Entry, form: Form, path: _Path) -> None:
     _set_activation(model, entry, form)
 
 
-def _reduced(path: _Path, rank: int, producer: nn.Module, consumers: list[nn.Module]) -> tuple[Tensor, list[Tensor]]:
+def _reduced(path: _Path, form: Form, producer: nn.Module, consumers: list[nn.Module]) -> tuple[Tensor, list[Tensor]]:
     """The same path with fewer channels, where there are fewer inputs or outputs than channels."""
     down, ups = path.down, path.ups
-    if down is not None and len(down) == rank:
+    if form.through == "channels" and down is not None:
         return down, ups
-    d_in = ups[0].shape[1] if down is None else down.shape[1]
-    if rank == d_in:
-        eye = torch.eye(d_in, dtype=torch.float64, device=ups[0].device)
+    if form.through == "inputs":
+        eye = torch.eye(form.rank, dtype=torch.float64, device=ups[0].device)
         eye = eye[:, :, None, None] if isinstance(producer, nn.Conv2d) else eye
         return eye, ups if down is None else [
             _composed(up, down, producer, c) for up, c in zip(ups, consumers, strict=True)
