@@ -565,6 +565,23 @@ def test_interrupted_stages_go_on_where_they_were(tmp_path: Path) -> None:
     assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in whole.state_dict().items())
 
 
+def test_order_survives_an_interruption_of_the_first_stage(tmp_path: Path) -> None:
+    def interrupted(model: nn.Module, batch: Any) -> Tensor:
+        if model.training:
+            raise KeyboardInterrupt
+        return task_loss(model, batch)
+
+    model = network()
+    method = method_on(model)
+    names = [site.name for site in method.sites]
+    with pytest.raises(KeyboardInterrupt):
+        method.fit(BATCHES, interrupted, RECIPE, order=names, checkpoint=tmp_path, cpu=True)
+    assert method.arrive_in is None
+    assert method.active == tuple(names)
+    stages = fitted(network(), order=names[::-1], checkpoint=tmp_path)
+    assert [stage.sites for stage in stages] == [(name,) for name in names]
+
+
 def test_finished_stages_are_not_trained_again(tmp_path: Path) -> None:
     model = network()
     fitted(model, checkpoint=tmp_path)

@@ -394,46 +394,54 @@ class LayerCollapse(Method):
 
         if floor is not None and score is None:
             raise MethodError("floor= needs score=, a function of the model, to compare with")
-        own_arrive_in = self.arrive_in
         record = None if checkpoint is None else Path(checkpoint) / "stages.safetensors"
         if record is not None and record.exists():
             groups, finished = self._resume(read_state(record), record, recipe)
         else:
             probe = list(islice(reiterable(batches), 8)) if probe is None else probe
             groups, finished = self._groups(stages, self._ordered(order, probe, loss)), []
-        for number, group in enumerate(groups[len(finished) :], len(finished) + 1):
-            if finished and finished[-1].taken_back:
-                break
-            before = {} if floor is None else {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
-            self._begin(groups[:number])
-            self.arrive_in = None if arrive is None else max(1, round(arrive * _steps(batches, recipe)))
-            part = None if record is None else record.with_name(f"stage-{number}.safetensors")
-            history = train(
-                self.model,
-                batches,
-                loss,
-                dataclasses.replace(recipe, seed=recipe.seed + number - 1),
-                method=self,
-                checkpoint=part,
-                label=f"stage {number}/{len(groups)}",
-                cpu=cpu,
-            )
-            slopes = {name: float(a.mean()) for name, a in self.slopes().items()}
-            collapsed = self.settle(tolerance)
-            value = None if score is None else _agreed(score, self.model)
-            taken_back = floor is not None and value is not None and value < floor
-            if taken_back:
-                self.model.load_state_dict(before)
-                collapsed = finished[-1].collapsed if finished else ()
-            finished.append(Stage(tuple(group), collapsed, slopes, value, taken_back, history))
+
+        def keep() -> None:
             if record is not None:
                 if _is_main():
                     write_state(record, self._state(groups, finished, recipe))
                 _wait()
-                if _is_main() and part is not None:
+
+        if not finished:
+            keep()  # the order, which other random numbers would measure otherwise
+        own_arrive_in = self.arrive_in
+        self.arrive_in = None if arrive is None else max(1, round(arrive * _steps(batches, recipe)))
+        try:
+            for number in range(len(finished) + 1, len(groups) + 1):
+                if finished and finished[-1].taken_back:
+                    break
+                part = None if record is None else record.with_name(f"stage-{number}.safetensors")
+                before = {} if floor is None else {k: v.cpu().clone() for k, v in self.model.state_dict().items()}
+                self._begin(groups[:number])
+                history = train(
+                    self.model,
+                    batches,
+                    loss,
+                    dataclasses.replace(recipe, seed=recipe.seed + number - 1),
+                    method=self,
+                    checkpoint=part,
+                    label=f"stage {number}/{len(groups)}",
+                    cpu=cpu,
+                )
+                slopes = {name: float(a.mean()) for name, a in self.slopes().items()}
+                collapsed = self.settle(tolerance)
+                value = None if score is None else _agreed(score, self.model)
+                taken_back = floor is not None and value is not None and value < floor
+                if taken_back:
+                    self.model.load_state_dict(before)
+                    collapsed = finished[-1].collapsed if finished else ()
+                finished.append(Stage(tuple(groups[number - 1]), collapsed, slopes, value, taken_back, history))
+                keep()
+                if part is not None and _is_main():
                     part.unlink(missing_ok=True)
-        self.arrive_in = own_arrive_in
-        self._begin(groups)
+        finally:
+            self.arrive_in = own_arrive_in
+            self._begin(groups)
         return finished
 
     def _begin(self, groups: Sequence[Sequence[str]]) -> None:
@@ -561,7 +569,7 @@ def _agreed(score: Score, model: nn.Module) -> float:
 
 
 def _is_main() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0 if not dist.is_initialized() else dist.get_rank() == 0
 
 
 def _wait() -> None:
