@@ -1177,6 +1177,29 @@ class Twice(nn.Module):
         return self.block(self.block(x))
 
 
+class Scaled(nn.Module):
+    """An activation between constants, and one that `torch.where` writes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(16, 37), nn.Linear(37, 41), nn.Linear(41, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc2(F.relu(self.fc1(x) * 2 + 1) - 0.5)
+        return self.fc3(torch.where(h > 0, h, 0.1 * h))
+
+
+class AlwaysDropping(nn.Module):
+    """A functional dropout that stays on in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 37), nn.Linear(37, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.dropout(F.relu(self.fc1(x)), 0.5))
+
+
 class TwoHeads(nn.Module):
     """A hidden tensor that two linear maps read."""
 
@@ -1330,6 +1353,13 @@ BY_HAND = (
         "block_called_twice",
         lambda: Twice(Residual(TanhGELU())),
         *under("block.body", mlp("up", "down", calls=2)),
+    ),
+    vectors("scaled", Scaled, head("fc1", "fc2", 37, "relu"), head("fc2", "fc3", 41, "")),
+    vectors("always_dropping", AlwaysDropping, skips=(Skip("fc1", "dropout"),)),
+    vectors(
+        "prelu_of_channels",
+        lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(16, 37), nn.PReLU(37), nn.Linear(37, 10)),
+        head("1", "3", 37, "prelu"),
     ),
     vectors("two_heads", TwoHeads, Expected("head", 37, "trunk", ("mean", "spread"), "relu")),
     plain(

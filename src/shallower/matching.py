@@ -16,7 +16,17 @@ from shallower.candidates import MOST_STEPS, Found, Walk
 from shallower.graph import Graph, Step, Unit, channel_dim, sizes
 from shallower.inputs import Inputs
 from shallower.placing import Placing
-from shallower.pointwise import ACTIVATIONS, AFFINE, DROPOUT, UNCHANGED, activation_name, is_pointwise, moving, obstacle
+from shallower.pointwise import (
+    ACTIVATIONS,
+    AFFINE,
+    DROPOUT,
+    UNCHANGED,
+    activation_name,
+    is_pointwise,
+    moving,
+    obstacle,
+    stays_on,
+)
 from shallower.sites import Kind, LinearMap, Place, Site, Sites
 from shallower.tracing import Call, Frame, Value, trace_forward
 
@@ -98,6 +108,9 @@ class Matcher:
                 return unit.problem
         if found.obstacles:
             return found.obstacles[0]
+        for call in found.dropouts:
+            if stays_on(call):
+                return f"the dropout {self.graph.title(call)} stays on in eval mode; give it training=self.training"
         if len(found.norms_before) > 1 or len(found.norms_after) > 1:
             return "there is more than one norm on one side of the activation"
         inside = set(found.inside) | set(found.consumers)
@@ -187,7 +200,14 @@ class Matcher:
             calls=len(group),
             channels_first=producer.kind == "conv2d",
             not_linear=self.not_linear(first, producer, consumers),
+            activation_params=self.activation_params(place),
         )
+
+    def activation_params(self, place: Place) -> int:
+        """Parameters of the activation where it is a module of its own: those of a PReLU."""
+        if place.calls:
+            return 0
+        return sum(parameter.numel() for parameter in self.graph.trace.model.get_submodule(place.module).parameters())
 
     def linear_map(self, units: Sequence[Unit]) -> LinearMap:
         """The description of a map, from all its calls in the site."""

@@ -24,6 +24,8 @@ NONLINEAR = _names(
 AFFINE = _names("add sub mul div neg positive addcmul addcdiv lerp")
 """Functions that act on each element by itself and are affine where all but one argument are constants."""
 
+COMPARISONS = _names("sign heaviside ge gt le lt")
+
 ACTIVATIONS = _names(
     """
     relu relu6 gelu silu tanh sigmoid hardswish hardtanh hardsigmoid leaky_relu elu selu celu mish softplus
@@ -87,6 +89,13 @@ def is_nonlinear(calls: Iterable[Call]) -> bool:
 
 def _has_number(call: Call) -> bool:
     return any(isinstance(item, (int, float)) for item in (*call.args, *call.kwargs.values()))
+
+
+def stays_on(call: Call) -> bool:
+    """Whether a dropout, recorded in eval mode, drops even there."""
+    given = dict(zip(("input", "p", "training"), call.args, strict=False)) | dict(call.kwargs)
+    training = given.get("training", given.get("train", "alpha" not in call.name))
+    return bool(training) and given.get("p", 0.5) > 0
 
 
 def obstacle(call: Call) -> str:
@@ -165,4 +174,9 @@ def activation_name(chain: Sequence[Call], frame: Frame | None) -> str:
         return "squared relu"
     if names == ["softplus", "tanh", "mul"]:
         return "mish"
-    return type(frame.module).__name__.lower() if frame is not None and frame.name else names[0]
+    if frame is not None and frame.name:
+        return type(frame.module).__name__.lower()
+    telling = [name for name in names if name in ACTIVATIONS] or [
+        name for name in names if name in NONLINEAR - COMPARISONS
+    ]
+    return (telling or names)[0]

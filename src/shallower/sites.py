@@ -117,6 +117,7 @@ class Site:
         channels_first: the channel dimension of the hidden tensor is 1 (convolutions), not the last.
         not_linear: why no channel of this site may get the fate linear ("" where it may): for instance a zero-padded
             convolution as consumer. Keep and drop are always allowed.
+        activation_params: parameters of the activation itself (PReLU: 1 or n); 0 for most.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Site:
     calls: int = 1
     channels_first: bool = False
     not_linear: str = ""
+    activation_params: int = 0
 
     @property
     def gated(self) -> bool:
@@ -147,9 +149,9 @@ class Site:
 
     @property
     def params(self) -> int:
-        """Weights, biases and BatchNorm scales and shifts of the site's maps, now."""
+        """Weights, biases and BatchNorm scales and shifts of the site's maps, and the activation's parameters, now."""
         norms = 2 * self.width * (bool(self.norm_before) + bool(self.norm_after))
-        return sum(m.params for m in self.maps) + norms
+        return sum(m.params for m in self.maps) + norms + self.activation_params
 
     @property
     def macs(self) -> int:
@@ -279,9 +281,9 @@ class Sites:
         return dataclasses.replace(self, items=tuple(s for s in self.items if which(s)))
 
     def __str__(self) -> str:
-        """A table: site, kind, activation, width, params and MACs now and if collapsed; then what was skipped, and why."""
+        """A table: site, kind, activation, width, params and MACs now and if collapsed; then what was skipped."""
         header = ("site", "kind", "f", "width", "params", "collapsed", "MACs", "collapsed", "")
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 site.name,
                 site.kind,
