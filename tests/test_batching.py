@@ -91,7 +91,8 @@ def test_transformers_models_get_their_pictures_by_name() -> None:
 
 def test_the_format_of_pictures_is_read_from_the_model() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3))
-    assert ImageFormat.of(model) == ImageFormat(1, None, 1.0, (0.5,), (0.5,))
+    assert ImageFormat.of(model).channels == 1
+    assert ImageFormat.of(nn.Linear(3, 3)).channels is None
     model.image_size = 16  # type: ignore[assignment]
     assert ImageFormat.of(model).size == (16, 16)
     assert ImageFormat.of(model, 24).size == (24, 24)
@@ -103,6 +104,11 @@ def test_pictures_are_resized_cropped_and_normalised() -> None:
     assert pixels.shape == (3, 8, 8)
     expected = (torch.tensor([1.0, 0, 0]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(pixels[:, 4, 4], expected, atol=1e-5, rtol=0)
+
+
+def test_grey_pictures_lie_between_minus_one_and_one() -> None:
+    pixels = ImageFormat(channels=None)(np.array([[0, 255]], np.uint8))
+    assert pixels.tolist() == [[[-1.0, 1.0]]]
 
 
 def test_a_picture_with_other_channels_than_the_model_is_refused() -> None:

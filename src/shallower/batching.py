@@ -85,14 +85,14 @@ class ImageFormat:
     """What a model wants its pictures to look like.
 
     Attributes:
-        channels: 1 for grey, 3 for colour.
+        channels: 1 for grey, 3 for colour, None for what the picture has.
         size: (height, width), or None to leave the pictures as they are.
         crop: pictures are resized so that this part of them, cut out of the middle, fills `size`.
-        mean, std: of each channel, of pixels between 0 and 1.
+        mean, std: of each channel, of pixels between 0 and 1; for another number of channels 0.5.
         interpolation: "bilinear" or "bicubic".
     """
 
-    channels: int = 3
+    channels: int | None = 3
     size: tuple[int, int] | None = None
     crop: float = 1.0
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -103,15 +103,13 @@ class ImageFormat:
     def of(cls, model: nn.Module, size: int | None = None) -> ImageFormat:
         """What is known about a model's pictures: timm's configuration, a fixed `image_size`, its first convolution.
 
-        Where nothing is known: colour pictures of their own size, with ImageNet's mean and standard deviation.
+        Where nothing is known: pictures of their own size, those in colour with ImageNet's mean and standard deviation.
         """
         known = getattr(model, "pretrained_cfg", None)
         config: Mapping[str, Any] = known if isinstance(known, Mapping) else {}
         first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        channels = first.in_channels if first is not None else int((config.get("input_size") or (3,))[0])
+        channels = first.in_channels if first is not None else (config.get("input_size") or (None,))[0]
         mean, std = tuple(config.get("mean") or cls.mean), tuple(config.get("std") or cls.std)
-        if channels != len(mean):
-            mean, std = (0.5,) * channels, (0.5,) * channels
         fixed = (size,) if size else _fixed_size(model) or tuple(config.get("input_size") or ())[1:]
         return cls(
             channels,
@@ -131,31 +129,38 @@ class ImageFormat:
             DataError: the array has other channels than the model.
         """
         if hasattr(picture, "convert"):
-            picture = picture.convert("L" if self.channels == 1 else "RGB")
+            grey = self.channels == 1 or (self.channels is None and picture.mode in ("1", "L"))
+            picture = picture.convert("L" if grey else "RGB")
         array = np.asarray(picture)
         pixels = torch.from_numpy(array.astype(np.float32))
         if array.dtype == np.uint8:
             pixels = pixels / 255
         if pixels.ndim < 2:
             return pixels
+        wanted = (1, 3) if self.channels is None else (self.channels,)
         if pixels.ndim == 2:
             pixels = pixels[None]
-        elif pixels.shape[0] != self.channels and pixels.shape[-1] == self.channels:
+        elif pixels.shape[0] not in wanted and pixels.shape[-1] in wanted:
             pixels = pixels.permute(2, 0, 1)
-        if pixels.ndim != 3 or pixels.shape[0] != self.channels:
-            raise DataError(f"a picture of shape {array.shape} does not fit a model with {self.channels} channels")
+        if pixels.ndim != 3 or pixels.shape[0] not in wanted:
+            channels = " or ".join(map(str, wanted))
+            raise DataError(f"a picture of shape {array.shape} does not fit a model with {channels} channels")
         if self.size is not None and tuple(pixels.shape[1:]) != self.size:
             pixels = self._resized(pixels, self.size)
         if array.dtype != np.uint8:
             return pixels.contiguous()
-        return (pixels - torch.tensor(self.mean)[:, None, None]) / torch.tensor(self.std)[:, None, None]
+        count = len(pixels)
+        mean, std = (self.mean, self.std) if len(self.mean) == count else ((0.5,) * count, (0.5,) * count)
+        return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
     def _resized(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         height, width = pixels.shape[1:]
         scale = max(size[0] / height, size[1] / width) / self.crop
         whole = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
         if whole != (height, width):
-            pixels = F.interpolate(pixels[None], whole, mode=self.interpolation, antialias=True)[0].clamp(0, 1)
+            pixels = F.interpolate(pixels[None], whole, mode=self.interpolation, antialias=True)[0].clamp(
+                pixels.min(), pixels.max()
+            )
         top, left = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
         return pixels[:, top : top + size[0], left : left + size[1]]
 

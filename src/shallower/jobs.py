@@ -18,8 +18,7 @@ import torch
 
 from shallower.batching import make_batches
 from shallower.budget import Target
-from shallower.checkpoint import _check_replaceable as check_replaceable
-from shallower.checkpoint import read_source, save
+from shallower.checkpoint import check_replaceable, read_source, save
 from shallower.compression import Result, Settings, compress, verdict_table
 from shallower.data import Rows, read_rows
 from shallower.errors import CheckpointError, ModelError, ShallowerError, TargetError
@@ -144,10 +143,11 @@ def run(job: Job, *, resume: bool = True) -> str:
         result = compress(loaded.model, batches, task, settings, checkpoints=checkpoints, cpu=device.type == "cpu")
         result.model.to("cpu", dtype)
         _write(job, loaded, rows, task, result)
+    rows_of_table = result.verdict.rows(task, "dense", f"{len(result.collapsed)} collapsed")
     again = "" if loaded.source else ", model=a fresh instance of the original model"
     return "\n".join(
         [
-            verdict_table(task.quality, result.verdict.rows(task, "dense", f"{len(result.collapsed)} sites collapsed")),
+            verdict_table(task.quality, rows_of_table),
             f"collapsed: {', '.join(result.collapsed)}",
             f"saved in {job.output}; read it with shallower.load({str(job.output)!r}{again})",
         ]
