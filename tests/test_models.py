@@ -305,3 +305,9 @@ def test_a_config_cannot_choose_an_attention_that_is_fetched():
     config = TAKEN["bert"][1].to_dict() | {"_attn_implementation": "some/kernel", "attn_implementation": "some/kernel"}
     skeleton: Any = build_skeleton("transformers:BertModel?attention=eager", config)
     assert skeleton.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("spec", ["./nowhere", "/no/such/place", "a/b/c"])
+def test_missing_directory_is_not_looked_for_on_the_hub(spec: str) -> None:
+    with pytest.raises(ModelError, match="there is no directory"):
+        load_model(spec)

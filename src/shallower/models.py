@@ -364,6 +364,8 @@ def _import_transformers() -> ModuleType:
 def _transformers(spec: str, task: TaskName | None, num_labels: int | None, pretrained: bool) -> LoadedModel:
     library = _import_transformers()
     local = Path(spec).is_dir()
+    if not local and (spec.startswith((".", "/", "~")) or spec.count("/") > 1):
+        raise ModelError(f"there is no directory {spec}, and a name on the hub looks different (owner/name)")
     where: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     labels = {} if num_labels is None else {"num_labels": num_labels}
     model: Any
