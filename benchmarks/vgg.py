@@ -41,6 +41,8 @@ CONTINUATION = Recipe(
     epochs=3, lr=0.05, optimizer="sgd", weight_decay=5e-4, schedule="cosine", clip=5.0, precision="bf16", seed=1
 )
 STRENGTH = 0.05
+SLOPE_LR = 1e-3
+"""With the network's learning rate the task's gradient throws the slopes about."""
 ARRIVE = 0.5
 
 
@@ -113,12 +115,14 @@ class Work:
         )
         return model, history
 
-    def collapsed(self, strength: float = STRENGTH, arrive: float = ARRIVE) -> tuple[nn.Module, Stage]:
+    def collapsed(
+        self, strength: float = STRENGTH, slope_lr: float = SLOPE_LR, arrive: float = ARRIVE
+    ) -> tuple[nn.Module, Stage]:
         """The merged network after the continuation with LayerCollapse on the head."""
         model, _ = self.warm()
         sites = find_sites(model.eval(), self.example).select(lambda site: site.kind == "head")
-        method = LayerCollapse(model, sites, strength)
-        folder = stage(self.cache, "collapse", self.warmup, self.continuation, self.batch, strength, arrive)
+        method = LayerCollapse(model, sites, strength, slope_lr=slope_lr)
+        folder = stage(self.cache, "collapse", self.warmup, self.continuation, self.batch, strength, slope_lr, arrive)
         (done,) = method.fit(
             self.batches,
             cross_entropy,
@@ -159,6 +163,7 @@ def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
         "batch": work.batch,
         "images": {"train": len(work.batches.images), "held out": len(work.held_out), "test": len(work.test)},
         "strength": STRENGTH,
+        "slope_lr": SLOPE_LR,
         "arrive": ARRIVE,
         "slopes": dict(done.slopes),
         "collapsed": list(done.collapsed),
