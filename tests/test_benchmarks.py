@@ -1,0 +1,93 @@
+"""Each benchmark's small real run gives plain results and a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import results
+from benchmarks.__main__ import execute, main
+
+CACHE = Path(__file__).parents[1] / ".cache" / "benchmarks"
+
+
+def quick(name: str, data: Path, tmp_path: Path) -> tuple[dict[str, object], str]:
+    # Decoded images are shared between runs, stages are not: they are what is tested.
+    for decoded in CACHE.glob("cifar10-*.safetensors"):
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        (tmp_path / "cache" / decoded.name).symlink_to(decoded)
+    table = execute(name, data, True, tmp_path / "cache", tmp_path)
+    found: dict[str, object] = json.loads((tmp_path / f"{name}.json").read_text())
+    return found, table
+
+
+def rows(found: dict[str, object]) -> list[dict[str, object]]:
+    listed = found["rows"]
+    assert isinstance(listed, list)
+    return listed
+
+
+@pytest.mark.slow
+def test_vgg_loses_both_sites_of_its_head(data: Path, tmp_path: Path) -> None:
+    found, table = quick("vgg", data, tmp_path)
+    dense, small = rows(found)
+    assert len(found["collapsed"]) == 2  # type: ignore[arg-type]
+    assert dense["params"] - small["params"] == (512 * 256 + 256) + (256 * 256 + 256) + (256 * 10 + 10) - (
+        512 * 10 + 10
+    )  # type: ignore[operator]
+    assert found["wide_head"] == {"before": 134_309_962, "after": 14_974_026}
+    assert "14,974,026" in table
+
+
+@pytest.mark.slow
+def test_sst2_rows_shrink_with_each_collapsed_block(data: Path, tmp_path: Path) -> None:
+    found, table = quick("sst2", data, tmp_path)
+    listed = rows(found)
+    assert [row["collapsed"] for row in listed] == [0, 1, 2, 3, 6]
+    # Per block 2 * 384 * 1536 + 384 + 1536 parameters become 384 * 384 + 384.
+    assert [listed[0]["params"] - row["params"] for row in listed] == [0, 1_033_728, 2_067_456, 3_101_184, 6_202_368]  # type: ignore[operator]
+    assert "6 of 6" in table
+
+
+def test_vit_compares_two_collapses_of_the_same_network(data: Path, tmp_path: Path) -> None:
+    found, table = quick("vit", data, tmp_path)
+    listed = rows(found)
+    assert [row["collapsed"] for row in listed] == [0, 1, 2]
+    assert all(set(row["test"]) == {"unit", "calibration"} for row in listed)  # type: ignore[call-overload]
+    assert "best affine" in table
+
+
+@pytest.mark.slow
+def test_slope_overhead_times_both_models(tmp_path: Path) -> None:
+    found, table = quick("slope_overhead", tmp_path, tmp_path)
+    assert [row["sites"] for row in rows(found)] == [4, 4]
+    assert all(0.5 < row["ratio"] < 2 for row in rows(found))  # type: ignore[operator]
+    assert "BERT" in table
+
+
+def test_a_finished_stage_is_not_trained_again(data: Path, tmp_path: Path) -> None:
+    from benchmarks.vit import Work
+
+    for decoded in CACHE.glob("cifar10-*.safetensors"):
+        (tmp_path / decoded.name).symlink_to(decoded)
+    first = Work(data, True, tmp_path / "vit").from_scratch()[1]
+    again = Work(data, True, tmp_path / "vit").from_scratch()[1]
+    assert first.resumed == 0
+    assert again.resumed == 4
+    assert again.losses == first.losses
+
+
+def test_the_page_of_results_is_made_from_the_files(tmp_path: Path) -> None:
+    committed = Path(__file__).parents[1] / "docs"
+    (tmp_path / "results").mkdir()
+    for path in (committed / "results").glob("*.json"):
+        (tmp_path / "results" / path.name).write_text(path.read_text())
+    assert results.write(tmp_path).read_text() == (committed / "results.md").read_text()
+
+
+def test_missing_data_is_one_line_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["vit", "--quick", "--data", str(tmp_path / "absent"), "--cache", str(tmp_path), "--out", str(tmp_path)]
+    assert main(arguments) == 1
+    assert "no data" in capsys.readouterr().err
