@@ -11,6 +11,8 @@ INTRODUCTION = """# Results
 
 Made by `python -m benchmarks results` from the JSON files in [results/](results/); every number comes out of the
 command that stands above its table. `python -m benchmarks NAME --quick` is a small run of the same code in seconds.
+Latencies are medians over rounds in which the models take turns. The machine had other work to do meanwhile, so that
+their ratios, taken within a round, say more than the milliseconds.
 """
 
 

@@ -274,7 +274,7 @@ def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Accuracy, cost and speed for each number of collapsed blocks."""
-    header = ["collapsed", "test", "dense, trained as long", "validation", "dense", "params", "MACs", "latency"]
+    header = ["collapsed", "test", "dense, as long", "validation", "dense, as long", "params", "MACs", "latency"]
     header += ["promised", "measured", "kept"]
     rows = []
     for row in results["rows"]:
@@ -294,8 +294,10 @@ def table(results: dict[str, Any]) -> str:
             ]
         )
     timed = results["timed"]
+    names = ", ".join(name.rpartition(".")[2] for name in results["order"])
     return (
         f"{markdown(header, rows)}\n\n"
+        f"Accuracies; fine-tuned and trained on {results['sentences']['train']:,} sentences. "
         f"MACs and latency: {timed['batch']} sentences of {timed['tokens']} tokens, float32. promised: MACs before / "
-        f"after; kept: measured speed-up / promised. Blocks collapsed in this order: {', '.join(results['order'])}."
+        f"after; kept: measured speed-up / promised. Layers collapsed in this order: {names}."
     )
