@@ -140,6 +140,18 @@ def test_a_tensor_made_in_the_forward_would_be_frozen_by_rewriting_it() -> None:
     assert "makes tensors of its own" in reason(Network(lambda _, h: h), rows(3, 8))
 
 
+def test_a_cast_to_the_type_of_another_tensor_is_no_mixing() -> None:
+    class Act(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            return F.silu(h.double()).type_as(h)
+
+    class Network(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.act(self.fc1(x)).type_as(x))  # type: ignore[no-any-return]
+
+    assert only_site(Network(lambda _, h: h, act=Act()), rows(3, 8)).activation == Place("act")
+
+
 def test_a_scale_alone_is_no_activation() -> None:
     sites = find_sites(Mlp(lambda _, h: h * 2 + 1), rows(3, 8))
     assert not sites.items
@@ -371,6 +383,7 @@ SKIPPED: list[tuple[str, Callable[[], nn.Module], str]] = [
     ("a reshape before", lambda: Mlp(lambda m, h: m.act(h.view(-1, 3, 4)).flatten(1), act=nn.ReLU()), "reshape"),
     ("an unknown tensor", lambda: Mlp(lambda m, h: m.act(h) * MIXED, act=nn.ReLU()), "unknown tensor"),
     ("an unknown shift", lambda: Mlp(lambda m, h: m.act(h) + MIXED, act=nn.ReLU()), "unknown tensor"),
+    ("a reshape like another", lambda: Mlp(lambda _, h: F.relu(h.flatten(1).reshape_as(h))), "reshape"),
     ("a softmax", lambda: Mlp(lambda m, h: m.soft(m.act(h)), act=nn.ReLU(), soft=nn.Softmax(-1)), "soft .Softmax"),
     ("a hook on a layer", lambda: hooked("0"), "0 has a forward hook"),
     ("a hook on the activation", lambda: hooked("1"), "1 has a forward hook"),

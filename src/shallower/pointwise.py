@@ -67,7 +67,7 @@ PRODUCTS = _names(
 
 def moving(call: Call) -> list[Value]:
     """The inputs of a pointwise call that are not constants: more than one element, or fed by the inputs."""
-    inputs = call.inputs[:1] if call.name == "prelu" else call.inputs
+    inputs = call.inputs[:1] if call.name == "prelu" or call.name in UNCHANGED else call.inputs
     return [value for value in inputs if value.elements > 1 or value.fed]
 
 
@@ -100,7 +100,8 @@ def stays_on(call: Call) -> bool:
 
 def obstacle(call: Call) -> str:
     """What a call that may stand between activation and map is, in words; "" where it is none of these."""
-    moved = [value for value in call.inputs if value.elements > 1]
+    read = call.inputs[:1] if call.name.endswith("_as") else call.inputs
+    moved = [value for value in read if value.elements > 1]
     if (
         len(moved) < 1
         or any(value.dynamic for value in moved[1:])
