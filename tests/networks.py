@@ -144,9 +144,10 @@ def networks(
 
     Args:
         dtypes: of weights and input.
-        countable: nothing but linear maps and affine BatchNorms has parameters, as costs assume.
+        countable: without what costs count wrongly: BatchNorms without scale and shift, and an activation with
+            parameters that several sites share.
     """
-    modules = MODULES[:-1] if countable else MODULES
+    shareable = MODULES[:-1] if countable else MODULES
     torch.manual_seed(draw(seeds))
     d = draw(st.integers(2, 6))
     rows = draw(st.booleans())  # BatchNorm1d takes rows of features
@@ -157,7 +158,7 @@ def networks(
         n = draw(st.integers(2, 14))
         bias = draw(st.booleans())
         function = draw(st.sampled_from(FUNCTIONS))
-        module = draw(st.sampled_from(modules))
+        module = draw(st.sampled_from(MODULES))
         f: Any = module(n) if module is nn.PReLU and rows and draw(st.booleans()) else module()
         f = f if draw(st.booleans()) else function
         if kind == "block":
@@ -180,14 +181,14 @@ def networks(
         else:
             widths = [d, n, draw(st.integers(2, 14)), draw(st.integers(2, 8)), d]
             biases = draw(st.lists(st.booleans(), min_size=4, max_size=4))
-            blocks.append(Chain(widths, draw(st.sampled_from(modules))(), biases))
+            blocks.append(Chain(widths, draw(st.sampled_from(shareable))(), biases))
     dtype = draw(st.sampled_from(list(dtypes)))
     x = torch.randn(3, d) if rows else torch.randn(2, 3, d)
     return _randomised(nn.Sequential(*blocks), dtype), x.to(dtype)
 
 
 @st.composite
-def convolutional_networks(draw: st.DrawFn, countable: bool = False) -> tuple[nn.Module, Tensor]:
+def convolutional_networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     """Chains and residual blocks of convolutions, float64, and an image."""
     torch.manual_seed(draw(seeds))
     d = draw(st.integers(2, 4))
@@ -206,7 +207,7 @@ def convolutional_networks(draw: st.DrawFn, countable: bool = False) -> tuple[nn
         )
         before = nn.BatchNorm2d(n) if draw(st.booleans()) else nn.Identity()
         after = nn.BatchNorm2d(n) if draw(st.booleans()) else nn.Identity()
-        f = draw(st.sampled_from([nn.ReLU(), nn.GELU(), F.relu, F.silu, *([] if countable else [nn.PReLU(n)])]))
+        f = draw(st.sampled_from([nn.ReLU(), nn.GELU(), F.relu, F.silu, nn.PReLU(n)]))
         same = stride == 1 and k1 == 1 and (k2 == 1 or (padded and k2 == 3 and down.dilation == (1, 1)))
         blocks.append(Block(up, f, down, before, after, residual=same and draw(st.booleans())))
     x = torch.randn(2, d, 16, 16, dtype=torch.float64)

@@ -57,7 +57,7 @@ def _new_width(model: nn.Module, todo: Sequence[Step], names: list[str], part: s
         inside = any(name == "" or module == name or module.startswith(f"{name}.") for name in names)
         return inside and (not part or part in module.split("."))
 
-    widths, changed = set(), set()
+    widths, changed, counts = set(), set(), {old}
     for step in todo:
         site, form = step.entry.site, step.form
         if site.width != old or site.producer is None or not owned(site.producer.name):
@@ -67,11 +67,12 @@ def _new_width(model: nn.Module, todo: Sequence[Step], names: list[str], part: s
             return None
         widths.add(form.kept)
         changed |= {m.name for m in site.maps}
+        counts |= {2 * old} if site.packed else set()
     if len(widths) != 1:
         return None
     for name, module in model.named_modules():
         if kind_of(module) and owned(name) and name not in changed:
             d_out, d_in = weight_of(module).shape[:2]
-            if d_in == old or d_out in (old, 2 * old):  # twice: the producer of a packed gate
+            if d_in == old or d_out in counts:
                 return None
     return widths.pop()

@@ -41,6 +41,7 @@ class Form:
         producer, gate: what they become; None where they become identities or were none.
         consumers: what they become.
         slopes: parameters of the kept channels' slope activation.
+        activation: parameters of the activation itself.
         norms: BatchNorms that remain, each with a scale and a shift for every channel.
         params_before, macs_before: of the site's maps as this entry found them.
     """
@@ -53,6 +54,7 @@ class Form:
     gate: LinearMap | None
     consumers: tuple[LinearMap, ...]
     slopes: int
+    activation: int
     norms: int
     params_before: int
     macs_before: int
@@ -64,8 +66,9 @@ class Form:
 
     @property
     def params(self) -> int:
-        """Weights, biases, BatchNorm scales and shifts, and slopes."""
-        return sum(m.params for m in self.maps) + 2 * self.norms * (self.kept + self.rank) + self.slopes
+        """Weights, biases, BatchNorm scales and shifts, slopes and the activation's own parameters."""
+        norms = 2 * self.norms * (self.kept + self.rank)
+        return sum(m.params for m in self.maps) + norms + self.slopes + self.activation
 
     @property
     def macs(self) -> int:
@@ -181,10 +184,10 @@ def form_of(entry: Entry, maps: Mapping[str, LinearMap] | None = None, prefer: F
     now = {m.name: m for m in site.maps} if maps is None else maps
     norms = bool(site.norm_before) + bool(site.norm_after)
     before = [now[m.name] for m in site.maps]
-    params_before = sum(m.params for m in before) + 2 * norms * site.width
+    params_before = sum(m.params for m in before) + 2 * norms * site.width + site.activation_params
     macs_before = sum(m.macs for m in before)
     if site.producer is None:
-        return Form("removed", 0, 0, "channels", None, None, (), 0, 0, params_before, macs_before)
+        return Form("removed", 0, 0, "channels", None, None, (), 0, 0, 0, params_before, macs_before)
     producer = now[site.producer.name]
     gate = None if site.gate is None else now[site.gate.name]
     consumers = tuple(now[m.name] for m in site.consumers)
@@ -200,7 +203,7 @@ def form_of(entry: Entry, maps: Mapping[str, LinearMap] | None = None, prefer: F
         smaller = weights < sum(m.d_in * m.d_out * m.taps for m in merged)
         fitted_full = entry.fit is not None and bool(entry.fit.ups) and entry.fit.down is None
         if convolved or fitted_full or not (smaller if prefer is None else prefer == "pair"):
-            return Form("merged", 0, 0, "channels", None, None, merged, 0, 0, params_before, macs_before)
+            return Form("merged", 0, 0, "channels", None, None, merged, 0, 0, 0, params_before, macs_before)
         return Form(
             "pair",
             0,
@@ -209,6 +212,7 @@ def form_of(entry: Entry, maps: Mapping[str, LinearMap] | None = None, prefer: F
             _resized(producer, d_out=halves * rank, bias=False),
             None,
             tuple(_resized(c, d_in=rank, bias=_biased(entry, producer, c, i)) for i, c in enumerate(consumers)),
+            0,
             0,
             0,
             params_before,
@@ -227,6 +231,7 @@ def form_of(entry: Entry, maps: Mapping[str, LinearMap] | None = None, prefer: F
         None if gate is None else _resized(gate, d_out=kept),
         tuple(_resized(c, d_in=width, bias=_biased(entry, producer, c, i)) for i, c in enumerate(consumers)),
         0 if entry.alphas is None else (1 if entry.alphas.numel() == 1 else kept),
+        kept if site.activation_params == site.width else site.activation_params,
         norms,
         params_before,
         macs_before,

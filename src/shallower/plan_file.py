@@ -267,12 +267,9 @@ def _site(data: object, what: str) -> Site:
     kinds = ("feed-forward", "gated", "head", "position MLP", "convolution", "activation", "heads")
     if fields["kind"] not in kinds or fields["packed"] not in ("", "gate-first", "up-first"):
         raise PlanError(f"the site of {what} is of an unknown kind: {fields['kind']!r:.40} {fields['packed']!r:.40}")
-    if (
-        not _is_count(fields["width"])
-        or not _is_count(fields["calls"])
-        or not isinstance(fields["channels_first"], bool)
-    ):
-        raise PlanError(f"the site of {what}: width, calls or channels_first is not what it should be")
+    counts = ("width", "calls", "activation_params")
+    if not all(_is_count(fields[key]) for key in counts) or not isinstance(fields["channels_first"], bool):
+        raise PlanError(f"the site of {what}: {', '.join(counts)} or channels_first is not what it should be")
     try:
         site = Site.from_json(fields)
     except SiteError as error:
