@@ -175,7 +175,7 @@ def test_a_model_without_sites_is_an_error(shallower: Shallower) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("./nowhere", "no such directory"),
+        ("./nowhere", "./nowhere"),
         ("no.such.module:thing", "No module named"),
         (f"{__name__}:nothing", "has no attribute"),
         (NET, "nothing says what this model takes"),
@@ -325,6 +325,7 @@ def test_a_new_head_has_the_classes_of_the_data(shallower: Shallower, tmp_path: 
         *("--target", "macs:80%", "--epochs", 1, "--device", "cpu", "--output", tmp_path / "out"),
     )
     assert finished.status == 0, finished.err
+    assert "the head was new" in finished.out
     small = load(tmp_path / "out")
     assert isinstance(small, transformers.PreTrainedModel)
     assert small.config.id2label == {0: "maybe", 1: "no", 2: "yes"}

@@ -127,7 +127,7 @@ def run(job: Job, *, resume: bool = True) -> str:
             seed=job.seed,
         )
         torch.manual_seed(job.seed)
-        loaded = _load(job.model, name, rows)
+        loaded, new_head = _load(job.model, name, rows)
         dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), torch.float32)
         loaded.model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
         batches = make_batches(
@@ -143,15 +143,17 @@ def run(job: Job, *, resume: bool = True) -> str:
         result = compress(loaded.model, batches, task, settings, checkpoints=checkpoints, cpu=device.type == "cpu")
         result.model.to("cpu", dtype)
         _write(job, loaded, rows, task, result)
-    rows_of_table = result.verdict.rows(task, "dense", f"{len(result.collapsed)} collapsed")
     again = "" if loaded.source else ", model=a fresh instance of the original model"
-    return "\n".join(
-        [
-            verdict_table(task.quality, rows_of_table),
-            f"collapsed: {', '.join(result.collapsed)}",
-            f"saved in {job.output}; read it with shallower.load({str(job.output)!r}{again})",
-        ]
-    )
+    lines = [
+        verdict_table(task.quality, result.verdict.rows(task, "dense", f"{len(result.collapsed)} collapsed")),
+        f"collapsed: {', '.join(result.collapsed)}",
+        f"saved in {job.output}; read it with shallower.load({str(job.output)!r}{again})",
+    ]
+    if new_head and not job.dense_epochs:
+        lines.append(
+            "the head was new, so the dense score says little; --dense-epochs trains the model as it is, first"
+        )
+    return "\n".join(lines)
 
 
 def task_of(model: str) -> TaskName:
@@ -178,21 +180,21 @@ def task_of(model: str) -> TaskName:
     raise ModelError(f"{model} does not say what it was made for: choose --task {', '.join(TASK_NAMES)}")
 
 
-def _load(spec: str, task: TaskName, rows: Rows) -> LoadedModel:
-    """The model with a head for the task; one that is new gets as many outputs as the data has classes."""
+def _load(spec: str, task: TaskName, rows: Rows) -> tuple[LoadedModel, bool]:
+    """The model with a head for the task, and whether that is new: it then has as many outputs as the data classes."""
     loaded = load_model(spec, task=task)
     config = getattr(loaded.model, "config", None)
     made_for = getattr(config, "architectures", None) or ()
     saved = (Path(spec).expanduser() / DESCRIPTION).is_file()
     new_head = config is not None and not saved and type(loaded.model).__name__ not in made_for
     if not new_head or rows.labels is None:
-        return loaded
+        return loaded, new_head
     loaded = load_model(spec, task=task, num_labels=rows.labels.count)
     if rows.labels.names:
         named: Any = loaded.model.config
         named.id2label = dict(enumerate(rows.labels.names))
         named.label2id = {name: number for number, name in enumerate(rows.labels.names)}
-    return loaded
+    return loaded, True
 
 
 def _device(name: str) -> torch.device:
