@@ -1,0 +1,231 @@
+"""Squeezing small trained and untrained networks, from sites to the smaller model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from shallower.errors import FitError, MethodError, SiteError, TargetError
+from shallower.matching import find_sites
+from shallower.methods.squeeze import squeeze
+from shallower.plan import Plan
+from shallower.recalibration import recalibrate
+from shallower.surgery import apply
+
+
+class Mlp(nn.Module):
+    """Residual blocks whose hidden channels are copies of few."""
+
+    def __init__(self, d: int = 8, n: int = 24, different: int = 6, blocks: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.ModuleList(nn.Linear(d, n) for _ in range(blocks))
+        self.down = nn.ModuleList(nn.Linear(n, d) for _ in range(blocks))
+        with torch.no_grad():
+            for up in self.up:
+                copies = torch.arange(n) % different
+                up.weight.copy_(up.weight[copies])
+                up.bias.copy_(up.bias[copies])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(torch.tanh(up(x)))
+        return x
+
+
+class ConvBlock(nn.Module):
+    """Conv, BatchNorm, ReLU, Conv, BatchNorm, with a residual around them."""
+
+    def __init__(self, channels: int = 4, hidden: int = 12) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+def data(count: int = 8, rows: int = 64, d: int = 8) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(rows, d) for _ in range(count)]
+
+
+def error(small: nn.Module, dense: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((small(x) - dense(x)).norm() / (dense(x) - x).norm())
+
+
+def share(model: nn.Module, plan: Plan) -> float:
+    total = sum(p.numel() for p in model.parameters())
+    return 1 - plan.params_saved / total
+
+
+def test_channels_that_others_can_stand_for_are_found() -> None:
+    model = Mlp()
+    sites = find_sites(model, data()[0])
+    plan = squeeze(model, sites, data(), target="params:35%", collapse=False)
+    small = apply(model, plan, data()[0])
+    assert share(model, plan) <= 0.35
+    assert error(small, model, data(1)[0]) < 1e-3
+
+
+@pytest.mark.parametrize("target", ["params:70%", "macs:60%", "memory:70%", "params:1.5x"])
+def test_targets_are_met_and_hardly_undercut(target: str) -> None:
+    model = Mlp()
+    sites = find_sites(model, data()[0])
+    plan = squeeze(model, sites, data(), target=target, collapse=False)
+    left = 1 - plan.macs_saved / sites.macs if target.startswith("macs") else share(model, plan)
+    limit = {"params:70%": 0.7, "macs:60%": 0.6, "memory:70%": 0.7, "params:1.5x": 1 / 1.5}[target]
+    assert limit - 0.05 < left <= limit
+
+
+def test_uniform_widths_are_equal_and_rounded() -> None:
+    model = Mlp(n=32)
+    sites = find_sites(model, data()[0])
+    plan = squeeze(model, sites, data(), target="params:60%", uniform=True, round_to=8)
+    assert {len(entry.kept) for entry in plan.entries} == {16}
+
+
+def test_sites_that_matter_less_keep_less() -> None:
+    model = Mlp(different=24)
+    with torch.no_grad():
+        model.down[1].weight.mul_(0.05)
+    sites = find_sites(model, data()[0])
+    plan = squeeze(model, sites, data(), target="params:60%", collapse=False)
+    kept = {entry.site.name: len(entry.kept) for entry in plan.entries}
+    assert kept.get(sites[0].name, 24) > kept[sites[1].name]
+
+
+def test_a_nearly_linear_site_collapses() -> None:
+    model = Mlp(different=24)
+    with torch.no_grad():
+        for up in model.up:
+            up.weight.mul_(0.02)
+    sites = find_sites(model, data()[0])
+    plan = squeeze(model, sites, data(), target="params:40%")
+    small = apply(model, plan, data()[0])
+    assert [entry.form.kind for entry in plan.entries] == ["merged", "merged"]
+    assert error(small, model, data(1)[0]) < 0.01
+
+
+def test_compensation_helps_later_sites() -> None:
+    model = Mlp(different=24, blocks=4)
+    sites = find_sites(model, data()[0])
+    errors = []
+    for compensation in (0.0, 1.0):
+        plan = squeeze(model, sites, data(), "params:50%", uniform=True, compensation=compensation)
+        errors.append(error(apply(model, plan, data()[0]), model, torch.cat(data())))
+    assert errors[1] < errors[0]
+
+
+def test_the_result_is_reproducible_and_the_model_untouched() -> None:
+    model = Mlp()
+    before = copy.deepcopy(model.state_dict())
+    sites = find_sites(model, data()[0])
+    plans = [squeeze(model, sites, data(), "params:60%") for _ in range(2)]
+    assert plans[0].to_json() == plans[1].to_json()
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+
+
+def test_convolutions_are_squeezed_through_their_patches() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(ConvBlock(), ConvBlock()).eval()
+    with torch.no_grad():
+        for block in model:
+            copies = torch.arange(12) % 4
+            block.conv1.weight.copy_(block.conv1.weight[copies])
+    images = [torch.randn(8, 4, 8, 8) for _ in range(4)]
+    sites = find_sites(model, images[0])
+    plan = squeeze(model, sites, images, "params:40%", collapse=False)
+    small = apply(model, plan, images[0])
+    assert error(small, model, images[0]) < 1e-2
+    assert recalibrate(small, images) == 4
+
+
+def test_a_gated_language_model_is_squeezed_without_new_biases() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    batches = [{"input_ids": torch.randint(0, 50, (4, 16))} for _ in range(4)]
+    sites = find_sites(model, batches[0])
+    plan = squeeze(model, sites, batches, "params:80%", uniform=True, round_to=4)
+    small = apply(model, plan, batches[0])
+    assert small.config.intermediate_size == len(plan.entries[0].kept)
+    assert small.model.layers[0].mlp.down_proj.bias is None
+    assert small.state_dict().keys() == model.state_dict().keys()
+
+
+def test_padding_changes_nothing() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    model = BertModel(config, add_pooling_layer=False).eval()
+    ids = [torch.randint(5, 50, (4, 8)) for _ in range(4)]
+    ones = torch.ones(4, 8, dtype=torch.int64)
+    bare = [{"input_ids": i, "attention_mask": ones} for i in ids]
+    padded = [
+        {
+            "input_ids": torch.cat([i, torch.zeros(4, 3, dtype=torch.int64)], 1),
+            "attention_mask": torch.cat([ones, torch.zeros(4, 3, dtype=torch.int64)], 1),
+        }
+        for i in ids
+    ]
+    sites = find_sites(model, bare[0])
+    plans = [squeeze(model, sites, b, "params:80%", uniform=True, sensitivity=False) for b in (bare, padded)]
+    for one, other in zip(plans[0].entries, plans[1].entries, strict=True):
+        assert torch.equal(one.fates, other.fates)
+        assert one.fit is not None
+        assert other.fit is not None
+        torch.testing.assert_close(one.fit.consumers[0], other.fit.consumers[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_score_steers_how_much_goes() -> None:
+    model = Mlp()
+    sites = find_sites(model, data()[0])
+    x = data(1)[0]
+    plan = squeeze(model, sites, data(), "drop:0.01", score=lambda m: -error(m, model, x))
+    small = apply(model, plan, data()[0])
+    assert error(small, model, x) <= 0.01
+    assert share(model, plan) < 0.6
+
+
+def test_impossible_requests_are_errors_that_tell_what_to_do() -> None:
+    model = Mlp()
+    sites = find_sites(model, data()[0])
+    with pytest.raises(TargetError, match=r"would remain"):
+        squeeze(model, sites, data(), "params:1%")
+    with pytest.raises(TargetError, match="no plan is cheaper"):
+        squeeze(model, sites, data(), "params:10M")
+    with pytest.raises(MethodError, match="score="):
+        squeeze(model, sites, data(), "drop:1%")
+    with pytest.raises(MethodError, match="compensation"):
+        squeeze(model, sites, data(), "params:50%", compensation=2.0)
+    with pytest.raises(TargetError, match="allows a score"):
+        squeeze(model, sites, data(), "drop:0.01", score=lambda m: float(m is model))
+    with pytest.raises(SiteError, match="no site"):
+        squeeze(model, sites.select(lambda _: False), data(), "params:50%")
+
+
+def test_unusable_data_are_errors() -> None:
+    model = Mlp()
+    sites = find_sites(model, data()[0])
+    with pytest.raises(FitError):
+        squeeze(model, sites, [], "params:50%")
+    with pytest.raises(FitError, match="few hundred samples"):
+        squeeze(model, sites, [torch.randn(1, 8)], "params:50%")
+    with pytest.raises(SiteError, match="one-shot"):
+        squeeze(model, sites, iter(data()), "params:50%")
+    bad = [*data(), torch.full((4, 8), torch.nan)]
+    with pytest.raises(FitError, match=r"down.0|up.0|not finite"):
+        squeeze(model, sites, bad, "params:50%")
