@@ -37,7 +37,7 @@ DESCRIPTION = "shallower.json"
 
 _LIBRARIES = ("timm", "torchvision", "transformers")
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\?.*)?")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 # Options under which a library would fetch or unpickle a file by itself.
 _FILES = ("pretrained", "checkpoint", "weights", "cache")
@@ -364,8 +364,6 @@ def _import_transformers() -> ModuleType:
 def _transformers(spec: str, task: TaskName | None, num_labels: int | None, pretrained: bool) -> LoadedModel:
     library = _import_transformers()
     local = Path(spec).is_dir()
-    if not local and (spec.startswith((".", "/", "~")) or spec.count("/") > 1):
-        raise ModelError(f"there is no directory {spec}, and a name on the hub looks different (owner/name)")
     where: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     labels = {} if num_labels is None else {"num_labels": num_labels}
     model: Any
