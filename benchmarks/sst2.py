@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.record import markdown, required, stage
 from shallower.matching import find_sites
-from shallower.measure import compare, measure
+from shallower.measuring import compare, measure
 from shallower.methods.layer_collapse import LayerCollapse, Stage
 from shallower.sites import Sites, amount
 from shallower.surgery import apply

@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.images import Batches, accuracy, cifar10, cross_entropy, normalised
 from benchmarks.record import markdown, stage
 from shallower.matching import find_sites
-from shallower.measure import compare, count_params, measure
+from shallower.measuring import compare, count_params, measure
 from shallower.methods.layer_collapse import LayerCollapse, Stage
 from shallower.plan import Plan
 from shallower.sites import amount

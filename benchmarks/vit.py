@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.images import Batches, accuracy, cifar10, cross_entropy, normalised
 from benchmarks.record import markdown, stage, write_json
 from shallower.matching import find_sites
-from shallower.measure import compare, measure
+from shallower.measuring import compare, measure
 from shallower.methods.layer_collapse import Affine, LayerCollapse
 from shallower.plan import Plan
 from shallower.sites import Sites, amount

@@ -6,20 +6,51 @@
     plan = sh.Plan.collapse(sites)
     small = sh.apply(model, plan, example_inputs)
     sh.save(small, "out/")
+
+The names are imported when they are first used, so that the command line answers before PyTorch is loaded.
 """
 
-from shallower.budget import Target
-from shallower.checkpoint import load, save
-from shallower.errors import ShallowerError
-from shallower.inputs import Inputs
-from shallower.matching import find_sites
-from shallower.measure import Measurement, compare, measure
-from shallower.methods.layer_collapse import LayerCollapse
-from shallower.plan import Entry, Fate, Fit, Plan
-from shallower.sites import LinearMap, Place, Site, Sites
-from shallower.surgery import apply, simulate
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shallower.budget import Target
+    from shallower.checkpoint import load, save
+    from shallower.errors import ShallowerError
+    from shallower.inputs import Inputs
+    from shallower.matching import find_sites
+    from shallower.measuring import Measurement, compare, measure
+    from shallower.methods.layer_collapse import LayerCollapse
+    from shallower.methods.squeeze import squeeze
+    from shallower.plan import Entry, Fate, Fit, Plan
+    from shallower.sites import LinearMap, Place, Site, Sites
+    from shallower.surgery import apply, simulate
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Entry": "plan",
+    "Fate": "plan",
+    "Fit": "plan",
+    "Inputs": "inputs",
+    "LayerCollapse": "methods.layer_collapse",
+    "LinearMap": "sites",
+    "Measurement": "measuring",
+    "Place": "sites",
+    "Plan": "plan",
+    "ShallowerError": "errors",
+    "Site": "sites",
+    "Sites": "sites",
+    "Target": "budget",
+    "apply": "surgery",
+    "compare": "measuring",
+    "find_sites": "matching",
+    "load": "checkpoint",
+    "measure": "measuring",
+    "save": "checkpoint",
+    "simulate": "surgery",
+    "squeeze": "methods.squeeze",
+}
 
 __all__ = [
     "Entry",
@@ -42,4 +73,17 @@ __all__ = [
     "measure",
     "save",
     "simulate",
+    "squeeze",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shallower' has no attribute {name!r}")
+    value = getattr(import_module(f"shallower.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -21,7 +21,7 @@ from shallower.budget import Cost, Target, shortest_prefix
 from shallower.errors import SiteError, TargetError
 from shallower.inputs import Inputs, model_device, to_device
 from shallower.matching import find_sites
-from shallower.measure import compare, count_macs, count_params
+from shallower.measuring import compare, count_macs, count_params
 from shallower.methods.layer_collapse import LayerCollapse, Stage
 from shallower.plan import Entry, Plan
 from shallower.sites import Site, Sites, amount

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 
 from shallower.errors import SiteError
 from shallower.inputs import Inputs, call, model_device, tensors, to_device
-from shallower.measure import mac_counter
+from shallower.measuring import mac_counter
 
 Origin = Literal["input", "parameter", "buffer", "unknown", "computed"]
 
@@ -342,16 +342,6 @@ class _Unseen(TorchDispatchMode):
         return result
 
 
-class _WholeModel:
-    """Stands for the counter's own tracking of modules, which fails where weights are handed from module to module."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
 def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
     """Run `model` once on `example_inputs`, in eval mode without gradients, and record it.
 
@@ -423,7 +413,6 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
         # PyTorch forgets this entry when the handle is removed, and torch.compile then warns of global hooks for good.
         stack.callback(global_hooks._global_forward_hooks_with_kwargs.pop, handle.id, None)
         counter = mac_counter()
-        vars(counter)["mod_tracker"] = _WholeModel()
         try:
             with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
                 warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)`")

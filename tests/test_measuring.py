@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from shallower.attachment import attach, detach
 from shallower.errors import ShallowerError
-from shallower.measure import compare, count_macs, count_params, measure, peak_memory
+from shallower.measuring import compare, count_macs, count_params, measure, peak_memory
 from shallower.sites import Place
 
 
