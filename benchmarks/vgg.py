@@ -43,7 +43,8 @@ CONTINUATION = Recipe(
 STRENGTH = 0.05
 SLOPE_LR = 1e-3
 """With the network's learning rate the task's gradient throws the slopes about."""
-ARRIVE = 0.5
+ARRIVE = 0.9
+"""Chosen on the rows held out: 74.3 %; 73.4 % with 0.5, and 72.9 % with 0.5 and the network's learning rate."""
 
 
 def network(quick: bool, seed: int = 0) -> nn.Module:
