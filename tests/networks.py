@@ -210,7 +210,7 @@ def convolutional_networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
         f = draw(st.sampled_from([nn.ReLU(), nn.GELU(), F.relu, F.silu, nn.PReLU(n)]))
         same = stride == 1 and k1 == 1 and (k2 == 1 or (padded and k2 == 3 and down.dilation == (1, 1)))
         blocks.append(Block(up, f, down, before, after, residual=same and draw(st.booleans())))
-    x = torch.randn(2, d, 16, 16, dtype=torch.float64)
+    x = torch.randn(1, d, 32, 32, dtype=torch.float64)
     return _randomised(nn.Sequential(*blocks), torch.float64), x
 
 
