@@ -3,14 +3,14 @@
 For each site, in order: choose the channels from which least squares predicts best what the consumers should give,
 weighted by what the model's output makes of it, and fit the consumers anew. Each site is calibrated on the network
 whose earlier sites are squeezed already, towards what the dense network does there. How many channels each site keeps
-follows from the sites' curves of error against cost.
+follows from the sites' curves of error against cost, or is the same share everywhere, whichever does better.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -24,11 +24,11 @@ from shallower.errors import FitError, MethodError, SiteError, TargetError
 from shallower.fingerprints import fingerprint
 from shallower.fisher import OutputOf, default_output_of, output_metrics
 from shallower.forms import steps
-from shallower.inputs import InputsOf, default_inputs_of, reiterable
+from shallower.inputs import InputsOf, call, default_inputs_of, model_device, reiterable, to_device
 from shallower.plan import Entry, Fate, Fit, Plan
 from shallower.selection import columns_of, eliminate, fit_error, ridge_fit
 from shallower.sites import Site, Sites
-from shallower.statistics import MaskOf
+from shallower.statistics import MaskOf, default_mask_of, evaluating
 from shallower.surgery import operate
 
 Score = Callable[[nn.Module], float]
@@ -42,6 +42,8 @@ _MEMORY = 1 << 30
 """Bytes of Gram matrices that are held at a time while curves are made."""
 
 _TRIALS = 6
+_JUDGED = 8
+"""Batches on which allocated and equal widths are compared."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,25 @@ class Calibration:
             logits=self.logits,
             seed=self.seed,
         )
+
+    def divergence(self, dense: nn.Module, small: nn.Module, batch: Any) -> tuple[int, float]:
+        """On one batch: how many outputs count, and the sum of their divergences.
+
+        Of logits the Kullback-Leibler divergence of the distributions, else the squared difference.
+        """
+        inputs = to_device(self.inputs_of(batch), model_device(dense))
+        raw = call(dense, inputs)
+        there, here = self.output_of(raw).float(), self.output_of(call(small, inputs)).float()
+        categorical = hasattr(raw, "logits") if self.logits is None else self.logits
+        if categorical:
+            there, here = there.log_softmax(-1), here.log_softmax(-1)
+            each = (there.exp() * (there - here)).sum(-1)
+        else:
+            each = (there - here).square().sum(-1)
+        mask = default_mask_of(batch) if self.mask_of is None else self.mask_of(batch)
+        if mask is not None and mask.shape == each.shape:
+            each = each[mask.to(each.device).bool()]
+        return each.numel(), float(each.sum())
 
     def grams(
         self, dense: nn.Module, small: nn.Module | None, sites: Sequence[Site], with_inputs: bool
@@ -128,8 +149,9 @@ def squeeze(
         sites: of this model, or a selection of them.
         batches: a few hundred samples of what the model is used on, labels are not needed; iterated several times.
         target: `params:`, `macs:`, `memory:`, or `drop:`, which needs `score`; see `budget.Target`.
-        score: quality of a model, higher is better. Needed for `drop:`; otherwise, where it is given, equal and
-            allocated widths are both tried and the better one by this score is taken.
+        score: quality of a model, higher is better. Needed for `drop:`. Widths allocated by the sites' curves of error
+            and equal widths are both tried, and the better one by this score is taken; without a score, the one whose
+            output differs less from the model's on the batches.
         uniform: keep the same share of every site's channels, so that a stock class can express the result.
         round_to: widths are multiples of this.
         compensation: how much of the error that earlier sites left in the residual stream a site makes up for, 0 to 1.
@@ -166,11 +188,13 @@ def squeeze(
         return work.within(goal, score)
     if goal.unit == "latency":
         raise MethodError(f"the target {goal}: squeezing counts params:, macs: and memory:, or is steered by drop:")
-    plans = [work.plan(work.widths(goal))]
-    if score is not None and not uniform:
-        plans.append(work.plan(replace(work, uniform=True).widths(goal)))
-        return max(plans, key=lambda made: score(made[1]))[0]
-    return plans[0][0]
+    choices = [replace(work, uniform=True).widths(goal)]
+    if not uniform:
+        choices.append(work.widths(goal))
+    if len(choices) == 1 or choices[0] == choices[1]:
+        return work.plan(choices[0])[0]
+    judge = work.likeness if score is None else score
+    return max((work.plan(widths) for widths in choices), key=lambda made: judge(made[1]))[0]
 
 
 def narrowable(sites: Sites) -> Sites:
@@ -285,6 +309,15 @@ class _Squeeze:
             operate(small, next(step for step in steps(entries) if step.entry is entry))
         return Plan(tuple(entries), fingerprint(self.dense, [e.site for e in entries]), "squeeze"), small
 
+    def likeness(self, small: nn.Module) -> float:
+        """How like the dense network's its output is, on a few of the batches: minus the mean divergence."""
+        total, count = 0.0, 0
+        with evaluating(self.dense), evaluating(small):
+            for batch in islice(self.calibration.batches, _JUDGED):
+                theirs, divergence = self.calibration.divergence(self.dense, small, batch)
+                total, count = total + divergence, count + theirs
+        return -total / max(1, count)
+
     @property
     def metrics(self) -> dict[str, Tensor]:
         """What the model's output makes of a change at each consumer's output."""
@@ -306,13 +339,15 @@ class _Squeeze:
         moments = _moments(site, grams)
         metric = _metric(site, self.metrics, grams)
         taps = site.consumers[0].taps
-        elimination = eliminate(moments.zz, moments.zy @ _root(metric), ridge=_SELECTION_RIDGE, taps=taps)
+        zy = moments.zy @ _root(metric)
+        elimination = eliminate(moments.zz, zy, ridge=_SELECTION_RIDGE, keep=0, taps=taps)
+        whole = elimination.error(0)
         positions = sum(m.positions for m in site.consumers) / len(site.consumers)
         scale = positions if self.calibration.sensitivity else 1.0
-        curve = {k: scale * elimination.error(k) for k in range(1, site.width + 1)}
+        curve = {k: scale * _damage(elimination.error(k), whole) for k in range(1, site.width + 1)}
         if grams.inputs is not None and _may_collapse(site):
             _, error = _best_ridge(site, grams.inputs, metric, None)
-            curve[0] = scale * error
+            curve[0] = scale * _damage(error, whole)
         return curve
 
     def _menus(self, target: Target) -> dict[str, list[Choice]]:
@@ -349,6 +384,15 @@ def _stub(site: Site, width: int) -> Entry:
 
 def _may_collapse(site: Site) -> bool:
     return not site.not_linear and site.producer is not None and site.activation is not None and site.calls == 1
+
+
+def _damage(error: float, whole: float) -> float:
+    """An error as the sites' budgets see it: for small ones the error itself, without bound where all is lost.
+
+    The second-order estimate is right for small errors only: a site that loses most of what it says costs more, and
+    without this the knapsack takes all from a few sites.
+    """
+    return error / max(1 - error / whole, 1e-6) if whole > 0 else 0.0
 
 
 def _intercept(site: Site) -> bool:

