@@ -1,13 +1,13 @@
 """Squeezing without training: calibrated squeezing against magnitude pruning of the same layers.
 
 Three trained networks, narrowed by a part of all hidden channels of their feed-forward or convolution blocks, with no
-training anywhere. `magnitude` removes the channels whose weights, producers' and consumers' together, are smallest, and
-corrects nothing: what pruning libraries do by default. `squeeze, equal` keeps the same share at every site, `squeeze`
-also tries widths allocated by the sites' curves of error, and takes what changes the output less. MiniLM is calibrated on 1,000 STS-B training sentences and reported on the STS-B
-validation set (Spearman correlation) and on the rank correlation of the pairwise similarities of 300 WikiText-2 test
-sentences with the dense model's; the language model of 260K parameters on stories of the training set, reported on the
-test stories; ResNet-56 on 800 training images of CIFAR-10, reported on the first 4,000 test images, as squeezed and
-with BatchNorm recalibrated.
+training anywhere. `magnitude` removes the channels whose weights, producers' and consumers' together, are smallest,
+and corrects nothing: what pruning libraries do by default. `squeeze, equal` keeps the same share at every site,
+`squeeze` also tries widths allocated by the sites' curves of error, and takes what changes the output less. MiniLM is
+calibrated on 1,000 STS-B training sentences and reported on the STS-B validation set (Spearman correlation) and on
+the rank correlation of the pairwise similarities of 300 WikiText-2 test sentences with the dense model's; the
+language model of 260K parameters on stories of the training set, reported on the test stories; ResNet-56 on 800
+training images of CIFAR-10, reported on the first 4,000 test images, as squeezed and with BatchNorm recalibrated.
 """
 
 from __future__ import annotations

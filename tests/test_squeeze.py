@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.__main__ import execute
 from shallower.errors import FitError, MethodError, SiteError, TargetError
 from shallower.matching import find_sites
 from shallower.methods.squeeze import squeeze
@@ -51,7 +53,7 @@ class ConvBlock(nn.Module):
         return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
 
 
-def data(count: int = 8, rows: int = 64, d: int = 8) -> list[Tensor]:
+def rows_of(count: int = 8, rows: int = 64, d: int = 8) -> list[Tensor]:
     torch.manual_seed(1)
     return [torch.randn(rows, d) for _ in range(count)]
 
@@ -68,18 +70,18 @@ def share(model: nn.Module, plan: Plan) -> float:
 
 def test_channels_that_others_can_stand_for_are_found() -> None:
     model = Mlp()
-    sites = find_sites(model, data()[0])
-    plan = squeeze(model, sites, data(), target="params:35%", collapse=False)
-    small = apply(model, plan, data()[0])
+    sites = find_sites(model, rows_of()[0])
+    plan = squeeze(model, sites, rows_of(), target="params:35%", collapse=False)
+    small = apply(model, plan, rows_of()[0])
     assert share(model, plan) <= 0.35
-    assert error(small, model, data(1)[0]) < 1e-3
+    assert error(small, model, rows_of(1)[0]) < 1e-3
 
 
 @pytest.mark.parametrize("target", ["params:70%", "macs:60%", "memory:70%", "params:1.5x"])
 def test_targets_are_met_and_hardly_undercut(target: str) -> None:
     model = Mlp()
-    sites = find_sites(model, data()[0])
-    plan = squeeze(model, sites, data(), target=target, collapse=False)
+    sites = find_sites(model, rows_of()[0])
+    plan = squeeze(model, sites, rows_of(), target=target, collapse=False)
     left = 1 - plan.macs_saved / sites.macs if target.startswith("macs") else share(model, plan)
     limit = {"params:70%": 0.7, "macs:60%": 0.6, "memory:70%": 0.7, "params:1.5x": 1 / 1.5}[target]
     assert limit - 0.05 < left <= limit
@@ -87,8 +89,8 @@ def test_targets_are_met_and_hardly_undercut(target: str) -> None:
 
 def test_uniform_widths_are_equal_and_rounded() -> None:
     model = Mlp(n=32)
-    sites = find_sites(model, data()[0])
-    plan = squeeze(model, sites, data(), target="params:60%", uniform=True, round_to=8)
+    sites = find_sites(model, rows_of()[0])
+    plan = squeeze(model, sites, rows_of(), target="params:60%", uniform=True, round_to=8)
     assert {len(entry.kept) for entry in plan.entries} == {16}
 
 
@@ -96,8 +98,8 @@ def test_sites_that_matter_less_keep_less() -> None:
     model = Mlp(different=24)
     with torch.no_grad():
         model.down[1].weight.mul_(0.01)
-    sites = find_sites(model, data()[0])
-    plan = squeeze(model, sites, data(), target="params:60%", collapse=False)
+    sites = find_sites(model, rows_of()[0])
+    plan = squeeze(model, sites, rows_of(), target="params:60%", collapse=False)
     kept = {entry.site.name: len(entry.kept) for entry in plan.entries}
     assert kept.get(sites[0].name, 24) > kept[sites[1].name]
 
@@ -107,28 +109,28 @@ def test_a_nearly_linear_site_collapses() -> None:
     with torch.no_grad():
         for up in model.up:
             up.weight.mul_(0.02)
-    sites = find_sites(model, data()[0])
-    plan = squeeze(model, sites, data(), target="params:25%")
-    small = apply(model, plan, data()[0])
+    sites = find_sites(model, rows_of()[0])
+    plan = squeeze(model, sites, rows_of(), target="params:25%")
+    small = apply(model, plan, rows_of()[0])
     assert [entry.form.kind for entry in plan.entries] == ["merged", "merged"]
-    assert error(small, model, data(1)[0]) < 0.01
+    assert error(small, model, rows_of(1)[0]) < 0.01
 
 
 def test_compensation_helps_later_sites() -> None:
     model = Mlp(different=24, blocks=4)
-    sites = find_sites(model, data()[0])
+    sites = find_sites(model, rows_of()[0])
     errors = []
     for compensation in (0.0, 1.0):
-        plan = squeeze(model, sites, data(), "params:50%", uniform=True, compensation=compensation)
-        errors.append(error(apply(model, plan, data()[0]), model, torch.cat(data())))
+        plan = squeeze(model, sites, rows_of(), "params:50%", uniform=True, compensation=compensation)
+        errors.append(error(apply(model, plan, rows_of()[0]), model, torch.cat(rows_of())))
     assert errors[1] < errors[0]
 
 
 def test_the_result_is_reproducible_and_the_model_untouched() -> None:
     model = Mlp()
     before = copy.deepcopy(model.state_dict())
-    sites = find_sites(model, data()[0])
-    plans = [squeeze(model, sites, data(), "params:60%") for _ in range(2)]
+    sites = find_sites(model, rows_of()[0])
+    plans = [squeeze(model, sites, rows_of(), "params:60%") for _ in range(2)]
     assert plans[0].to_json() == plans[1].to_json()
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
@@ -192,40 +194,47 @@ def test_padding_changes_nothing() -> None:
 
 def test_a_score_steers_how_much_goes() -> None:
     model = Mlp()
-    sites = find_sites(model, data()[0])
-    x = data(1)[0]
-    plan = squeeze(model, sites, data(), "drop:0.01", score=lambda m: -error(m, model, x))
-    small = apply(model, plan, data()[0])
+    sites = find_sites(model, rows_of()[0])
+    x = rows_of(1)[0]
+    plan = squeeze(model, sites, rows_of(), "drop:0.01", score=lambda m: -error(m, model, x))
+    small = apply(model, plan, rows_of()[0])
     assert error(small, model, x) <= 0.01
     assert share(model, plan) < 0.6
 
 
 def test_impossible_requests_are_errors_that_tell_what_to_do() -> None:
     model = Mlp()
-    sites = find_sites(model, data()[0])
+    sites = find_sites(model, rows_of()[0])
     with pytest.raises(TargetError, match=r"would remain"):
-        squeeze(model, sites, data(), "params:1%")
+        squeeze(model, sites, rows_of(), "params:1%")
     with pytest.raises(TargetError, match="no plan is cheaper"):
-        squeeze(model, sites, data(), "params:10M")
+        squeeze(model, sites, rows_of(), "params:10M")
     with pytest.raises(MethodError, match="score="):
-        squeeze(model, sites, data(), "drop:1%")
+        squeeze(model, sites, rows_of(), "drop:1%")
     with pytest.raises(MethodError, match="compensation"):
-        squeeze(model, sites, data(), "params:50%", compensation=2.0)
+        squeeze(model, sites, rows_of(), "params:50%", compensation=2.0)
     with pytest.raises(TargetError, match="allows a score"):
-        squeeze(model, sites, data(), "drop:0.01", score=lambda m: float(m is model))
+        squeeze(model, sites, rows_of(), "drop:0.01", score=lambda m: float(m is model))
     with pytest.raises(SiteError, match="no site"):
-        squeeze(model, sites.select(lambda _: False), data(), "params:50%")
+        squeeze(model, sites.select(lambda _: False), rows_of(), "params:50%")
 
 
 def test_unusable_data_are_errors() -> None:
     model = Mlp()
-    sites = find_sites(model, data()[0])
+    sites = find_sites(model, rows_of()[0])
     with pytest.raises(FitError):
         squeeze(model, sites, [], "params:50%")
     with pytest.raises(FitError, match="few hundred samples"):
         squeeze(model, sites, [torch.randn(1, 8)], "params:50%")
     with pytest.raises(SiteError, match="one-shot"):
-        squeeze(model, sites, iter(data()), "params:50%")
-    bad = [*data(), torch.full((4, 8), torch.nan)]
+        squeeze(model, sites, iter(rows_of()), "params:50%")
+    bad = [*rows_of(), torch.full((4, 8), torch.nan)]
     with pytest.raises(FitError, match=r"down.0|up.0|not finite"):
         squeeze(model, sites, bad, "params:50%")
+
+
+@pytest.mark.slow
+def test_the_benchmark_beats_magnitude_on_a_real_language_model(data: Path, tmp_path: Path) -> None:
+    table = execute("squeeze", data, True, tmp_path / "cache", tmp_path)
+    perplexity = {line.split("|")[3].strip(): float(line.split("|")[4].split()[-1]) for line in table.splitlines()[2:]}
+    assert perplexity["dense"] < perplexity["squeeze"] < 0.6 * perplexity["magnitude"]
