@@ -45,8 +45,8 @@ STRENGTH = 0.05
 SLOPE_LR = 1e-3
 """With the network's learning rate the task's gradient throws the slopes about."""
 ARRIVE = 0.9
-"""Chosen on the rows held out: 74.3 %. Others: 73.4 % with 0.5; 73.3 % with 0.7, strength 0.01 and slopes at 1e-4; 72.9 %
-with 0.5 and the network's learning rate for the slopes.
+"""Chosen on the rows held out: 74.3 %. Others: 73.4 % with 0.5; 73.3 % with 0.7, strength 0.01 and slopes at 1e-4;
+72.9 % with 0.5 and the network's learning rate for the slopes.
 """
 
 
@@ -210,8 +210,8 @@ def table(results: dict[str, Any]) -> str:
     error = (2 * p * (1 - p) / results["images"]["test"]) ** 0.5
     return (
         f"{markdown(header, rows)}\n\n"
-        f"Test accuracy against the dense continuation: {100 * (other - p):+.2f} points, standard error of a difference "
-        f"{100 * error:.2f}. "
+        f"Test accuracy against the dense continuation: {100 * (other - p):+.2f} points, standard error "
+        f"of a difference {100 * error:.2f}. "
         f"Slopes at the end: {', '.join(f'{name} {slope:.3f}' for name, slope in results['slopes'].items())}. "
         f"The head 25088-4096-4096-10 (counted, not trained): {wide['before']:,} -> {wide['after']:,} params "
         f"({wide['after'] / wide['before'] - 1:+.0%})."
