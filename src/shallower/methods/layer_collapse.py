@@ -90,6 +90,8 @@ class LayerCollapse(Method):
             the loss; the paper's choice for language models.
         slope_lr: learning rate of the slopes, if it is not the model's. With AdamW a slope moves by at most about its
             learning rate in a step, so that 5e-5 would need 20,000 steps from 0 to 1.
+            SGD knows no such bound: with a network's 0.05 the task's gradient throws the slopes about, and `arrive_in`
+            keeps every throw towards 1; 1e-3 was right there.
         arrive_in: steps after which every slope is at 1 for certain: in each step a slope goes at least 1 / arrive_in
             towards 1. None leaves it to the penalty. `fit` sets it for each stage.
 
