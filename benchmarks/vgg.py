@@ -2,8 +2,9 @@
 
 One dense warm-up; from its end two equally long continuations with the same recipe and seed, one dense, one with
 LayerCollapse on the two sites of the head; both again with another seed. Trained on 13,500 rows of the shared subset;
-1,500 are held out for choices (the strength, and when the slopes arrive: the best of four tries, with the first seed);
-the test set is only reported on. Nothing is fine-tuned after the merge.
+1,500 are held out for choices (the strength, the slopes' learning rate and when they arrive: with the first seed, the
+best of four settings trained to the end; two more were stopped after an eighth of the training). The test set is only
+reported on. Nothing is fine-tuned after the merge.
 """
 
 from __future__ import annotations
