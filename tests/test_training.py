@@ -7,7 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -219,6 +219,12 @@ class Recorder:
         self.calls.append("after")
         self.lrs.append(lr)
 
+    def state(self) -> dict[str, object]:
+        return {"lrs": self.lrs}
+
+    def load_state(self, state: Mapping[str, list[float]]) -> None:
+        self.lrs = list(state["lrs"])
+
 
 def test_a_method_is_asked_before_in_and_after_each_step() -> None:
     model = Halves()
@@ -229,6 +235,17 @@ def test_a_method_is_asked_before_in_and_after_each_step() -> None:
     assert method.calls == ["before", "loss", "after"] * 12
     assert method.lrs == pytest.approx([1e-2 * recipe.factor(step, 12) for step in range(12)])
     assert history.losses[0] == pytest.approx(plain.losses[0] + 1.0, abs=0.02)
+
+
+def test_the_state_of_a_method_is_in_the_checkpoint(tmp_path: Path) -> None:
+    recipe, path = Recipe(epochs=2, lr=1e-2), tmp_path / "run.safetensors"
+    whole, stopped, resumed = (Recorder(Halves()) for _ in range(3))
+    train(whole.model, loader(), cross_entropy, recipe, method=whole)
+    with pytest.raises(InterruptionError):
+        train(stopped.model, loader(), interrupting(8), recipe, method=stopped, checkpoint=path)
+    train(resumed.model, loader(), cross_entropy, recipe, method=resumed, checkpoint=path)
+    assert resumed.calls == ["before", "loss", "after"] * 6
+    assert resumed.lrs == whole.lrs
 
 
 @pytest.mark.parametrize(

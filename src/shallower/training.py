@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from shallower.errors import SiteError, TrainingError
 from shallower.inputs import reiterable, to_device
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the checkpoint file."""
 
 
@@ -46,6 +46,8 @@ class Trainable(Protocol):
     def before_step(self) -> None: ...
     def loss(self, closure: Callable[[], Tensor]) -> Tensor: ...
     def after_step(self, lr: float) -> None: ...
+    def state(self) -> dict[str, Any]: ...
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,8 @@ def train(
         batches: iterated once an epoch, with a length: a list, a DataLoader. Tensors move to the device.
         loss: of the model (wrapped for several processes) and a batch, a scalar tensor.
         recipe: how to train.
-        method: attached to `model` already; the optimizer is made from its `param_groups`. Without one, weights of
-            two dimensions or more decay and the rest does not.
+        method: attached to `model` already; the optimizer is made from its `param_groups`, and what its `state` gives is
+            in the checkpoint. Without one, weights of two dimensions or more decay and the rest does not.
         score: called with the model in eval mode after each epoch, in the model's own precision; higher is better.
         floor: lowest acceptable score. Below it the training stops, and the model goes back to the last state that
             reached it: to its state at the start where none did.
@@ -367,6 +369,7 @@ class _Run:
                 "model": dict(self.model.state_dict()),
                 "optimizer": self.optimizer.state_dict(),
                 "good": self.good,
+                "method": {} if self.method is None else self.method.state(),
             }
             write_state(path, state)
         self.accelerator.wait_for_everyone()
@@ -392,6 +395,8 @@ class _Run:
             self.model.load_state_dict(state["model"])
             self.good = state["good"]
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.method is not None:
+                self.method.load_state(state["method"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise TrainingError(f"{path}: this checkpoint does not fit this run: {error}") from error
         for group in self.optimizer.param_groups:

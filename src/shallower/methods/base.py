@@ -14,7 +14,7 @@ plan = method.plan()
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -65,7 +65,8 @@ class Method:
     def loss(self, closure: Callable[[], Tensor]) -> Tensor:
         """The loss to differentiate: `closure()`, the task's loss, plus the penalty.
 
-        A method may call `closure` several times.
+        A method may call `closure` several times, for instance at several widths, and give the sum; all these passes
+        see the same batch.
         """
         return closure() + self.penalty()
 
@@ -74,6 +75,16 @@ class Method:
 
     def after_step(self, lr: float) -> None:
         """After `optimizer.step()`, with the learning rate of the step."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold besides the model's `state_dict`, for the training to go on exactly.
+
+        Random generators, counters: dicts, lists, numbers, texts and tensors (`generator.get_state()` is one).
+        """
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes back to what `state` gave."""
 
     def plan(self) -> Plan:
         """The fates that the method has arrived at; the model is not changed.

@@ -363,6 +363,7 @@ class LayerCollapse(Method):
         floor: float | None = None,
         probe: Iterable[Any] | None = None,
         checkpoint: Path | str | None = None,
+        checkpoint_every: int = 0,
         cpu: bool = False,
     ) -> list[Stage]:
         """Trains in stages: in each a few more sites are pulled towards 1, and set to exactly 1 where they come near.
@@ -383,6 +384,7 @@ class LayerCollapse(Method):
             floor: lowest score accepted. A stage that ends below it is taken back and is the last.
             probe: a few batches to measure the sensitivity on; by default the first 8 of `batches`.
             checkpoint: a folder. After an interruption the same call goes on where it was.
+            checkpoint_every: keep the state also after so many steps, not only after each epoch.
             cpu: stay on the CPU.
 
         Returns:
@@ -427,6 +429,7 @@ class LayerCollapse(Method):
                     dataclasses.replace(recipe, seed=recipe.seed + number - 1),
                     method=self,
                     checkpoint=part,
+                    checkpoint_every=checkpoint_every,
                     label=f"stage {number}/{len(groups)}",
                     cpu=cpu,
                 )
