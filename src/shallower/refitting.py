@@ -1,0 +1,146 @@
+"""One site squeezed: which channels stay, and what its consumers become, from Gram matrices alone.
+
+entry = narrowed(site, grams, metric, width=384)
+curve = error_curve(site, grams, metric)                # {width: error}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shallower.calibration import Centred, SiteGrams
+from shallower.errors import FitError
+from shallower.plan import Entry, Fate, Fit
+from shallower.selection import columns_of, eliminate, fit_error, ridge_fit
+from shallower.sites import Site
+
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+"""Ridges that held-out rows choose from, relative to the mean diagonal."""
+
+_SELECTION_RIDGE = 1e-4
+_DAMPING = 1e-2
+
+
+def metric_of(site: Site, metrics: Mapping[str, Tensor], grams: SiteGrams) -> Tensor:
+    """(d, d) float64, positive definite: the weight of errors at the consumers' outputs, one beside the other."""
+    found = [metrics[m.name] for m in site.consumers if m.name in metrics]
+    if len(found) < len(site.consumers) or all(bool((t == 0).all()) for t in found):
+        moments = _moments(site, grams)
+        scale = 1.0 / moments.yy.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        return scale * torch.eye(len(moments.yy), dtype=torch.float64, device=moments.yy.device)
+    metric: Tensor = torch.block_diag(*found)  # type: ignore[no-untyped-call]
+    return metric + _DAMPING * metric.diagonal().mean() * torch.eye(len(metric)).to(metric)
+
+
+def narrowed(site: Site, grams: SiteGrams, metric: Tensor, width: int) -> Entry:
+    """Keep this many channels, and fit the consumers to them."""
+    moments = _moments(site, grams)
+    taps = site.consumers[0].taps
+    zy = moments.zy @ _root(metric)
+    kept = eliminate(moments.zz, zy, ridge=_SELECTION_RIDGE, keep=width, taps=taps).kept(width)
+    columns = columns_of(kept, taps)
+    ridge, _ = _best_ridge(site, (grams.fit, grams.held), metric, columns)
+    weight = ridge_fit(moments.zz[columns][:, columns], moments.zy[columns], ridge)
+    bias = moments.mean_y - weight @ moments.mean_z[columns]
+    weights, biases = _by_consumer(site, weight, bias, width)
+    return Entry.narrow(site, kept.cpu(), fit=Fit(weights, biases))
+
+
+def collapsed(site: Site, grams: SiteGrams, metric: Tensor) -> Entry:
+    """One linear map from what the producer reads to what the consumers should give."""
+    if grams.inputs is None:
+        raise FitError("a full collapse needs Gram matrices of what the producer reads")
+    ridge, _ = _best_ridge(site, grams.inputs, metric, None)
+    moments = (grams.inputs[0] + grams.inputs[1]).centred(_intercept(site))
+    weight = ridge_fit(moments.zz, moments.zy, ridge)
+    weights, biases = _by_consumer(site, weight, moments.mean_y - weight @ moments.mean_z, 0)
+    n = site.width
+    return Entry(
+        site,
+        torch.full((n,), int(Fate.LINEAR), dtype=torch.int8),
+        torch.ones(n, dtype=torch.float64),
+        torch.zeros(n, dtype=torch.float64),
+        fit=Fit((), biases, None, weights),
+    )
+
+
+def error_curve(site: Site, grams: SiteGrams, metric: Tensor) -> dict[int, float]:
+    """The error at every width, in units of `metric`; at width 0, of a full collapse, where `grams` has the inputs."""
+    moments = _moments(site, grams)
+    zy = moments.zy @ _root(metric)
+    elimination = eliminate(moments.zz, zy, ridge=_SELECTION_RIDGE, keep=0, taps=site.consumers[0].taps)
+    whole = elimination.error(0)
+    curve = {k: _damage(elimination.error(k), whole) for k in range(1, site.width + 1)}
+    if grams.inputs is not None and may_collapse(site):
+        _, error = _best_ridge(site, grams.inputs, metric, None)
+        curve[0] = _damage(error, whole)
+    return curve
+
+
+def may_collapse(site: Site) -> bool:
+    return not site.not_linear and site.producer is not None and site.activation is not None and site.calls == 1
+
+
+def _damage(error: float, whole: float) -> float:
+    """An error as the sites' budgets see it: for small ones the error itself, without bound where all is lost.
+
+    The second-order estimate is right for small errors only: a site that loses most of what it says costs more, and
+    without this the knapsack takes all from a few sites.
+    """
+    return error / max(1 - error / whole, 1e-6) if whole > 0 else 0.0
+
+
+def _intercept(site: Site) -> bool:
+    """Whether the fit has an intercept: always at convolutions; elsewhere where the consumer has a bias to hold it.
+
+    A bias that was not there would keep the stock class from loading the result.
+    """
+    return all(c.bias or c.kind != "linear" for c in site.consumers)
+
+
+def _moments(site: Site, grams: SiteGrams) -> Centred:
+    try:
+        return grams.all.centred(_intercept(site))
+    except FitError as error:
+        raise FitError(f"{site.name}: {error}") from error
+
+
+def _root(metric: Tensor) -> Tensor:
+    """Its symmetric square root."""
+    values, vectors = torch.linalg.eigh(metric)
+    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    return root
+
+
+def _best_ridge(site: Site, pair: tuple[Any, Any], metric: Tensor, columns: Tensor | None) -> tuple[float, float]:
+    """The ridge with the least error on held-out rows, and that error."""
+    intercept = _intercept(site)
+    if pair[0].count < 2 or pair[1].count < 2:
+        return RIDGES[-1], float("inf")
+    fit, held = pair[0].centred(intercept), pair[1].centred(intercept)
+    chosen = torch.arange(len(fit.zz), device=fit.zz.device) if columns is None else columns
+    scale = metric.diagonal().sqrt()
+    yy = float((held.yy * scale.square()).sum())
+    best = (RIDGES[-1], float("inf"))
+    for ridge in RIDGES:
+        try:
+            weight = ridge_fit(fit.zz[chosen][:, chosen], fit.zy[chosen], ridge)
+        except FitError:
+            continue
+        error = fit_error(held.zz[chosen][:, chosen], held.zy[chosen] * scale, yy, scale[:, None] * weight)
+        if error < best[1]:
+            best = (ridge, error)
+    return best
+
+
+def _by_consumer(site: Site, weight: Tensor, bias: Tensor, width: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    sizes = [c.d_out for c in site.consumers]
+    weights = []
+    for c, part in zip(site.consumers, torch.split(weight.cpu(), sizes), strict=True):
+        weights.append(part.reshape(c.d_out, width, *c.kernel) if c.kind == "conv2d" and width else part)
+    biases = torch.split(bias.cpu(), sizes)
+    return tuple(weights), tuple(b.clone() for b in biases)

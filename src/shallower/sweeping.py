@@ -1,0 +1,183 @@
+"""All sites squeezed in order: each calibrated on the network whose earlier sites are squeezed already.
+
+sweep = Sweep(dense, sites, Calibration(batches))
+plan, small = sweep.plan({"layer.0": 384, "layer.1": 0})    # 0: a full collapse
+sweep.errors["layer.0"][384]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from shallower.attachment import detached_copy
+from shallower.calibration import SiteGrams, collect_grams
+from shallower.errors import FitError
+from shallower.fingerprints import fingerprint
+from shallower.fisher import OutputOf, default_output_of, output_metrics
+from shallower.forms import steps
+from shallower.inputs import InputsOf, call, default_inputs_of, model_device, to_device
+from shallower.plan import Entry, Plan
+from shallower.refitting import collapsed, error_curve, metric_of, narrowed
+from shallower.sites import Site
+from shallower.statistics import MaskOf, default_mask_of
+from shallower.surgery import operate
+
+_MEMORY = 1 << 30
+"""Bytes of Gram matrices that are held at a time while curves are made."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What squeezing is done with.
+
+    Attributes:
+        batches: iterated several times.
+        compensation: how much of the error of the residual stream a site makes up for, 0 to 1.
+        sensitivity: weight a site's outputs by what the model's output makes of them.
+        collapse: whether a site may also become one linear map.
+        inputs_of, mask_of, output_of: how to read batches and the model's output.
+        logits: see `fisher.output_metrics`.
+        seed: of the random projections.
+    """
+
+    batches: Iterable[Any]
+    compensation: float = 1.0
+    sensitivity: bool = True
+    collapse: bool = True
+    inputs_of: InputsOf = default_inputs_of
+    mask_of: MaskOf | None = None
+    output_of: OutputOf = default_output_of
+    logits: bool | None = None
+    seed: int = 0
+
+    def metrics(self, model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
+        """What a change at each consumer's output does to the model's output; empty without sensitivity."""
+        if not self.sensitivity:
+            return {}
+        names = [m.name for site in sites for m in site.consumers]
+        return output_metrics(
+            model,
+            names,
+            self.batches,
+            inputs_of=self.inputs_of,
+            mask_of=self.mask_of,
+            output_of=self.output_of,
+            logits=self.logits,
+            seed=self.seed,
+        )
+
+    def divergence(self, dense: nn.Module, small: nn.Module, batch: Any) -> tuple[int, float]:
+        """On one batch: how many outputs count, and the sum of their divergences.
+
+        Of logits the Kullback-Leibler divergence of the distributions, else the squared difference.
+        """
+        inputs = to_device(self.inputs_of(batch), model_device(dense))
+        raw = call(dense, inputs)
+        there, here = self.output_of(raw).float(), self.output_of(call(small, inputs)).float()
+        categorical = hasattr(raw, "logits") if self.logits is None else self.logits
+        if categorical:
+            there, here = there.log_softmax(-1), here.log_softmax(-1)
+            each = (there.exp() * (there - here)).sum(-1)
+        else:
+            each = (there - here).square().sum(-1)
+        mask = default_mask_of(batch) if self.mask_of is None else self.mask_of(batch)
+        if mask is not None and mask.shape == each.shape:
+            each = each[mask.to(each.device).bool()]
+        return each.numel(), float(each.sum())
+
+    def grams(
+        self, dense: nn.Module, small: nn.Module | None, sites: Sequence[Site], with_inputs: bool
+    ) -> dict[str, SiteGrams]:
+        """Gram matrices of these sites."""
+        return collect_grams(
+            dense,
+            small,
+            sites,
+            self.batches,
+            compensation=0.0 if small is None else self.compensation,
+            with_inputs=with_inputs,
+            inputs_of=self.inputs_of,
+            mask_of=self.mask_of,
+        )
+
+
+@dataclass
+class Sweep:
+    """Squeezes a model to given widths, as often as asked.
+
+    Attributes:
+        dense: the model as it is; never changed.
+        sites: those that may be squeezed, in order of execution.
+        calibration: what they are squeezed with.
+    """
+
+    dense: nn.Module
+    sites: Sequence[Site]
+    calibration: Calibration
+    _metrics: dict[str, Tensor] | None = None
+    _errors: dict[str, dict[int, float]] | None = None
+
+    def plan(self, widths: Mapping[str, int]) -> tuple[Plan, nn.Module]:
+        """Squeeze to these widths, 0 for a full collapse: the plan, and the network it makes.
+
+        Raises:
+            FitError: the calibration data are too few or not finite; the error names the site.
+        """
+        metrics = self.metrics
+        small = detached_copy(self.dense)
+        entries: list[Entry] = []
+        for site in self.sites:
+            width = widths[site.name]
+            if width == site.width:
+                continue
+            grams = self.calibration.grams(self.dense, small, [site], with_inputs=width == 0)[site.name]
+            metric = metric_of(site, metrics, grams)
+            try:
+                entry = collapsed(site, grams, metric) if width == 0 else narrowed(site, grams, metric, width)
+            except FitError as error:
+                raise FitError(f"{site.name}: {error}") from error
+            entries.append(entry)
+            operate(small, next(step for step in steps(entries) if step.entry is entry))
+        return Plan(tuple(entries), fingerprint(self.dense, [e.site for e in entries]), "squeeze"), small
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """What the model's output makes of a change at each consumer's output."""
+        if self._metrics is None:
+            self._metrics = self.calibration.metrics(self.dense, self.sites)
+        return self._metrics
+
+    @property
+    def errors(self) -> dict[str, dict[int, float]]:
+        """For each site, the error at every width; at width 0, of a full collapse where that is possible."""
+        if self._errors is None:
+            self._errors = {}
+            for group in _groups(self.sites):
+                found = self.calibration.grams(self.dense, None, group, self.calibration.collapse)
+                for site in group:
+                    grams = found[site.name]
+                    curve = error_curve(site, grams, metric_of(site, self.metrics, grams))
+                    positions = sum(m.positions for m in site.consumers) / len(site.consumers)
+                    scale = positions if self.calibration.sensitivity else 1.0
+                    self._errors[site.name] = {width: scale * error for width, error in curve.items()}
+        return self._errors
+
+
+def _groups(sites: Iterable[Site]) -> list[list[Site]]:
+    """Sites whose Gram matrices fit into memory together."""
+    groups: list[list[Site]] = []
+    room = 0
+    for site in sites:
+        columns = site.width * site.consumers[0].taps
+        d_in = site.producer.d_in if site.producer is not None else 0
+        size = 16 * (columns**2 + d_in**2)
+        if not groups or size > room:
+            groups.append([])
+            room = _MEMORY
+        groups[-1].append(site)
+        room -= size
+    return groups
