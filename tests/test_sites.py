@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower.errors import SiteError
-from shallower.sites import LinearMap, Place, Site, Sites, amount
+from shallower.sites import Between, Heads, LinearMap, Place, Residual, Site, Sites, amount
 
 
 def linear(name: str, d_in: int, d_out: int, positions: int = 10) -> LinearMap:
@@ -51,6 +51,25 @@ def test_a_gate_and_norms_count() -> None:
     assert [m.name for m in gated.maps] == ["gate", "block.0.up", "block.0.down"]
 
 
+def depthwise(name: str, channels: int) -> LinearMap:
+    return LinearMap(name, "conv2d", channels, channels, False, 10, kernel=(3, 3), padding=(1, 1), groups=channels)
+
+
+def test_a_depthwise_convolution_between_counts_with_its_norms() -> None:
+    long = site(norm_before="bn1", between=(Between(depthwise("dw", 32), norm_before="bn2"),))
+    assert long.params == site().params + 32 * 9 + 2 * 2 * 32
+    assert long.macs == site().macs + 10 * 32 * 9
+    assert [m.name for m in long.maps] == ["block.0.up", "dw", "block.0.down"]
+
+
+def test_packed_projections_of_heads_count_once() -> None:
+    qkv, out = linear("qkv", 8, 24), linear("out", 8, 8)
+    heads = Heads("attn", qkv, qkv, qkv, 4, 4, 1, "blocks", (0, 4, 4), (8, 4, 4), (16, 4, 4), (("num_heads", 1),))
+    attention = site(kind="heads", width=2, producer=None, consumers=(out,), activation=None, heads=heads)
+    assert [m.name for m in attention.maps] == ["qkv", "out"]
+    assert attention.params == 8 * 24 + 24 + 8 * 8 + 8
+
+
 def test_a_convolution_costs_its_taps_and_groups() -> None:
     conv = LinearMap("conv", "conv2d", 8, 16, False, 100, kernel=(3, 3), groups=2)
     assert conv.params == 4 * 16 * 9
@@ -80,6 +99,26 @@ site_values = st.builds(
     activation=st.none() | place_values,
     gate=st.none() | maps,
     dropouts=st.lists(place_values, max_size=2).map(tuple),
+    between=st.lists(
+        st.builds(Between, map=maps, norm_before=st.text(max_size=5), activation=st.none() | place_values), max_size=2
+    ).map(tuple),
+    residual=st.none() | st.builds(Residual, place=place_values, branch=st.integers(0, 1), norm=st.text(max_size=5)),
+    heads=st.none()
+    | st.builds(
+        Heads,
+        module=st.text(max_size=5),
+        query=maps,
+        key=maps,
+        value=maps,
+        head_dim=st.integers(1, 9),
+        value_dim=st.integers(1, 9),
+        queries_per_group=st.integers(1, 4),
+        packed=st.sampled_from(["", "blocks", "heads"]),
+        query_rows=st.tuples(*[st.integers(0, 9)] * 3),
+        key_rows=st.tuples(*[st.integers(0, 9)] * 3),
+        value_rows=st.tuples(*[st.integers(0, 9)] * 3),
+        counts=st.lists(st.tuples(st.text(max_size=5), st.integers(1, 9)), max_size=2).map(tuple),
+    ),
 )
 
 

@@ -97,6 +97,96 @@ class LinearMap:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """The sum that closes right around a site: site(x) + x, with the very x that the site reads.
+
+    Where all channels of the site are linear, the skip folds into the merged map, and the sum can go.
+
+    Attributes:
+        place: the call that adds. Made a module (`externalise`), it is called with the two summands in the order in
+            which the forward has them.
+        branch: which summand is the site's output, 0 or 1.
+        norm: BatchNorm between the site's consumer and the sum, "" if there is none.
+    """
+
+    place: Place
+    branch: int
+    norm: str = ""
+
+
+@dataclass(frozen=True)
+class Between:
+    """A depthwise convolution on the way from a site's activation to its consumers.
+
+    It maps every hidden channel to itself, so that channel j goes with it: its filter, its entry in the norms.
+
+        ... activation - norm_after - [map - norm_before - activation - norm_after] - consumers
+
+    Attributes:
+        map: the convolution; groups, input and output channels are all the site's width.
+        norm_before: BatchNorm between it and the activation behind it (or behind it, where there is no activation).
+        activation: where the activation behind it is; None where there is none.
+        activation_name: what that is, for people.
+        norm_after: BatchNorm behind that activation.
+        activation_params: parameters of the activation itself.
+    """
+
+    map: LinearMap
+    norm_before: str = ""
+    activation: Place | None = None
+    activation_name: str = ""
+    norm_after: str = ""
+    activation_params: int = 0
+
+
+Rows = tuple[int, int, int]
+"""(start, step, length): channel g of a site has the rows start + g * step, ..., start + g * step + length - 1."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a site of attention heads consists of beside its consumer, the output projection.
+
+    A channel of the site is a key-value group: one key head, one value head and the query heads that share them.
+
+    Attributes:
+        module: dotted name of the module whose forward computes the attention.
+        query, key, value: the projections; one and the same map where they are packed.
+        head_dim: features of a query or key head.
+        value_dim: features of a value head.
+        queries_per_group: query heads for each key-value head.
+        packed: "" with three maps; "blocks" where one map gives all queries, then all keys, then all values; "heads"
+            where it gives query, key and value of each channel together.
+        query_rows, key_rows, value_rows: which rows of their maps a channel has.
+        counts: integer attributes of `module` that have to change with the number of channels, each with its value
+            for one channel: (("num_heads", 1), ("split_size", 64)).
+    """
+
+    module: str
+    query: LinearMap
+    key: LinearMap
+    value: LinearMap
+    head_dim: int
+    value_dim: int
+    queries_per_group: int
+    packed: Literal["", "blocks", "heads"]
+    query_rows: Rows
+    key_rows: Rows
+    value_rows: Rows
+    counts: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def block(self) -> int:
+        """Columns of the output projection that one channel has."""
+        return self.queries_per_group * self.value_dim
+
+    @property
+    def maps(self) -> tuple[LinearMap, ...]:
+        """The projections, each once."""
+        return tuple({m.name: m for m in (self.query, self.key, self.value)}.values())
+
+
+@dataclass(frozen=True)
 class Site:
     """A place where an activation stands between linear maps, and what is around it.
 
@@ -104,7 +194,8 @@ class Site:
         name: unique in the model, readable: the common part of its modules' names, or the producer's.
         kind: see `Kind`.
         width: hidden channels n. For `kind="heads"`, heads or key-value groups; for `kind="activation"`, 0.
-        producer: the map into the hidden tensor (the "up" projection of a gated site); None for `kind="activation"`.
+        producer: the map into the hidden tensor (the "up" projection of a gated site); None for `kind="activation"` and
+            `kind="heads"`.
         consumers: the maps that read the hidden tensor, in order of execution; nothing else reads it.
         activation: where f is; None for `kind="heads"`.
         activation_name: what f is, for people: "gelu", "relu", "silu".
@@ -116,8 +207,14 @@ class Site:
         calls: how often the site runs per forward pass (ALBERT: the number of layers).
         channels_first: the channel dimension of the hidden tensor is 1 (convolutions), not the last.
         not_linear: why no channel of this site may get the fate linear ("" where it may): for instance a zero-padded
-            convolution as consumer. Keep and drop are always allowed.
+            convolution as consumer.
         activation_params: parameters of the activation itself (PReLU: 1 or n); 0 for most.
+        not_narrow: why channels cannot be kept and dropped one by one ("" where they may): a map is a grouped
+            convolution, whose channels on both sides belong together.
+        between: depthwise convolutions between the activation and the consumers, in order. Such a long site overlaps
+            the two short ones that the convolution divides it into: it is for keep and drop, those are for linear.
+        residual: the sum that closes right around the site, where there is one that can be taken away.
+        heads: the projections, for `kind="heads"`.
     """
 
     name: str
@@ -136,6 +233,10 @@ class Site:
     channels_first: bool = False
     not_linear: str = ""
     activation_params: int = 0
+    not_narrow: str = ""
+    between: tuple[Between, ...] = ()
+    residual: Residual | None = None
+    heads: Heads | None = None
 
     @property
     def gated(self) -> bool:
@@ -144,14 +245,21 @@ class Site:
 
     @property
     def maps(self) -> tuple[LinearMap, ...]:
-        """All linear maps of the site: gate, producer, consumers."""
-        return tuple(m for m in (self.gate, self.producer) if m is not None) + self.consumers
+        """All linear maps of the site: gate and producer (or query, key and value), those between, consumers."""
+        made = (self.gate, self.producer) if self.heads is None else self.heads.maps
+        return (*(m for m in made if m is not None), *(b.map for b in self.between), *self.consumers)
 
     @property
     def params(self) -> int:
         """Weights, biases and BatchNorm scales and shifts of the site's maps, and the activation's parameters, now."""
-        norms = 2 * self.width * (bool(self.norm_before) + bool(self.norm_after))
-        return sum(m.params for m in self.maps) + norms + self.activation_params
+        own = 2 * self.width * self.norms + self.activation_params + sum(b.activation_params for b in self.between)
+        return sum(m.params for m in self.maps) + own
+
+    @property
+    def norms(self) -> int:
+        """BatchNorms between producer and consumers."""
+        names = [self.norm_before, self.norm_after]
+        return sum(map(bool, names + [name for b in self.between for name in (b.norm_before, b.norm_after)]))
 
     @property
     def macs(self) -> int:
@@ -190,6 +298,9 @@ class Site:
             fields["consumers"] = tuple(_required_map(item) for item in fields["consumers"])
             fields["activation"] = _place(fields["activation"])
             fields["dropouts"] = tuple(_required_place(item) for item in fields.get("dropouts", ()))
+            fields["between"] = tuple(_between(item) for item in fields.get("between", ()))
+            fields["residual"] = _residual(fields.get("residual"))
+            fields["heads"] = _heads(fields.get("heads"))
             site = cls(**fields)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise SiteError(f"this is not the description of a site: {error}") from error
@@ -213,6 +324,29 @@ def _place(data: Mapping[str, Any] | None) -> Place | None:
 
 def _required_place(data: Mapping[str, Any]) -> Place:
     return Place(str(data["module"]), tuple((str(name), int(ordinal)) for name, ordinal in data["calls"]))
+
+
+def _between(data: Mapping[str, Any]) -> Between:
+    given = {**data, "map": _required_map(data["map"]), "activation": _place(data.get("activation"))}
+    return Between(**given)
+
+
+def _residual(data: Mapping[str, Any] | None) -> Residual | None:
+    return None if data is None else Residual(**{**data, "place": _required_place(data["place"])})
+
+
+def _heads(data: Mapping[str, Any] | None) -> Heads | None:
+    if data is None:
+        return None
+    maps = {name: _required_map(data[name]) for name in ("query", "key", "value")}
+    rows = {name: _rows(data[name]) for name in ("query_rows", "key_rows", "value_rows")}
+    counts = tuple((str(name), int(each)) for name, each in data.get("counts", ()))
+    return Heads(**{**data, **maps, **rows, "counts": counts})
+
+
+def _rows(data: Any) -> Rows:
+    start, step, length = (int(number) for number in data)
+    return start, step, length
 
 
 @dataclass(frozen=True)
