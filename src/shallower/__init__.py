@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shallower.budget import Target
     from shallower.checkpoint import load, save
     from shallower.errors import ShallowerError
+    from shallower.export import Exported, export
     from shallower.inputs import Inputs
     from shallower.matching import find_sites
     from shallower.measuring import Measurement, compare, measure
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Entry": "plan",
+    "Exported": "export",
     "Fate": "plan",
     "Fit": "plan",
     "Inputs": "inputs",
@@ -44,6 +46,7 @@ _HOMES = {
     "Target": "budget",
     "apply": "surgery",
     "compare": "measuring",
+    "export": "export",
     "find_sites": "matching",
     "load": "checkpoint",
     "measure": "measuring",
@@ -54,6 +57,7 @@ _HOMES = {
 
 __all__ = [
     "Entry",
+    "Exported",
     "Fate",
     "Fit",
     "Inputs",
@@ -68,6 +72,7 @@ __all__ = [
     "Target",
     "apply",
     "compare",
+    "export",
     "find_sites",
     "load",
     "measure",

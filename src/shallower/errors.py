@@ -46,3 +46,11 @@ class ModelError(ShallowerError):
 
 class DataError(ShallowerError):
     """A data set cannot be read or does not hold what the task needs."""
+
+
+class ExportError(ShallowerError):
+    """A model cannot be written as ONNX or .pt2, or what was written answers differently."""
+
+
+class ReportError(ShallowerError):
+    """A directory from which no report or model card can be made."""
