@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from shallower.budget import Target
     from shallower.checkpoint import load, save
     from shallower.errors import ShallowerError
-    from shallower.export import Exported, export
+    from shallower.exporting import Exported, export
     from shallower.inputs import Inputs
     from shallower.matching import find_sites
     from shallower.measuring import Measurement, compare, measure
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Entry": "plan",
-    "Exported": "export",
+    "Exported": "exporting",
     "Fate": "plan",
     "Fit": "plan",
     "Inputs": "inputs",
@@ -46,7 +46,7 @@ _HOMES = {
     "Target": "budget",
     "apply": "surgery",
     "compare": "measuring",
-    "export": "export",
+    "export": "exporting",
     "find_sites": "matching",
     "load": "checkpoint",
     "measure": "measuring",

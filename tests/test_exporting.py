@@ -92,7 +92,7 @@ def test_large_weights_lie_beside_the_onnx_file_and_go_with_it(tmp_path: Path, m
     pytest.importorskip("onnxruntime")
     model, x = squeezed_net()
     with monkeypatch.context() as small:
-        small.setattr("shallower.export._SINGLE_FILE", 0)
+        small.setattr("shallower.exporting._SINGLE_FILE", 0)
         written = sh.export(model, x, tmp_path / "model.onnx")
     assert {file.name for file in written.files} == {"model.onnx", "model.onnx.data"}
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}

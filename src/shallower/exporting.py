@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
@@ -187,7 +188,7 @@ def _write_pt2(model: nn.Module, inputs: Inputs, shapes: Any, path: Path) -> tup
     opened = {}
     for name, node in zip(_names(inputs), places, strict=True):
         wanted = (shapes or {}).get(name, {})
-        dims = {i: wanted.get(i, "open") for i, d in enumerate(node.meta["val"].shape) if not isinstance(d, int)}
+        dims = {i: wanted.get(i, "open") for i, d in enumerate(node.meta["val"].shape) if not is_concrete_int(d)}
         if dims:
             opened[name] = dims
     return program, opened
@@ -287,15 +288,15 @@ def _shapes(inputs: Inputs, dynamic: Dynamic) -> dict[str, dict[int, str]] | Non
 
 
 def _sizes(inputs: Inputs, opened: Mapping[str, Mapping[int, str]]) -> Iterator[Inputs]:
-    """The inputs, and where dimensions are open the same with these larger: by one in batches, by three in others."""
+    """The inputs, and where dimensions are open the same with others: one row more, and three fewer or more columns."""
     yield inputs
     if opened:
         named = _named(inputs)
-        larger = {
-            name: {dim: named[name].shape[dim] + (1 if dim == 0 else 3) for dim in dims}
-            for name, dims in opened.items()
-        }
-        yield _resized(inputs, larger)
+        yield _resized(inputs, {n: {d: _other(d, named[n].shape[d]) for d in dims} for n, dims in opened.items()})
+
+
+def _other(dim: int, size: int) -> int:
+    return size + 1 if dim == 0 else size - 3 if size > 5 else size + 3
 
 
 def _check_opened(shapes: Any, opened: Mapping[str, Mapping[int, str]], dynamic: Dynamic) -> None:
@@ -339,7 +340,10 @@ def _pt2_program(path: Path) -> Run:
 
 @torch.no_grad()
 def _difference(model: nn.Module, run: Run, inputs: Inputs, tolerance: float, told: str) -> float:
-    expected = [leaf for leaf in pytree.tree_leaves(call(model, inputs)) if isinstance(leaf, Tensor)]
+    try:
+        expected = [leaf for leaf in pytree.tree_leaves(call(model, inputs)) if isinstance(leaf, Tensor)]
+    except Exception as error:  # the model's own
+        raise ExportError(f"the model itself does not take inputs of {told}: {_first_line(error)}") from error
     try:
         found = run(inputs)
     except Exception as error:  # the runtime's own
@@ -354,8 +358,8 @@ def _difference(model: nn.Module, run: Run, inputs: Inputs, tolerance: float, to
         worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-12)))
     if not worst <= tolerance:
         raise ExportError(
-            f"on inputs of {told} the answers differ from the model's by {worst:.1e} (relative), allowed {tolerance:.0e}. "
-            "Name fewer open dimensions (dynamic=), or none (dynamic=None)"
+            f"on inputs of {told} the answers differ from the model's by {worst:.1e} (relative), allowed "
+            f"{tolerance:.0e}. Name fewer open dimensions (dynamic=), or none (dynamic=None)"
         )
     return worst
 
