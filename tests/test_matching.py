@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shallower.errors import SiteError
 from shallower.matching import find_sites
-from shallower.sites import Place, Site
+from shallower.sites import Place, Residual, Site
 
 
 class Mlp(nn.Module):
@@ -425,8 +425,6 @@ def test_a_tie_outside_of_the_site_does_not_matter() -> None:
 
 
 CONVOLUTIONS: list[tuple[str, nn.Module, str]] = [
-    ("grouped", nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2)), "grouped"),
-    ("depthwise", nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8)), "depthwise"),
     ("transposed", nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3)), "ConvTranspose2d"),
     ("pooled", nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)), "pooling"),
     ("flattened", nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 3)), "reshape"),
@@ -454,20 +452,203 @@ def test_a_one_dimensional_convolution_is_skipped_with_the_reason() -> None:
         ({"kernel_size": 3, "padding": 1}, {"kernel_size": 1}, True),
         ({"kernel_size": 3, "padding": 1, "stride": 2}, {"kernel_size": 1, "stride": 2}, True),
         ({"kernel_size": 1}, {"kernel_size": 3}, True),
-        ({"kernel_size": 1}, {"kernel_size": 3, "padding": 1}, False),
-        ({"kernel_size": 1, "stride": 2}, {"kernel_size": 3}, False),
-        ({"kernel_size": 1, "padding": 1}, {"kernel_size": 3}, False),
-        ({"kernel_size": 3}, {"kernel_size": 3}, False),
+        ({"kernel_size": 1}, {"kernel_size": 3, "padding": 1}, True),
+        ({"kernel_size": 1, "stride": 2}, {"kernel_size": 3}, True),
+        ({"kernel_size": 1, "padding": 1}, {"kernel_size": 3}, True),
+        ({"kernel_size": 3}, {"kernel_size": 3}, True),
+        ({"kernel_size": 3, "padding": 2, "stride": 2}, {"kernel_size": 3, "dilation": 2}, True),
+        ({"kernel_size": 3, "padding": 1}, {"kernel_size": 3, "padding": 1}, True),
         ({"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, {"kernel_size": 1}, False),
     ],
 )
-def test_convolutions_may_become_linear_only_where_the_merge_is_exact(first: Any, second: Any, allowed: bool) -> None:
+def test_convolutions_may_become_linear_and_merge_where_all_padding_is_zero(
+    first: Any, second: Any, allowed: bool
+) -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, **first), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, **second))
     site = only_site(model, rows(2, 4, 12, 12).to(memory_format=torch.channels_last))
     assert site.channels_first
     assert site.kind == "convolution"
     assert site.norm_before == "1"
-    assert (site.not_linear == "") == allowed
+    assert site.not_linear == ""
+    assert (site.not_merged == "") == allowed
+
+
+def test_channels_on_the_two_sides_of_a_grouped_convolution_cannot_be_narrowed_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    sites = find_sites(model, rows(2, 4, 8, 8))
+    assert [site.not_linear for site in sites] == ["", ""]
+    assert all("2 is a grouped convolution" in site.not_narrow for site in sites)
+
+
+# ---------------------------------------------------------------------- through depthwise convolutions
+
+
+def inverted(*between: nn.Module) -> nn.Sequential:
+    """expand - BatchNorm - ReLU - depthwise - what is given - project."""
+    depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), depthwise, *between, nn.Conv2d(8, 4, 1)
+    )
+
+
+def long_site(model: nn.Module) -> Site | None:
+    return next((site for site in find_sites(model, rows(2, 4, 8, 8)) if site.between), None)
+
+
+def test_an_inverted_residual_is_two_short_sites_and_a_long_one() -> None:
+    sites = find_sites(inverted(nn.BatchNorm2d(8), nn.SiLU()), rows(2, 4, 8, 8))
+    short = [(s.producer.name, s.consumers[0].name) for s in sites if s.not_narrow and s.producer is not None]
+    assert short == [("0", "3"), ("3", "6")]
+    assert len(sites) == 3
+    (long,) = (site for site in sites if site.between)
+    assert [m.name for m in long.maps] == ["0", "3", "6"]
+    assert (long.width, long.norm_before, long.not_narrow) == (8, "1", "")
+    assert "0 - 3 and 3 - 6" in long.not_linear
+    (between,) = long.between
+    assert (between.map.groups, between.norm_before, between.activation) == (8, "4", Place("5"))
+
+
+def test_a_long_site_needs_no_activation_behind_its_depthwise_convolution() -> None:
+    long = long_site(inverted(nn.BatchNorm2d(8)))
+    assert long is not None
+    (between,) = long.between
+    assert (between.norm_before, between.activation) == ("4", None)
+    assert [consumer.name for consumer in long.consumers] == ["5"]
+
+
+def test_a_long_site_goes_through_several_depthwise_convolutions() -> None:
+    long = long_site(inverted(nn.ReLU(), nn.Conv2d(8, 8, 5, groups=8), nn.BatchNorm2d(8), nn.ReLU()))
+    assert long is not None
+    assert [between.map.name for between in long.between] == ["3", "5"]
+
+
+STOPS: list[tuple[str, list[nn.Module]]] = [
+    ("a layer norm", [nn.GroupNorm(1, 8), nn.ReLU()]),
+    ("pooling", [nn.ReLU(), nn.MaxPool2d(2)]),
+    ("a norm of the batch", [nn.BatchNorm2d(8, track_running_stats=False)]),
+    ("a hooked layer", [hooked("1")]),
+]
+
+
+@pytest.mark.parametrize("case", STOPS, ids=lambda case: case[0])
+def test_a_long_site_ends_where_something_mixes_channels_or_is_unusable(case: Any) -> None:
+    _, modules = case
+    assert long_site(inverted(*modules)) is None if case[0] != "a hooked layer" else True
+
+
+def test_a_depthwise_convolution_that_is_called_elsewhere_is_in_no_long_site() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = inverted(nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) + self.body[3](self.body[0](x)).mean()  # type: ignore[no-any-return]
+
+    assert long_site(Network()) is None
+
+
+# ---------------------------------------------------------------------- sums that close around a site
+
+
+class Skip(nn.Module):
+    """x + body(x), or what `combine` makes of the two."""
+
+    def __init__(self, body: nn.Module, combine: Callable[[Tensor, Tensor], Tensor] = torch.add) -> None:
+        super().__init__()
+        self.body = body
+        self.combine = combine
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.combine(x, self.body(x))
+
+
+def body(*last: nn.Module, dropout: float = 0.0) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.Dropout(dropout), *last)
+
+
+def test_the_sum_around_a_site_is_found_with_its_branch_and_norm() -> None:
+    residual = only_site(Skip(body(nn.BatchNorm1d(8))), rows(3, 8)).residual
+    assert residual == Residual(Place("", (("add", 0),)), branch=1, norm="body.4", source="body.0")
+    turned = only_site(Skip(body(), lambda x, y: y + x), rows(3, 8)).residual
+    assert turned == Residual(Place("", (("add", 0),)), branch=0, source="body.0")
+
+
+class NormAct(nn.BatchNorm2d):
+    """A BatchNorm that goes on with an activation, as timm's do."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__(channels)
+        self.drop, self.act, self.other = nn.Identity(), nn.SiLU(inplace=True), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.other
+        )
+        return self.act(self.drop(x))  # type: ignore[no-any-return]
+
+
+def test_a_norm_with_the_activation_inside_is_a_norm_before_an_activation() -> None:
+    site = only_site(nn.Sequential(nn.Conv2d(4, 8, 1), NormAct(8), nn.Conv2d(8, 4, 3)), rows(2, 4, 8, 8))
+    assert (site.norm_before, site.activation, site.activation_name) == ("1", Place("1.act"), "silu")
+    assert site.norm_params == 2
+
+
+def test_a_norm_with_an_activation_inside_that_computes_something_else_is_skipped() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), NormAct(8, eps=1e-3), nn.Conv2d(8, 4, 3))
+    assert "norm `batch_norm`" in reason(model, rows(2, 4, 8, 8))
+
+
+def test_the_sum_around_a_chain_is_that_of_its_last_site_and_of_the_long_one() -> None:
+    sites = find_sites(Skip(inverted(nn.BatchNorm2d(8), nn.ReLU())), rows(2, 4, 8, 8))
+    first, long, last = sorted(sites, key=lambda site: (site.producer.name, bool(site.between)))  # type: ignore[union-attr]
+    assert first.residual is None
+    assert long.between
+    assert last.residual == long.residual == Residual(Place("", (("add", 0),)), branch=1, source="body.0")
+
+
+def test_parameters_of_norms_and_activations_are_told() -> None:
+    act = nn.PReLU(12)
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+            self.norm, self.bare, self.act = nn.BatchNorm1d(12), nn.BatchNorm1d(12, affine=False), act
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.act(self.bare(self.b(self.act(self.norm(self.a(x)))))))  # type: ignore[no-any-return]
+
+    sites = find_sites(Network(), rows(3, 8))
+    assert [(s.norm_params, s.activation_params, s.activation_shared) for s in sites] == [(2, 12, True), (0, 12, True)]
+    alone = only_site(nn.Sequential(nn.Linear(8, 12), nn.PReLU(), nn.Linear(12, 4)), rows(3, 8))
+    assert (alone.norm_params, alone.activation_params, alone.activation_shared) == (0, 1, False)
+
+
+class Elsewhere(nn.Module):
+    """Hands its input on in eval mode, as stochastic depth does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(()) if self.training else x
+
+
+SUMS: list[tuple[str, nn.Module]] = [
+    ("dropout in between", Skip(body(dropout=0.1))),
+    ("stochastic depth in between", Skip(body(Elsewhere()))),
+    ("another scale", Skip(body(), lambda x, y: torch.add(x, y, alpha=2))),
+    ("another summand", Skip(body(), lambda x, y: 2 * x + y)),
+    ("a product", Skip(body(), lambda x, y: x * y)),
+    ("a second reader", Skip(body(), lambda x, y: (x + y) * y)),
+    ("an activation in between", Skip(body(nn.ReLU()))),
+    ("a layer norm in between", Skip(body(nn.LayerNorm(8)))),
+    ("a forward that cannot be rewritten", Skip(body(), lambda x, y: x + y if x.sum() > -1e9 else y)),
+]
+
+
+@pytest.mark.parametrize("case", SUMS, ids=lambda case: case[0])
+def test_a_sum_that_could_not_be_taken_away_is_no_residual(case: Any) -> None:
+    _, model = case
+    assert only_site(model, rows(3, 8)).residual is None
 
 
 # ---------------------------------------------------------------------- places of shared modules and dropouts

@@ -45,7 +45,7 @@ def test_a_site_that_cannot_become_linear_costs_the_same_collapsed() -> None:
 
 
 def test_a_gate_and_norms_count() -> None:
-    gated = site(gate=linear("gate", 8, 32), norm_before="bn")
+    gated = site(gate=linear("gate", 8, 32), norm_before="bn", norm_params=2)
     assert gated.params == site().params + 8 * 32 + 32 + 2 * 32
     assert gated.gated
     assert [m.name for m in gated.maps] == ["gate", "block.0.up", "block.0.down"]
@@ -56,10 +56,15 @@ def depthwise(name: str, channels: int) -> LinearMap:
 
 
 def test_a_depthwise_convolution_between_counts_with_its_norms() -> None:
-    long = site(norm_before="bn1", between=(Between(depthwise("dw", 32), norm_before="bn2"),))
+    long = site(norm_before="bn1", norm_params=4, between=(Between(depthwise("dw", 32), norm_before="bn2"),))
     assert long.params == site().params + 32 * 9 + 2 * 2 * 32
     assert long.macs == site().macs + 10 * 32 * 9
     assert [m.name for m in long.maps] == ["block.0.up", "dw", "block.0.down"]
+
+
+def test_an_activation_that_is_used_elsewhere_costs_the_site_nothing() -> None:
+    assert site(activation_params=32).params == site().params + 32
+    assert site(activation_params=32, activation_shared=True).params == site().params
 
 
 def test_packed_projections_of_heads_count_once() -> None:
@@ -102,7 +107,10 @@ site_values = st.builds(
     between=st.lists(
         st.builds(Between, map=maps, norm_before=st.text(max_size=5), activation=st.none() | place_values), max_size=2
     ).map(tuple),
-    residual=st.none() | st.builds(Residual, place=place_values, branch=st.integers(0, 1), norm=st.text(max_size=5)),
+    residual=st.none()
+    | st.builds(
+        Residual, place=place_values, branch=st.integers(0, 1), norm=st.text(max_size=5), source=st.text(max_size=5)
+    ),
     heads=st.none()
     | st.builds(
         Heads,

@@ -73,6 +73,9 @@ def described(site: Site) -> Expected:
         linear=not site.not_linear,
         norm_before=site.norm_before,
         norm_after=site.norm_after,
+        narrow=not site.not_narrow,
+        between=tuple(between.map.name for between in site.between),
+        residual=str(site.residual.place) if site.residual else "",
     )
 
 

@@ -36,7 +36,9 @@ class Expected:
         producer, consumers, gate, norm_before, norm_after: dotted names.
         f: part of the activation's name.
         packed: "gate-first" or "up-first" where one map gives gate and up.
-        linear: whether its channels may become linear.
+        linear, narrow: whether its channels may become linear, and may be kept and dropped one by one.
+        between: depthwise convolutions on the way.
+        residual: the sum that closes around it.
     """
 
     kind: str
@@ -50,6 +52,9 @@ class Expected:
     linear: bool = True
     norm_before: str = ""
     norm_after: str = ""
+    narrow: bool = True
+    between: tuple[str, ...] = ()
+    residual: str = ""
 
     def __str__(self) -> str:
         fields = (f"{key}={value!r}" for key, value in vars(self).items() if value not in ("", 1))
@@ -137,11 +142,40 @@ def conv(producer: str, consumers: str | tuple[str, ...], width: int, f: str = "
     )
 
 
+def basic_blocks(widths: dict[int, int]) -> tuple[Expected, ...]:
+    """The sites of a ResNet with two basic blocks a stage; all stages but the first begin without a plain skip."""
+    return tuple(
+        site
+        for stage, width in widths.items()
+        for i in (0, 1)
+        for site in under(
+            f"layer{stage}.{i}",
+            conv("conv1", "conv2", width, norm_before="bn1", residual="" if i == 0 < stage - 1 else ":add#0"),
+        )
+    )
+
+
+def inverted(
+    prefix: str, names: str, width: int, f: str, residual: str = "", second_f: str = ""
+) -> tuple[Expected, ...]:
+    """An inverted residual: two short sites for linear fates, and the long one around them.
+
+    The names are those of expand, its norm, depthwise, its norm, and project.
+    """
+    expand, first, depthwise, second, project = names.split()
+    return under(
+        prefix,
+        conv(expand, depthwise, width, f, norm_before=first, narrow=False),
+        conv(expand, project, width, f, norm_before=first, linear=False, between=(depthwise,), residual=residual),
+        conv(depthwise, project, width, second_f or f, norm_before=second, narrow=False, residual=residual),
+    )
+
+
 def under(prefix: str, *sites: Expected) -> tuple[Expected, ...]:
     """The sites with `prefix` before every dotted name."""
 
     def join(name: str) -> str:
-        return f"{prefix}.{name}" if name else ""
+        return f"{prefix}{'' if name.startswith(':') else '.'}{name}" if name else ""
 
     return tuple(
         dataclasses.replace(
@@ -150,6 +184,8 @@ def under(prefix: str, *sites: Expected) -> tuple[Expected, ...]:
             gate=join(site.gate),
             norm_before=join(site.norm_before),
             norm_after=join(site.norm_after),
+            residual=join(site.residual),
+            between=tuple(join(name) for name in site.between),
             consumers=tuple(join(name) for name in site.consumers),
         )
         for site in sites
@@ -695,7 +731,7 @@ SEEING = (
             for stage, width in ((0, 4), (1, 8))
             for site in under(
                 f"resnet.encoder.stages.{stage}.layers.0.layer",
-                conv("0.convolution", "1.convolution", width, norm_before="0.normalization", linear=False),
+                conv("0.convolution", "1.convolution", width, norm_before="0.normalization"),
                 conv("1.convolution", "2.convolution", width, norm_before="1.normalization"),
             )
         ),
@@ -894,7 +930,7 @@ OF_TIMM = (
         *(
             site
             for stage, width in ((1, 8), (2, 8), (3, 16), (4, 16))
-            for site in under(f"layer{stage}.0", conv("conv1", "conv2", width, norm_before="bn1", linear=False))
+            for site in under(f"layer{stage}.0", conv("conv1", "conv2", width, norm_before="bn1"))
         ),
         size=32,
         skips=(Skip("conv1", "pool"),),
@@ -902,10 +938,13 @@ OF_TIMM = (
     plain(
         "timm_mobilenet_v3",
         timm_mobilenet_v3,
+        conv("conv_stem", "blocks.0.0.conv_dw", 8, "swish", norm_before="bn1", narrow=False),
         conv("blocks.0.0.se.conv_reduce", "blocks.0.0.se.conv_expand", 2),
+        *inverted("blocks.1.0", "conv_pw bn1 conv_dw bn2 conv_pwl", 48, "relu"),
+        conv("blocks.2.0.conv_pw", "blocks.2.0.conv_dw", 72, "swish", norm_before="blocks.2.0.bn1", narrow=False),
         conv("blocks.2.0.se.conv_reduce", "blocks.2.0.se.conv_expand", 18, "swish"),
         size=32,
-        skips=(Skip("conv_stem", "group|depthwise"), Skip("blocks.1.0.conv_pw", "group|depthwise")),
+        skips=(Skip("blocks.0.0", "pool"), Skip("blocks.2.0.conv_dw", "pool"), Skip("conv_head", "flatten")),
     ),
 )
 
@@ -959,15 +998,16 @@ def tv_regnet_y() -> nn.Module:
     return tv.RegNet(parameters, num_classes=10)
 
 
+TV_INVERTED = "conv.0.0 conv.0.1 conv.1.0 conv.1.1 conv.2"
 RESNET18_WIDTHS = {1: 64, 2: 128, 3: 256, 4: 512}
 
 OF_TORCHVISION = (
     plain(
         "vgg11_bn",
         tv_vgg11,
-        conv("features.8", "features.11", 16, norm_before="features.9", linear=False),
-        conv("features.15", "features.18", 16, norm_before="features.16", linear=False),
-        conv("features.22", "features.25", 16, norm_before="features.23", linear=False),
+        conv("features.8", "features.11", 16, norm_before="features.9"),
+        conv("features.15", "features.18", 16, norm_before="features.16"),
+        conv("features.22", "features.25", 16, norm_before="features.23"),
         head("classifier.0", "classifier.3", 37, "relu"),
         head("classifier.3", "classifier.6", 41, "relu"),
         size=32,
@@ -976,11 +1016,7 @@ OF_TORCHVISION = (
     plain(
         "resnet18",
         lambda: tv.resnet18(num_classes=10),
-        *(
-            site
-            for stage, width in RESNET18_WIDTHS.items()
-            for site in each(f"layer{stage}.{{}}", conv("conv1", "conv2", width, norm_before="bn1", linear=False))
-        ),
+        *basic_blocks(RESNET18_WIDTHS),
         size=32,
         skips=(Skip("conv1", "pool"),),
     ),
@@ -992,7 +1028,7 @@ OF_TORCHVISION = (
             for stage, width in RESNET18_WIDTHS.items()
             for site in under(
                 f"layer{stage}.0",
-                conv("conv1", "conv2", width, norm_before="bn1", linear=False),
+                conv("conv1", "conv2", width, norm_before="bn1"),
                 conv("conv2", "conv3", width, norm_before="bn2"),
             )
         ),
@@ -1002,12 +1038,14 @@ OF_TORCHVISION = (
     plain(
         "mobilenet_v2",
         tv_mobilenet_v2,
-        size=32,
-        skips=(
-            Skip("features.1.conv", "group|depthwise"),
-            Skip("features.2.conv.0", "group|depthwise"),
-            Skip("features.3.conv.1", "group|depthwise"),
+        *under(
+            "features.1",
+            conv("conv.0.0", "conv.1", 8, "relu6", norm_before="conv.0.1", narrow=False, residual=":add#0"),
         ),
+        *inverted("features.2", TV_INVERTED, 48, "relu6"),
+        *inverted("features.3", TV_INVERTED, 48, "relu6", ":add#0"),
+        size=32,
+        skips=(Skip("features", "add"), Skip("features.4.0", "flatten")),
     ),
     plain(
         "torchvision_swin_v2",
@@ -1043,13 +1081,14 @@ OF_TORCHVISION = (
             32,
             norm_before="stem.1",
         ),
+        *(
+            conv(f"{block}.a.0", f"{block}.b.0", width, norm_before=f"{block}.a.1", narrow=False)
+            for block, width in (("trunk_output.block1.block1-0.f", 8), ("trunk_output.block2.block2-0.f", 16))
+        ),
         *under("trunk_output.block1.block1-0.f.se", conv("fc1", "fc2", 8)),
         *under("trunk_output.block2.block2-0.f.se", conv("fc1", "fc2", 2)),
         size=32,
-        skips=(
-            Skip("block1-0.f.a", "group|depthwise"),
-            Skip("block1-0.f.b", "read|group"),
-        ),
+        skips=(Skip("block1-0.f.b", "pool"), Skip("block2-0.f.b", "pool")),
     ),
     plain(
         "squeezenet",
@@ -1057,7 +1096,7 @@ OF_TORCHVISION = (
         *(
             site
             for fire, width in ((3, 16), (4, 16), (6, 32), (7, 32), (9, 48), (10, 48), (11, 64), (12, 64))
-            for site in under(f"features.{fire}", conv("squeeze", ("expand1x1", "expand3x3"), width, linear=False))
+            for site in under(f"features.{fire}", conv("squeeze", ("expand1x1", "expand3x3"), width))
         ),
         size=64,
         skips=(Skip("features", "pool"), Skip("features.3.expand1x1", "cat")),
@@ -1365,11 +1404,7 @@ BY_HAND = (
     plain(
         "cifar_resnet",
         CifarResNet,
-        *(
-            site
-            for stage, width in ((1, 4), (2, 8), (3, 16))
-            for site in each(f"layer{stage}.{{}}", conv("conv1", "conv2", width, norm_before="bn1", linear=False))
-        ),
+        *basic_blocks({1: 4, 2: 8, 3: 16}),
         skips=(Skip("conv1", "read|add"),),
     ),
     plain(
@@ -1378,7 +1413,7 @@ BY_HAND = (
         conv("0", "3", 8, norm_after="2"),
         conv("3", "6", 12, norm_after="5"),
     ),
-    plain("norm_before_padding", norm_before_padding, conv("0", "4", 8, norm_after="2", linear=False)),
+    plain("norm_before_padding", norm_before_padding, conv("0", "4", 8, norm_after="2")),
     Specimen(
         "channels_last",
         lambda: (channels_last(), images().to(memory_format=torch.channels_last)),

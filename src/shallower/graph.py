@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from shallower.pointwise import ACTIVATIONS, PRODUCTS, UNCHANGED, is_pointwise
+from shallower.sites import LinearMap
 from shallower.tracing import Call, Frame, Trace, Value
 
 PLAIN = (nn.Parameter, torch.Tensor, FakeTensor)
@@ -128,6 +130,25 @@ class Graph:
             return f"{names[0]} is held under several names ({', '.join(names[:3])}); keep one of them"
         return self.hook_problem(module)
 
+    def linear_map(self, units: Sequence[Unit]) -> LinearMap:
+        """The description of a map, from all its calls that count."""
+        module = units[0].module
+        d_in, d_out = sizes(module)
+        positions = sum(unit.result.elements // d_out for unit in units)
+        name = self.names[module][0]
+        bias = getattr(module, "bias", None) is not None
+        if not isinstance(module, nn.Conv2d):
+            kind: Literal["linear", "conv1d"] = "linear" if isinstance(module, nn.Linear) else "conv1d"
+            return LinearMap(name, kind, d_in, d_out, bias, positions)
+        kernel, dilation = _pair(module.kernel_size), _pair(module.dilation)
+        if module.padding == "same":
+            padding = ((kernel[0] - 1) * dilation[0] // 2, (kernel[1] - 1) * dilation[1] // 2)
+        else:
+            padding = (0, 0) if isinstance(module.padding, str) else _pair(module.padding)
+        return LinearMap(
+            name, "conv2d", d_in, d_out, bias, positions, kernel, _pair(module.stride), padding, dilation, module.groups
+        )
+
     def map_problem(self, frame: Frame) -> str:
         """Why a linear map cannot be used."""
         module = frame.module
@@ -152,9 +173,6 @@ class Graph:
                 or type(module)._conv_forward is not nn.Conv2d._conv_forward
             ):
                 return f"{name} is a {kind} with a forward of its own"
-            if module.groups != 1:
-                depthwise = "depthwise" if module.groups == module.in_channels else "grouped"
-                return f"{name} is a {depthwise} convolution"
             if module.padding == "same" and any(
                 (k - 1) * d % 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)
             ):
@@ -204,7 +222,8 @@ class Graph:
         title = self.title(frame)
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             return f"the norm {title} stands in between"
-        if type(module).forward is not nn.modules.batchnorm._BatchNorm.forward or type(module) not in BATCH_NORMS:
+        plain = type(module).forward is nn.modules.batchnorm._BatchNorm.forward and type(module) in BATCH_NORMS
+        if not plain and self.norm_call(frame) is None:
             return f"{title} is not a plain BatchNorm"
         if module not in self.names:
             return f"{title} is not part of the model"
@@ -213,6 +232,22 @@ class Graph:
         if parametrize.is_parametrized(module):
             return f"{title} is parametrized"
         return self.module_problem(module)
+
+    def norm_call(self, frame: Frame) -> Call | None:
+        """The call that normalises in a BatchNorm that goes on with children, an activation for instance (timm's)."""
+        module = frame.module
+        if not isinstance(module, BATCH_NORMS):
+            return None
+        own = [step for step in frame.steps if isinstance(step, Call) and step.outputs]
+        if len(own) != 1 or own[0].name != "batch_norm" or own[0] is not next(c for c in frame.calls() if c.outputs):
+            return None
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = dict(zip(names, own[0].args, strict=False)) | dict(own[0].kwargs)
+        statistics = [value for value in own[0].inputs if value.owner is module and value.origin == "buffer"]
+        weights = [self.trace.weights.get((module, name)) for name in ("weight", "bias")]
+        whole = [own[0].inputs[0], *statistics, *(value for value in weights if value is not None)]
+        same = own[0].inputs == whole and [value.name for value in statistics] == ["running_mean", "running_var"]
+        return own[0] if same and given.get("eps") == module.eps and not given.get("training") else None
 
     def _gather_units(self) -> None:
         for frame in self.trace.frames:
@@ -224,6 +259,12 @@ class Graph:
                 continue
             calls = list(frame.calls())
             if kind == "norm" and any(call.name in ACTIVATIONS for call in calls):
+                norm = self.norm_call(frame)
+                if norm is not None:
+                    self.units[frame] = Unit(
+                        frame, "norm", norm.inputs[0], norm.outputs[0], problem=self.norm_problem(frame)
+                    )
+                    self.unit_of[norm] = self.units[frame]
                 continue
             made = {value for call in calls for value in call.outputs}
             own = set(frame.module.modules())
@@ -317,6 +358,11 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight.shape[0], weight.shape[1]
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    """A size per dimension."""
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def channel_dim(step: Step, dims: int) -> int:

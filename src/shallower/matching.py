@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from shallower.candidates import MOST_STEPS, Found, Walk
 from shallower.graph import Graph, Step, Unit, channel_dim, sizes
 from shallower.inputs import Inputs
+from shallower.long_sites import long_sites
 from shallower.placing import Placing
 from shallower.pointwise import (
     ACTIVATIONS,
@@ -28,6 +29,7 @@ from shallower.pointwise import (
     stays_on,
 )
 from shallower.sites import Kind, LinearMap, Place, Site, Sites
+from shallower.sums import with_residuals
 from shallower.tracing import Call, Frame, Value, trace_forward
 
 
@@ -81,6 +83,8 @@ class Matcher:
             chosen.append((group, place))
         heads = self.heads([group for group, _ in chosen])
         built = [(group, self.build(group, place, i in heads)) for i, (group, place) in enumerate(chosen)]
+        built += long_sites(self.graph, built)
+        built = with_residuals(self.graph, self.placing, built)
         refused.sort(key=lambda item: self.graph.position(item[0].chain[0]))
         items, skipped = self.named(built, refused)
         if places:
@@ -170,17 +174,18 @@ class Matcher:
     def build(self, group: Sequence[Found], place: Place, head: bool) -> Site:
         """The site that a group of executions is."""
         first = group[0]
-        producer = self.linear_map([found.producer for found in group if isinstance(found.producer, Unit)])
+        producer = self.graph.linear_map([found.producer for found in group if isinstance(found.producer, Unit)])
         gate = None
         if first.gate is not None:
-            gate = self.linear_map([found.gate for found in group if isinstance(found.gate, Unit)])
+            gate = self.graph.linear_map([found.gate for found in group if isinstance(found.gate, Unit)])
         modules = list(dict.fromkeys(unit.module for unit in first.consumers if isinstance(unit, Unit)))
         consumers = tuple(
-            self.linear_map(
+            self.graph.linear_map(
                 [c for found in group for c in found.consumers if isinstance(c, Unit) and c.module is module]
             )
             for module in modules
         )
+        params, shared = self.activation_params(group)
         dropouts = dict.fromkeys(self.placing.dropout_place(call) for found in group for call in found.dropouts)
         return Site(
             name="",
@@ -189,9 +194,7 @@ class Matcher:
             producer=producer,
             consumers=consumers,
             activation=place,
-            activation_name=activation_name(
-                first.chain, self.placing.exact_frame(set(first.chain), self.placing.frame_of(set(first.chain)))
-            ),
+            activation_name=activation_name(first.chain, self.placing.owner_of(set(first.chain))),
             gate=gate,
             packed=first.packed,
             norm_before=self.graph.names[first.norms_before[0].module][0] if first.norms_before else "",
@@ -199,34 +202,21 @@ class Matcher:
             dropouts=tuple(place for place in dropouts if place is not None),
             calls=len(group),
             channels_first=producer.kind == "conv2d",
-            not_linear=self.not_linear(first, producer, consumers),
-            activation_params=self.activation_params(place),
+            activation_params=params,
+            activation_shared=shared,
+            norm_params=sum(norm_params(norm) for norm in (*first.norms_before, *first.norms_after)),
+            not_merged=self.not_merged(first),
+            not_narrow=not_narrow(producer, consumers),
         )
 
-    def activation_params(self, place: Place) -> int:
-        """Parameters of the activation where it is a module of its own: those of a PReLU."""
-        if place.calls:
-            return 0
-        return sum(parameter.numel() for parameter in self.graph.trace.model.get_submodule(place.module).parameters())
-
-    def linear_map(self, units: Sequence[Unit]) -> LinearMap:
-        """The description of a map, from all its calls in the site."""
-        module = units[0].module
-        d_in, d_out = sizes(module)
-        positions = sum(unit.result.elements // d_out for unit in units)
-        name = self.graph.names[module][0]
-        bias = getattr(module, "bias", None) is not None
-        if not isinstance(module, nn.Conv2d):
-            kind: Literal["linear", "conv1d"] = "linear" if isinstance(module, nn.Linear) else "conv1d"
-            return LinearMap(name, kind, d_in, d_out, bias, positions)
-        kernel, dilation = pair(module.kernel_size), pair(module.dilation)
-        if module.padding == "same":
-            padding = ((kernel[0] - 1) * dilation[0] // 2, (kernel[1] - 1) * dilation[1] // 2)
-        else:
-            padding = (0, 0) if isinstance(module.padding, str) else pair(module.padding)
-        return LinearMap(
-            name, "conv2d", d_in, d_out, bias, positions, kernel, pair(module.stride), padding, dilation, module.groups
-        )
+    def activation_params(self, group: Sequence[Found]) -> tuple[int, bool]:
+        """Parameters of an activation that is a module (those of a PReLU), and whether it is used elsewhere too."""
+        owners = [self.placing.owner_of(set(found.chain)) for found in group]
+        first = owners[0]
+        if first is None:
+            return 0, False
+        shared = len(self.graph.frames[first.module]) > len(group) or len(self.graph.names[first.module]) > 1
+        return sum(parameter.numel() for parameter in first.module.parameters()), shared
 
     def kind(
         self, first: Found, producer: LinearMap, gate: LinearMap | None, consumers: Sequence[LinearMap], head: bool
@@ -237,7 +227,7 @@ class Matcher:
         if isinstance(first.producer, Unit) and not first.producer.source.fed:
             return "position MLP"
         maps = (producer, *consumers)
-        plain = all(m.taps == 1 and m.stride == (1, 1) and m.padding == (0, 0) for m in maps)
+        plain = all((m.taps, m.groups, m.stride, m.padding) == (1, 1, (1, 1), (0, 0)) for m in maps)
         widening = producer.d_out > max(producer.d_in, *(c.d_out for c in consumers))
         if producer.kind == "conv2d" and not (plain and widening):
             return "convolution"
@@ -279,35 +269,36 @@ class Matcher:
                     seen.update(onward)
         return False
 
-    def not_linear(self, found: Found, producer: LinearMap, consumers: Sequence[LinearMap]) -> str:
-        """Why no channel may become linear, "" if it may."""
-        if producer.kind != "conv2d":
-            return ""
+    def not_merged(self, found: Found) -> str:
+        """Why two convolutions cannot be composed, "" if they can (zero padding between them is the plan's affair)."""
         for unit in (found.producer, *found.consumers):
             if isinstance(unit, Unit) and isinstance(unit.module, nn.Conv2d) and unit.module.padding_mode != "zeros":
                 return f"{unit.frame.name} pads with {unit.module.padding_mode}, not zeros"
-        for consumer in consumers:
-            if consumer.padding != (0, 0):
-                return f"{consumer.name} pads with zeros, so the merged convolution would differ along the border"
-            if consumer.taps > 1 and producer.taps > 1:
-                return f"merging with {consumer.name} would make a larger kernel"
-            if consumer.taps > 1 and (producer.stride != (1, 1) or producer.padding != (0, 0)):
-                return f"{producer.name} strides or pads before {consumer.name}, which has a kernel larger than 1x1"
         return ""
 
     def named(
         self, built: list[tuple[list[Found], Site]], refused: list[tuple[Found, str]]
     ) -> tuple[list[tuple[int, Site]], dict[str, str]]:
         """The sites with their names and their position in the execution, and the skipped ones by name."""
-        prefixes = [self.prefix(found[0]) for found, _ in built] + [self.prefix(found) for found, _ in refused]
+        prefixes = [self.prefix(found[0]) for found, site in built if not site.between]
+        prefixes += [self.prefix(found) for found, _ in refused]
+        short = [site for _, site in built if not site.between]
         items = []
         taken: set[str] = set()
-        for (group, site), prefix in zip(built, prefixes, strict=False):
-            name = prefix if prefix and prefixes.count(prefix) == 1 else site.maps[-len(site.consumers) - 1].name
+        for group, site in built:
+            prefix = common_prefix([m.name for m in site.maps])
+            if site.between:
+                within = [s for s in short if {m.name for m in s.maps} <= {m.name for m in site.maps}]
+                others = prefixes.count(prefix) - sum(prefix == common_prefix([m.name for m in s.maps]) for s in within)
+                lone = others == 0 and prefix not in taken
+                name = prefix if prefix and lone else f"{site.maps[0].name}...{site.consumers[0].name}"
+            else:
+                lone = prefixes.count(prefix) == 1
+                name = prefix if prefix and lone else site.maps[-len(site.consumers) - 1].name
             taken.add(name)
             items.append((self.graph.position(group[0].chain[0]), replace(site, name=name)))
         skipped: dict[str, str] = {}
-        for (found, reason), prefix in zip(refused, prefixes[len(built) :], strict=True):
+        for (found, reason), prefix in zip(refused, prefixes[len(short) :], strict=True):
             name = prefix if prefix and prefixes.count(prefix) == 1 else self.step_name(found.producer)
             if name not in taken:
                 skipped.setdefault(name, reason)
@@ -340,7 +331,7 @@ class Matcher:
         for group in groups.values():
             first = group[0]
             place, reason = self.placing.place_of([found.chain for found in group])
-            owner = self.placing.exact_frame(set(first.chain), self.placing.frame_of(set(first.chain)))
+            owner = self.placing.owner_of(set(first.chain))
             if place is None:
                 frame = self.placing.frame_of(set(first.chain))
                 skipped.setdefault(f"{frame.name or 'model'}:{first.chain[0].name}#{first.chain[0].ordinal}", reason)
@@ -410,9 +401,18 @@ class Matcher:
         return False
 
 
-def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    """A size per dimension."""
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+def norm_params(norm: Unit) -> int:
+    """Parameters that a norm has for each channel."""
+    return sum(parameter is not None for parameter in norm.module._parameters.values())
+
+
+def not_narrow(producer: LinearMap, consumers: Sequence[LinearMap]) -> str:
+    """Why channels cannot be kept and dropped one by one, "" if they can."""
+    for m in (producer, *consumers):
+        if m.groups > 1:
+            how = "depthwise" if m.groups == m.d_in == m.d_out else "grouped"
+            return f"{m.name} is a {how} convolution, which ties the channels on its two sides together"
+    return ""
 
 
 def common_prefix(names: Sequence[str]) -> str:

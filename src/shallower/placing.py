@@ -61,6 +61,10 @@ class Placing:
         extra = [call for call in frame.calls() if call not in chain and call.outputs and call.name not in UNCHANGED]
         return frame if not extra and frame.module in self.graph.names else None
 
+    def owner_of(self, chain: set[Call]) -> Frame | None:
+        """The module invocation that is the chain and nothing else, None where there is none."""
+        return self.exact_frame(chain, self.frame_of(chain))
+
     def module_place(self, exact: Sequence[Frame]) -> tuple[Place | None, str]:
         """The activation as a module that can be exchanged by its name; None where it is called elsewhere too."""
         module = exact[0].module

@@ -424,10 +424,10 @@ def _steps(graph: fx.Graph) -> list[tuple[str, fx.Node]]:
 
 @dataclass
 class _Region:
-    """The nodes of a place in one graph, and the one node they read from outside."""
+    """The nodes of a place in one graph, and the nodes they read from outside: one, or the two of a sum."""
 
     nodes: list[fx.Node]
-    source: fx.Node
+    sources: list[fx.Node]
 
 
 def _region(graph: fx.Graph, place: Place) -> _Region | str:
@@ -442,13 +442,26 @@ def _region(graph: fx.Graph, place: Place) -> _Region | str:
         return "its forward does not make these calls"
     inside = set(nodes)
     sources = list(dict.fromkeys(other for node in nodes for other in node.all_input_nodes if other not in inside))
-    if len(sources) != 1:
+    if len(sources) != 1 and not _is_sum(nodes, sources):
         return "the operation reads more than one tensor of the forward"
     if any(user not in inside for node in nodes[:-1] for user in node.users):
         return "a tensor inside the operation is read elsewhere in the forward"
-    if sources[0].op == "get_attr":
+    if any(source.op == "get_attr" for source in sources):
         return "the operation reads a parameter"
-    return _Region(nodes, sources[0])
+    return _Region(nodes, sources)
+
+
+def _is_sum(nodes: Sequence[fx.Node], sources: Sequence[fx.Node]) -> bool:
+    """Whether the nodes are one addition of two tensors."""
+    return len(nodes) == 1 and canonical(nodes[0].target) == "add" and list(nodes[0].args) == list(sources)
+
+
+class Sum(nn.Module):
+    """a + b: what an addition of the forward becomes as a module."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """The sum of two tensors."""
+        return a + b
 
 
 def _module_of(owner: nn.Module, regions: Sequence[_Region]) -> nn.Module | str:
@@ -458,6 +471,8 @@ def _module_of(owner: nn.Module, regions: Sequence[_Region]) -> nn.Module | str:
     if len(train.nodes) == 1:
         if first.op == "call_module":
             return copy.deepcopy(owner.get_submodule(str(first.target)))
+        if len(train.sources) == 2:
+            return Sum()
         name = canonical(first.target)
         if name == "dropout":
             given = {**dict(zip(("input", "p", "training", "inplace"), first.args, strict=False)), **first.kwargs}
@@ -471,7 +486,7 @@ def _module_of(owner: nn.Module, regions: Sequence[_Region]) -> nn.Module | str:
     if _listing(train) != _listing(evaluation):
         return "the operation differs between training and inference"
     graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {train.source: graph.placeholder("x")}
+    copies: dict[fx.Node, fx.Node] = {train.sources[0]: graph.placeholder("x")}
     children: dict[str, Any] = {}
     for node in train.nodes:
         if node.op == "call_module":
@@ -534,7 +549,8 @@ def _rebind(owner: nn.Module) -> None:
                 raise SiteError(region)
             last = region.nodes[-1]
             with graph.inserting_before(last):
-                node = graph.call_module(changes[calls].child, (became.get(region.source, region.source),))
+                read = tuple(became.get(source, source) for source in region.sources)
+                node = graph.call_module(changes[calls].child, read)
             last.replace_all_uses_with(node)
             became[last] = node
             for old in reversed(region.nodes):

@@ -107,11 +107,15 @@ class Residual:
             which the forward has them.
         branch: which summand is the site's output, 0 or 1.
         norm: BatchNorm between the site's consumer and the sum, "" if there is none.
+        source: the map that reads the x of the sum: the site's own producer; or, of the last site in a chain (the
+            consumer of one is the producer of the next), the producer of the first, where the skip folds once the whole
+            chain is linear.
     """
 
     place: Place
     branch: int
     norm: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -206,9 +210,13 @@ class Site:
         dropouts: dropouts between producer and consumers; identity in eval mode, gone after a full collapse.
         calls: how often the site runs per forward pass (ALBERT: the number of layers).
         channels_first: the channel dimension of the hidden tensor is 1 (convolutions), not the last.
-        not_linear: why no channel of this site may get the fate linear ("" where it may): for instance a zero-padded
-            convolution as consumer.
+        not_linear: why no channel of this site may get the fate linear ("" where it may).
         activation_params: parameters of the activation itself (PReLU: 1 or n); 0 for most.
+        activation_shared: that activation is used elsewhere too, so that its parameters stay when it goes here.
+        norm_params: parameters for each hidden channel of all BatchNorms of the site together: 2 for one with scale and
+            shift.
+        not_merged: why producer and consumers must stay apart even where all channels are linear ("" where they need
+            not): one of them pads, and not with zeros.
         not_narrow: why channels cannot be kept and dropped one by one ("" where they may): a map is a grouped
             convolution, whose channels on both sides belong together.
         between: depthwise convolutions between the activation and the consumers, in order. Such a long site overlaps
@@ -233,6 +241,9 @@ class Site:
     channels_first: bool = False
     not_linear: str = ""
     activation_params: int = 0
+    activation_shared: bool = False
+    norm_params: int = 0
+    not_merged: str = ""
     not_narrow: str = ""
     between: tuple[Between, ...] = ()
     residual: Residual | None = None
@@ -251,8 +262,9 @@ class Site:
 
     @property
     def params(self) -> int:
-        """Weights, biases and BatchNorm scales and shifts of the site's maps, and the activation's parameters, now."""
-        own = 2 * self.width * self.norms + self.activation_params + sum(b.activation_params for b in self.between)
+        """Weights, biases and BatchNorm scales and shifts of the site's maps, and the activation's own, now."""
+        activation = 0 if self.activation_shared else self.activation_params
+        own = self.width * self.norm_params + activation + sum(b.activation_params for b in self.between)
         return sum(m.params for m in self.maps) + own
 
     @property
