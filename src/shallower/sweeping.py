@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from shallower.attachment import detached_copy
 from shallower.calibration import SiteGrams, collect_grams
@@ -20,7 +21,8 @@ from shallower.fingerprints import fingerprint
 from shallower.fisher import OutputOf, default_output_of, output_metrics
 from shallower.forms import steps
 from shallower.inputs import InputsOf, call, default_inputs_of, model_device, to_device
-from shallower.plan import Entry, Plan
+from shallower.plan import Plan
+from shallower.progress import Progress
 from shallower.refitting import collapsed, error_curve, metric_of, narrowed
 from shallower.sites import Site
 from shallower.statistics import MaskOf, default_mask_of
@@ -113,11 +115,13 @@ class Sweep:
         dense: the model as it is; never changed.
         sites: those that may be squeezed, in order of execution.
         calibration: what they are squeezed with.
+        progress: keeps what is done, and goes on from it.
     """
 
     dense: nn.Module
     sites: Sequence[Site]
     calibration: Calibration
+    progress: Progress | None = None
     _metrics: dict[str, Tensor] | None = None
     _errors: dict[str, dict[int, float]] | None = None
 
@@ -127,12 +131,17 @@ class Sweep:
         Raises:
             FitError: the calibration data are too few or not finite; the error names the site.
         """
-        metrics = self.metrics
+        key = ",".join(f"{site.name}={widths[site.name]}" for site in self.sites)
+        entries = [] if self.progress is None else self.progress.entries(key)
         small = detached_copy(self.dense)
-        entries: list[Entry] = []
-        for site in self.sites:
+        for done in steps(entries):
+            operate(small, done)
+        finished = {entry.site.name for entry in entries}
+        changing = [site for site in self.sites if widths[site.name] != site.width]
+        metrics = self.metrics if len(finished) < len(changing) else {}
+        for site in tqdm(changing, desc="squeezing", delay=2, leave=False):
             width = widths[site.name]
-            if width == site.width:
+            if site.name in finished:
                 continue
             grams = self.calibration.grams(self.dense, small, [site], with_inputs=width == 0)[site.name]
             metric = metric_of(site, metrics, grams)
@@ -142,6 +151,8 @@ class Sweep:
                 raise FitError(f"{site.name}: {error}") from error
             entries.append(entry)
             operate(small, next(step for step in steps(entries) if step.entry is entry))
+            if self.progress is not None:
+                self.progress.keep(key, entries)
         return Plan(tuple(entries), fingerprint(self.dense, [e.site for e in entries]), "squeeze"), small
 
     @property
@@ -154,6 +165,8 @@ class Sweep:
     @property
     def errors(self) -> dict[str, dict[int, float]]:
         """For each site, the error at every width; at width 0, of a full collapse where that is possible."""
+        if self._errors is None and self.progress is not None and (kept := self.progress.value("errors")) is not None:
+            self._errors = kept
         if self._errors is None:
             self._errors = {}
             for group in _groups(self.sites):
@@ -164,6 +177,8 @@ class Sweep:
                     positions = sum(m.positions for m in site.consumers) / len(site.consumers)
                     scale = positions if self.calibration.sensitivity else 1.0
                     self._errors[site.name] = {width: scale * error for width, error in curve.items()}
+            if self.progress is not None:
+                self.progress.keep_value("errors", self._errors)
         return self._errors
 
 
