@@ -140,8 +140,8 @@ def test_a_constant_before_a_padded_convolution_is_refused():
         Entry.narrow(convolution, torch.arange(3), constants=torch.ones(N))
 
 
-def test_attention_heads_are_refused_for_now():
-    with pytest.raises(PlanError, match="attention heads"):
+def test_attention_heads_cannot_be_linear():
+    with pytest.raises(PlanError, match="an attention head is kept or dropped"):
         Entry.collapse(site(kind="heads"))
 
 
@@ -267,7 +267,7 @@ def _set(*keys: Any, to: Any) -> Callable[[Any], None]:
 SITE = ("entries", 0, "site")
 ATTACKS: dict[str, tuple[Callable[[Any], None], str]] = {
     "another schema": (_set("schema", to="pickle"), "not a plan: its schema"),
-    "a later version": (_set("version", to=2), "version 2 of the format"),
+    "a later version": (_set("version", to=3), "version 3 of the format"),
     "a version that is no number": (_set("version", to=[1]), "version"),
     "an unknown key": (_set("code", to="import os"), "unknown keys: code"),
     "an unknown key in an entry": (_set("entries", 0, "code", to=1), "unknown keys: code"),

@@ -1,7 +1,7 @@
-"""The three activation modules that Shallower puts into models.
+"""The modules without weights that Shallower puts into models.
 
-`SlopeActivation` stands in a model while it is trained towards a collapse, `PartialActivation` and `Twice` in a
-model after surgery, where some channels lost their activation and others kept it.
+`SlopeActivation` stands in a model while it is trained towards a collapse, `PartialActivation`, `Twice` and `Operand`
+in a model after surgery: where some channels lost their activation and others kept it, or where a sum is gone.
 """
 
 from __future__ import annotations
@@ -85,6 +85,25 @@ class Twice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x of n channels gives 2 n channels."""
         return torch.cat([x, x], 1 if self.channels_first else -1)
+
+
+class Operand(nn.Module):
+    """One of several tensors: stands for a sum whose other operand was folded into the layer that gives this one.
+
+    Args:
+        index: which argument is returned, from 0.
+    """
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def forward(self, *operands: Tensor) -> Tensor:
+        """The operand at `index`, as it is."""
+        return operands[self.index]
+
+    def extra_repr(self) -> str:
+        return f"index={self.index}"
 
 
 class SlopeActivation(nn.Module):

@@ -66,6 +66,27 @@ def ungrouped(weight: Tensor, groups: int) -> Tensor:
     return dense
 
 
+def grouped(weight: Tensor, groups: int) -> Tensor:
+    """The (d_out, d_in / groups, kh, kw) weight of a grouped convolution: the diagonal blocks of a dense one."""
+    if groups == 1:
+        return weight
+    rows, columns = weight.shape[0] // groups, weight.shape[1] // groups
+    blocks = [weight[g * rows : (g + 1) * rows, g * columns : (g + 1) * columns] for g in range(groups)]
+    return torch.cat(blocks)
+
+
+def with_skip(weight: Tensor) -> Tensor:
+    """W + I: the map that adds its input to what it gives; in a convolution the identity stands in the kernel's centre.
+
+    Args:
+        weight: (d, d), or (d, d, kh, kw) with odd kh and kw.
+    """
+    added = weight.clone()
+    centre = added if weight.dim() == 2 else added[:, :, weight.shape[2] // 2, weight.shape[3] // 2]
+    centre.diagonal().add_(1)
+    return added
+
+
 def compose(
     outer: Tensor,
     inner: Tensor,

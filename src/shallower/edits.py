@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shallower.activations import PartialActivation, SlopeActivation, Twice
+from shallower.activations import Operand, PartialActivation, SlopeActivation, Twice
 from shallower.errors import CheckpointError, PlanError, ShallowerError
 from shallower.layers import kind_of, resized, resized_norm
 from shallower.rewriting import externalise
@@ -108,6 +108,28 @@ def _twice(model: nn.Module, edit: Edit) -> nn.Module:
     return exchange(model, edit["name"], Twice(edit["channels_first"]))
 
 
+def _operand(model: nn.Module, edit: Edit) -> nn.Module:
+    return exchange(model, edit["name"], Operand(edit["index"]))
+
+
+def _padding(model: nn.Module, edit: Edit) -> nn.Module:
+    module = model.get_submodule(edit["name"])
+    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
+        raise PlanError(f"`{edit['name']}` is not a convolution that pads with zeros")
+    # Only this number changes: the weights stay the very parameters that an optimizer may hold.
+    module.padding = (edit["padding"][0], edit["padding"][1])
+    module._reversed_padding_repeated_twice = [p for p in reversed(module.padding) for _ in (0, 1)]
+    return module
+
+
+def _attribute(model: nn.Module, edit: Edit) -> nn.Module:
+    module = model.get_submodule(edit["name"])
+    if type(vars(module).get(edit["attribute"])) is not int:
+        raise PlanError(f"`{edit['name']}` has no whole number {edit['attribute']!r:.80}")
+    setattr(module, edit["attribute"], edit["value"])
+    return module
+
+
 def _partial(model: nn.Module, edit: Edit) -> nn.Module:
     f = model.get_submodule(edit["name"])
     partial = PartialActivation(
@@ -158,6 +180,9 @@ _PERFORM: Mapping[str, Callable[[nn.Module, Edit], nn.Module]] = {
     "norm": _norm,
     "identity": _identity,
     "twice": _twice,
+    "operand": _operand,
+    "padding": _padding,
+    "attribute": _attribute,
     "partial": _partial,
     "slope": _slope,
     "activation": _activation,
@@ -214,6 +239,9 @@ _FIELDS: Mapping[str, Mapping[str, Callable[[object], bool]]] = {
     "norm": {"name": _is_name, "channels": _is_size},
     "identity": {"name": _is_name},
     "twice": {"name": _is_name, "channels_first": _is_bool},
+    "operand": {"name": _is_name, "index": lambda value: _is_count(value, 0, 1)},
+    "padding": {"name": _is_name, "padding": _is_pair(0)},
+    "attribute": {"name": lambda v: isinstance(v, str) and len(v) <= 1000, "attribute": _is_name, "value": _is_count},
     "partial": {
         "name": _is_name,
         "kept": _is_count,

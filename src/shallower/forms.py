@@ -5,24 +5,30 @@ Surgery builds what this file describes, and costs are counted from it, so that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
+
+from torch import Tensor
 
 from shallower.errors import PlanError
-from shallower.sites import LinearMap
+from shallower.sites import LinearMap, Site, amount
 
 if TYPE_CHECKING:
     from shallower.plan import Entry
 
-FormKind = Literal["merged", "pair", "narrower", "partial", "removed"]
+FormKind = Literal["merged", "pair", "apart", "narrower", "partial", "removed"]
 """merged    one linear map in each consumer's place; producer and activation are identities
-pair      two linear maps with nothing between them
+pair      two linear maps with nothing between them, all constants in the consumers' biases
+apart     the two layers as they were, with nothing between them and the constants in the producer's bias
 narrower  the same layers with fewer channels
 partial   kept channels beside a linear path, through a `PartialActivation`
 removed   an activation place: the activation is an identity
 """
 
+Becomes = Literal["", "merged", "apart", "pair"]
+"""What a site without kept channels is to become: one of these forms, or "" for the cheapest that is exact."""
 
 Through = Literal["channels", "inputs", "outputs"]
 """What each channel of a linear path is: one of the site's or of the fit's, one of the producer's inputs, or one of the
@@ -35,40 +41,65 @@ class Form:
 
     Attributes:
         kind: see `FormKind`.
+        producer, gate: what they become; None where they become identities or were none.
+        consumers: what they become.
+        before: parameters and MACs of the site as this entry found it.
         kept: channels that keep their activation.
         rank: channels of the linear path.
         through: what these are.
-        producer, gate: what they become; None where they become identities or were none.
-        consumers: what they become.
+        constant: whether one more channel carries the constants of the dropped ones, in front of zero padding.
+        inside: whether the constants of the linear path stay in the producer's bias, in front of the consumers; else
+            they go into the consumers' biases.
+        between: what the depthwise convolutions between become.
+        projections: what the maps of an attention site become.
         slopes: parameters of the kept channels' slope activation.
         activation: parameters of the activation itself.
-        norms: BatchNorms that remain, each with a scale and a shift for every channel.
-        params_before, macs_before: of the site's maps as this entry found them.
+        norms: parameters of the BatchNorms that remain.
+        why: in "apart", why the layers do not merge into one.
     """
 
     kind: FormKind
-    kept: int
-    rank: int
-    through: Through
     producer: LinearMap | None
     gate: LinearMap | None
     consumers: tuple[LinearMap, ...]
-    slopes: int
-    activation: int
-    norms: int
-    params_before: int
-    macs_before: int
+    before: tuple[int, int]
+    kept: int = 0
+    rank: int = 0
+    through: Through = "channels"
+    constant: bool = False
+    inside: bool = False
+    between: tuple[LinearMap, ...] = ()
+    projections: tuple[LinearMap, ...] = ()
+    slopes: int = 0
+    activation: int = 0
+    norms: int = 0
+    why: str = ""
 
     @property
     def maps(self) -> tuple[LinearMap, ...]:
         """The linear maps that remain."""
-        return tuple(m for m in (self.gate, self.producer) if m is not None) + self.consumers
+        made = tuple(m for m in (self.gate, self.producer) if m is not None)
+        return made + self.projections + self.between + self.consumers
+
+    @property
+    def width(self) -> int:
+        """Channels between producer and consumers."""
+        return self.kept + self.rank + self.constant
+
+    @property
+    def params_before(self) -> int:
+        """Parameters of the site as this entry found it."""
+        return self.before[0]
+
+    @property
+    def macs_before(self) -> int:
+        """MACs of the site as this entry found it."""
+        return self.before[1]
 
     @property
     def params(self) -> int:
         """Weights, biases, BatchNorm scales and shifts, slopes and the activation's own parameters."""
-        norms = 2 * self.norms * (self.kept + self.rank)
-        return sum(m.params for m in self.maps) + norms + self.slopes + self.activation
+        return sum(m.params for m in self.maps) + self.norms + self.slopes + self.activation
 
     @property
     def macs(self) -> int:
@@ -77,8 +108,11 @@ class Form:
 
     @property
     def cheaper(self) -> bool:
-        """Whether the site has fewer parameters or fewer MACs than before."""
-        return self.kind == "removed" or self.params < self.params_before or self.macs < self.macs_before
+        """Whether the site has fewer parameters or fewer MACs than before, or an operation less at the same cost."""
+        gone = self.kind == "removed" or (
+            self.kind == "apart" and self.params <= self.params_before and self.macs <= self.macs_before
+        )
+        return gone or self.params < self.params_before or self.macs < self.macs_before
 
 
 @dataclass(frozen=True)
@@ -102,38 +136,49 @@ def steps(entries: Iterable[Entry]) -> list[Step]:
     done = _walk(ordered, {})
     # Which of two exact forms is smaller may depend on what a neighbour becomes.
     produced = {m.name for entry in ordered for m in (entry.site.producer, entry.site.gate) if m is not None}
-    prefer: dict[str, FormKind] = {}
+    prefer: dict[str, Becomes] = {}
     for i, entry in enumerate(ordered):
-        if len(entry.kept) == 0 and any(c.name in produced for c in entry.site.consumers):
-            other: FormKind = "merged" if done[i].form.kind == "pair" else "pair"
+        free = len(entry.kept) == 0 and not entry.becomes and not entry.fold_skip
+        if free and any(c.name in produced for c in entry.site.consumers):
+            other: Becomes = "apart" if done[i].form.kind == "merged" else "merged"
             try:
                 changed = _walk(ordered, {**prefer, entry.site.name: other})
             except PlanError:
                 continue
-            if _total(changed) < _total(done):
+            if _is_less(_total(changed), _total(done)):
                 done, prefer = changed, {**prefer, entry.site.name: other}
     return done
 
 
-def _total(done: Iterable[Step]) -> int:
-    return sum(step.form.params - step.form.params_before for step in done)
+def _total(done: Iterable[Step]) -> tuple[int, int]:
+    """Parameters and MACs that all steps together add."""
+    forms = [step.form for step in done]
+    return sum(f.params - f.params_before for f in forms), sum(f.macs - f.macs_before for f in forms)
 
 
-def _walk(ordered: Iterable[Entry], prefer: Mapping[str, FormKind]) -> list[Step]:
+def _is_less(cost: tuple[int, int], other: tuple[int, int]) -> bool:
+    return cost[0] <= other[0] and cost[1] <= other[1] and cost != other
+
+
+def _walk(ordered: Iterable[Entry], prefer: Mapping[str, Becomes]) -> list[Step]:
     maps: dict[str, LinearMap] = {}
+    reads: dict[str, str] = {}
     ordered = list(ordered)
     for entry in ordered:
         for m in entry.site.maps:
             maps.setdefault(m.name, m)
     done = []
     for entry in ordered:
-        form = form_of(entry, maps, prefer.get(entry.site.name))
         site = entry.site
+        first = None if site.producer is None else reads.get(site.producer.name, site.producer.name)
+        form = form_of(entry, maps, prefer.get(site.name, ""), first)
         if site.producer is not None and form.producer is not None:
             maps[site.producer.name] = form.producer
         if site.gate is not None and form.gate is not None:
             maps[site.gate.name] = form.gate
-        maps.update({m.name: m for m in form.consumers})
+        maps.update({m.name: m for m in form.projections + form.between + form.consumers})
+        if form.kind == "merged" and first is not None:
+            reads.update({m.name: first for m in form.consumers})
         done.append(Step(entry, form))
     return done
 
@@ -169,80 +214,247 @@ def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
     return ordered
 
 
-def form_of(entry: Entry, maps: Mapping[str, LinearMap] | None = None, prefer: FormKind | None = None) -> Form:
+def form_of(
+    entry: Entry, maps: Mapping[str, LinearMap] | None = None, prefer: Becomes = "", first: str | None = None
+) -> Form:
     """The smallest form that is exactly what the entry asks for.
 
     Args:
         entry: the fates.
         maps: the site's linear maps as they are now, by name; as they were found where None.
-        prefer: "merged" or "pair" where both are possible; the smaller one where None.
+        prefer: a form where several are possible; the cheapest where "".
+        first: the map whose input the producer reads, after merges the first of a chain; the producer where None.
 
     Raises:
-        PlanError: a fitted linear path does not fit the producer's input.
+        PlanError: a fitted linear path does not fit the producer's input, or the entry asks for a form that its site
+            cannot take.
     """
     site = entry.site
     now = {m.name: m for m in site.maps} if maps is None else maps
-    norms = bool(site.norm_before) + bool(site.norm_after)
-    before = [now[m.name] for m in site.maps]
-    params_before = sum(m.params for m in before) + 2 * norms * site.width + site.activation_params
-    macs_before = sum(m.macs for m in before)
+    maps_before = [now[m.name] for m in site.maps]
+    norms = _norm_params(site) * site.width
+    activations = [site.activation_params, *(b.activation_params for b in site.between)]
+    before = (sum(m.params for m in maps_before) + norms + sum(activations), sum(m.macs for m in maps_before))
     if site.producer is None:
-        return Form("removed", 0, 0, "channels", None, None, (), 0, 0, 0, params_before, macs_before)
+        return Form("removed", None, None, (), before)
     producer = now[site.producer.name]
     gate = None if site.gate is None else now[site.gate.name]
     consumers = tuple(now[m.name] for m in site.consumers)
+    if len(entry.kept) == 0:
+        return _without_kept(entry, producer, consumers, before, prefer, first)
+    between = tuple(now[b.map.name] for b in site.between)
     kept = len(entry.kept)
-    path, through = _path(entry, producer, consumers)
-
-    if kept == 0:
-        merged = tuple(composed(producer, c, _biased(entry, producer, c, i)) for i, c in enumerate(consumers))
-        rank = max(1, path)
-        halves = 2 if site.packed else 1
-        weights = rank * (halves * producer.d_in * producer.taps + sum(c.d_out * c.taps for c in consumers))
-        convolved = producer.groups > 1 or any(c.groups > 1 for c in consumers)
-        smaller = weights < sum(m.d_in * m.d_out * m.taps for m in merged)
-        fitted_full = entry.fit is not None and bool(entry.fit.ups) and entry.fit.down is None
-        if convolved or fitted_full or not (smaller if prefer is None else prefer == "pair"):
-            return Form("merged", 0, 0, "channels", None, None, merged, 0, 0, 0, params_before, macs_before)
-        return Form(
-            "pair",
-            0,
-            rank,
-            "channels",
-            _resized(producer, d_out=halves * rank, bias=False),
-            None,
-            tuple(_resized(c, d_in=rank, bias=_biased(entry, producer, c, i)) for i, c in enumerate(consumers)),
-            0,
-            0,
-            0,
-            params_before,
-            macs_before,
-        )
-
-    width = kept + path
-    if width != site.width and (producer.groups > 1 or any(c.groups > 1 for c in consumers)):
-        raise PlanError(f"{site.name}: the channels of a grouped convolution cannot be kept one by one")
+    rank, through = _path(entry, producer, consumers)
+    width = kept + rank
+    grouped = producer.groups > 1 or any(c.groups > 1 for c in consumers)
+    if width != site.width and (grouped or site.not_narrow):
+        why = site.not_narrow or "a map of it is a grouped convolution"
+        raise PlanError(f"{site.name}: its channels cannot be kept one by one: {why}")
+    fit = entry.fit
+    refitted = (False, False) if fit is None else (fit.producer_bias is not None, fit.gate_bias is not None)
+    inside = rank > 0 and padded(consumers) and has_constants(entry, producer)
     return Form(
-        "partial" if path else "narrower",
-        kept,
-        path,
-        through,
-        _resized(producer, d_out=2 * width if site.packed else width),
-        None if gate is None else _resized(gate, d_out=kept),
-        tuple(_resized(c, d_in=width, bias=_biased(entry, producer, c, i)) for i, c in enumerate(consumers)),
-        0 if entry.alphas is None else (1 if entry.alphas.numel() == 1 else kept),
-        kept if site.activation_params == site.width else site.activation_params,
-        norms,
-        params_before,
-        macs_before,
+        "partial" if rank else "narrower",
+        _resized(producer, d_out=2 * width if site.packed else width, bias=producer.bias or inside or refitted[0]),
+        None if gate is None else _resized(gate, d_out=kept, bias=gate.bias or refitted[1]),
+        tuple(_resized(c, d_in=width, bias=_biased(entry, producer, c, i, inside)) for i, c in enumerate(consumers)),
+        before,
+        kept=kept,
+        rank=rank,
+        through=through,
+        inside=inside,
+        between=tuple(replace(m, d_in=kept, d_out=kept, groups=kept) for m in between),
+        slopes=0 if entry.alphas is None else (1 if entry.alphas.numel() == 1 else kept),
+        activation=sum(kept if params == site.width else params for params in activations),
+        norms=_norm_params(site) * width,
     )
+
+
+def _without_kept(
+    entry: Entry,
+    producer: LinearMap,
+    consumers: tuple[LinearMap, ...],
+    before: tuple[int, int],
+    prefer: Becomes,
+    first: str | None,
+) -> Form:
+    """The form of a site of which no channel is kept: one map, or two with nothing between them."""
+    site, fit = entry.site, entry.fit
+    path, _ = _path(entry, producer, consumers)
+    full = fit is not None and bool(fit.ups) and fit.down is None
+    if full and entry.becomes not in ("", "merged"):
+        raise PlanError(f"{site.name}: one fitted map for each consumer cannot become {entry.becomes!r}")
+    if entry.becomes == "apart" and (site.gated or fit is not None):
+        raise PlanError(f"{site.name}: a gated site and one with fitted maps become 'merged' or 'pair', not 'apart'")
+    why = "" if full else next((why for c in consumers if (why := inexact(entry, producer, c))), "")
+    two = None if full else _two(entry, producer, consumers, before, path)
+    wanted = "merged" if two is None else entry.becomes or prefer
+    if prefer == "merged" and why and not entry.becomes:
+        raise PlanError(f"{site.name}: {why}")
+    if not why or wanted == "merged":
+        merged = _merged(entry, producer, consumers, before, first)
+        if two is None or wanted == "merged" or (wanted == "" and _is_not_dearer(merged.maps, two.maps)):
+            return merged
+        why = why or (
+            f"one layer would have {amount(merged.params)} parameters and {amount(merged.macs)} MACs, the two have "
+            f"{amount(two.params)} and {amount(two.macs)}"
+        )
+    if entry.fold_skip:
+        raise PlanError(f"{site.name}: its skip folds into one merged map only, and the layers do not merge: {why}")
+    return replace(cast(Form, two), why=why)
+
+
+def _merged(
+    entry: Entry,
+    producer: LinearMap,
+    consumers: tuple[LinearMap, ...],
+    before: tuple[int, int],
+    first: str | None,
+) -> Form:
+    site, fit = entry.site, entry.fit
+    merged = []
+    for i, c in enumerate(consumers):
+        bias = _biased(entry, producer, c, i)
+        kernel = None if fit is None or not fit.ups or fit.down is not None else kernel_of(fit.ups[i])
+        m = composed(producer, c, bias) if kernel is None else fitted_map(producer, c, kernel, bias)
+        merged.append(m if fit is None else replace(m, groups=1))
+    if not entry.fold_skip:
+        return Form("merged", None, None, tuple(merged), before)
+    residual, m = site.residual, merged[0]
+    problem = "" if residual is None else not_foldable(m)
+    if residual is None:
+        problem = "no sum closes right around it"
+    elif len(merged) > 1:
+        problem = "it has several consumers"
+    elif first not in (None, _source(site)):
+        problem = f"the skip starts at `{_source(site)}`, and the plan does not merge all layers from there"
+    if problem:
+        raise PlanError(f"{site.name}: the skip does not fold into its kernel: {problem}")
+    if residual is not None and residual.norm:
+        before = (before[0] + 2 * m.d_out, before[1])
+        m = replace(m, bias=True)
+    return Form("merged", None, None, (m,), before)
+
+
+def _two(
+    entry: Entry, producer: LinearMap, consumers: tuple[LinearMap, ...], before: tuple[int, int], path: int
+) -> Form:
+    """Producer and consumers with nothing between them."""
+    site, fit = entry.site, entry.fit
+    constants = has_constants(entry, producer)
+    behind = constants and padded(consumers)
+    if fit is None and (producer.groups > 1 or any(c.groups > 1 for c in consumers)):
+        # channels of grouped convolutions belong together: they stay, and those that are dropped become constants
+        kept = _resized(producer, bias=constants)
+        return Form("apart", kept, None, consumers, before, rank=site.width, inside=True)
+    if entry.becomes == "apart" or (fit is None and behind and not site.gated):
+        dropped = entry.offsets[entry.dropped]
+        constant = padded(consumers) and len(dropped) > 0 and (bool(dropped.ne(0).any()) or bool(site.norm_after))
+        rank = path if path or constant else 1
+        apart = [
+            _resized(c, d_in=rank + constant, bias=c.bias or (not constant and _biased(entry, producer, c, i, True)))
+            for i, c in enumerate(consumers)
+        ]
+        made = _resized(producer, d_out=rank + constant, bias=constants)
+        return Form("apart", made, None, tuple(apart), before, rank=rank, constant=constant, inside=True)
+    rank = max(1, path)
+    pair = [
+        replace(_resized(c, d_in=rank, bias=_biased(entry, producer, c, i, behind)), groups=1)
+        for i, c in enumerate(consumers)
+    ]
+    made = replace(_resized(producer, d_out=2 * rank if site.packed else rank, bias=behind), groups=1)
+    return Form("pair", made, None, tuple(pair), before, rank=rank, inside=behind)
+
+
+def _is_not_dearer(maps: Iterable[LinearMap], others: Iterable[LinearMap]) -> bool:
+    """Whether maps have neither more weights nor more MACs than others; biases do not count."""
+
+    def cost(m: LinearMap) -> tuple[int, int]:
+        return replace(m, bias=False).params, m.macs
+
+    own, other = [cost(m) for m in maps], [cost(m) for m in others]
+    return all(sum(a[i] for a in own) <= sum(b[i] for b in other) for i in (0, 1))
+
+
+def padded(consumers: Iterable[LinearMap]) -> bool:
+    """Whether zeros are put around what the consumers read."""
+    return any(c.padding != (0, 0) for c in consumers)
+
+
+def has_constants(entry: Entry, producer: LinearMap) -> bool:
+    """Whether what goes from the producer to the consumers may hold a constant, where no channel keeps f."""
+    if entry.fit is not None:
+        return entry.fit.down_bias is not None
+    site = entry.site
+    return (
+        producer.bias
+        or bool(site.norm_before)
+        or bool(site.norm_after)
+        or bool(entry.offsets[entry.fates != 0].ne(0).any())
+    )
+
+
+def inexact(entry: Entry, producer: LinearMap, consumer: LinearMap) -> str:
+    """Why one map would not be exactly what producer and consumer are together; "" where it would."""
+    not_merged: str = getattr(entry.site, "not_merged", "")
+    if not_merged:
+        return not_merged
+    if not padded([consumer]) or (entry.fit is not None and not entry.fit.ups):
+        return ""
+    pointwise = producer.taps == 1 and producer.padding == (0, 0)
+    if pointwise and not has_constants(entry, producer):
+        return ""
+    return (
+        f"`{consumer.name}` pads with zeros behind `{producer.name}`, so that one kernel would differ along the "
+        "border. Move the padding to the first of the two, and fine-tune (move_padding)"
+    )
+
+
+def not_foldable(m: LinearMap) -> str:
+    """Why the identity is not one of the maps of this geometry, "" where it is."""
+    if m.d_in != m.d_out or m.stride != (1, 1):
+        return "the merged map changes the shape of its input"
+    centred = all(k % 2 and 2 * p == d * (k - 1) for k, p, d in zip(m.kernel, m.padding, m.dilation, strict=True))
+    return "" if centred else "the merged kernel has no centre over its output (an odd kernel with padding of its half)"
+
+
+def kernel_of(weight: Tensor) -> tuple[int, int]:
+    """The kernel size of a weight; (1, 1) of a matrix."""
+    return (1, 1) if weight.dim() == 2 else (weight.shape[2], weight.shape[3])
+
+
+def fitted_map(producer: LinearMap, consumer: LinearMap, kernel: tuple[int, int], bias: bool = True) -> LinearMap:
+    """One map with a kernel of any size in the place of two convolutions, so that the output keeps its size.
+
+    A kernel of the size of the exact composition has its geometry. Any other has the stride s1 s2, no dilation and the
+    padding p1 + s1 p2 - (K - k) / 2, with K = d1 (k1 - 1) + s1 d2 (k2 - 1) + 1.
+
+    Raises:
+        PlanError: no padding keeps the size.
+    """
+    exact = replace(composed(producer, consumer, bias), groups=1)
+    if kernel == exact.kernel:
+        return exact
+    if exact.kind != "conv2d":
+        raise PlanError(f"{consumer.name}: a linear layer has no kernel of {kernel[0]}x{kernel[1]}")
+    padding = []
+    for k, whole, dilation, p in zip(kernel, exact.kernel, exact.dilation, exact.padding, strict=True):
+        extent = dilation * (whole - 1) + 1
+        twice = 2 * p - extent + k
+        if twice < 0 or twice % 2:
+            raise PlanError(
+                f"{consumer.name}: no padding lets a kernel of {kernel[0]}x{kernel[1]} give the size that "
+                f"`{producer.name}` and `{consumer.name}` give"
+            )
+        padding.append(twice // 2)
+    return replace(exact, kernel=kernel, dilation=(1, 1), padding=(padding[0], padding[1]))
 
 
 def composed(producer: LinearMap, consumer: LinearMap, bias: bool) -> LinearMap:
     """The one map that is `consumer` after `producer`, at the consumer's name.
 
-    Two convolutions give a kernel of d1 (k1 - 1) + s1 d2 (k2 - 1) + 1 with stride s1 s2 and padding p1 + s1 p2; where
-    one of them has a single tap, the other's dilation stays instead.
+    Two convolutions give a kernel of d1 (k1 - 1) + s1 d2 (k2 - 1) + 1 with stride s1 s2, padding p1 + s1 p2 and
+    gcd(g1, g2) groups; where one of them has a single tap, the other's dilation stays instead.
 
     Raises:
         PlanError: one is a convolution and the other is not.
@@ -262,7 +474,7 @@ def composed(producer: LinearMap, consumer: LinearMap, bias: bool) -> LinearMap:
             producer.padding[0] + producer.stride[0] * consumer.padding[0],
             producer.padding[1] + producer.stride[1] * consumer.padding[1],
         ),
-        groups=1,
+        groups=math.gcd(producer.groups, consumer.groups),
     )
 
 
@@ -296,12 +508,18 @@ def _path(entry: Entry, producer: LinearMap, consumers: tuple[LinearMap, ...]) -
                 f"{producer.d_in} after the earlier entries of the plan. Apply those first, and fit this site on the "
                 "result"
             )
+        if site.producer is not None and _geometry(producer) != _geometry(site.producer):
+            raise PlanError(
+                f"{site.name}: its linear path was fitted for another kernel, stride or padding than `{producer.name}` "
+                "has after the earlier entries of the plan. Apply those first, and fit this site on the result"
+            )
         given = 0 if fit.down is None else fit.down.shape[0]
     if len(entry.kept) == 0:
         return given or producer.d_in, "channels"
     # A path through all inputs or all outputs is as exact and may be smaller; with kernels on both sides there is none.
     ranks: list[tuple[int, Through]] = [(given, "channels")] if given else []
-    if producer.taps == 1 and producer.groups == 1 and producer.stride == (1, 1) and producer.padding == (0, 0):
+    inside = padded(consumers) and has_constants(entry, producer)
+    if not inside and producer.taps == 1 and producer.groups == 1 and _is_plain(producer):
         ranks.append((producer.d_in, "inputs"))
     if all(c.taps == 1 and c.groups == 1 and c.padding == (0, 0) for c in consumers) and _same_stride(consumers):
         ranks.append((d_out, "outputs"))
@@ -310,22 +528,46 @@ def _path(entry: Entry, producer: LinearMap, consumers: tuple[LinearMap, ...]) -
     return min(ranks, key=lambda rank: rank[0])
 
 
+def _is_plain(m: LinearMap) -> bool:
+    return m.stride == (1, 1) and m.padding == (0, 0)
+
+
+def _geometry(m: LinearMap) -> tuple[tuple[int, int], ...]:
+    return m.kernel, m.stride, m.padding, m.dilation
+
+
+def _norm_params(site: Site) -> int:
+    """Parameters that the BatchNorms of a site have for each channel."""
+    return int(getattr(site, "norm_params", 2 * site.norms))
+
+
+def _source(site: Site) -> str:
+    """The map whose input the skip around a site starts from."""
+    source: str = getattr(site.residual, "source", "")
+    return source or (site.producer.name if site.producer is not None else "")
+
+
 def _same_stride(consumers: tuple[LinearMap, ...]) -> bool:
     return len({c.stride for c in consumers}) == 1
 
 
-def _biased(entry: Entry, producer: LinearMap, consumer: LinearMap, i: int) -> bool:
-    """Whether the consumer needs a bias: it has one, or a constant goes into it."""
+def _biased(entry: Entry, producer: LinearMap, consumer: LinearMap, i: int, inside: bool = False) -> bool:
+    """Whether the consumer needs a bias: it has one, or a constant goes into it.
+
+    With `inside`, the constants of linear channels stay in the producer's bias.
+    """
     if consumer.bias or consumer.kind == "conv1d":
         return True
     if entry.fit is not None:
-        return bool(entry.fit.biases[i].ne(0).any())
+        return bool(entry.fit.biases[i].ne(0).any()) or (entry.fit.down_bias is not None and not inside)
     site = entry.site
-    gone = entry.fates != 0
-    if not bool(gone.any()):
+    linear, dropped = entry.linear, entry.dropped
+    if bool(entry.offsets[dropped].ne(0).any()) or (len(dropped) > 0 and bool(site.norm_after)):
+        return True
+    if inside or len(linear) == 0:
         return False
-    shifted = bool(entry.offsets[gone].ne(0).any()) or bool(site.norm_after)
-    return shifted or (len(entry.linear) > 0 and (producer.bias or bool(site.norm_before)))
+    shifted = bool(entry.offsets[linear].ne(0).any()) or bool(site.norm_after)
+    return shifted or producer.bias or bool(site.norm_before)
 
 
 def _resized(m: LinearMap, *, d_in: int | None = None, d_out: int | None = None, bias: bool | None = None) -> LinearMap:

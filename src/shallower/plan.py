@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from shallower.errors import PlanError
-from shallower.forms import Form, composed, form_of, steps
+from shallower.forms import Becomes, Form, fitted_map, form_of, kernel_of, padded, steps
 from shallower.sites import Site, amount
 
 Family = Literal["blend", "prelu"]
+
+MOST_NOTE = 2000
+"""Letters that an entry's note may have."""
 
 
 class CostWarning(UserWarning):
@@ -42,34 +45,51 @@ class Fate(IntEnum):
 class Fit:
     """Maps fitted on data, which replace the consumers' own weights and the LINEAR channels' slopes.
 
-        y = consumers[i] z_kept + ups[i] (down x) + biases[i]
+        y = consumers[i] z_kept + ups[i] (down x + down_bias) + biases[i]
 
     z_kept are the kept channels as the consumer reads them (behind a BatchNorm after f, where there is one), x is what
-    the producer reads in the model after the earlier entries of the plan.
+    the producer reads in the model after the earlier entries of the plan. All weights are in the logical orientation
+    (Conv1D's transposition is the surgery's business).
 
     Attributes:
-        consumers: for each consumer (d_out, kept) - for a convolution (d_out, kept, kh, kw) - in the logical
-            orientation (Conv1D's transposition is the surgery's business). May be empty where nothing is kept.
+        consumers: for each consumer (d_out, kept) - for a convolution (d_out, kept, kh, kw), for attention heads
+            (d_out, kept * block). May be empty where nothing is kept.
         biases: for each consumer (d_out,).
         down: (rank, d_in), first half of the linear path that all consumers share; None where there is no path,
             or where the path is one full map. For a convolution (rank, d_in, kh, kw), with the producer's geometry.
         ups: for each consumer (d_out, rank), or (d_out, d_in) where `down` is None; empty where there is no path. For a
-            convolution (d_out, rank, kh, kw), with the consumer's geometry; where `down` is None, with the geometry of
-            the merged map.
+            convolution (d_out, rank, kh, kw), with the consumer's geometry; where `down` is None, with any kernel, and
+            the geometry that `forms.fitted_map` gives it.
+        down_bias: (rank,), constants behind `down`, in front of a consumer's padding; None for none.
+        producer: (kept, d_in), for a convolution (kept, d_in, kh, kw): new rows of the producer for the kept channels
+            (in a packed gated site, of the up projection); None where they stay as they are.
+        producer_bias: (kept,), the new bias with it; None where it stays as it is.
+        gate: (kept, d_in), new rows of a gated site's gate; None where they stay as they are.
+        gate_bias: (kept,), the new bias with it; None where it stays as it is.
     """
 
     consumers: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
     down: Tensor | None = None
     ups: tuple[Tensor, ...] = ()
+    down_bias: Tensor | None = None
+    producer: Tensor | None = None
+    producer_bias: Tensor | None = None
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
+
+    @property
+    def singles(self) -> dict[str, Tensor]:
+        """The tensors of which there is at most one, by name."""
+        names = ("down", "down_bias", "producer", "producer_bias", "gate", "gate_bias")
+        return {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name: consumers.0, biases.0, down, ups.0."""
         named = {f"consumers.{i}": t for i, t in enumerate(self.consumers)}
         named |= {f"biases.{i}": t for i, t in enumerate(self.biases)}
-        named |= {} if self.down is None else {"down": self.down}
-        return named | {f"ups.{i}": t for i, t in enumerate(self.ups)}
+        return named | self.singles | {f"ups.{i}": t for i, t in enumerate(self.ups)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +100,15 @@ class Entry:
         site: as found in the model; channel indices are always the original ones.
         fates: (n,) int8 of `Fate`. An activation place has no channels (n = 0): its activation goes.
         slopes: (n,) float64; read where the fate is LINEAR.
-        offsets: (n,) float64; added where LINEAR, the constant where DROP.
+        offsets: (n,) float64; added where LINEAR, the constant where DROP. Where depthwise convolutions stand between
+            the activation and the consumers, the constant is what the consumers read.
         alphas: (1,) or (n,) float64, slope a of the slope activation that kept channels have; None: plain f.
         family: of that slope activation: "blend" a x + (1 - a) f(x), "prelu" max(x, 0) + a min(x, 0).
         fit: fitted maps, or None. With a fit neither slopes nor offsets are read.
+        becomes: the form that a site without kept channels is to take (see `forms.FormKind`): "merged" also where it is
+            dearer, "apart" or "pair" also where one map would be cheaper; "" for the cheapest that is exact.
+        fold_skip: fold the skip around the site (`site.residual`) into its merged map, and take the sum away.
+        note: why this was decided, for people.
 
     Raises:
         PlanError: shapes, types or numbers are not these, or the site does not allow what is asked for.
@@ -96,11 +121,12 @@ class Entry:
     alphas: Tensor | None = None
     family: Family = "blend"
     fit: Fit | None = None
+    becomes: Becomes = ""
+    fold_skip: bool = False
+    note: str = ""
 
     def __post_init__(self) -> None:
         n = self.site.width
-        if self.site.kind == "heads":
-            raise PlanError(f"{self.site.name}: attention heads cannot be planned yet; exclude the site")
         fates = _vector(self.site, "fates", self.fates, n)
         if fates.is_floating_point() or bool(((fates < 0) | (fates > 2)).any()):
             raise PlanError(f"{self.site.name}: fates are the integers 0 (keep), 1 (linear) and 2 (drop)")
@@ -114,26 +140,58 @@ class Entry:
             raise PlanError(f"{self.site.name}: the family of slopes is 'blend' or 'prelu', not {self.family!r}")
         if self.site.gated and self.family == "prelu" and self.alphas is not None:
             raise PlanError(f"{self.site.name}: a gated site has no PReLU slopes; use family='blend'")
+        if self.becomes not in ("", "merged", "apart", "pair"):
+            raise PlanError(f"{self.site.name}: a site becomes 'merged', 'apart' or 'pair', not {self.becomes!r:.40}")
+        if not isinstance(self.note, str) or len(self.note) > MOST_NOTE:
+            raise PlanError(f"{self.site.name}: the note is a text of at most {MOST_NOTE} letters")
+        if not isinstance(self.fold_skip, bool):
+            raise PlanError(f"{self.site.name}: fold_skip is true or false")
         if self.fit is not None:
             object.__setattr__(self, "fit", _checked_fit(self.site, self.fit, int((self.fates == Fate.KEEP).sum())))
         self._check_allowed()
 
     def _check_allowed(self) -> None:
-        site = self.site
+        site, kept = self.site, len(self.kept)
         linear = len(self.linear) > 0 if self.fit is None else bool(self.fit.ups)
+        if linear and site.kind == "heads":
+            raise PlanError(f"{site.name}: an attention head is kept or dropped; it cannot become linear")
         if linear and site.not_linear:
             raise PlanError(f"{site.name}: no channel may become linear: {site.not_linear}")
-        if self.fit is not None or site.norm_after:
-            return
-        padded = next((c for c in site.consumers if c.padding != (0, 0)), None)
-        if padded is not None and bool(self.offsets[self.fates != Fate.KEEP].ne(0).any()):
+        if 0 < kept < site.width and site.not_narrow:
+            raise PlanError(f"{site.name}: its channels cannot be kept one by one: {site.not_narrow}")
+        if (self.becomes or self.fold_skip) and (kept or site.producer is None):
             raise PlanError(
-                f"{site.name}: `{padded.name}` pads with zeros, so that a constant in its input would be wrong along "
+                f"{site.name}: only a site without kept channels becomes something else, or takes in a skip"
+            )
+        if self.fold_skip and site.residual is None:
+            raise PlanError(f"{site.name}: there is no sum right around the site whose skip could be folded in")
+        whole = "attention heads" if site.kind == "heads" else "depthwise convolutions between" if site.between else ""
+        if whole and kept == 0:
+            raise PlanError(f"{site.name}: a site of {whole} keeps at least one channel")
+        if whole and self.alphas is not None:
+            raise PlanError(f"{site.name}: a site of {whole} takes no slopes")
+        if site.kind == "heads" and bool(self.offsets.ne(0).any()):
+            raise PlanError(f"{site.name}: a dropped head gives zeros; correct the consumer's bias instead (a fit)")
+        if self.fit is not None or site.norm_after or not kept:
+            return
+        if padded(site.consumers) and bool(self.offsets[self.fates == Fate.DROP].ne(0).any()):
+            consumer = next(c for c in site.consumers if padded([c]))
+            raise PlanError(
+                f"{site.name}: `{consumer.name}` pads with zeros, so that a constant in its input would be wrong along "
                 "the border. Set the offsets to 0 and correct the consumer's bias instead (a fit with biases)"
             )
 
     @classmethod
-    def collapse(cls, site: Site, slopes: Tensor | None = None, offsets: Tensor | None = None) -> Entry:
+    def collapse(
+        cls,
+        site: Site,
+        slopes: Tensor | None = None,
+        offsets: Tensor | None = None,
+        *,
+        becomes: Becomes = "",
+        fold_skip: bool = False,
+        note: str = "",
+    ) -> Entry:
         """Every channel linear, with slope 1 and offset 0 unless others are given, each (n,)."""
         n = site.width
         return cls(
@@ -141,16 +199,21 @@ class Entry:
             torch.full((n,), int(Fate.LINEAR), dtype=torch.int8),
             torch.ones(n, dtype=torch.float64) if slopes is None else slopes,
             torch.zeros(n, dtype=torch.float64) if offsets is None else offsets,
+            becomes=becomes,
+            fold_skip=fold_skip,
+            note=note,
         )
 
     @classmethod
-    def narrow(cls, site: Site, kept: Tensor, constants: Tensor | None = None, fit: Fit | None = None) -> Entry:
+    def narrow(
+        cls, site: Site, kept: Tensor, constants: Tensor | None = None, fit: Fit | None = None, *, note: str = ""
+    ) -> Entry:
         """The channels `kept` (indices or a mask) stay, the others are dropped and become `constants` (n,), or 0."""
         n = site.width
         fates = torch.full((n,), int(Fate.DROP), dtype=torch.int8)
         fates[kept.cpu()] = int(Fate.KEEP)
-        zeros = torch.zeros(n, dtype=torch.float64)
-        return cls(site, fates, torch.ones(n, dtype=torch.float64), zeros if constants is None else constants, fit=fit)
+        zeros, ones = torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
+        return cls(site, fates, ones, zeros if constants is None else constants, fit=fit, note=note)
 
     @property
     def kept(self) -> Tensor:
@@ -274,7 +337,8 @@ class Plan:
 
     def __str__(self) -> str:
         """A table: site, fates, the form it takes, params and MACs before and after."""
-        header = ("site", "keep", "linear", "drop", "becomes", "params", "after", "MACs", "after")
+        noted = any(entry.note for entry in self.entries)
+        header = ("site", "keep", "linear", "drop", "becomes", "params", "after", "MACs", "after", "why" * noted)
         rows = []
         for step in steps(self.entries):
             entry, form = step.entry, step.form
@@ -282,12 +346,12 @@ class Plan:
             costs = [form.params_before, form.params, form.macs_before, form.macs]
             path = (
                 f" + path of {form.rank}" if form.kind == "partial" else f" of rank {form.rank}" * (form.kind == "pair")
-            )
-            rows.append((entry.site.name, *counts, f"{form.kind}{path}", *[amount(cost) for cost in costs]))
+            ) + ", skip inside" * entry.fold_skip
+            rows.append((entry.site.name, *counts, f"{form.kind}{path}", *[amount(cost) for cost in costs], entry.note))
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         lines = [
             "  ".join(
-                c.ljust(w) if i in (0, 4) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+                c.ljust(w) if i in (0, 4, 9) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
             for row in [header, *rows]
         ]
@@ -362,7 +426,8 @@ def _numbers(site: Site, name: str, value: Tensor, n: int) -> Tensor:
 
 
 def _checked_fit(site: Site, fit: Fit, kept: int) -> Fit:
-    if site.producer is None:
+    """The fit with 1x1 kernels written out, if everything in it has the shape that the site needs."""
+    if site.kind == "activation":
         raise PlanError(f"{site.name}: an activation place has no maps to fit")
     consumers = tuple(fit.consumers)
     if not consumers and kept == 0:
@@ -370,21 +435,16 @@ def _checked_fit(site: Site, fit: Fit, kept: int) -> Fit:
     for name, given in (("consumers", consumers), ("biases", fit.biases), ("ups", fit.ups or site.consumers)):
         if len(given) != len(site.consumers):
             raise PlanError(f"{site.name}: the fit has {len(given)} {name} for {len(site.consumers)} consumers")
-    fitted = Fit(consumers, tuple(fit.biases), fit.down, tuple(fit.ups))
+    fitted = replace(fit, consumers=consumers, biases=tuple(fit.biases), ups=tuple(fit.ups))
     for name, tensor in fitted.tensors.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             raise PlanError(f"{site.name}: {name} of the fit is not a tensor of finite floating-point numbers")
-    if fitted.down is not None and not fitted.ups:
-        raise PlanError(f"{site.name}: the fit has the first half of a linear path but not the second (ups)")
-    if fitted.down is not None:
-        down = _with_kernel(fitted.down, site.producer.kind)
-        kernel = _kernel(site.producer.kind, site.producer.kernel)
-        if down.dim() != 2 + len(kernel) or down.shape[0] < 1 or down.shape[2:] != kernel:
-            raise PlanError(f"{site.name}: down of the fit has shape {tuple(fitted.down.shape)}, not (rank, d_in)")
-        fitted = Fit(fitted.consumers, fitted.biases, down, fitted.ups)
-    ups = []
+    fitted = _with_producers(site, fitted, kept)
+    block = 1 if site.heads is None else site.heads.block
     for i, c in enumerate(site.consumers):
-        wanted = (c.d_out, kept, *_kernel(c.kind, c.kernel))
+        if kept and c.groups > 1:
+            raise PlanError(f"{site.name}: `{c.name}` is a grouped convolution, whose kept columns cannot be fitted")
+        wanted = (c.d_out, kept * block, *_kernel(c.kind, c.kernel))
         if tuple(consumers[i].shape) != wanted:
             raise PlanError(
                 f"{site.name}: consumers.{i} of the fit has shape {tuple(consumers[i].shape)}; `{c.name}` with {kept} "
@@ -394,18 +454,64 @@ def _checked_fit(site: Site, fit: Fit, kept: int) -> Fit:
             raise PlanError(
                 f"{site.name}: biases.{i} of the fit has shape {tuple(fit.biases[i].shape)}, not ({c.d_out},)"
             )
-        if fitted.ups:
-            up = _with_kernel(fitted.ups[i], c.kind)
-            rank = up.shape[1] if fitted.down is None else fitted.down.shape[0]
-            geometry = composed(site.producer, c, True) if fitted.down is None else c
-            kernel = _kernel(c.kind, geometry.kernel)
-            if tuple(up.shape) != (c.d_out, rank, *kernel):
-                raise PlanError(
-                    f"{site.name}: ups.{i} of the fit has shape {tuple(fitted.ups[i].shape)}, "
-                    f"not {(c.d_out, rank, *kernel)}"
-                )
-            ups.append(up)
-    return Fit(fitted.consumers, fitted.biases, fitted.down, tuple(ups))
+    return _with_path(site, fitted)
+
+
+def _with_producers(site: Site, fit: Fit, kept: int) -> Fit:
+    """The fit with its producer's and gate's rows checked."""
+    changed: dict[str, Any] = {}
+    gate = site.gate if site.gate is not None else site.producer if site.packed else None
+    for name, m in (("producer", site.producer), ("gate", gate)):
+        rows, bias = getattr(fit, name), getattr(fit, f"{name}_bias")
+        if bias is not None and (rows is None or tuple(bias.shape) != (kept,)):
+            raise PlanError(f"{site.name}: {name}_bias of the fit belongs to {name} and has shape ({kept},)")
+        if rows is None:
+            continue
+        if m is None or kept == 0 or m.groups > 1:
+            raise PlanError(f"{site.name}: the site has no {name} whose kept rows could be fitted")
+        if site.packed and bias is not None and not m.bias:
+            raise PlanError(f"{site.name}: `{m.name}` gives gate and up projection and has no bias to be fitted")
+        rows = _with_kernel(rows, m.kind)
+        if rows.shape[0] != kept or rows.dim() != 2 + 2 * (m.kind == "conv2d") or kernel_of(rows) != m.kernel:
+            raise PlanError(
+                f"{site.name}: {name} of the fit has shape {tuple(rows.shape)}; `{m.name}` with {kept} kept channels "
+                f"needs {(kept, m.d_in, *_kernel(m.kind, m.kernel))}"
+            )
+        changed[name] = rows
+    return replace(fit, **changed)
+
+
+def _with_path(site: Site, fit: Fit) -> Fit:
+    """The fit with its linear path checked."""
+    down, producer = fit.down, site.producer
+    if down is None and fit.down_bias is not None:
+        raise PlanError(f"{site.name}: down_bias of the fit belongs to down, and there is none")
+    if down is not None and not fit.ups:
+        raise PlanError(f"{site.name}: the fit has the first half of a linear path but not the second (ups)")
+    if not fit.ups:
+        return fit
+    if producer is None:
+        raise PlanError(f"{site.name}: the site has no producer, beside which a linear path could run")
+    if down is not None:
+        down = _with_kernel(down, producer.kind)
+        kernel = _kernel(producer.kind, producer.kernel)
+        if down.dim() != 2 + len(kernel) or down.shape[0] < 1 or down.shape[2:] != kernel:
+            raise PlanError(f"{site.name}: down of the fit has shape {tuple(down.shape)}, not (rank, d_in)")
+        if fit.down_bias is not None and tuple(fit.down_bias.shape) != (down.shape[0],):
+            raise PlanError(f"{site.name}: down_bias of the fit has not the shape ({down.shape[0]},)")
+    ups = []
+    for i, c in enumerate(site.consumers):
+        up = _with_kernel(fit.ups[i], c.kind)
+        rank = up.shape[1] if down is None else down.shape[0]
+        kernel = _kernel(c.kind, c.kernel) if down is not None else tuple(up.shape[2:])
+        if tuple(up.shape) != (c.d_out, rank, *kernel) or len(kernel) != len(_kernel(c.kind, c.kernel)):
+            raise PlanError(
+                f"{site.name}: ups.{i} of the fit has shape {tuple(fit.ups[i].shape)}, not {(c.d_out, rank, *kernel)}"
+            )
+        if down is None:
+            fitted_map(producer, c, kernel_of(up))
+        ups.append(up)
+    return replace(fit, down=down, ups=tuple(ups))
 
 
 def _kernel(kind: str, kernel: tuple[int, int]) -> tuple[int, ...]:

@@ -10,11 +10,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -24,15 +25,19 @@ from torch import Tensor
 from shallower.errors import PlanError, SiteError
 from shallower.fingerprints import content
 from shallower.plan import Entry, Fate, Fit, Plan
-from shallower.sites import LinearMap, Site
+from shallower.sites import Between, Heads, LinearMap, Place, Residual, Site
 
 SCHEMA = "shallower.plan"
-VERSION = 1
+VERSION = 2
+_EARLIER = 1
+"""The version before, whose plans are read too: it had fewer fields."""
 
 _MOST_CHANNELS = 2**24
 _MOST_COUNT = 2**53
 _MOST_BYTES = 2**30
 _TYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LISTS = ("consumers", "biases", "ups")
+_SINGLES = ("down", "down_bias", "producer", "producer_bias", "gate", "gate_bias")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -61,11 +66,12 @@ def plan_to_json(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "fit": None
                 if fit is None
                 else {
-                    "consumers": [named(f"{i}.consumers.{j}", t) for j, t in enumerate(fit.consumers)],
-                    "biases": [named(f"{i}.biases.{j}", t) for j, t in enumerate(fit.biases)],
-                    "down": named(f"{i}.down", fit.down),
-                    "ups": [named(f"{i}.ups.{j}", t) for j, t in enumerate(fit.ups)],
+                    **{key: [named(f"{i}.{key}.{j}", t) for j, t in enumerate(getattr(fit, key))] for key in _LISTS},
+                    **{key: named(f"{i}.{key}", getattr(fit, key)) for key in _SINGLES},
                 },
+                "becomes": entry.becomes,
+                "fold_skip": entry.fold_skip,
+                "note": entry.note,
             }
         )
     data = {
@@ -88,7 +94,7 @@ def plan_from_json(data: object, tensors: Mapping[str, Tensor]) -> Plan:
     top = _object(data, "the plan", {"schema", "version", "method", "fingerprint", "saves", "entries"}, first="schema")
     if top["schema"] != SCHEMA:
         raise PlanError(f"this is not a plan: its schema is {top['schema']!r:.60}, not {SCHEMA!r}")
-    if top["version"] != VERSION:
+    if type(top["version"]) is not int or top["version"] not in (_EARLIER, VERSION):
         raise PlanError(
             f"the plan has version {top['version']!r:.20} of the format and this is version {VERSION}; "
             "read it with the release of Shallower that wrote it"
@@ -101,7 +107,8 @@ def plan_from_json(data: object, tensors: Mapping[str, Tensor]) -> Plan:
     if not isinstance(top["entries"], list):
         raise PlanError("the plan's entries are not a list")
     reader = _Reader(tensors)
-    plan = Plan(tuple(reader.entry(i, item) for i, item in enumerate(top["entries"])), fingerprint, method)
+    items = [_of_earlier_version(item) if top["version"] == _EARLIER else item for item in top["entries"]]
+    plan = Plan(tuple(reader.entry(i, item) for i, item in enumerate(items)), fingerprint, method)
     if left := sorted(set(tensors) - reader.read):
         raise PlanError(f"the plan does not name the tensor {left[0]!r}")
     saves = _object(top["saves"], "the plan's savings", {"params", "macs"})
@@ -159,6 +166,18 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _of_earlier_version(entry: object) -> object:
+    """An entry of the version before, with the fields that it did not have yet."""
+    if not isinstance(entry, Mapping):
+        return entry
+    upgraded: dict[str, Any] = {"becomes": "", "fold_skip": False, "note": "", **entry}
+    if isinstance(entry.get("fit"), Mapping):
+        upgraded["fit"] = dict.fromkeys(_SINGLES) | dict(entry["fit"])
+    if isinstance(entry.get("site"), Mapping):
+        upgraded["site"] = asdict(Site("", "head", 0, None, (), None)) | dict(entry["site"])
+    return upgraded
+
+
 def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number")
 
@@ -185,7 +204,8 @@ class _Reader:
 
     def entry(self, i: int, data: object) -> Entry:
         what = f"entry {i} of the plan"
-        fields = _object(data, what, {"site", "fates", "slopes", "offsets", "alphas", "family", "fit"})
+        keys = {"site", "fates", "slopes", "offsets", "alphas", "family", "fit", "becomes", "fold_skip", "note"}
+        fields = _object(data, what, keys)
         site = _site(fields["site"], what)
         fit = fields["fit"]
         return Entry(
@@ -196,17 +216,20 @@ class _Reader:
             alphas=None if fields["alphas"] is None else self.tensor(fields["alphas"], what),
             family=fields["family"],
             fit=None if fit is None else self.fit(fit, f"the fit of {what}"),
+            becomes=_text(fields["becomes"], f"what {what} becomes"),  # type: ignore[arg-type]
+            fold_skip=fields["fold_skip"],
+            note=_text(fields["note"], f"the note of {what}"),
         )
 
     def fit(self, data: object, what: str) -> Fit:
-        fields = _object(data, what, {"consumers", "biases", "down", "ups"})
+        fields = _object(data, what, {*_LISTS, *_SINGLES})
         lists = {}
-        for key in ("consumers", "biases", "ups"):
+        for key in _LISTS:
             if not isinstance(fields[key], list):
                 raise PlanError(f"{what}: {key} is not a list")
             lists[key] = tuple(self.tensor(item, what) for item in fields[key])
-        down = None if fields["down"] is None else self.tensor(fields["down"], what)
-        return Fit(lists["consumers"], lists["biases"], down, lists["ups"])
+        singles = {key: None if fields[key] is None else self.tensor(fields[key], what) for key in _SINGLES}
+        return Fit(**lists, **singles)  # type: ignore[arg-type]
 
     def tensor(self, data: object, what: str) -> Tensor:
         fields = _object(data, f"a tensor of {what}", {"tensor", "dtype", "shape", "sha256"})
@@ -245,31 +268,43 @@ def _fates(data: object, width: int, what: str) -> Tensor:
     return torch.cat(values) if values else torch.zeros(0, dtype=torch.int8)
 
 
+def _text(data: object, what: str) -> str:
+    if not isinstance(data, str):
+        raise PlanError(f"{what} is not a text")
+    return data
+
+
 def _site(data: object, what: str) -> Site:
     example = asdict(Site("", "head", 0, None, (), None))
     fields = _object(data, f"the site of {what}", set(example))
-    known = set(asdict(LinearMap("", "linear", 0, 0, False, 0)))
-    places = [fields["activation"], *(fields["dropouts"] if isinstance(fields["dropouts"], list) else [0])]
-    maps = [
-        fields["producer"],
-        fields["gate"],
-        *(fields["consumers"] if isinstance(fields["consumers"], list) else [0]),
-    ]
-    for m in maps:
-        if m is not None:
-            _check_map(_object(m, f"a layer of the site of {what}", known), what)
-    for place in places:
-        if place is not None:
-            _check_place(_object(place, f"a place of the site of {what}", {"module", "calls"}), what)
-    texts = ("name", "kind", "activation_name", "packed", "norm_before", "norm_after", "not_linear")
-    if any(not isinstance(fields[key], str) or len(fields[key]) > 2000 for key in texts):
-        raise PlanError(f"the site of {what}: {', '.join(texts)} are not all short texts")
+    _check_layers([fields["producer"], fields["gate"], *_list(fields["consumers"])], what)
+    _check_places([fields["activation"], *_list(fields["dropouts"])], what)
+    for between in _list(fields["between"]):
+        part = _object(between, f"a layer between of {what}", set(asdict(Between(_ANY_MAP))))
+        _check_layers([part["map"]], what, needed=True)
+        _check_places([part["activation"]], what)
+        _check_texts(part, ("norm_before", "activation_name", "norm_after"), what)
+        if not _is_count(part["activation_params"]):
+            raise PlanError(f"{what}: the activation between has no count of parameters")
+    if fields["residual"] is not None:
+        residual = _object(fields["residual"], f"the residual of {what}", set(asdict(Residual(Place(""), 0))))
+        _check_places([residual["place"]], what, needed=True)
+        _check_texts(residual, tuple(key for key in residual if key not in ("place", "branch", "norm_params")), what)
+        if residual["branch"] not in (0, 1) or isinstance(residual["branch"], bool):
+            raise PlanError(f"{what}: {residual['branch']!r:.30} is not a summand of a residual, 0 or 1")
+        if not _is_count(residual.get("norm_params", 0)):
+            raise PlanError(f"{what}: the residual's BatchNorm has no count of parameters")
+    if fields["heads"] is not None:
+        _check_heads(fields["heads"], what)
+    texts = tuple(key for key, value in example.items() if isinstance(value, str))
+    _check_texts(fields, texts, what)
     kinds = ("feed-forward", "gated", "head", "position MLP", "convolution", "activation", "heads")
     if fields["kind"] not in kinds or fields["packed"] not in ("", "gate-first", "up-first"):
         raise PlanError(f"the site of {what} is of an unknown kind: {fields['kind']!r:.40} {fields['packed']!r:.40}")
-    counts = ("width", "calls", "activation_params")
-    if not all(_is_count(fields[key]) for key in counts) or not isinstance(fields["channels_first"], bool):
-        raise PlanError(f"the site of {what}: {', '.join(counts)} or channels_first is not what it should be")
+    counts = tuple(key for key, value in example.items() if isinstance(value, int) and not isinstance(value, bool))
+    flags = tuple(key for key, value in example.items() if isinstance(value, bool))
+    if not all(_is_count(fields[key]) for key in counts) or not all(isinstance(fields[key], bool) for key in flags):
+        raise PlanError(f"the site of {what}: {', '.join(counts + flags)} are not all what they should be")
     try:
         site = Site.from_json(fields)
     except SiteError as error:
@@ -278,8 +313,53 @@ def _site(data: object, what: str) -> Site:
     return site
 
 
+_ANY_MAP = LinearMap("", "linear", 0, 0, False, 0)
+
+
+def _list(data: object) -> list[Any]:
+    """The items of a list; something that is no layer or place where it is none."""
+    return list(data) if isinstance(data, (list, tuple)) else [0]
+
+
+def _check_texts(fields: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
+    if any(not isinstance(fields[key], str) or len(fields[key]) > 2000 for key in keys):
+        raise PlanError(f"the site of {what}: {', '.join(keys)} are not all short texts")
+
+
+def _check_layers(maps: Sequence[Any], what: str, needed: bool = False) -> None:
+    for m in maps:
+        if m is not None or needed:
+            _check_map(_object(m, f"a layer of the site of {what}", set(asdict(_ANY_MAP))), what)
+
+
+def _check_places(places: Sequence[Any], what: str, needed: bool = False) -> None:
+    for place in places:
+        if place is not None or needed:
+            _check_place(_object(place, f"a place of the site of {what}", {"module", "calls"}), what)
+
+
+def _check_heads(data: object, what: str) -> None:
+    names = {field.name for field in dataclass_fields(Heads)}
+    heads = _object(data, f"the heads of the site of {what}", names)
+    _check_layers([heads["query"], heads["key"], heads["value"]], what, needed=True)
+    _check_texts(heads, ("module", "packed"), what)
+    sizes = ("head_dim", "value_dim", "queries_per_group")
+    rows = [heads[key] for key in ("query_rows", "key_rows", "value_rows")]
+    valid = all(_is_count(heads[key], 1) for key in sizes) and heads["packed"] in ("", "blocks", "heads")
+    valid = valid and all(len(_list(row)) == 3 and all(map(_is_count, _list(row))) for row in rows)
+    valid = valid and all(
+        isinstance(count, (list, tuple)) and len(count) == 2 and isinstance(count[0], str) and _is_count(count[1])
+        for count in _list(heads["counts"])
+    )
+    if not valid:
+        raise PlanError(f"{what}: this is not the description of attention heads: {dict(heads)!s:.200}")
+
+
 def _check_widths(site: Site, what: str) -> None:
-    if site.producer is None:
+    if site.heads is not None or site.kind == "heads":
+        fitting = site.heads is not None and site.producer is None and site.gate is None and site.width > 0
+        fitting = fitting and len(site.consumers) == 1 and _heads_fit(site)
+    elif site.producer is None:
         fitting = site.width == 0 and not site.consumers and site.gate is None
     else:
         fitting = (
@@ -290,11 +370,19 @@ def _check_widths(site: Site, what: str) -> None:
             and site.producer.d_out == site.width * (2 if site.packed else 1)
             and (site.gate is None or (site.gate.d_out, site.gate.d_in) == (site.width, site.producer.d_in))
             and all(c.d_in == site.width for c in site.consumers)
+            and all((b.map.d_in, b.map.d_out, b.map.groups) == (site.width,) * 3 for b in site.between)
         )
     if not fitting:
         raise PlanError(
             f"{what}: the layers of the site {site.name!r:.80} do not fit its width of {site.width} channels"
         )
+
+
+def _heads_fit(site: Site) -> bool:
+    heads = cast(Heads, site.heads)
+    rows = ((heads.query, heads.query_rows), (heads.key, heads.key_rows), (heads.value, heads.value_rows))
+    ends = [start + step * (site.width - 1) + length <= m.d_out for m, (start, step, length) in rows]
+    return all(ends) and site.consumers[0].d_in == site.width * heads.block
 
 
 def _check_map(m: Mapping[str, Any], what: str) -> None:

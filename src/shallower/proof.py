@@ -27,7 +27,7 @@ from shallower.inputs import Inputs, call, model_device, tensors, to_device
 from shallower.plan import Plan
 from shallower.rewriting import externalise, internalise
 from shallower.simulation import fated, hook, impose
-from shallower.sites import LinearMap, Site
+from shallower.sites import LinearMap, Place, Site
 
 Operate = Callable[[nn.Module, Step], None]
 
@@ -72,13 +72,26 @@ class Proof:
 
 @dataclass(frozen=True)
 class _Tap:
-    """The output of a consumer: which of its channels can be compared after surgery, before and after."""
+    """The output of a consumer: which of its channels can be compared after surgery, before and after.
+
+    Where a skip is folded into the consumer, the output of the sum, which both networks have as a module at `place`.
+    """
 
     site: Site
     name: str
     before: Tensor | None = None
     after: Tensor | None = None
     dim: int = -1
+    place: Place | None = None
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """Whose output it is."""
+        return model.get_submodule(self.name if self.place is None else externalise(model, self.place))
+
+    @property
+    def key(self) -> str:
+        """What it is kept under, and called."""
+        return self.name if self.place is None else str(self.place)
 
 
 @dataclass
@@ -273,6 +286,10 @@ def _taps(todo: Sequence[Step]) -> list[_Tap]:
                 roles[m.name] = (step, m)
     taps = []
     for step in todo:
+        residual = step.entry.site.residual
+        if step.entry.fold_skip and residual is not None:
+            taps.append(_Tap(step.entry.site, "", place=residual.place))
+            continue
         for m in step.entry.site.consumers:
             dim = 1 if m.kind == "conv2d" else -1
             if m.name not in roles:
@@ -292,7 +309,7 @@ def _taps(todo: Sequence[Step]) -> list[_Tap]:
 
 def _observe(model: nn.Module, inputs: Inputs, taps: Sequence[_Tap], *, before: bool) -> _Observed:
     """Run the model in eval mode and keep what the taps and the output give; mode and random state are as before."""
-    observed = _Observed({tap.name: [] for tap in taps})
+    observed = _Observed({tap.key: [] for tap in taps})
 
     def keep(tap: _Tap) -> Any:
         channels = tap.before if before else tap.after
@@ -300,11 +317,11 @@ def _observe(model: nn.Module, inputs: Inputs, taps: Sequence[_Tap], *, before: 
         def look(_: nn.Module, __: Any, y: Tensor) -> None:
             y = y.detach()
             part = y.clone() if channels is None else y.index_select(tap.dim, channels.to(y.device))
-            observed.taps[tap.name].append(part)
+            observed.taps[tap.key].append(part)
 
         return look
 
-    handles = [model.get_submodule(tap.name).register_forward_hook(keep(tap)) for tap in taps]
+    handles = [tap.module(model).register_forward_hook(keep(tap)) for tap in taps]
     modes = {module: module.training for module in model.modules()}
     device = model_device(model)
     devices = [device] if device.type == "cuda" else []
@@ -342,13 +359,13 @@ def _exact(model: nn.Module) -> Iterator[None]:
 
 def _compare(taps: Sequence[_Tap], expected: _Observed, found: _Observed, allowed: float | None = None) -> None:
     for tap in taps:
-        y, z = expected.taps[tap.name], found.taps[tap.name]
+        y, z = expected.taps[tap.key], found.taps[tap.key]
         if len(y) != len(z):
             raise SurgeryError(
-                f"{tap.site.name}: `{tap.name}` runs {len(z)} times after surgery, and {len(y)} times before. "
+                f"{tap.site.name}: `{tap.key}` runs {len(z)} times after surgery, and {len(y)} times before. "
                 f'Exclude the site: sites.select(lambda s: s.name != "{tap.site.name}")'
             )
-        _judge(tap.site, tap.name, y, z, allowed)
+        _judge(tap.site, tap.key, y, z, allowed)
     _compare_shapes([t.shape for t in expected.outputs], found.outputs)
     numbers = [i for i, t in enumerate(expected.outputs) if t.is_floating_point()]
     for i in numbers:

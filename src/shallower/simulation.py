@@ -7,7 +7,7 @@ surgery.py, which is proven against it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ def simulate(model: M, plan: Plan) -> M:
 
 def impose(copied: nn.Module, plan: Plan) -> None:
     """Make a model do what `simulate` says, in place; nothing is checked."""
-    entries = [step.entry for step in steps(plan.entries)]
+    done = {step.entry.site.name: step for step in steps(plan.entries)}
+    entries = [step.entry for step in done.values()]
     for entry in entries:
         place = entry.site.activation
         if place is None:
@@ -49,45 +50,73 @@ def impose(copied: nn.Module, plan: Plan) -> None:
         name = externalise(copied, place) if place.calls else place.module
         f = copied.get_submodule(name)
         copied.set_submodule(name, fated(entry, f).train(f.training))
-    sources = {step.entry.site.name: step for step in steps(plan.entries)}
+        if entry.fold_skip and entry.site.residual is not None:
+            externalise(copied, entry.site.residual.place)
     for entry in entries:
-        site = entry.site
+        site, fit = entry.site, entry.fit
         if site.producer is None:
             continue
-        read_by, selected = (
-            _source(entry, sources) if entry.fit is not None and entry.fit.ups else (site.producer.name, None)
-        )
+        read_by, selected = site.producer.name, None
+        if fit is not None and (fit.ups or fit.producer is not None or fit.gate is not None):
+            read_by, selected = _source(entry, done)
+            if read_by != site.producer.name and not fit.ups:
+                raise PlanError(
+                    f"{site.name}: its producer was fitted, and an earlier entry of the plan merges it with another "
+                    "layer. Apply that entry first, and fit this site on the result"
+                )
         modules = {m.name: copied.get_submodule(m.name) for m in site.maps}
         hook(entry, copied.get_submodule(read_by), modules, selected)
 
 
 def fated(entry: Entry, f: nn.Module) -> nn.Module:
-    """The activation of a site with each channel's fate in the place of f."""
-    return nn.Identity() if entry.site.producer is None else _Fates(entry, f)
+    """The activation of a site with each channel's fate in the place of f.
+
+    In front of depthwise convolutions all channels stay: their fates are those of what comes behind.
+    """
+    if entry.site.producer is None:
+        return nn.Identity()
+    return f if entry.site.between else _Fates(entry, f)
 
 
 def hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], selected: Tensor | None = None) -> None:
-    """Make the consumers of a site do what the fates or the fit say, by hooks.
+    """Make the maps of a site do what the fates or the fit say, by hooks.
 
     Args:
         entry: the fates.
         reader: the module that reads the x of a fitted linear path.
         modules: the site's linear maps by name.
-        selected: the channels of x that the path reads; None for all.
+        selected: the channels of x that the path and a fitted producer read; None for all.
     """
     site, fit = entry.site, entry.fit
-    if fit is None:
-        if site.gated:
-            affine = _Affine(entry)
-            for m in site.consumers:
+    if site.gated or site.between:
+        affine = _Affine(entry)
+        for m in site.consumers:
+            if fit is None:
                 modules[m.name].register_forward_pre_hook(affine, with_kwargs=True)
+    if fit is None or site.producer is None:
         return
+    producer = modules[site.producer.name]
+    up, gate = _rows(site, entry.kept)
+    for module, channels, weight, bias in (
+        (producer, up, fit.producer, fit.producer_bias),
+        (modules[site.gate.name] if site.gate is not None else producer, gate, fit.gate, fit.gate_bias),
+    ):
+        if weight is not None:
+            rows = _FittedRows(channels, weight, bias, selected, site.channels_first)
+            module.register_forward_hook(rows, with_kwargs=True)
     memory = _Memory(selected, site.channels_first)
     if fit.ups:
         reader.register_forward_pre_hook(memory, with_kwargs=True)
     for i, m in enumerate(site.consumers):
-        producer = modules[site.producer.name] if site.producer is not None else reader
         modules[m.name].register_forward_hook(_Fitted(site, fit, i, entry.kept, memory, producer), with_kwargs=True)
+
+
+def _rows(site: Site, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Which outputs of their layers are the kept channels of the up projection, and of the gate."""
+    return (
+        kept + site.width if site.packed == "gate-first" else kept,
+        kept + site.width if site.packed == "up-first" else kept,
+    )
 
 
 def _source(entry: Entry, plan: Mapping[str, Any]) -> tuple[str, Tensor | None]:
@@ -162,6 +191,29 @@ class _Affine:
         return (z,), {}
 
 
+class _FittedRows:
+    """Some outputs of a producer from fitted rows."""
+
+    def __init__(
+        self, channels: Tensor, weight: Tensor, bias: Tensor | None, selected: Tensor | None, channels_first: bool
+    ) -> None:
+        self.channels, self.weight, self.bias = channels, weight, bias
+        self.selected, self.channels_first = selected, channels_first
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x = _input(args, kwargs)
+        x = x if self.selected is None else _select(x, self.selected, self.channels_first)
+        rows = _apply(module, self.weight, x)
+        bias = self.bias
+        if bias is None and isinstance(module.bias, Tensor):
+            bias = module.bias.detach()[self.channels.to(output.device)]
+        if bias is not None:
+            rows = rows + _vector(bias, rows, self.channels_first)
+        output = output.clone()
+        output.index_copy_(1 if self.channels_first else -1, self.channels.to(output.device), rows)
+        return output
+
+
 class _Memory:
     """The last input of a module."""
 
@@ -195,32 +247,50 @@ class _Fitted:
             if fit.down is None:
                 y = y + _apply_full(self.producer[0], module, fit.ups[i], x)
             else:
-                y = y + _apply(module, fit.ups[i], _apply(self.producer[0], fit.down, x))
+                middle = _apply(self.producer[0], fit.down, x)
+                if fit.down_bias is not None:
+                    middle = middle + _vector(fit.down_bias, middle, self.site.channels_first)
+                y = y + _apply(module, fit.ups[i], middle)
         return y + _vector(fit.biases[i], y, y.dim() == 4 and isinstance(module, nn.Conv2d))
 
 
 def _apply(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
     """`weight` with the geometry of `module`."""
     weight = weight.to(x.device, x.dtype)
-    if isinstance(module, nn.Conv2d):
-        return F.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
-    return F.linear(x, weight)
+    if not isinstance(module, nn.Conv2d):
+        return F.linear(x, weight)
+    padding: Any = module.padding
+    if module.padding_mode != "zeros":
+        x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+    return F.conv2d(x, weight, None, module.stride, padding, module.dilation)
 
 
 def _apply_full(producer: nn.Module, consumer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    """One full map with the geometry of producer and consumer together."""
+    """One full map with the geometry of producer and consumer together, whatever the size of its kernel."""
     weight = weight.to(x.device, x.dtype)
     if not isinstance(consumer, nn.Conv2d) or not isinstance(producer, nn.Conv2d):
         return F.linear(x, weight)
-    stride = [a * b for a, b in zip(producer.stride, consumer.stride, strict=True)]
-    inner, outer = cast("tuple[int, int]", producer.padding), cast("tuple[int, int]", consumer.padding)
-    padding = [p + s * q for p, s, q in zip(inner, producer.stride, outer, strict=True)]
-    dilation = []
-    for k1, d1, k2, s, d2 in zip(
-        producer.kernel_size, producer.dilation, consumer.kernel_size, producer.stride, consumer.dilation, strict=True
-    ):
-        dilation.append(s * d2 if k1 == 1 and k2 > 1 else d1 if k2 == 1 and k1 > 1 else 1)
+    stride, padding, dilation = [], [], []
+    for i in (0, 1):
+        k1, d1, s1 = producer.kernel_size[i], producer.dilation[i], producer.stride[i]
+        k2, d2 = consumer.kernel_size[i], consumer.dilation[i]
+        inner, outer = d1 * (k1 - 1), s1 * d2 * (k2 - 1)
+        whole = inner + outer
+        # the size of the exact composition, spread as that is where one of the two has a single tap
+        spread = s1 * d2 if inner == 0 and outer else d1 if outer == 0 and inner else 1
+        step = spread if weight.shape[2 + i] == whole // spread + 1 else 1
+        missing = whole - step * (weight.shape[2 + i] - 1)
+        stride.append(s1 * consumer.stride[i])
+        padding.append(_zeros(producer, i) + s1 * _zeros(consumer, i) - missing // 2)
+        dilation.append(step)
     return F.conv2d(x, weight, None, stride, padding, dilation)
+
+
+def _zeros(module: nn.Conv2d, i: int) -> int:
+    """Zeros on each side of an axis."""
+    if module.padding == "same":
+        return module.dilation[i] * (module.kernel_size[i] - 1) // 2
+    return 0 if isinstance(module.padding, str) else module.padding[i]
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

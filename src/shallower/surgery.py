@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar, cast
 
 import torch
@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from shallower.activations import PartialActivation, SlopeActivation
-from shallower.algebra import compose, norm_as_affine, response, scale_columns, scale_rows, ungrouped, wide
+from shallower.algebra import (
+    compose,
+    grouped,
+    norm_as_affine,
+    response,
+    scale_rows,
+    ungrouped,
+    wide,
+    with_skip,
+)
 from shallower.attachment import detached_copy
 from shallower.config import update_configs
 from shallower.edits import edits, perform, replay
@@ -20,11 +29,11 @@ from shallower.fitting import check_fits
 from shallower.forms import Form, Step, steps
 from shallower.inputs import Inputs
 from shallower.layers import bias_of, fill_norm, is_the_map, weight_of
-from shallower.plan import Entry, Plan
+from shallower.plan import Entry, Fate, Fit, Plan
 from shallower.proof import Proof
 from shallower.rewriting import externalise
 from shallower.simulation import simulate
-from shallower.sites import LinearMap, Place, Site
+from shallower.sites import LinearMap, Place, Residual, Site
 
 __all__ = ["apply", "edits", "operate", "replay", "simulate"]
 
@@ -74,15 +83,20 @@ def operate(model: nn.Module, step: Step) -> None:
     """Give one site of the model, in place, the form that `step` says."""
     entry, form = step.entry, step.form
     site = entry.site
+    if site.kind == "heads":
+        raise PlanError(f"{site.name}: attention heads cannot be planned yet; exclude the site")
     if site.producer is None or form.kind == "removed":
         _vanish(model, site.activation)
         return
+    if form.kind == "apart" and any(m.groups > 1 for m in form.maps):
+        _set_apart(model, entry, form)
+        return
     producer = model.get_submodule(site.producer.name)
     consumers = [model.get_submodule(m.name) for m in site.consumers]
-    path = _path_of(model, entry, producer, consumers)
+    path = _path_of(model, entry, form, producer, consumers)
     if form.kind == "merged":
-        _merge(model, site, form, producer, path)
-    elif form.kind == "pair":
+        _merge(model, entry, form, producer, path)
+    elif form.kind in ("pair", "apart"):
         _pair(model, site, form, path)
     else:
         _narrow(model, entry, form, path)
@@ -90,59 +104,105 @@ def operate(model: nn.Module, step: Step) -> None:
 
 @dataclass
 class _Path:
-    """The linear path of a site, float64, and the consumers' biases with all constants in them.
+    """The linear path of a site, float64, and the consumers' biases with all other constants in them.
 
-    y = consumer(kept channels) + ups[i] (down x) + biases[i];  ups[i] is one full map where down is None.
+    y = consumer(kept channels) + ups[i] (down x + shift) + biases[i];  ups[i] is one full map where down is None.
     """
 
     down: Tensor | None
+    shift: Tensor | None
     ups: list[Tensor]
     biases: list[Tensor]
 
 
-def _path_of(model: nn.Module, entry: Entry, producer: nn.Module, consumers: list[nn.Module]) -> _Path:
-    site, fit = entry.site, entry.fit
-    if fit is not None:
-        where = wide(weight_of(producer)[:0]).device
-        dense = [wide(up.to(where)) for up in fit.ups]
-        down = None if fit.down is None else wide(fit.down.to(where))
-        if not fit.ups:
-            shape = (0, *_logical(producer).shape[1:])
-            down = torch.zeros(shape, dtype=torch.float64, device=where)
-            dense = [wide(_columns(c, torch.zeros(0, dtype=torch.int64))) for c in consumers]
-        return _Path(down, dense, [wide(bias.to(where)) for bias in fit.biases])
+def _path_of(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, consumers: list[nn.Module]) -> _Path:
+    path = (
+        _chosen(model, entry, form, producer, consumers) if entry.fit is None else _fitted(entry, producer, consumers)
+    )
+    if not form.inside and path.shift is not None:
+        for i, (m, up) in enumerate(zip(entry.site.consumers, path.ups, strict=True)):
+            _check_border(entry.site, m, path.shift)
+            path.biases[i] = path.biases[i] + response(up, path.shift)
+        path.shift = None
+    return path
+
+
+def _fitted(entry: Entry, producer: nn.Module, consumers: list[nn.Module]) -> _Path:
+    """The path of a fit."""
+    fit = cast(Fit, entry.fit)
+    where = wide(weight_of(producer)[:0]).device
+    ups = [wide(up.to(where)) for up in fit.ups]
+    down = None if fit.down is None else wide(fit.down.to(where))
+    shift = None if fit.down_bias is None else wide(fit.down_bias.to(where))
+    if not fit.ups:
+        down = torch.zeros((0, *_logical(producer).shape[1:]), dtype=torch.float64, device=where)
+        ups = [wide(_columns(c, torch.zeros(0, dtype=torch.int64))) for c in consumers]
+    return _Path(down, shift, ups, [wide(bias.to(where)) for bias in fit.biases])
+
+
+def _chosen(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, consumers: list[nn.Module]) -> _Path:
+    """The path through the linear channels, as the consumers read them, and the constants of the dropped ones."""
+    site, linear, dropped = entry.site, entry.linear, entry.dropped
+    down, shift, constants = _as_read(model, entry, producer, linear, dropped)
+    ups, biases = [], []
+    for m, consumer in zip(site.consumers, consumers, strict=True):
+        ups.append(wide(_columns(consumer, linear)))
+        of_dropped = response(wide(_columns(consumer, dropped)), constants)
+        own = bias_of(consumer)
+        bias = of_dropped.new_zeros(len(of_dropped)) if own is None else wide(own)
+        if form.constant:
+            # in front of padding a constant is an image with a border: one channel of ones carries all of them
+            ups[-1] = torch.cat([ups[-1], _weighted(wide(_columns(consumer, dropped)), constants)], 1)
+        else:
+            _check_border(site, m, constants)
+            bias = bias + of_dropped
+        biases.append(bias)
+    if form.constant:
+        down = torch.cat([down, down.new_zeros(1, *down.shape[1:])])
+        shift = torch.cat([shift, shift.new_ones(1)])
+    return _Path(down, shift, ups, biases)
+
+
+def _as_read(
+    model: nn.Module, entry: Entry, producer: nn.Module, linear: Tensor, dropped: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and shifts of the linear channels, and constants of the dropped ones, all as the consumers read them.
+
+    Everything between is in them: both BatchNorms, slopes and offsets.
+    """
+    site = entry.site
     before, after = _affine(model, site.norm_before), _affine(model, site.norm_after)
-    linear, dropped = entry.linear, entry.dropped
     rows = _up_rows(site, linear)
     down = wide(_logical(producer)[rows])
     bias = bias_of(producer)
     shift = down.new_zeros(len(linear)) if bias is None else wide(bias[rows])
+    gain = entry.slopes.to(down.device)[linear]
     if before is not None:
-        down = scale_rows(down, before[0][linear])
         shift = shift * before[0][linear] + before[1][linear]
-    slopes, offsets = entry.slopes.to(down.device), entry.offsets.to(down.device)
-    at_linear, at_dropped = slopes[linear] * shift + offsets[linear], offsets[dropped]
-    gain = slopes[linear]
+    offsets = entry.offsets.to(down.device)
+    shift, constants = gain * shift + offsets[linear], offsets[dropped]
+    if before is not None:
+        gain = gain * before[0][linear]
     if after is not None:
         gain = gain * after[0][linear]
-        at_linear = at_linear * after[0][linear] + after[1][linear]
-        at_dropped = at_dropped * after[0][dropped] + after[1][dropped]
-    ups, biases = [], []
-    for m, consumer in zip(site.consumers, consumers, strict=True):
-        for_linear = wide(_columns(consumer, linear))
-        for_dropped = wide(_columns(consumer, dropped))
-        _check_border(site, m, at_linear, at_dropped)
-        own = bias_of(consumer)
-        constant = response(for_linear, at_linear) + response(for_dropped, at_dropped)
-        biases.append(constant if own is None else wide(own) + constant)
-        ups.append(scale_columns(for_linear, gain))
-    return _Path(down, ups, biases)
+        shift = shift * after[0][linear] + after[1][linear]
+        constants = constants * after[0][dropped] + after[1][dropped]
+    return scale_rows(down, gain), shift, constants
 
 
-def _merge(model: nn.Module, site: Site, form: Form, producer: nn.Module, path: _Path) -> None:
+def _weighted(columns: Tensor, constants: Tensor) -> Tensor:
+    """The one column that does with a channel of ones what these columns do with constants."""
+    shape = (1, -1, *[1] * (columns.dim() - 2))
+    return (columns * constants.reshape(shape)).sum(1, keepdim=True)
+
+
+def _merge(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, path: _Path) -> None:
+    site = entry.site
     weights = [_composed(up, path.down, producer, m) for up, m in zip(path.ups, _consumers(model, site), strict=True)]
+    if entry.fold_skip:
+        _take_in_skip(model, cast(Residual, site.residual), weights, path.biases)
     for m, weight, bias in zip(form.consumers, weights, path.biases, strict=True):
-        _set(_become(model, m), columns=[weight], bias=[bias])
+        _set(_become(model, m), columns=[grouped(weight, m.groups)], bias=[bias])
     width = form.consumers[0].d_in
     if site.packed:
         perform(model, {"edit": "twice", "name": _name(site.producer), "channels_first": site.channels_first})
@@ -151,17 +211,40 @@ def _merge(model: nn.Module, site: Site, form: Form, producer: nn.Module, path: 
     _clear(model, site, width)
 
 
+def _take_in_skip(model: nn.Module, residual: Residual, weights: list[Tensor], biases: list[Tensor]) -> None:
+    """Let the one merged map do what the sum behind it does, and take the sum away."""
+    norm = _affine(model, residual.norm)
+    if norm is not None:
+        weights[0], biases[0] = scale_rows(weights[0], norm[0]), biases[0] * norm[0] + norm[1]
+        perform(model, {"edit": "identity", "name": residual.norm})
+    weights[0] = with_skip(weights[0])
+    name = _module_at(model, residual.place)
+    perform(model, {"edit": "operand", "name": name, "index": residual.branch})
+
+
 def _pair(model: nn.Module, site: Site, form: Form, path: _Path) -> None:
     down = cast(Tensor, path.down)
     if len(down) == 0:  # nothing is left but a constant: a layer needs at least one channel
         down = down.new_zeros(1, *down.shape[1:])
+        path.shift = None
         path.ups = [up.new_zeros(up.shape[0], 1, *up.shape[2:]) for up in path.ups]
     producer = _become(model, cast(LinearMap, form.producer))
     halves = [torch.zeros_like(down), down] if site.packed == "gate-first" else [down, torch.zeros_like(down)]
-    _set(producer, rows=halves if site.packed else [down])
+    _set(producer, rows=halves if site.packed else [down], bias=[] if path.shift is None else [path.shift])
     for m, up, bias in zip(form.consumers, path.ups, path.biases, strict=True):
         _set(_become(model, m), columns=[up], bias=[bias])
-    _clear(model, site, form.rank)
+    _clear(model, site, form.width)
+
+
+def _set_apart(model: nn.Module, entry: Entry, form: Form) -> None:
+    """Grouped convolutions with nothing between them: every channel stays, and the producer does all that was there."""
+    site, made = entry.site, cast(LinearMap, form.producer)
+    everything = torch.arange(site.width)
+    slopes = torch.where(entry.fates == Fate.LINEAR, entry.slopes, 0.0)
+    producer = model.get_submodule(made.name)
+    rows, shift, _ = _as_read(model, replace(entry, slopes=slopes), producer, everything, everything[:0])
+    _set(_become(model, made), rows=[grouped(rows, made.groups)], bias=[shift])
+    _clear(model, site, site.width)
 
 
 def _clear(model: nn.Module, site: Site, width: int) -> None:
@@ -180,42 +263,56 @@ def _clear(model: nn.Module, site: Site, width: int) -> None:
 
 
 def _narrow(model: nn.Module, entry: Entry, form: Form, path: _Path) -> None:
-    site, kept = entry.site, entry.kept
+    site, kept, fit = entry.site, entry.kept, entry.fit
     producer = model.get_submodule(_name(site.producer))
     consumers = _consumers(model, site)
     down, ups = _reduced(path, form, producer, consumers)
-    if form.kept == site.width and form.rank == 0 and entry.fit is None:
+    if form.kept == site.width and form.rank == 0 and fit is None:
         _set_activation(model, entry, form)
         return
 
-    rows, bias = weight_of(producer), bias_of(producer)
-    own = [rows[_up_rows(site, kept)], down]
-    shifts = [] if bias is None else [bias[_up_rows(site, kept)], down.new_zeros(form.rank)]
+    rows, bias = _kept_rows(producer, _up_rows(site, kept), fit, "producer")
+    shift = down.new_zeros(form.rank) if path.shift is None else path.shift
+    own, shifts = [rows, down], [bias, shift]
     if site.packed:
-        gate_rows = _gate_rows(site, kept)
-        gates = [rows[gate_rows], torch.zeros_like(down)]
+        gate_rows, gate_bias = _kept_rows(producer, _gate_rows(site, kept), fit, "gate")
+        gates, gate_shifts = [gate_rows, torch.zeros_like(down)], [gate_bias, torch.zeros_like(shift)]
         own = [*gates, *own] if site.packed == "gate-first" else [*own, *gates]
-        if bias is not None:
-            gate_shifts = [bias[gate_rows], down.new_zeros(form.rank)]
-            shifts = [*gate_shifts, *shifts] if site.packed == "gate-first" else [*shifts, *gate_shifts]
+        shifts = [*gate_shifts, *shifts] if site.packed == "gate-first" else [*shifts, *gate_shifts]
     _set(_become(model, cast(LinearMap, form.producer)), rows=own, bias=shifts)
 
     if site.gate is not None:
         gate_layer = model.get_submodule(site.gate.name)
-        weight, gate_bias = weight_of(gate_layer)[kept], bias_of(gate_layer)
-        shifts = [] if gate_bias is None else [gate_bias[kept]]
-        _set(_become(model, cast(LinearMap, form.gate)), rows=[weight], bias=shifts)
+        weight, gate_bias = _kept_rows(gate_layer, kept, fit, "gate")
+        _set(_become(model, cast(LinearMap, form.gate)), rows=[weight], bias=[gate_bias])
+
+    for m in form.between:
+        middle = model.get_submodule(m.name)
+        weight, own_bias = _kept_rows(middle, kept)
+        _set(_become(model, m), rows=[weight], bias=[own_bias])
 
     for i, (m, consumer) in enumerate(zip(form.consumers, consumers, strict=True)):
-        columns = _columns(consumer, kept) if entry.fit is None else entry.fit.consumers[i]
+        columns = _columns(consumer, kept) if fit is None else fit.consumers[i]
         _set(_become(model, m), columns=[columns, ups[i]], bias=[path.biases[i]])
 
-    for name in (site.norm_before, site.norm_after):
+    behind = [name for b in site.between for name in (b.norm_before, b.norm_after)]
+    for name in (site.norm_before, site.norm_after, *behind):
         if name:
             norm = cast(_BatchNorm, model.get_submodule(name))
             narrower = perform(model, {"edit": "norm", "name": name, "channels": form.kept + form.rank})
             fill_norm(cast(_BatchNorm, narrower), norm, kept)
     _set_activation(model, entry, form)
+    for b in site.between:
+        if b.activation is not None and form.kept < site.width and _has_channels(model, b.activation, site.width):
+            _narrow_activation(model, site, _module_at(model, b.activation), kept)
+
+
+def _kept_rows(layer: nn.Module, rows: Tensor, fit: Fit | None = None, role: str = "") -> tuple[Tensor, Tensor]:
+    """Weight and bias of these rows of a layer, or what was fitted in their place; zeros where it has no bias."""
+    weight, bias = weight_of(layer)[rows], bias_of(layer)
+    shift = weight.new_zeros(len(rows)) if bias is None else bias[rows]
+    fitted = {} if fit is None else fit.singles
+    return fitted.get(role, weight), fitted.get(f"{role}_bias", shift)
 
 
 def _reduced(path: _Path, form: Form, producer: nn.Module, consumers: list[nn.Module]) -> tuple[Tensor, list[Tensor]]:
@@ -238,10 +335,13 @@ def _reduced(path: _Path, form: Form, producer: nn.Module, consumers: list[nn.Mo
 def _set_activation(model: nn.Module, entry: Entry, form: Form) -> None:
     site, kept = entry.site, entry.kept
     place = site.activation
-    if place is None or (entry.alphas is None and form.rank == 0 and (form.kept == site.width or place.calls)):
+    if place is None:
+        return
+    narrower = form.kept < site.width and _has_channels(model, place, site.width)
+    if entry.alphas is None and form.rank == 0 and not narrower:
         return
     name = _module_at(model, place)
-    if form.kept < site.width:
+    if narrower:
         _narrow_activation(model, site, name, kept)
     if entry.alphas is not None:
         alphas = entry.alphas if entry.alphas.numel() == 1 else entry.alphas[kept]
@@ -266,6 +366,18 @@ def _set_activation(model: nn.Module, entry: Entry, form: Form) -> None:
         _partial(model, name, form.kept, form.rank, gate, site.channels_first)
 
 
+def _has_channels(model: nn.Module, place: Place, width: int) -> bool:
+    """Whether what stands at a place has parameters for each channel, or is a form of activation that counts them."""
+    names = [place.module] if not place.calls else [
+        f"{place.module}.{call.removeprefix('self.')}".strip(".") for call, _ in place.calls if call.startswith("self.")
+    ]  # fmt: skip
+    for name in names:
+        f = model.get_submodule(name)
+        if isinstance(f, PartialActivation) or any(p.numel() == width > 1 for p in f.parameters()):
+            return True
+    return False
+
+
 def _narrow_activation(model: nn.Module, site: Site, name: str, kept: Tensor) -> None:
     """Slice an activation with one parameter for each channel."""
     f = model.get_submodule(name)
@@ -275,12 +387,7 @@ def _narrow_activation(model: nn.Module, site: Site, name: str, kept: Tensor) ->
         )
     own = f.slope if isinstance(f, SlopeActivation) else f.weight if isinstance(f, nn.PReLU) else None
     if own is None:
-        wide_parameter = next((p for p in f.parameters() if p.numel() == site.width > 1), None)
-        if wide_parameter is not None:
-            raise PlanError(f"{site.name}: it is not known how the channels of a {type(f).__name__} are counted")
-        return
-    if own.numel() == 1:
-        return
+        raise PlanError(f"{site.name}: it is not known how the channels of a {type(f).__name__} are counted")
     narrower = perform(model, {"edit": "activation", "name": name, "channels": len(kept)})
     with torch.no_grad():
         cast(Tensor, narrower.slope if isinstance(narrower, SlopeActivation) else narrower.weight).copy_(own[kept])
