@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from shallower.matching import find_sites
     from shallower.measuring import Measurement, compare, measure
     from shallower.methods.layer_collapse import LayerCollapse
+    from shallower.methods.layer_folding import LayerFolding
     from shallower.methods.squeeze import squeeze
+    from shallower.methods.till_layers_collapse import TillLayersCollapse
     from shallower.plan import Entry, Fate, Fit, Plan
     from shallower.sites import LinearMap, Place, Site, Sites
     from shallower.surgery import apply, simulate
@@ -36,6 +38,7 @@ _HOMES = {
     "Fit": "plan",
     "Inputs": "inputs",
     "LayerCollapse": "methods.layer_collapse",
+    "LayerFolding": "methods.layer_folding",
     "LinearMap": "sites",
     "Measurement": "measuring",
     "Place": "sites",
@@ -44,6 +47,7 @@ _HOMES = {
     "Site": "sites",
     "Sites": "sites",
     "Target": "budget",
+    "TillLayersCollapse": "methods.till_layers_collapse",
     "apply": "surgery",
     "compare": "measuring",
     "export": "exporting",
@@ -62,6 +66,7 @@ __all__ = [
     "Fit",
     "Inputs",
     "LayerCollapse",
+    "LayerFolding",
     "LinearMap",
     "Measurement",
     "Place",
@@ -70,6 +75,7 @@ __all__ = [
     "Site",
     "Sites",
     "Target",
+    "TillLayersCollapse",
     "apply",
     "compare",
     "export",
