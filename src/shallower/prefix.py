@@ -235,13 +235,17 @@ class _PrefixNorm(nn.Module):
         )
 
 
-class _PrefixActivation(nn.Module):
-    """An activation with a parameter for each channel, on as many channels as come in."""
+class _PrefixVectors(nn.Module):
+    """A module with vectors of one number for each channel, on as many channels as come in."""
 
     def forward(self, x: Tensor) -> Tensor:
         (original,), full, dim = cast("tuple[list[nn.Module], int, int]", self.prefix_of)
         channels = x.shape[dim]
-        own = {name: p[:channels] if p.numel() == full else p for name, p in self.named_parameters()}
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        own = {name: t[:channels] if t.dim() and t.shape[0] == full else t for name, t in tensors.items()}
+        original.training = self.training
+        if "momentum" in vars(self):
+            original.momentum = self.momentum
         return cast(Tensor, functional_call(original, own, (x,)))
 
 
@@ -255,7 +259,9 @@ def _norm(norm: nn.Module, name: str) -> nn.Module:
             f"`{name}` is a {type(norm).__name__}, of which the first channels alone are not computed here; train with "
             "nn.BatchNorm (each process on its own statistics), or leave the site out"
         )
-    return _view(norm, _PrefixNorm)
+    # a norm that does more (timm's, with an activation inside) keeps its own forward
+    plain = type(norm).forward is _BatchNorm.forward
+    return _view(norm, _PrefixNorm) if plain else _with_vectors(norm, norm.num_features, 1)
 
 
 def _stands_in_the_way(model: nn.Module, place: Place, site: Site) -> bool:
@@ -273,9 +279,13 @@ def _activation(f: nn.Module, site: Site) -> nn.Module:
         return f
     if not isinstance(f, nn.PReLU) and not hasattr(f, "slope"):
         raise MethodError(f"{site.name}: it is not known how the channels of a {type(f).__name__} are counted")
-    view = _view(f, _PrefixActivation)
+    return _with_vectors(f, site.width, 1 if site.channels_first else -1)
+
+
+def _with_vectors(original: nn.Module, width: int, dim: int) -> nn.Module:
+    view = _view(original, _PrefixVectors)
     # in a list: it shares its parameters with the view, and is no child of it
-    vars(view)["prefix_of"] = ([f], site.width, 1 if site.channels_first else -1)
+    vars(view)["prefix_of"] = ([original], width, dim)
     return view
 
 

@@ -100,7 +100,7 @@ class StructuralDropout(Method):
         sandwich: bool = True,
         passes: int = 1,
         distillation: float = 1.0,
-        rescale: bool = False,
+        rescale: bool = True,
         sort: Literal["magnitude"] | Iterable[Any] | None = "magnitude",
         seed: int = 0,
         inputs_of: InputsOf = default_inputs_of,
@@ -312,13 +312,20 @@ class StructuralDropout(Method):
         return width
 
     @contextmanager
-    def _at(self, widths: Mapping[str, int], batches: Iterable[Any] | None = None) -> Iterator[nn.Module]:
-        """The live model at these widths; afterwards widths and BatchNorm statistics are what they were."""
+    def at(self, width: Widths, batches: Iterable[Any] | None = None) -> Iterator[nn.Module]:
+        """The live model in eval mode at other widths; widths, modes and BatchNorm statistics come back afterwards.
+
+            with method.at("25%", batches) as model:
+                score(model)
+
+        Args:
+            width, batches: see `set_width`.
+        """
         before = self.widths()
         norms = [m for m in self.model.modules() if _has_statistics(m)] if batches is not None else []
         saved = [{name: b.clone() for name, b in norm.named_buffers()} for norm in norms]
         try:
-            self.set_width(widths, batches=batches)
+            self.set_width(width, batches=batches)
             with evaluating(self.model):
                 yield self.model
         finally:
@@ -371,11 +378,13 @@ class StructuralDropout(Method):
 
     def _entry(self, site: Site, k: int) -> Entry:
         kept = torch.arange(k)
-        if not self.rescale:
+        if not self.rescale and not site.norm_after and not site.between:
             return Entry.narrow(site, kept)
+        # A constant that a BatchNorm makes of nothing is not added here, as a dropped channel's would be.
+        scale = site.width / k if self.rescale else 1.0
         consumers = [cast(PrefixMap, self.model.get_submodule(m.name)) for m in site.consumers]
         columns = k * columns_each(site)
-        scaled = tuple(c.logical_weight.detach()[:, :columns] * (site.width / k) for c in consumers)
+        scaled = tuple(c.logical_weight.detach()[:, :columns] * scale for c in consumers)
         biases = [bias_of(c) for c in consumers]
         fitted = [w.new_zeros(len(w)) if b is None else b.clone() for w, b in zip(scaled, biases, strict=True)]
         return Entry.narrow(site, kept, fit=Fit(scaled, tuple(fitted)))
@@ -456,9 +465,9 @@ class StructuralDropout(Method):
         def scored(widths: Mapping[str, int]) -> float:
             key = tuple(widths.values())
             if key not in cache:
-                with self._at(widths, batches if widths != self._full else None) as live:
+                with self.at(widths, batches if widths != self._full else None) as live:
                     cache[key] = float(score(live))
-            bar.update()
+                bar.update()
             return cache[key]
 
         with bar:
