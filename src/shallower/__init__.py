@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shallower.budget import Target
     from shallower.checkpoint import load, save
+    from shallower.curve import Curve
     from shallower.errors import ShallowerError
     from shallower.exporting import Exported, export
     from shallower.inputs import Inputs
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from shallower.methods.layer_collapse import LayerCollapse
     from shallower.methods.layer_folding import LayerFolding
     from shallower.methods.squeeze import squeeze
+    from shallower.methods.structural_dropout import StructuralDropout
     from shallower.methods.till_layers_collapse import TillLayersCollapse
     from shallower.plan import Entry, Fate, Fit, Plan
     from shallower.sites import LinearMap, Place, Site, Sites
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Curve": "curve",
     "Entry": "plan",
     "Exported": "exporting",
     "Fate": "plan",
@@ -46,6 +49,7 @@ _HOMES = {
     "ShallowerError": "errors",
     "Site": "sites",
     "Sites": "sites",
+    "StructuralDropout": "methods.structural_dropout",
     "Target": "budget",
     "TillLayersCollapse": "methods.till_layers_collapse",
     "apply": "surgery",
@@ -60,6 +64,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Curve",
     "Entry",
     "Exported",
     "Fate",
@@ -74,6 +79,7 @@ __all__ = [
     "ShallowerError",
     "Site",
     "Sites",
+    "StructuralDropout",
     "Target",
     "TillLayersCollapse",
     "apply",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -95,7 +96,7 @@ def _attach(model: nn.Module, site: Site, width: Width, rescale: bool, places: l
     for between in site.between:
         put(Place(between.map.name), lambda layer: _view(layer, _PrefixDepthwise))
     for name in norms_of(site):
-        put(Place(name), lambda norm, name=name: _norm(norm, name))
+        put(Place(name), partial(_norm, name=name))
     for place in (site.activation, *(between.activation for between in site.between)):
         if place is not None and _stands_in_the_way(model, place, site):
             put(place, lambda f: _activation(f, site))
@@ -213,7 +214,8 @@ class _PrefixNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
-        mean, var = self.running_mean, self.running_var
+        mean: Any = self.running_mean
+        var: Any = self.running_var
         batch = self.training or (mean is None and var is None)
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             cast(Tensor, self.num_batches_tracked).add_(1)
@@ -309,7 +311,7 @@ class _PrefixAttention(nn.Module):
         k = width.now(self.training)
         for name, each in counts:
             setattr(self, name, each * k)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]  # of the class it is a view of
+        return super().forward(*args, **kwargs)  # of the class that it is a view of
 
 
 def _view(original: nn.Module, behaviour: type[nn.Module]) -> nn.Module:
