@@ -8,7 +8,7 @@ sets or machines are added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,6 +29,12 @@ _ROWS = 1 << 13
 
 _PER_COLUMN = 64
 """Positions of a convolution that are used, for each column of its patches: neighbours tell nearly the same."""
+
+_POSITIONS = 1 << 17
+"""Positions of which the inputs and outputs themselves are kept, for fitting the producers."""
+
+_VALUES = 1 << 22
+"""Hidden values that are computed at a time."""
 
 HELD_OUT = 4
 """One row of so many is kept apart, to choose by."""
@@ -128,27 +134,114 @@ class Centred:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What a site reads and should give.
+
+    Attributes:
+        x: (rows, d_in), or (images, d_in, height, width) where the maps are convolutions.
+        y: (rows, d) or (images, d, height, width), the consumers' outputs side by side.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    def chunks(self, width: int) -> Iterator[Rows]:
+        """The rows, so many at a time as a hidden tensor of this width allows."""
+        each = max(1, self.x[0].numel() // self.x.shape[1]) * width
+        for x, y in zip(*(torch.split(t, max(1, _VALUES // each)) for t in (self.x, self.y)), strict=True):
+            yield Rows(x, y)
+
+    @property
+    def positions(self) -> int:
+        """Outputs that count."""
+        return self.y.numel() // self.y.shape[1]
+
+
+@dataclass(frozen=True)
 class SiteGrams:
     """What was seen at one site; rows for fitting and rows that are held out.
 
     Attributes:
         fit, held: from what the consumers read (patches of it, for a convolution) to what they should give.
         inputs: (fit, held) from what the producer reads, for a full collapse; None where that was not asked for.
+        rows: (fit, held), what the producer reads and the consumers should give at some of the positions; empty where
+            that was not asked for. Of this process alone.
     """
 
     fit: Gram
     held: Gram
     inputs: tuple[Gram, Gram] | None = None
+    rows: tuple[Sequence[Rows], Sequence[Rows]] = ((), ())
 
     def over_processes(self) -> SiteGrams:
         """Of all processes together."""
         inputs = None if self.inputs is None else (self.inputs[0].over_processes(), self.inputs[1].over_processes())
-        return SiteGrams(self.fit.over_processes(), self.held.over_processes(), inputs)
+        return SiteGrams(self.fit.over_processes(), self.held.over_processes(), inputs, self.rows)
 
     @property
     def all(self) -> Gram:
         """All rows."""
         return self.fit + self.held
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the consumers of a site give in the dense network, in one call.
+
+    Attributes:
+        y: for each consumer, its output; where `streamed`, and part of what it is added to.
+        streamed: for each consumer, whether that part is in `y`.
+    """
+
+    y: tuple[Tensor, ...]
+    streamed: tuple[bool, ...]
+
+
+Goals = Mapping[str, Sequence[Goal]]
+"""Of one batch: by site, one for each call."""
+
+
+def collect_goals(
+    dense: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Any],
+    *,
+    compensation: float = 0.0,
+    inputs_of: InputsOf = default_inputs_of,
+    most: int | None = None,
+) -> list[Goals]:
+    """What the consumers of some sites should give, batch by batch, from one pass of the dense network.
+
+    Args:
+        dense: the model as it is.
+        sites: in order of execution.
+        batches: read in the same order as they will be read for `collect_grams`.
+        compensation: see `collect_grams`.
+        inputs_of: picks the model's inputs out of a batch.
+        most: bytes to be kept. Sites from the last on are left out until the rest fits; the first never is.
+
+    Raises:
+        SiteError: the batches cannot be read again.
+    """
+    reiterable(batches)
+    share = len(batches) if isinstance(batches, Sized) else 1
+    device = model_device(dense)
+    goals: list[Goals] = []
+    chosen = list(sites)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(dense))
+        watch = stack.enter_context(_Watch(dense, chosen))
+        for batch in tqdm(batches, desc="dense outputs", delay=5, leave=False):
+            watch.run(to_device(inputs_of(batch), device))
+            if not goals and most is not None and len(chosen) > 1:
+                sizes = [
+                    share * sum(y.nbytes for m in s.consumers for y in watch.outputs.get(m.name, ())) for s in chosen
+                ]
+                room = [sum(sizes[: i + 1]) <= most for i in range(len(sizes))]
+                chosen = chosen[: max(1, sum(room))]
+                watch.limit(chosen)
+            goals.append({site.name: watch.goals(site, compensation) for site in chosen})
+    return goals
 
 
 def collect_grams(
@@ -157,8 +250,10 @@ def collect_grams(
     sites: Sequence[Site],
     batches: Iterable[Any],
     *,
+    goals: Sequence[Goals] | None = None,
     compensation: float = 0.0,
     with_inputs: bool = False,
+    with_rows: bool = False,
     inputs_of: InputsOf = default_inputs_of,
     mask_of: MaskOf | None = None,
 ) -> dict[str, SiteGrams]:
@@ -171,9 +266,11 @@ def collect_grams(
         small: the model with the earlier sites squeezed already; None for `dense` itself.
         sites: that have not been squeezed yet, in both models.
         batches: read once here, but a one-shot iterator is refused.
+        goals: what `collect_goals` found with the same compensation and batches; then `dense` does not run.
         compensation: where a consumer's output is added to a residual stream, this part of the difference between the
             two models' streams is added to what the consumer should give.
         with_inputs: also of what the producer reads.
+        with_rows: also keep what the producers read and the consumers should give.
         inputs_of: picks the model's inputs out of a batch.
         mask_of: picks the mask out of a batch; by default a two-dimensional `attention_mask`.
 
@@ -185,26 +282,38 @@ def collect_grams(
     share = len(batches) if isinstance(batches, Sized) else 1
     device = model_device(dense)
     sums: dict[str, list[Gram]] = {}
+    kept: dict[str, tuple[list[Rows], list[Rows]]] = {site.name: ([], []) for site in sites}
     samples = 0
     with ExitStack() as stack:
-        stack.enter_context(evaluating(dense))
-        target = stack.enter_context(_Watch(dense, sites))
+        target: _Watch | None = None
+        if small is None or goals is None:
+            stack.enter_context(evaluating(dense))
+            target = stack.enter_context(_Watch(dense, sites))
         source = target
         if small is not None:
             stack.enter_context(evaluating(small))
             source = stack.enter_context(_Watch(small, sites))
-        for batch in tqdm(batches, desc="calibrating", delay=5, leave=False):
+        assert source is not None
+        for index, batch in enumerate(tqdm(batches, desc="calibrating", delay=5, leave=False)):
             mask = default_mask_of(batch) if mask_of is None else mask_of(batch)
             inputs = to_device(inputs_of(batch), device)
             samples += _samples(inputs)
-            target.run(inputs)
+            if target is not None:
+                target.run(inputs)
             if source is not target:
                 source.run(inputs)
             rows = _Rows(None if mask is None else mask.to(device).bool().flatten(), share)
             for site in sites:
-                seen = rows.grams(site, source, target, compensation, with_inputs)
+                if target is not None:
+                    given: Sequence[Goal] = target.goals(site, compensation)
+                else:
+                    given = goals[index][site.name] if goals is not None else ()
+                wanted = rows.wanted(site, given, source, compensation)
+                seen = rows.grams(site, source, wanted, with_inputs)
                 old = sums.get(site.name)
                 sums[site.name] = seen if old is None else [a + b for a, b in zip(old, seen, strict=True)]
+                if with_rows:
+                    rows.keep(site, source, wanted, kept[site.name])
     if samples < 2:
         raise FitError(
             f"{'one sample is' if samples else 'no batches are'} too little to calibrate on; give a few hundred samples"
@@ -213,7 +322,7 @@ def collect_grams(
     for site in sites:
         fit, held, *inputs_grams = sums[site.name]
         pair = (inputs_grams[0], inputs_grams[1]) if inputs_grams else None
-        found[site.name] = SiteGrams(fit, held, pair).over_processes()
+        found[site.name] = SiteGrams(fit, held, pair, kept[site.name]).over_processes()
         if not bool(found[site.name].all.zz.isfinite().all()):
             raise FitError(
                 f"{site.name}: what its consumer `{site.consumers[0].name}` reads is not finite on the calibration "
@@ -279,6 +388,23 @@ class _Watch:
         for name, other in zip(self._follows, self._sums.others, strict=True):
             self.others.setdefault(name, []).append(other)
 
+    def limit(self, sites: Sequence[Site]) -> None:
+        """End the passes after these sites."""
+        self._wanted = {site.consumers[-1].name: site.calls for site in sites}
+
+    def goals(self, site: Site, compensation: float) -> list[Goal]:
+        """What the last pass tells."""
+        names = [m.name for m in site.consumers]
+        found = []
+        for i in range(_calls(site, [self.outputs], names)):
+            others = [self.others[name][i] for name in names]
+            ys = []
+            for name, other in zip(names, others, strict=True):
+                y = self.outputs[name][i]
+                ys.append(y + compensation * other if compensation and other is not None else y)
+            found.append(Goal(tuple(ys), tuple(bool(compensation) and other is not None for other in others)))
+        return found
+
     def complete(self) -> bool:
         """Whether every consumer has run as often as it does in a pass."""
         return all(len(self.outputs.get(name, [])) >= calls for name, calls in self._wanted.items())
@@ -313,37 +439,59 @@ class _Rows:
     mask: Tensor | None
     share: int
 
-    def grams(self, site: Site, source: _Watch, target: _Watch, compensation: float, with_inputs: bool) -> list[Gram]:
-        """(fit, held) of the consumers' inputs and, where asked for, of the producer's, of one batch."""
+    def wanted(self, site: Site, goals: Sequence[Goal], source: _Watch, compensation: float) -> list[Tensor]:
+        """What the consumers should give side by side, one tensor for each call, in the consumers' own layout."""
         names = [m.name for m in site.consumers]
-        calls = len(target.outputs.get(names[0], []))
-        ran = [*(len(target.outputs.get(n, [])) for n in names), *(len(source.inputs.get(n, [])) for n in names)]
-        if calls == 0 or any(count != calls for count in ran):
-            raise SiteError(
-                f"{site.name}: its consumers did not run alike on this batch; is this the model that the sites were "
-                "found in, and are the batches like the example inputs?"
-            )
+        _calls(site, [source.inputs], names, len(goals))
+        wanted = []
+        for i, goal in enumerate(goals):
+            ys = []
+            for name, y, streamed in zip(names, goal.y, goal.streamed, strict=True):
+                here = source.others[name][i]
+                if streamed and here is None:
+                    raise SiteError(f"{site.name}: what `{name}` gives is added to nothing on this batch")
+                ys.append(y - compensation * here if streamed and here is not None else y)
+            wanted.append(torch.cat(ys, 1 if site.consumers[0].kind == "conv2d" else -1))
+        return wanted
+
+    def grams(self, site: Site, source: _Watch, wanted: Sequence[Tensor], with_inputs: bool) -> list[Gram]:
+        """(fit, held) of the consumers' inputs and, where asked for, of the producer's, of one batch."""
+        first = site.consumers[0]
         total: list[Gram] | None = None
-        for i in range(calls):
-            wanted = []
-            for name in names:
-                y = target.outputs[name][i]
-                there, here = target.others[name][i], source.others[name][i]
-                if compensation and there is not None and here is not None:
-                    y = y + compensation * (there - here)
-                wanted.append(_flat(y, site.consumers[0].kind == "conv2d"))
-            y = torch.cat(wanted, 1)
-            seen = self._pair(patches(source.inputs[names[0]][i], site.consumers[0]), y, site.consumers[0].taps)
+        for i, ys in enumerate(wanted):
+            y = flat(ys, first.kind == "conv2d")
+            seen = self._pair(patches(source.inputs[first.name][i], first), y, first.taps)
             if with_inputs and site.producer is not None:
-                seen += self._pair(_flat(source.inputs[site.producer.name][i], False), y, 1)
+                seen += self._pair(flat(source.inputs[site.producer.name][i], False), y, 1)
             total = seen if total is None else [a + b for a, b in zip(total, seen, strict=True)]
         return total or []
+
+    def keep(self, site: Site, source: _Watch, wanted: Sequence[Tensor], kept: tuple[list[Rows], list[Rows]]) -> None:
+        """Add rows, for fitting and held out: tokens, or whole images."""
+        if site.producer is None:
+            return
+        for i, ys in enumerate(wanted):
+            x = source.inputs[site.producer.name][i]
+            if ys.dim() == 4 and site.consumers[0].kind == "conv2d":
+                each = max(1, ys[0].numel() // ys.shape[1])
+            else:
+                x, ys, each = flat(x, False), flat(ys, False), 1
+                if self.mask is not None and len(self.mask) == len(x):
+                    x, ys = x[self.mask], ys[self.mask]
+            step = -(-len(x) * each * self.share // _POSITIONS)
+            rows = Rows(x[::step].float(), ys[::step].float())
+            cut = len(rows.x) - len(rows.x) // HELD_OUT
+            if len(rows.x) < HELD_OUT:
+                cut = 0 if (len(kept[0]) + len(kept[1])) % HELD_OUT == HELD_OUT - 1 else len(rows.x)
+            for part, into in ((slice(None, cut), kept[0]), (slice(cut, None), kept[1])):
+                if len(rows.x[part]):
+                    into.append(Rows(rows.x[part].clone(), rows.y[part].clone()))
 
     def _pair(self, z: Tensor, y: Tensor, taps: int) -> list[Gram]:
         if self.mask is not None and len(self.mask) == len(z):
             z, y = z[self.mask], y[self.mask]
         if taps > 1:
-            step = max(1, len(z) * self.share // (_PER_COLUMN * z.shape[1]))
+            step = thinned(len(z) * self.share, z.shape[1] // taps, taps)
             z, y = z[::step], y[::step]
         cut = len(z) - len(z) // HELD_OUT
         return [Gram.of(z[:cut], y[:cut]), Gram.of(z[cut:], y[cut:])]
@@ -352,18 +500,37 @@ class _Rows:
 def patches(z: Tensor, m: LinearMap) -> Tensor:
     """What each output position of a map reads: (positions, d_in * taps), the taps of a channel beside one another."""
     if m.kind != "conv2d":
-        return _flat(z, False)
+        return flat(z, False)
     if m.taps == 1 and m.padding == (0, 0):
-        return _flat(z[:, :, :: m.stride[0], :: m.stride[1]], True)
+        return flat(z[:, :, :: m.stride[0], :: m.stride[1]], True)
     columns = F.unfold(z, m.kernel, dilation=m.dilation, padding=m.padding, stride=m.stride)
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
 
 
-def _flat(t: Tensor, channels_first: bool) -> Tensor:
+def thinned(positions: int, channels: int, taps: int) -> int:
+    """Every how many-th position is enough: all tokens, but of a convolution neighbours tell nearly the same."""
+    return max(1, positions // (_PER_COLUMN * channels * taps)) if taps > 1 else 1
+
+
+def flat(t: Tensor, channels_first: bool) -> Tensor:
     """(positions, channels)."""
     if channels_first:
         t = t.movedim(1, -1)
     return t.reshape(-1, t.shape[-1])
+
+
+def _calls(
+    site: Site, seen: Sequence[Mapping[str, Sequence[Any]]], names: Sequence[str], calls: int | None = None
+) -> int:
+    """How often the consumers have run, which must be alike."""
+    ran = [len(each.get(name, ())) for each in seen for name in names]
+    expected = ran[0] if calls is None else calls
+    if expected == 0 or any(count != expected for count in ran):
+        raise SiteError(
+            f"{site.name}: its consumers did not run alike on this batch; is this the model that the sites were "
+            "found in, and are the batches like the example inputs?"
+        )
+    return expected
 
 
 def _samples(inputs: Any) -> int:

@@ -7,14 +7,16 @@ curve = error_curve(site, grams, metric)                # {width: error}
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shallower.calibration import Centred, SiteGrams
 from shallower.errors import FitError
 from shallower.plan import Entry, Fate, Fit
+from shallower.reconstruction import Layers, Reconstruction, reconstruct
 from shallower.selection import columns_of, eliminate, fit_error, ridge_fit
 from shallower.sites import Site
 
@@ -36,18 +38,33 @@ def metric_of(site: Site, metrics: Mapping[str, Tensor], grams: SiteGrams) -> Te
     return metric + _DAMPING * metric.diagonal().mean() * torch.eye(len(metric)).to(metric)
 
 
-def narrowed(site: Site, grams: SiteGrams, metric: Tensor, width: int) -> Entry:
-    """Keep this many channels, and fit the consumers to them."""
+def narrowed(site: Site, grams: SiteGrams, metric: Tensor, width: int, small: nn.Module | None = None) -> Entry:
+    """Keep this many channels, and fit the consumers to them; with `small`, the producers too where that helps.
+
+    Args:
+        site: to be narrowed.
+        grams: with rows, if the producers are to be fitted.
+        metric: weight of errors, see `metric_of`.
+        width: channels that stay.
+        small: the model with the earlier sites squeezed and this one as it was.
+
+    Raises:
+        FitError: the calibration data are too few or not finite.
+    """
     moments = _moments(site, grams)
     taps = site.consumers[0].taps
-    zy = moments.zy @ _root(metric)
-    kept = eliminate(moments.zz, zy, ridge=_SELECTION_RIDGE, keep=width, taps=taps).kept(width)
+    root = _root(metric)
+    kept = eliminate(moments.zz, moments.zy @ root, ridge=_SELECTION_RIDGE, keep=width, taps=taps).kept(width)
     columns = columns_of(kept, taps)
     ridge, _ = _best_ridge(site, (grams.fit, grams.held), metric, columns)
+    found = None if small is None else _reconstructed(small, site, grams, kept, root, ridge)
+    if found is not None:
+        fit = _fit(site, found.weight, found.bias, width)
+        return Entry.narrow(site, kept.cpu(), fit=replace(fit, **found.producers))
     weight = ridge_fit(moments.zz[columns][:, columns], moments.zy[columns], ridge)
-    bias = moments.mean_y - weight @ moments.mean_z[columns]
-    weights, biases = _by_consumer(site, weight, bias, width)
-    return Entry.narrow(site, kept.cpu(), fit=Fit(weights, biases))
+    return Entry.narrow(
+        site, kept.cpu(), fit=_fit(site, weight, moments.mean_y - weight @ moments.mean_z[columns], width)
+    )
 
 
 def collapsed(site: Site, grams: SiteGrams, metric: Tensor) -> Entry:
@@ -82,6 +99,9 @@ def error_curve(site: Site, grams: SiteGrams, metric: Tensor) -> dict[int, float
 
 
 def may_collapse(site: Site) -> bool:
+    """Whether least squares can make one linear map of the site."""
+    if any(m.kind == "conv2d" for m in site.maps):
+        return False
     return not site.not_linear and site.producer is not None and site.activation is not None and site.calls == 1
 
 
@@ -114,6 +134,22 @@ def _root(metric: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(metric)
     root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
     return root
+
+
+def _reconstructed(
+    small: nn.Module, site: Site, grams: SiteGrams, kept: Tensor, root: Tensor, ridge: float
+) -> Reconstruction | None:
+    """The site with its producers fitted too; None where that cannot be done or does not help."""
+    fit, held = grams.rows
+    layers = Layers.of(small, site, kept) if fit and held else None
+    if layers is None:
+        return None
+    found = reconstruct(layers, fit, held, root, ridge=ridge, intercept=_intercept(site))
+    return found if found.after < found.before else None
+
+
+def _fit(site: Site, weight: Tensor, bias: Tensor, width: int) -> Fit:
+    return Fit(*_by_consumer(site, weight, bias, width))
 
 
 def _best_ridge(site: Site, pair: tuple[Any, Any], metric: Tensor, columns: Tensor | None) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shallower.attachment import detached_copy
-from shallower.calibration import SiteGrams, collect_grams
+from shallower.calibration import Goals, SiteGrams, collect_goals, collect_grams
 from shallower.errors import FitError
 from shallower.fingerprints import fingerprint
 from shallower.fisher import OutputOf, default_output_of, output_metrics
@@ -31,6 +31,9 @@ from shallower.surgery import operate
 _MEMORY = 1 << 30
 """Bytes of Gram matrices that are held at a time while curves are made."""
 
+_GOALS = 1 << 28
+"""Bytes of the dense network's outputs that are held at a time."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -40,6 +43,7 @@ class Calibration:
         batches: iterated several times.
         compensation: how much of the error of the residual stream a site makes up for, 0 to 1.
         sensitivity: weight a site's outputs by what the model's output makes of them.
+        producers: fit the kept rows of the producers too.
         collapse: whether a site may also become one linear map.
         inputs_of, mask_of, output_of: how to read batches and the model's output.
         logits: see `fisher.output_metrics`.
@@ -55,6 +59,7 @@ class Calibration:
     output_of: OutputOf = default_output_of
     logits: bool | None = None
     seed: int = 0
+    producers: bool = True
 
     def metrics(self, model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
         """What a change at each consumer's output does to the model's output; empty without sensitivity."""
@@ -70,6 +75,17 @@ class Calibration:
             output_of=self.output_of,
             logits=self.logits,
             seed=self.seed,
+        )
+
+    def goals(self, dense: nn.Module, sites: Sequence[Site]) -> list[Goals]:
+        """What the consumers of the first of these sites should give, of as many as fit into memory."""
+        return collect_goals(
+            dense,
+            sites,
+            self.batches,
+            compensation=self.compensation,
+            inputs_of=self.inputs_of,
+            most=_GOALS,
         )
 
     def divergence(self, dense: nn.Module, small: nn.Module, batch: Any) -> tuple[int, float]:
@@ -92,7 +108,13 @@ class Calibration:
         return each.numel(), float(each.sum())
 
     def grams(
-        self, dense: nn.Module, small: nn.Module | None, sites: Sequence[Site], with_inputs: bool
+        self,
+        dense: nn.Module,
+        small: nn.Module | None,
+        sites: Sequence[Site],
+        with_inputs: bool,
+        with_rows: bool = False,
+        goals: Sequence[Goals] | None = None,
     ) -> dict[str, SiteGrams]:
         """Gram matrices of these sites."""
         return collect_grams(
@@ -100,8 +122,10 @@ class Calibration:
             small,
             sites,
             self.batches,
+            goals=goals,
             compensation=0.0 if small is None else self.compensation,
             with_inputs=with_inputs,
+            with_rows=with_rows,
             inputs_of=self.inputs_of,
             mask_of=self.mask_of,
         )
@@ -139,14 +163,23 @@ class Sweep:
         finished = {entry.site.name for entry in entries}
         changing = [site for site in self.sites if widths[site.name] != site.width]
         metrics = self.metrics if len(finished) < len(changing) else {}
-        for site in tqdm(changing, desc="squeezing", delay=2, leave=False):
+        goals: list[Goals] = []
+        for i, site in enumerate(tqdm(changing, desc="squeezing", delay=2, leave=False)):
             width = widths[site.name]
             if site.name in finished:
                 continue
-            grams = self.calibration.grams(self.dense, small, [site], with_inputs=width == 0)[site.name]
+            if not goals or site.name not in goals[0]:
+                goals = self.calibration.goals(self.dense, changing[i:])
+            # the rows of a producer that an earlier site has fitted as its consumer are not to be fitted again
+            fitted = {m.name for entry in entries for m in entry.site.consumers}
+            producers = self.calibration.producers and width > 0 and not fitted & {m.name for m in site.maps}
+            grams = self.calibration.grams(self.dense, small, [site], width == 0, producers, goals)[site.name]
             metric = metric_of(site, metrics, grams)
             try:
-                entry = collapsed(site, grams, metric) if width == 0 else narrowed(site, grams, metric, width)
+                if width == 0:
+                    entry = collapsed(site, grams, metric)
+                else:
+                    entry = narrowed(site, grams, metric, width, small if producers else None)
             except FitError as error:
                 raise FitError(f"{site.name}: {error}") from error
             entries.append(entry)
