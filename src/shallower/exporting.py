@@ -372,7 +372,7 @@ def _need(*packages: str) -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ExportError(f"ONNX needs {package}: pip install 'shallower[onnx]'") from error
+            raise ExportError(f"ONNX needs {package}: pip install 'shallower[export]'") from error
 
 
 def _shape(value: Tensor) -> str:

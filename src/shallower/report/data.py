@@ -276,7 +276,7 @@ def source_of(directory: Path, model: str) -> str:
     Raises:
         ReportError: a file cannot be read.
     """
-    for folder in (directory, Path(model).expanduser()):
+    for folder in (directory, *([Path(model).expanduser()] if model else [])):
         description = folder / "shallower.json"
         if description.is_file():
             return str(_object(description).get("source", ""))
@@ -284,7 +284,7 @@ def source_of(directory: Path, model: str) -> str:
         return model
     config = directory / "config.json"
     if config.is_file():
-        return "transformers:" + next(iter(_object(config).get("architectures") or [""]))
+        return f"transformers:{next(iter(_object(config).get('architectures') or ['']))}"
     return ""
 
 
