@@ -86,24 +86,21 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def compress(shallower: Shallower, data: Path, output: Path, *options: object, model: str = NET) -> Finished:
-    fixed = (
-        "--task",
-        "image-classification",
-        "--lr",
-        "0.01",
-        "--dense-epochs",
-        "4",
-        "--epochs",
-        "4",
-        "--device",
-        "cpu",
-    )
+    """By training, until layers collapse."""
+    fixed = ("--method", "layer-collapse", "--task", "image-classification", "--device", "cpu")
+    trained = ("--lr", "0.01", "--dense-epochs", "4", "--epochs", "4")
+    return shallower("compress", model, "--data", data, "--output", output, *fixed, *trained, *options)
+
+
+def squeeze(shallower: Shallower, data: Path, output: Path, *options: object, model: str = NET) -> Finished:
+    """Without training."""
+    fixed = ("--task", "image-classification", "--device", "cpu", "--samples", 64)
     return shallower("compress", model, "--data", data, "--output", output, *fixed, *options)
 
 
-def error_line(finished: Finished) -> str:
+def error_line(finished: Finished, status: int = 1) -> str:
     """The one line that tells what is wrong."""
-    assert finished.status == 1
+    assert finished.status == status, finished.err
     assert "Traceback" not in finished.err
     line = finished.err.splitlines()[-1]
     assert line.startswith("error: ")
@@ -240,11 +237,7 @@ def test_the_state_of_another_run_is_not_gone_on_from(shallower: Shallower, pict
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--target", "params:0.1%"), "all 2 sites together reach"),
-        (("--target", "size:1%"), "not of the form UNIT:AMOUNT"),
-        (("--target", "params:100%"), "less than 100 %"),
-        (("--target", "params:20%", "--sites", "encoder.*"), "no site of those that --sites 'encoder.*' selects"),
-        (("--target", "params:20%", "--quality-floor", "1"), "accuracy"),
+        (("--target", "params:20%", "--sites", "encoder.*"), "of the sites that --sites 'encoder.*' selects"),
         (("--target", "params:20%", "--quality-floor", "90"), "between 0 and 1"),
         (("--target", "params:20%", "--task", "causal-lm"), "which column holds the text"),
         (("--target", "params:20%", "--label-column", "colour"), "no column 'colour'"),
@@ -256,6 +249,44 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(
 ) -> None:
     fast = ("--dense-epochs", "0", "--epochs", "1", "--lr", "0.0001")
     assert message in error_line(compress(shallower, pictures, tmp_path / "out", *fast, *options))
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures.npz"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target", "params:0.1%"), "all 2 sites together reach"),
+        (("--target", "params:20%", "--quality-floor", "1"), "allow less, or train the model first"),
+    ],
+)
+def test_a_target_that_is_not_met_exits_with_3(
+    shallower: Shallower, pictures: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    finished = compress(shallower, pictures, tmp_path / "out", "--dense-epochs", "0", "--epochs", "1", *options)
+    assert message in error_line(finished, status=3)
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures.npz"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target", "size:1%"), "not of the form UNIT:AMOUNT"),
+        (("--target", "params:100%"), "less than 100 %"),
+        (("--target", "params:50%", "--strength", "1"), "it is for --method layer-collapse"),
+        (("--target", "params:50%", "--epochs", "2"), "--heal 2 distils"),
+        (("--target", "params:50%", "--lr", "0.1"), "does not train, unless with --heal"),
+        (("--target", "params:50%", "--method", "layer-collapse", "--uniform"), "it is for --method squeeze"),
+        (("--target", "params:50%", "--eval-data", "x.csv", "--held-out", "0.2"), "leave one of the two out"),
+        (("--target", "params:50%", "--method", "magic"), "magic"),
+        (("--target", "params:50%", "--samples", "3"), "--samples"),
+    ],
+)
+def test_options_that_make_no_sense_are_wrong_usage(
+    shallower: Shallower, pictures: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    finished = shallower("compress", NET, "--data", pictures, "--output", tmp_path / "out", *options)
+    assert finished.status == 2
+    assert message in " ".join(finished.err.split())
     assert [p.name for p in tmp_path.iterdir()] == ["pictures.npz"]
 
 
@@ -283,36 +314,26 @@ def test_a_drop_target_takes_what_the_score_allows(shallower: Shallower, picture
     assert told["collapsed"]
 
 
-def test_a_language_model_is_compressed_and_compressed_again(shallower: Shallower, data: Path, tmp_path: Path) -> None:
+def test_a_language_model_is_collapsed_and_then_squeezed(shallower: Shallower, data: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    options = (
-        "--limit",
-        12,
-        "--length",
-        32,
-        "--batch-size",
-        4,
-        "--epochs",
-        1,
-        "--order",
-        "last-first",
-        "--device",
-        "cpu",
-    )
+    options = ("--limit", 24, "--length", 32, "--batch-size", 4, "--device", "cpu", "--target", "params:95%")
     texts = ("--data", data / "tinystories" / "text-train.parquet")
+    collapsing = ("--method", "layer-collapse", "--epochs", 1, "--order", "last-first")
     first = shallower(
-        "compress", data / "stories260k", *texts, *options, "--target", "params:95%", "--output", tmp_path / "one"
+        "compress", data / "stories260k", *texts, *options, *collapsing, "--output", tmp_path / "collapsed"
     )
     assert first.status == 0, first.err
     assert "perplexity" in first.out
-    assert task_of(str(tmp_path / "one")) == "causal-lm"
-    transformers.AutoTokenizer.from_pretrained(tmp_path / "one")
-    second = shallower(
-        "compress", tmp_path / "one", *texts, *options, "--target", "params:95%", "--output", tmp_path / "two"
-    )
+    assert task_of(str(tmp_path / "collapsed")) == "causal-lm"
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "collapsed")
+    second = shallower("compress", tmp_path / "collapsed", *texts, *options, "--output", tmp_path / "squeezed")
     assert second.status == 0, second.err
-    assert "4 sites" in shallower("inspect", tmp_path / "one").out
-    assert "3 sites" in shallower("inspect", tmp_path / "two").out
+    assert "4 sites" in shallower("inspect", tmp_path / "collapsed").out
+    params = [
+        json.loads((tmp_path / name / "result.json").read_text())["small"]["params"]
+        for name in ("collapsed", "squeezed")
+    ]
+    assert params[1] <= 0.95 * params[0]
 
 
 def test_a_new_head_has_the_classes_of_the_data(shallower: Shallower, tmp_path: Path) -> None:
@@ -322,7 +343,7 @@ def test_a_new_head_has_the_classes_of_the_data(shallower: Shallower, tmp_path: 
     (tmp_path / "films.csv").write_text("text,label\n" + rows)
     finished = shallower(
         *("compress", tmp_path / "bert", "--data", tmp_path / "films.csv", "--task", "text-classification"),
-        *("--target", "macs:80%", "--epochs", 1, "--device", "cpu", "--output", tmp_path / "out"),
+        *("--target", "macs:80%", "--device", "cpu", "--output", tmp_path / "out"),
     )
     assert finished.status == 0, finished.err
     assert "the head was new" in finished.out
@@ -351,21 +372,11 @@ def test_real_pictures_go_through_a_timm_model(shallower: Shallower, data: Path,
     pytest.importorskip("timm")
     finished = shallower(
         *("compress", TIMM, "--data", data / "cifar10" / "test.parquet", "--limit", 24, "--batch-size", 8),
-        *(
-            "--target",
-            "macs:90%",
-            "--epochs",
-            1,
-            "--order",
-            "last-first",
-            "--device",
-            "cpu",
-            "--output",
-            tmp_path / "out",
-        ),
+        *("--target", "macs:80%", "--uniform", "--device", "cpu", "--output", tmp_path / "out"),
     )
     assert finished.status == 0, finished.err
-    assert "6 sites" not in shallower("inspect", tmp_path / "out").out
+    sites = json.loads(shallower("inspect", tmp_path / "out", "--json").out)["sites"]
+    assert len({site["width"] for site in sites}) == 1
 
 
 @pytest.mark.slow

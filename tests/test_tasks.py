@@ -103,6 +103,6 @@ def test_a_batch_without_labels_is_refused() -> None:
 
 
 def test_an_unknown_task_is_refused_with_the_list() -> None:
-    assert {task_named(name).quality for name in TASK_NAMES} == {"accuracy", "perplexity"}
+    assert {task_named(name).quality for name in TASK_NAMES} == {"accuracy", "perplexity", "cosine"}
     with pytest.raises(DataError, match="text-classification, image-classification, causal-lm"):
         task_named("translation")

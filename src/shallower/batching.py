@@ -37,20 +37,22 @@ class TextReader:
         tokenizer: of the model.
         text: one column, or two for pairs.
         label: the column of the class.
-        labels: the classes.
+        labels: the classes; None where there are none.
         length: tokens a row at most; longer ones are cut.
     """
 
     tokenizer: Callable[..., Any]
     text: tuple[str, ...]
     label: str
-    labels: Labels
+    labels: Labels | None
     length: int
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """input_ids, attention_mask (rows, tokens) and labels (rows,)."""
+        """input_ids, attention_mask (rows, tokens) and labels (rows,), if there are any."""
         texts = [[row[column] for row in rows] for column in self.text]
         encoded = self.tokenizer(*texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
+        if self.labels is None:
+            return dict(encoded)
         return {**encoded, "labels": torch.tensor([self.labels(row[self.label]) for row in rows])}
 
 
@@ -172,7 +174,7 @@ class ImageReader:
     Attributes:
         image: column of the picture.
         label: column of the class.
-        labels: the classes.
+        labels: the classes; None where there are none.
         format: how a picture becomes a tensor.
         processor: a Transformers image processor, which then takes the place of `format`.
         mapping: whether the model takes a Transformers batch, not the pictures as its one argument.
@@ -180,19 +182,18 @@ class ImageReader:
 
     image: str
     label: str
-    labels: Labels
+    labels: Labels | None
     format: ImageFormat = ImageFormat()
     processor: Callable[..., Any] | None = None
     mapping: bool = False
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor] | tuple[Tensor, Tensor]:
-        """pixel_values (rows, channels, height, width) and labels (rows,).
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor] | tuple[Tensor, Tensor] | Tensor:
+        """pixel_values (rows, channels, height, width) and labels (rows,), if there are any.
 
         Raises:
             DataError: the pictures differ in size, and nothing says which one the model wants.
         """
         pictures = [row[self.image] for row in rows]
-        labels = torch.tensor([self.labels(row[self.label]) for row in rows])
         if self.processor is not None:
             pictures = [p.convert("RGB") if hasattr(p, "convert") else p for p in pictures]
             values = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
@@ -202,7 +203,41 @@ class ImageReader:
             if len(shapes) > 1:
                 raise DataError(f"the pictures have sizes such as {shapes[0]} and {shapes[-1]}: give one --image-size")
             values = torch.stack(tensors)
+        if self.labels is None:
+            return {"pixel_values": values} if self.mapping else values
+        labels = torch.tensor([self.labels(row[self.label]) for row in rows])
         return {"pixel_values": values, "labels": labels} if self.mapping else (values, labels)
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """A reader of pictures whose batches are moved by up to an eighth of their size and mirrored at random.
+
+    Attributes:
+        reader: of the pictures.
+        flip: mirror half of them, left to right.
+    """
+
+    reader: ImageReader
+    flip: bool = True
+
+    def __call__(self, rows: Sequence[Row]) -> Any:
+        """As the reader gives it, other pixels."""
+        batch = self.reader(rows)
+        if isinstance(batch, Mapping):
+            return {**batch, "pixel_values": self._moved(batch["pixel_values"])}
+        return self._moved(batch) if isinstance(batch, Tensor) else (self._moved(batch[0]), *batch[1:])
+
+    def _moved(self, pictures: Tensor) -> Tensor:
+        """Crops of the same size out of (rows, channels, height, width) pictures with a border of zeros."""
+        rows, _, height, width = pictures.shape
+        border = max(height, width) // 8
+        padded = F.pad(pictures, (border,) * 4)
+        tops, lefts = (torch.randint(2 * border + 1, (rows,)).tolist() for _ in range(2))
+        crops = [padded[i, :, tops[i] : tops[i] + height, lefts[i] : lefts[i] + width] for i in range(rows)]
+        mirrored = torch.rand(rows) < 0.5
+        moved = torch.stack([crop.flip(-1) if self.flip and mirrored[i] else crop for i, crop in enumerate(crops)])
+        return moved.contiguous()
 
 
 def packed(rows: Iterable[Row], column: str, tokenizer: Any, length: int) -> list[dict[str, list[int]]]:
@@ -258,6 +293,7 @@ def make_batches(
     batch_size: int = 32,
     length: int | None = None,
     image_size: int | None = None,
+    augment: bool = False,
     seed: int = 0,
 ) -> Batches:
     """The batches of `rows` that `model` takes.
@@ -271,20 +307,21 @@ def make_batches(
         length: tokens in a row at most; by default what the model has positions for, at most 256, and 512 for the
             blocks of a language model.
         image_size: height and width of pictures; by default what the model is known to want.
+        augment: move and mirror the pictures of the training part at random.
         seed: of the order of the training rows.
 
     Raises:
-        DataError: the classes do not fit the model, or text has no tokenizer.
+        DataError: the classes do not fit the model, text has no tokenizer, or what is not pictures is to be augmented.
     """
+    if augment and "image" not in task:
+        raise DataError("only pictures can be augmented (--augment)")
     parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
     mapping = hasattr(model, "main_input_name")
     reader: Reader
-    if task == "image-classification":
-        assert rows.labels is not None
+    if "image" in task:
         form = ImageFormat.of(model, image_size)
         reader = ImageReader(rows.columns.image, rows.columns.label, rows.labels, form, processor, mapping)
-    elif task == "text-classification":
-        assert rows.labels is not None
+    elif task != "causal-lm":
         limit = length or _positions(model, processor, 256)
         reader = TextReader(_tokenizer(processor), rows.columns.text, rows.columns.label, rows.labels, limit)
     else:
@@ -299,11 +336,12 @@ def make_batches(
     example = default_inputs_of(
         reader([parts["validation"][i] for i in range(min(batch_size, len(parts["validation"])))])
     )
-    if isinstance(reader, TextReader | ImageReader):
+    if isinstance(reader, TextReader | ImageReader) and reader.labels is not None:
         reader = replace(reader, labels=reader.labels.fitted(_outputs(model, example), _class_names(model)))
     validation = loader(parts["validation"], reader, batch_size)
     test = validation if parts["test"] is None else loader(parts["test"], reader, batch_size)
-    return Batches(loader(parts["train"], reader, batch_size, seed), validation, test, example)
+    moving = Augmented(reader) if augment and isinstance(reader, ImageReader) else reader
+    return Batches(loader(parts["train"], moving, batch_size, seed), validation, test, example)
 
 
 def _tokenizer(processor: Any | None) -> Any:

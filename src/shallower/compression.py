@@ -1,37 +1,126 @@
 """The whole way of `shallower compress`: a trained model and its data in, a smaller model out, with what it cost.
 
-batches = make_batches(read_rows("reviews.csv", task), task, loaded.model, loaded.processor)
-result = compress(loaded.model, batches, task_named(task), Settings(Target.parse("params:60%"), recipe))
-print(result)
+    batches = make_batches(read_rows("reviews.csv", task), task, loaded.model, loaded.processor)
+    result = compress(loaded.model, batches, task_named(task), Settings(Target.parse("params:60%"), SqueezeRun()))
+    print(verdict_table(...))
+
+What a method does on this way is in `runs/`, one file each; here is what they share: the sites, the limits, the
+judgement of the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
 from shallower.attachment import detached_copy
 from shallower.batching import Batches
-from shallower.budget import Cost, Target, shortest_prefix
+from shallower.budget import Cost, Target
 from shallower.errors import SiteError, TargetError
+from shallower.forms import steps
 from shallower.inputs import Inputs, model_device, to_device
-from shallower.matching import find_sites
 from shallower.measuring import compare, count_macs, count_params
-from shallower.methods.layer_collapse import LayerCollapse, Stage
-from shallower.plan import Entry, Plan
-from shallower.sites import Site, Sites, amount
-from shallower.surgery import apply
+from shallower.plan import Plan
+from shallower.sites import Sites, amount
 from shallower.tables import table
-from shallower.tasks import Task
+from shallower.tasks import Likeness, Task
 from shallower.training import Recipe, train
 
-PROBE = 8
-"""Batches of the training data on which the sensitivity of the sites is measured."""
+
+@dataclass(frozen=True)
+class Work:
+    """What a method is given to work on.
+
+    Attributes:
+        model: where it is to be trained; may be changed.
+        sites: those that may be squeezed.
+        batches: to calibrate or train on, and to choose by.
+        task: gives the loss and the score.
+        target: what the result has to reach.
+        recipe: of a training.
+        floor: the lowest score allowed on the rows to choose by; a `drop` target sets one of its own.
+        checkpoints: a folder; after an interruption the same work goes on from there.
+        cpu: stay on the CPU.
+    """
+
+    model: nn.Module
+    sites: Sites
+    batches: Batches
+    task: Task
+    target: Target
+    recipe: Recipe
+    floor: float | None = None
+    checkpoints: Path | None = None
+    cpu: bool = False
+
+    def score(self, model: nn.Module) -> float:
+        """On the rows to choose by."""
+        return self.task.score(model, self.batches.validation, label="scoring")
+
+    def probe(self, rows: int) -> list[Any]:
+        """Batches of about so many rows of the training part, drawn at random; the same in every pass."""
+        size = self.batches.train.batch_size or 1
+        return list(islice(self.batches.train, -(-rows // size)))
+
+    @property
+    def logits(self) -> bool:
+        """Whether the model answers with logits, not with features."""
+        return not (isinstance(self.task, Likeness) and self.task.features)
+
+    @property
+    def example(self) -> Inputs:
+        """Example inputs, where the model is."""
+        inputs: Inputs = to_device(self.batches.example, model_device(self.model))
+        return inputs
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a method made of a model.
+
+    Attributes:
+        model: the smaller one.
+        plan: how it was made.
+        note: of a few words, for the table: "3 collapsed".
+        advice: what to do where this is not enough.
+        score: on the rows to choose by, where it is known.
+        details: more for result.json, plain data.
+        points: of the curve of quality against cost, where the method has one; plain data.
+    """
+
+    model: nn.Module
+    plan: Plan
+    note: str
+    advice: str = "ask for less"
+    score: float | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    points: Sequence[Mapping[str, Any]] = ()
+
+
+class MethodRun(Protocol):
+    """One method on its whole way, with its own options; a frozen dataclass, see `runs/`."""
+
+    name: ClassVar[str]
+    """As `--method` says it."""
+    needs_labels: ClassVar[bool]
+    """Whether it trains on the task's loss."""
+
+    def find(self, model: nn.Module, example: Inputs) -> Sites:
+        """The sites of the model, of the kinds that the method can use."""
+
+    def usable(self, sites: Sites, target: Target) -> Sites:
+        """Those of a selection with which this method can get nearer to the target; SiteError where there is none."""
+
+    def preview(self, work: Work) -> Plan:
+        """What it would do, as far as that can be told without training."""
+
+    def make(self, work: Work) -> Made:
+        """Do it."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +129,16 @@ class Settings:
 
     Attributes:
         target: what the result has to reach.
-        recipe: of the training, for each stage.
-        strength: of LayerCollapse's penalty.
-        tolerance: how near to 1 a slope counts as linear.
-        order: which sites go first: those that change the model least, or the last.
-        stages: into how many stages the sites are divided.
+        run: the method, with its options.
+        recipe: of the training, for methods that train.
         dense_epochs: passes that train the model as it is, before: for a head that is new.
         floor: the lowest score allowed; a `drop` target sets one of its own.
-        sites: glob on the names of the sites that may collapse.
+        sites: glob on the names of the sites that may be squeezed.
     """
 
     target: Target
-    recipe: Recipe
-    strength: float = 0.5
-    tolerance: float = 0.05
-    order: Literal["sensitivity", "last-first"] = "sensitivity"
-    stages: int = 1
+    run: MethodRun
+    recipe: Recipe = Recipe(3, 1e-4, warmup=0.1)  # noqa: RUF009 - it is frozen
     dense_epochs: int = 0
     floor: float | None = None
     sites: str = "*"
@@ -81,7 +164,7 @@ class Side:
 
     @property
     def cost(self) -> Cost:
-        """Without the score."""
+        """All but the score."""
         return Cost(self.params, self.macs, self.memory, self.latency)
 
 
@@ -140,18 +223,19 @@ class Result:
     """What `compress` returns.
 
     Attributes:
-        model: the smaller model.
-        plan: how it was made.
-        collapsed: names of the sites that are one linear map now.
-        stages: of the training.
+        made: the smaller model, and how the method made it.
         verdict: dense against small.
+        task: what the scores are of.
     """
 
-    model: nn.Module
-    plan: Plan
-    collapsed: tuple[str, ...]
-    stages: tuple[Stage, ...]
+    made: Made
     verdict: Verdict
+    task: Task
+
+    @property
+    def model(self) -> nn.Module:
+        """The smaller model."""
+        return self.made.model
 
 
 def compress(
@@ -160,28 +244,25 @@ def compress(
     task: Task,
     settings: Settings,
     *,
-    sites: Sites | None = None,
     checkpoints: Path | None = None,
     cpu: bool = False,
 ) -> Result:
-    """Collapse as many sites of `model` by LayerCollapse as the target asks for. The model is trained in place.
+    """Make `model` as small as the target asks for, by the method that the settings name.
 
     Args:
-        model: where it is to be trained.
-        batches: to train on, to choose by and to report on.
+        model: where it is to be trained. A method that trains does so in place.
+        batches: to calibrate or train on, to choose by and to report on.
         task: gives the loss and the score.
-        settings: the target and how to train.
-        sites: where `find_sites` has run already.
+        settings: the target, the method and how to train.
         checkpoints: a folder; after an interruption the same call goes on from there.
         cpu: stay on the CPU.
 
     Raises:
-        SiteError: no site can collapse.
+        SiteError: no site can be squeezed.
         TargetError: the target cannot be met, or was not met above the floor.
-        TrainingError, MethodError: see `LayerCollapse.fit`.
+        TrainingError, MethodError, FitError: see the method.
     """
-    sites = find_sites(model, batches.example) if sites is None else sites
-    sites = collapsible(sites.select(settings.sites), settings)
+    sites = _sites(model, batches, settings)
     device = model_device(model)
     if settings.dense_epochs:
         recipe = replace(settings.recipe, epochs=settings.dense_epochs)
@@ -189,105 +270,43 @@ def compress(
         train(model, batches.train, task.loss, recipe, checkpoint=path, label="training the model as it is", cpu=cpu)
         model.to(device)
     dense = detached_copy(model).eval()
-    base = task.score(dense, batches.validation, label="scoring the model as it is")
-    target = settings.target
-    floors = [settings.floor, target.floor(base) if target.unit == "drop" else None]
-    floor = max((value for value in floors if value is not None), default=None)
-    if floor is not None and base < floor:
-        raise TargetError(
-            f"the {task.quality} of the model as it is, {task.show(base)}, does not reach {task.show(floor)}: "
-            "allow less, or train the model first (--dense-epochs)"
-        )
-    chosen = choose(model, sites, batches, settings)
-    method = LayerCollapse(model, chosen, settings.strength)
-    try:
-        stages = method.fit(
-            batches.train,
-            task.loss,
-            settings.recipe,
-            stages=len(chosen) if target.unit == "drop" else min(settings.stages, len(chosen)),
-            order=[site.name for site in chosen],
-            tolerance=settings.tolerance,
-            score=None if floor is None else lambda m: task.score(m, batches.validation, label="scoring"),
-            floor=floor,
-            checkpoint=checkpoints,
-            cpu=cpu,
-        )
-        model.to(device)
-        plan = method.plan(settings.tolerance, batches=list(islice(batches.train, PROBE)))
-        collapsed = stages[-1].collapsed
-        if not collapsed:
-            raise TargetError(f"no site could collapse: {_why_not(task, stages, floor)}")
-        small = apply(model, plan, to_device(batches.example, device)).eval()
-    finally:
-        method.detach()
-    verdict = judge(dense, small, batches, task, base if batches.test is batches.validation else None)
-    before, after = verdict.dense.cost, replace(verdict.small.cost, latency=verdict.dense.latency / verdict.measured)
-    if target.unit != "drop" and not target.met(before, after):
-        whole = target.amount_of(before)
-        raise TargetError(
-            f"the target {target} asks for {target.limit(before) / whole:.1%} of the model's {target.unit}, and "
-            f"{target.amount_of(after) / whole:.1%} was reached with {len(collapsed)} of {len(chosen)} sites: "
-            f"{_why_not(task, stages, floor)}"
-        )
-    return Result(small, plan, collapsed, tuple(stages), verdict)
+    if isinstance(task, Likeness):
+        task = task.to(dense)
+    base, floor = _limits(dense, batches, task, settings)
+    work = Work(model, sites, batches, task, settings.target, settings.recipe, floor, checkpoints, cpu)
+    made = settings.run.make(work)
+    if floor is not None:
+        score = work.score(made.model) if made.score is None else made.score
+        if score < floor:
+            raise TargetError(
+                f"the {task.quality} of the result is {task.show(score)}, and {task.show(floor)} is the limit: "
+                f"{made.advice}"
+            )
+    verdict = judge(dense, made.model, batches, task, base if batches.test is batches.validation else None)
+    _check_target(settings.target, verdict, made)
+    return Result(made, verdict, task)
 
 
-def collapsible(sites: Sites, settings: Settings) -> Sites:
-    """Those sites that become cheaper, in the unit of the target, when they collapse.
+def preview(
+    model: nn.Module, batches: Batches, task: Task, settings: Settings, *, cpu: bool = False
+) -> tuple[Plan, Cost, Cost]:
+    """What `compress` would do, as far as that can be told without training; what the model costs before and after.
+
+    Nothing is written, and the model stays as it is.
 
     Raises:
-        SiteError: there is none; the error says why.
+        SiteError: no site can be squeezed.
+        TargetError: the target cannot be met.
     """
-    by_params = settings.target.unit in ("params", "memory")
-
-    def saves(site: Site) -> bool:
-        if site.not_linear or site.activation is None:
-            return False
-        entry = Entry.collapse(site)
-        params, macs = entry.params_after < site.params, entry.macs_after < site.macs
-        return params if by_params else macs if settings.target.unit != "drop" else params or macs
-
-    found = sites.select(saves)
-    if not found.items:
-        reasons = [f"{site.name}: {site.not_linear or 'it does not become cheaper'}" for site in sites]
-        reasons += [f"{name}: {reason}" for name, reason in sites.skipped.items()]
-        which = "" if settings.sites == "*" else f" of those that --sites {settings.sites!r} selects"
-        told = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
-        raise SiteError(f"the model has no site{which} that can collapse and pays{': ' if told else ''}{told}")
-    return found
-
-
-def choose(model: nn.Module, sites: Sites, batches: Batches, settings: Settings) -> Sites:
-    """As few sites as meet the target, in the order in which they shall collapse; for a `drop` target, all of them."""
-    if settings.order == "last-first":
-        order = list(sites.items[::-1])
-    else:
-        method = LayerCollapse(model, sites, settings.strength)
-        try:
-            costs = method.sensitivity(list(islice(batches.train, PROBE)))
-        finally:
-            method.detach()
-        order = sorted(sites, key=lambda site: costs[site.name])
-    if settings.target.unit == "drop":
-        return replace(sites, items=tuple(order))
-    example = to_device(batches.example, model_device(model))
-    before = _cost(model, example)
-    timed = settings.target.unit == "latency"
-    latency = compare({"dense": model}, example)["dense"].latency if timed else 0.0
-
-    def cost_of(prefix: Sequence[Site]) -> Cost:
-        plan = Plan(tuple(Entry.collapse(site) for site in prefix))
-        if timed:
-            speed = compare({"dense": model, "small": apply(model, plan, example)}, example)
-            return Cost(0, 0, 0, latency * speed["small"].ratio)
-        wide = next(model.parameters()).element_size()
-        params, macs = before.params - plan.params_saved, before.macs - plan.macs_saved
-        return Cost(params, macs, before.memory - wide * plan.params_saved)
-
-    if timed:
-        before = replace(before, latency=latency)
-    return replace(sites, items=tuple(shortest_prefix(order, settings.target, before, cost_of)))
+    sites = _sites(model, batches, settings)
+    dense = detached_copy(model).eval()
+    if isinstance(task, Likeness):
+        task = task.to(dense)
+    _, floor = _limits(dense, batches, task, settings)
+    work = Work(model, sites, batches, task, settings.target, settings.recipe, floor, None, cpu)
+    plan = settings.run.preview(work)
+    before = cost_of(dense, work.example)
+    return plan, before, cost_after(plan, before, dense)
 
 
 def judge(dense: nn.Module, small: nn.Module, batches: Batches, task: Task, known: float | None = None) -> Verdict:
@@ -298,28 +317,85 @@ def judge(dense: nn.Module, small: nn.Module, batches: Batches, task: Task, know
     sides = {}
     for name, model in (("dense", dense), ("small", small)):
         score = scores[name] if name in scores else task.score(model, batches.test, label=f"scoring: {name}")
-        cost = _cost(model, example)
+        cost = cost_of(model, example)
         sides[name] = Side(score, cost.params, cost.macs, cost.memory, times[name].latency)
     return Verdict(sides["dense"], sides["small"], times["small"].speedup, times["small"].ratio_spread)
 
 
-def _cost(model: nn.Module, example: Inputs) -> Cost:
+def cost_of(model: nn.Module, example: Inputs) -> Cost:
+    """What a model costs on example inputs, all but the latency."""
     model.eval()
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
     memory = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return Cost(count_params(model), count_macs(model, example), memory)
 
 
-def _why_not(task: Task, stages: Sequence[Stage], floor: float | None) -> str:
-    last = stages[-1]
-    if last.taken_back and last.score is not None and floor is not None:
-        sites = ", ".join(last.sites)
-        return (
-            f"with {sites} too the {task.quality} is {task.show(last.score)}, and {task.show(floor)} is the limit. "
-            "Allow more loss, train longer (--epochs), or ask for less"
+def cost_after(plan: Plan, before: Cost, model: nn.Module) -> Cost:
+    """What remains of `before` with a plan applied, counted."""
+    wide = next(model.parameters()).element_size()
+    saved = plan.params_saved
+    return Cost(before.params - saved, before.macs - plan.macs_saved, before.memory - wide * saved)
+
+
+def site_table(plan: Plan) -> list[dict[str, Any]]:
+    """What became of each site of a plan, as plain data."""
+    return [
+        {
+            "name": step.entry.site.name,
+            "kind": step.entry.site.kind,
+            "width": step.entry.site.width,
+            "kept": len(step.entry.kept),
+            "linear": len(step.entry.linear),
+            "dropped": len(step.entry.dropped),
+            "becomes": step.form.kind,
+            "rank": step.form.rank,
+            "params": [step.form.params_before, step.form.params],
+            "macs": [step.form.macs_before, step.form.macs],
+            "note": getattr(step.entry, "note", ""),
+        }
+        for step in steps(plan.entries)
+    ]
+
+
+def _sites(model: nn.Module, batches: Batches, settings: Settings) -> Sites:
+    found = settings.run.find(model, to_device(batches.example, model_device(model)))
+    chosen = found.select(settings.sites)
+    try:
+        return settings.run.usable(chosen, settings.target)
+    except SiteError as error:
+        if settings.sites == "*":
+            raise
+        raise SiteError(f"of the sites that --sites {settings.sites!r} selects: {error}") from error
+
+
+def _limits(dense: nn.Module, batches: Batches, task: Task, settings: Settings) -> tuple[float | None, float | None]:
+    """The model's score on the rows to choose by and the lowest one allowed, where they are needed."""
+    target = settings.target
+    if target.unit != "drop" and settings.floor is None:
+        return None, None
+    base = task.score(dense, batches.validation, label="scoring the model as it is")
+    floors = [settings.floor, target.floor(base) if target.unit == "drop" else None]
+    floor = max(value for value in floors if value is not None)
+    if base < floor:
+        raise TargetError(
+            f"the {task.quality} of the model as it is, {task.show(base)}, does not reach {task.show(floor)}: "
+            "allow less, or train the model first (--dense-epochs)"
         )
-    slopes = ", ".join(f"{name} {slope:.2f}" for name, slope in last.slopes.items())
-    return f"the slopes did not come near 1 ({slopes}). Train longer (--epochs) or pull harder (--strength)"
+    return base, floor
+
+
+def _check_target(target: Target, verdict: Verdict, made: Made) -> None:
+    if target.unit == "drop":
+        return
+    # A latency counts as reached where the limit lies within the spread of the measurement.
+    ratio = 1 / verdict.measured - verdict.spread / 2
+    before, after = verdict.dense.cost, replace(verdict.small.cost, latency=verdict.dense.latency * ratio)
+    if not target.met(before, after):
+        whole = target.amount_of(before)
+        raise TargetError(
+            f"the target {target} asks for {target.limit(before) / whole:.1%} of the model's {target.unit}, and "
+            f"{target.amount_of(after) / whole:.1%} was reached: {made.advice}"
+        )
 
 
 def _ms(seconds: float) -> str:

@@ -111,7 +111,7 @@ class Rows:
         validation: to choose on.
         test: to report on; None where the data has no labelled test part.
         columns: what is read of each row.
-        labels: the classes; None where the task has none.
+        labels: the classes; None where the task or the data has none.
     """
 
     train: Any
@@ -132,6 +132,7 @@ def read_rows(
     held_out: float = 0.1,
     limit: int | None = None,
     seed: int = 0,
+    need_labels: bool = True,
 ) -> Rows:
     """Read data and find the columns that a task needs.
 
@@ -145,6 +146,7 @@ def read_rows(
         held_out: the part of the training rows to hold out, where there are no others to choose on.
         limit: at most so many rows of each part, drawn at random.
         seed: of the rows held out and drawn.
+        need_labels: whether data without classes, or with scores in their place, is an error.
 
     Raises:
         DataError: the data cannot be read, is empty, or lacks a column; the error names what was found.
@@ -161,8 +163,17 @@ def read_rows(
             f"{source}: there is no training part among {', '.join(parts)}; name the file to train on, "
             "and give the other one with --eval-data"
         )
-    columns = _columns(parts["train"], source, task, text_column, label_column, image_column)
-    labels = _labels(parts, columns.label, source) if columns.label else None
+    optional = not need_labels and not label_column
+    columns = _columns(parts["train"], source, task, text_column, label_column, image_column, optional)
+    labels = None
+    if columns.label:
+        try:
+            labels = _labels(parts, columns.label, source)
+        except DataError:
+            if not optional:
+                raise
+    if labels is None or (optional and labels.count < 2):
+        columns, labels = replace(columns, label=""), None
     for name in list(parts):
         _check_columns(parts[name], f"{source} ({name})", columns)
     if "validation" not in parts:
@@ -311,7 +322,7 @@ def _split_of(name: str) -> str:
     return next((split for split, names in _SPLITS.items() if any(word in names for word in words)), "")
 
 
-def _columns(part: Any, source: str, task: TaskName, text: str, label: str, image: str) -> Columns:
+def _columns(part: Any, source: str, task: TaskName, text: str, label: str, image: str, optional: bool) -> Columns:
     datasets = _library()
     features: Mapping[str, Any] = part.features
     found = f"the columns are {_described(features)}"
@@ -337,11 +348,14 @@ def _columns(part: Any, source: str, task: TaskName, text: str, label: str, imag
             raise DataError(f"{source}: which column holds the text, or input_ids? Say --text-column; {found}")
         return Columns(text=(texts[0],))
 
-    classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    label = given(label, "--label-column") or (classes[0] if len(classes) == 1 else first(_LABELS))
-    if not label:
-        raise DataError(f"{source}: which column holds the class? Say --label-column; {found}")
-    if task == "image-classification":
+    if task in ("feature-extraction", "image-feature-extraction"):
+        label = ""
+    else:
+        classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        label = given(label, "--label-column") or (classes[0] if len(classes) == 1 else first(_LABELS))
+        if not label and not optional:
+            raise DataError(f"{source}: which column holds the class? Say --label-column; {found}")
+    if task in ("image-classification", "image-feature-extraction"):
         pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         image = given(image, "--image-column") or (pictures[0] if len(pictures) == 1 else first(_IMAGES))
         if not image:
@@ -353,11 +367,13 @@ def _columns(part: Any, source: str, task: TaskName, text: str, label: str, imag
         if len(names) > 2:
             raise DataError(f"--text-column takes one column, or two for pairs of sentences, not {len(names)}")
         return Columns(text=names, label=label)
-    pair = next((p for p in _PAIRS if all(name in features for name in p)), None)
+    pair: tuple[str, ...] | None = next((p for p in _PAIRS if all(name in features for name in p)), None)
     strings = [name for name in strings if name != label]
     texts = [name for name in strings if name.lower() in _TEXTS] or strings
     if pair is None and len(texts) != 1:
         raise DataError(f"{source}: which column holds the text? Say --text-column; {found}")
+    if pair and task == "feature-extraction":
+        pair = pair[:1]
     return Columns(text=pair or (texts[0],), label=label)
 
 

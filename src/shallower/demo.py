@@ -23,6 +23,7 @@ from shallower.budget import Target
 from shallower.checkpoint import load, save
 from shallower.compression import Result, Settings, compress, verdict_table
 from shallower.errors import CheckpointError, DataError
+from shallower.runs.layer_collapse import LayerCollapseRun
 from shallower.tasks import Classification
 from shallower.training import Recipe, train
 
@@ -174,10 +175,12 @@ def run(output: Path, *, seed: int = 0, quick: bool = False) -> str:
         dense, squeezed = (_recipe(recipe, seed, quick) for recipe in (contestant.dense, contestant.squeezed))
         train(model, batches.train, task.loss, dense, label=f"{name}: training", cpu=True)
         print(f"{name}: squeezing to {contestant.target}", file=sys.stderr)
-        result = compress(model, batches, task, Settings(Target.parse(contestant.target), squeezed), cpu=True)
+        result = compress(
+            model, batches, task, Settings(Target.parse(contestant.target), LayerCollapseRun(), squeezed), cpu=True
+        )
         save(result.model, output / name)
         _keep_answers(result, batches, output / f"{name}-{ANSWERS}")
-        rows += result.verdict.rows(task, name, f"{len(result.collapsed)} collapsed")
+        rows += result.verdict.rows(task, name, result.made.note)
     command = [sys.executable, "-m", "shallower.demo", str(output)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     checked = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)

@@ -6,49 +6,57 @@ import hashlib
 import json
 import platform
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from shallower.batching import make_batches
-from shallower.budget import Target
+from shallower.batching import Batches, make_batches
+from shallower.budget import Cost, Target
 from shallower.checkpoint import check_replaceable, read_source, save
-from shallower.compression import Result, Settings, compress, verdict_table
+from shallower.compression import MethodRun, Result, Settings, compress, preview, site_table, verdict_table
 from shallower.data import Rows, read_rows
-from shallower.errors import CheckpointError, ModelError, ShallowerError, TargetError
+from shallower.errors import CheckpointError, DataError, ModelError, ShallowerError, TargetError
+from shallower.inputs import tensors
 from shallower.models import DESCRIPTION, LoadedModel, load_model
+from shallower.plan import Plan
+from shallower.results import CURVE, RESULT, SCHEMA
+from shallower.sites import amount
+from shallower.tables import table
 from shallower.tasks import TASK_NAMES, Task, TaskName, task_named
 from shallower.training import Recipe
-
-SCHEMA = 1
-"""Version of result.json."""
-
-RESULT = "result.json"
 
 _ENDINGS: Mapping[str, TaskName] = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
     "ForCausalLM": "causal-lm",
     "LMHeadModel": "causal-lm",
+    "Model": "feature-extraction",
 }
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that `shallower compress` is told; its help says what each option means."""
+    """Everything that `shallower compress` is told; its help says what each option means.
+
+    Attributes:
+        run: the method with its own options.
+        lr: None: what the method takes for its training.
+    """
 
     model: str
     data: str
     target: Target
     output: Path
+    run: MethodRun
     task: TaskName | None = None
-    method: Literal["layer-collapse"] = "layer-collapse"
     eval_data: str = ""
     text_column: str = ""
     label_column: str = ""
@@ -57,14 +65,11 @@ class Job:
     held_out: float = 0.1
     length: int | None = None
     image_size: int | None = None
+    augment: bool = False
     epochs: int = 3
     dense_epochs: int = 0
     lr: float = 1e-4
     batch_size: int = 32
-    strength: float = 0.5
-    tolerance: float = 0.05
-    order: Literal["sensitivity", "last-first"] = "sensitivity"
-    stages: int = 1
     sites: str = "*"
     quality_floor: float | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -80,7 +85,9 @@ class Job:
     @cached_property
     def options(self) -> dict[str, Any]:
         """All of it as plain data."""
-        return {**asdict(self), "target": str(self.target), "output": str(self.output)}
+        own = {name: value for name, value in asdict(self).items() if name != "run"}
+        method = {"method": self.run.name, **asdict(self.run)}  # type: ignore[call-overload]
+        return {**own, **method, "target": str(self.target), "output": str(self.output)}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,7 +96,29 @@ class Job:
         return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
 
 
-def run(job: Job, *, resume: bool = True) -> str:
+@dataclass(frozen=True)
+class Told:
+    """What a command tells: as text for people, as plain data for JSON."""
+
+    text: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A model and its data, loaded."""
+
+    loaded: LoadedModel
+    rows: Rows
+    batches: Batches
+    task: Task
+    settings: Settings
+    dtype: torch.dtype
+    cpu: bool
+    remarks: tuple[str, ...]
+
+
+def run(job: Job, *, resume: bool = True) -> Told:
     """Do a job, and tell what came of it. The directory of the result appears at the end, whole.
 
     Args:
@@ -99,61 +128,52 @@ def run(job: Job, *, resume: bool = True) -> str:
     Raises:
         ShallowerError: the first thing that is wrong, before anything is written.
     """
+    started = time.perf_counter()
     check_replaceable(job.output.expanduser().resolve())
     name = job.task or task_of(job.model)
-    task = task_named(name)
-    settings = Settings(
-        target=job.target,
-        recipe=Recipe(job.epochs, job.lr, warmup=0.1, precision=job.precision, seed=job.seed),
-        strength=job.strength,
-        tolerance=job.tolerance,
-        order=job.order,
-        stages=job.stages,
-        dense_epochs=job.dense_epochs,
-        floor=None if job.quality_floor is None else task.score_of(job.quality_floor),
-        sites=job.sites,
-    )
-    device = _device(job.device)
+    device = device_named(job.device)
     with _checkpoints(job, resume) as checkpoints:
-        rows = read_rows(
-            job.data,
-            name,
-            eval_source=job.eval_data,
-            text_column=job.text_column,
-            label_column=job.label_column,
-            image_column=job.image_column,
-            held_out=job.held_out,
-            limit=job.limit,
-            seed=job.seed,
+        ready = _load(job, name, device)
+        result = compress(
+            ready.loaded.model, ready.batches, ready.task, ready.settings, checkpoints=checkpoints, cpu=ready.cpu
         )
-        torch.manual_seed(job.seed)
-        loaded, new_head = _load(job.model, name, rows)
-        dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), torch.float32)
-        loaded.model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-        batches = make_batches(
-            rows,
-            name,
-            loaded.model,
-            loaded.processor,
-            batch_size=job.batch_size,
-            length=job.length,
-            image_size=job.image_size,
-            seed=job.seed,
-        )
-        result = compress(loaded.model, batches, task, settings, checkpoints=checkpoints, cpu=device.type == "cpu")
-        result.model.to("cpu", dtype)
-        _write(job, loaded, rows, task, result)
-    again = "" if loaded.source else ", model=a fresh instance of the original model"
-    lines = [
-        verdict_table(task.quality, result.verdict.rows(task, "dense", f"{len(result.collapsed)} collapsed")),
-        f"collapsed: {', '.join(result.collapsed)}",
-        f"saved in {job.output}; read it with shallower.load({str(job.output)!r}{again})",
-    ]
-    if new_head and not job.dense_epochs:
-        lines.append(
-            "the head was new, so the dense score says little; --dense-epochs trains the model as it is, first"
-        )
-    return "\n".join(lines)
+        result.model.to("cpu", ready.dtype)
+        numbers = _numbers(job, ready, result, time.perf_counter() - started)
+        write(result.model, job.output, ready.loaded, result.made.plan, numbers, result.made.points)
+    return Told(_told(job, ready, result), {**numbers, "output": str(job.output)})
+
+
+def dry_run(job: Job) -> Told:
+    """Tell what a job would do and save; nothing is written.
+
+    Raises:
+        ShallowerError: the first thing that is wrong.
+    """
+    check_replaceable(job.output.expanduser().resolve())
+    ready = _load(job, job.task or task_of(job.model), device_named(job.device))
+    plan, before, after = preview(ready.loaded.model, ready.batches, ready.task, ready.settings, cpu=ready.cpu)
+    data = {
+        "dry_run": True,
+        "options": job.options,
+        "before": asdict(before),
+        "after": asdict(after),
+        "sites": {site.pop("name"): site for site in site_table(plan)},
+        "warnings": list(ready.remarks),
+    }
+    lines = [str(plan), _savings(before, after), *ready.remarks, f"dry run: nothing was written to {job.output}"]
+    return Told("\n".join(lines), data)
+
+
+def write(
+    model: nn.Module,
+    output: Path,
+    loaded: LoadedModel,
+    plan: Plan,
+    numbers: Mapping[str, Any],
+    points: Any = (),
+) -> None:
+    """Write the directory of a result: weights, processor, plan, numbers and the curve, where there is one."""
+    save(model, output, loaded.source, _Companions(loaded.processor, plan, numbers, points))
 
 
 def task_of(model: str) -> TaskName:
@@ -167,26 +187,89 @@ def task_of(model: str) -> TaskName:
     library, _, rest = source.partition(":")
     if library in ("timm", "torchvision"):
         return "image-classification"
-    architectures = [rest.partition("?")[0]] if library == "transformers" else []
-    if not architectures and (path / "config.json").is_file():
+    config: Mapping[str, Any] = {}
+    if (path / "config.json").is_file():
         try:
-            architectures = json.loads((path / "config.json").read_text()).get("architectures") or []
+            config = json.loads((path / "config.json").read_text())
+            config.get("architectures")
         except (ValueError, AttributeError) as error:
             raise ModelError(f"{path / 'config.json'}: cannot be read: {error}") from error
+    architectures = [rest.partition("?")[0]] if library == "transformers" else config.get("architectures") or []
     for architecture in architectures:
         for ending, task in _ENDINGS.items():
             if architecture.endswith(ending):
-                return task
+                pictures = task == "feature-extraction" and "image_size" in config
+                return "image-feature-extraction" if pictures else task
     raise ModelError(f"{model} does not say what it was made for: choose --task {', '.join(TASK_NAMES)}")
 
 
-def _load(spec: str, task: TaskName, rows: Rows) -> tuple[LoadedModel, bool]:
+def _load(job: Job, name: TaskName, device: torch.device) -> _Ready:
+    needed = job.run.needs_labels or job.dense_epochs > 0
+    rows = read_rows(
+        job.data,
+        name,
+        eval_source=job.eval_data,
+        text_column=job.text_column,
+        label_column=job.label_column,
+        image_column=job.image_column,
+        held_out=job.held_out,
+        limit=job.limit,
+        seed=job.seed,
+        need_labels=needed,
+    )
+    torch.manual_seed(job.seed)
+    loaded, new_head = _model(job.model, name, rows)
+    dtype = next((p.dtype for p in loaded.model.parameters() if p.is_floating_point()), torch.float32)
+    loaded.model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def batches_of(rows: Rows) -> Batches:
+        return make_batches(
+            rows,
+            name,
+            loaded.model,
+            loaded.processor,
+            batch_size=job.batch_size,
+            length=job.length,
+            image_size=job.image_size,
+            augment=job.augment,
+            seed=job.seed,
+        )
+
+    remarks = []
+    try:
+        batches = batches_of(rows)
+    except DataError as error:
+        if needed or job.label_column or rows.labels is None:
+            raise
+        rows = replace(rows, columns=replace(rows.columns, label=""), labels=None)
+        batches = batches_of(rows)
+        remarks.append(f"the labels were not used: {error}")
+    task = task_named(name, labelled=rows.labels is not None)
+    if rows.labels is None and name != "causal-lm":
+        remarks.append(f"without labels, quality is the {task.quality} of the answers with the original's")
+    if new_head and not job.dense_epochs and rows.labels is not None:
+        remarks.append(
+            "the head was new, so the dense score says little; --dense-epochs trains the model as it is, first"
+        )
+    settings = Settings(
+        job.target,
+        job.run,
+        Recipe(job.epochs, job.lr, warmup=0.1, precision=job.precision, seed=job.seed),
+        job.dense_epochs,
+        None if job.quality_floor is None else task.score_of(job.quality_floor),
+        job.sites,
+    )
+    return _Ready(loaded, rows, batches, task, settings, dtype, device.type == "cpu", tuple(remarks))
+
+
+def _model(spec: str, task: TaskName, rows: Rows) -> tuple[LoadedModel, bool]:
     """The model with a head for the task, and whether that is new: it then has as many outputs as the data classes."""
     loaded = load_model(spec, task=task)
     config = getattr(loaded.model, "config", None)
     made_for = getattr(config, "architectures", None) or ()
     saved = (Path(spec).expanduser() / DESCRIPTION).is_file()
-    new_head = config is not None and not saved and type(loaded.model).__name__ not in made_for
+    headless = task in ("feature-extraction", "image-feature-extraction")
+    new_head = config is not None and not saved and not headless and type(loaded.model).__name__ not in made_for
     if not new_head or rows.labels is None:
         return loaded, new_head
     loaded = load_model(spec, task=task, num_labels=rows.labels.count)
@@ -197,7 +280,12 @@ def _load(spec: str, task: TaskName, rows: Rows) -> tuple[LoadedModel, bool]:
     return loaded, True
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """What --device means here.
+
+    Raises:
+        ShallowerError: there is no such device.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ShallowerError("--device cuda: there is no CUDA device here; choose cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -234,31 +322,40 @@ class _Companions:
     """What lies beside the weights, written by `save` together with them."""
 
     processor: Any | None
-    result: Result
-    numbers: dict[str, Any]
+    plan: Plan
+    numbers: Mapping[str, Any]
+    points: Any = ()
 
     def save_pretrained(self, directory: Path) -> None:
-        """Write the tokenizer or image processor, the plan and the numbers."""
+        """Write the tokenizer or image processor, the plan, the numbers and the curve."""
         if self.processor is not None:
             self.processor.save_pretrained(directory)
-        self.result.plan.save(directory)
+        self.plan.save(directory)
         (directory / RESULT).write_text(json.dumps(self.numbers, indent=2) + "\n")
+        if self.points:
+            (directory / CURVE).write_text(json.dumps({"schema": 1, "points": list(self.points)}, indent=2) + "\n")
 
 
-def _write(job: Job, loaded: LoadedModel, rows: Rows, task: Task, result: Result) -> None:
-    numbers = {
+def _numbers(job: Job, ready: _Ready, result: Result, seconds: float) -> dict[str, Any]:
+    rows = ready.rows
+    plan = result.made.plan
+    example = next(tensors(ready.batches.example), None)
+    return {
         "schema": SCHEMA,
         "options": job.options,
-        "quality": task.quality,
+        "quality": result.task.quality,
         **result.verdict.to_json(),
-        "collapsed": list(result.collapsed),
-        "stages": [asdict(stage) for stage in result.stages],
+        "sites": {site.pop("name"): site for site in site_table(plan)},
+        **result.made.details,
+        "warnings": list(ready.remarks),
         "classes": list(rows.labels.names) if rows.labels is not None else None,
         "rows": {
             "train": len(rows.train),
             "validation": len(rows.validation),
             "test": None if rows.test is None else len(rows.test),
         },
+        "example": "" if example is None else " x ".join(map(str, example.shape)),
+        "seconds": seconds,
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
@@ -267,4 +364,28 @@ def _write(job: Job, loaded: LoadedModel, rows: Rows, task: Task, result: Result
             "shallower": version("shallower"),
         },
     }
-    save(result.model, job.output, loaded.source, _Companions(loaded.processor, result, numbers))
+
+
+def _told(job: Job, ready: _Ready, result: Result) -> str:
+    output = str(job.output)
+    again = "" if ready.loaded.source else ", model=a fresh instance of the original model"
+    lines = [
+        str(result.made.plan),
+        "",
+        verdict_table(result.task.quality, result.verdict.rows(result.task, "dense", result.made.note)),
+        *ready.remarks,
+        f"saved in {output}; read it with shallower.load({output!r}{again})",
+    ]
+    return "\n".join(lines)
+
+
+def _savings(before: Cost, after: Cost) -> str:
+    rows = [
+        (unit, f"{amount(was)}{suffix}", f"{amount(now)}{suffix}", f"{now / max(1, was) - 1:+.1%}")
+        for unit, was, now, suffix in (
+            ("params", before.params, after.params, ""),
+            ("MACs", before.macs, after.macs, ""),
+            ("memory", before.memory, after.memory, "B"),
+        )
+    ]
+    return table(("the model's", "now", "then", "change"), rows, right=(1, 2, 3))

@@ -45,6 +45,8 @@ _AUTO_CLASSES: Mapping[TaskName, str] = {
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
     "causal-lm": "AutoModelForCausalLM",
+    "feature-extraction": "AutoModel",
+    "image-feature-extraction": "AutoModel",
 }
 
 

@@ -1,6 +1,7 @@
 """What a task means: the loss that trains a model, the score that judges it, and how the score is shown.
 
-A batch is a mapping with `labels` (a Transformers batch), or a pair (inputs, labels).
+A batch is a mapping with `labels` (a Transformers batch), or a pair (inputs, labels). Where there are no labels, a
+smaller model can still be judged by its likeness to the original (`Likeness`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shallower.errors import DataError, ModelError
-from shallower.inputs import call, default_inputs_of, model_device, to_device
+from shallower.inputs import call, default_inputs_of, model_device, tensors, to_device
 
-TaskName = Literal["text-classification", "image-classification", "causal-lm"]
+TaskName = Literal[
+    "text-classification", "image-classification", "causal-lm", "feature-extraction", "image-feature-extraction"
+]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 
 IGNORED = -100
@@ -128,12 +131,107 @@ class LanguageModelling:
         return losses, (targets != IGNORED).sum()
 
 
-def task_named(name: str) -> Task:
+class Likeness:
+    """How like the original a model answers, for rows without labels; `to(original)` makes the task.
+
+    Of classifiers it is the part of the rows on which both give the same class ("agreement"). Of everything else it is
+    the mean cosine of the two models' features of a row, both less the original's mean over the rows, so that what
+    all rows have in common counts for nothing ("cosine"); tokens are averaged over the attention mask.
+
+    Args:
+        features: whether the answer is features, not logits.
+        original: the model to be like.
+    """
+
+    def __init__(self, features: bool, original: nn.Module | None = None) -> None:
+        self.features = features
+        self.original = original
+        self.quality = "cosine" if features else "agreement"
+
+    def to(self, original: nn.Module) -> Likeness:
+        """This task, with the model to be like."""
+        return Likeness(self.features, original)
+
+    def loss(self, _model: nn.Module, _batch: Any) -> Tensor:
+        """None.
+
+        Raises:
+            DataError: always: without labels there is nothing to train on.
+        """
+        raise DataError(
+            "the data has no labels, and this trains on them: name their column (--label-column), or squeeze without "
+            "training (--method squeeze)"
+        )
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, batches: Iterable[Any], *, label: str = "") -> float:
+        """1 where the models answer alike on all batches.
+
+        Raises:
+            DataError: there are no rows.
+        """
+        original = model if self.original is None else self.original
+        pairs = []
+        with _evaluating(model), _evaluating(original):
+            for batch in _progress(batches, label):
+                pairs.append((self._answer(original, batch), self._answer(model, batch)))
+        if not pairs:
+            raise DataError("there are no rows to score the model on")
+        there, here = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        if not self.features:
+            return float((there == here).double().mean())
+        mean = there.mean(0)
+        return float(F.cosine_similarity(there - mean, here - mean, dim=-1).mean())
+
+    def show(self, score: float) -> str:
+        """98.50 %, or a cosine of 0.9850."""
+        return f"{score:.4f}" if self.features else f"{score * 100:.2f} %"
+
+    def score_of(self, quality: float) -> float:
+        """The agreement or the cosine itself.
+
+        Raises:
+            DataError: it is not within 0 and 1.
+        """
+        if not 0 <= quality <= 1:
+            raise DataError(f"the {self.quality} lies between 0 and 1, not at {quality:g}")
+        return quality
+
+    def _answer(self, model: nn.Module, batch: Any) -> Tensor:
+        """(rows,) classes, or (rows, d) features in float64, on the CPU."""
+        inputs = default_inputs_of(batch)
+        output = call(model, to_device(inputs, model_device(model)))
+        if not self.features:
+            return logits_of(output).argmax(-1).cpu()
+        return _features(output, inputs.get("attention_mask") if isinstance(inputs, Mapping) else None)
+
+
+def _features(output: Any, mask: Tensor | None) -> Tensor:
+    """One row of float64 features for each input: what is in between (tokens) is averaged."""
+    found = next((part for part in tensors(output) if part.is_floating_point() and part.dim() > 1), None)
+    if found is None:
+        raise ModelError(f"the model answers with a {type(output).__name__} that holds no features")
+    features = found.cpu().double()
+    if features.dim() == 3 and mask is not None and mask.shape == features.shape[:2]:
+        weights = mask.cpu().double()[..., None]
+        return (features * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return features.mean(1) if features.dim() == 3 else features.flatten(1)
+
+
+def task_named(name: str, labelled: bool = True) -> Task:
     """The task of that name.
+
+    Args:
+        name: one of `TASK_NAMES`.
+        labelled: whether the data has labels; without them, classifiers are judged by their likeness to the original.
 
     Raises:
         DataError: there is none; the error lists them.
     """
+    if name in ("feature-extraction", "image-feature-extraction"):
+        return Likeness(features=True)
+    if name in TASK_NAMES and name != "causal-lm" and not labelled:
+        return Likeness(features=False)
     if name == "causal-lm":
         return LanguageModelling()
     if name in TASK_NAMES:

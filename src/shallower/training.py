@@ -162,8 +162,8 @@ def train(
         batches: iterated once an epoch, with a length: a list, a DataLoader. Tensors move to the device.
         loss: of the model (wrapped for several processes) and a batch, a scalar tensor.
         recipe: how to train.
-        method: attached to `model` already; the optimizer is made from its `param_groups`, and what its `state` gives is
-            in the checkpoint. Without one, weights of two dimensions or more decay and the rest does not.
+        method: attached to `model` already; the optimizer is made from its `param_groups`, and what its `state`
+            gives is in the checkpoint. Without one, weights of two dimensions or more decay and the rest does not.
         score: called with the model in eval mode after each epoch, in the model's own precision; higher is better.
         floor: lowest acceptable score. Below it the training stops, and the model goes back to the last state that
             reached it: to its state at the start where none did.
