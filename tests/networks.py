@@ -137,17 +137,12 @@ def _randomised(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @st.composite
-def networks(
-    draw: st.DrawFn, dtypes: Iterable[torch.dtype] = (torch.float64,), countable: bool = False
-) -> tuple[nn.Module, Tensor]:
+def networks(draw: st.DrawFn, dtypes: Iterable[torch.dtype] = (torch.float64,)) -> tuple[nn.Module, Tensor]:
     """Chains and residual blocks of linear layers, and an input.
 
     Args:
         dtypes: of weights and input.
-        countable: without what costs count wrongly: BatchNorms without scale and shift, and an activation with
-            parameters that several sites share.
     """
-    shareable = MODULES[:-1] if countable else MODULES
     torch.manual_seed(draw(seeds))
     d = draw(st.integers(2, 6))
     rows = draw(st.booleans())  # BatchNorm1d takes rows of features
@@ -166,11 +161,7 @@ def networks(
             up = nn.Linear(d, n, bias) if linear is None else Conv1D(n, d)
             down = nn.Linear(n, d, draw(st.booleans())) if linear is None else Conv1D(d, n)
             before = nn.BatchNorm1d(n) if rows and draw(st.booleans()) else nn.Identity()
-            after = (
-                nn.BatchNorm1d(n, affine=countable or draw(st.booleans()))
-                if rows and draw(st.booleans())
-                else nn.Identity()
-            )
+            after = nn.BatchNorm1d(n, affine=draw(st.booleans())) if rows and draw(st.booleans()) else nn.Identity()
             blocks.append(Block(up, f, down, before, after, draw(st.booleans())))
         elif kind == "gated":
             blocks.append(Gated(d, n, f, bias))
@@ -181,7 +172,7 @@ def networks(
         else:
             widths = [d, n, draw(st.integers(2, 14)), draw(st.integers(2, 8)), d]
             biases = draw(st.lists(st.booleans(), min_size=4, max_size=4))
-            blocks.append(Chain(widths, draw(st.sampled_from(shareable))(), biases))
+            blocks.append(Chain(widths, draw(st.sampled_from(MODULES))(), biases))
     dtype = draw(st.sampled_from(list(dtypes)))
     x = torch.randn(3, d) if rows else torch.randn(2, 3, d)
     return _randomised(nn.Sequential(*blocks), dtype), x.to(dtype)

@@ -78,7 +78,7 @@ def test_fitted_maps_give_what_the_simulation_gives(network, data):
 
 
 @many
-@given(network=st.one_of(networks(countable=True), convolutional_networks()), data=st.data())
+@given(network=st.one_of(networks(), convolutional_networks()), data=st.data())
 def test_costs_of_a_plan_are_the_costs_of_its_result(network, data):
     model, x = network
     plan = random_plan(find_sites(model, x), data.draw)

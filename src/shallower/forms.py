@@ -232,9 +232,9 @@ def form_of(
     site = entry.site
     now = {m.name: m for m in site.maps} if maps is None else maps
     maps_before = [now[m.name] for m in site.maps]
-    norms = _norm_params(site) * site.width
-    activations = [site.activation_params, *(b.activation_params for b in site.between)]
-    before = (sum(m.params for m in maps_before) + norms + sum(activations), sum(m.macs for m in maps_before))
+    own = site.norm_params * site.width + (0 if _stays(site) else site.activation_params)
+    own += sum(b.activation_params for b in site.between)
+    before = (sum(m.params for m in maps_before) + own, sum(m.macs for m in maps_before))
     if site.producer is None:
         return Form("removed", None, None, (), before)
     producer = now[site.producer.name]
@@ -265,8 +265,8 @@ def form_of(
         inside=inside,
         between=tuple(replace(m, d_in=kept, d_out=kept, groups=kept) for m in between),
         slopes=0 if entry.alphas is None else (1 if entry.alphas.numel() == 1 else kept),
-        activation=sum(kept if params == site.width else params for params in activations),
-        norms=_norm_params(site) * width,
+        activation=_activation_after(entry, kept, rank),
+        norms=site.norm_params * width,
     )
 
 
@@ -326,8 +326,8 @@ def _merged(
         problem = "no sum closes right around it"
     elif len(merged) > 1:
         problem = "it has several consumers"
-    elif first not in (None, _source(site)):
-        problem = f"the skip starts at `{_source(site)}`, and the plan does not merge all layers from there"
+    elif first not in (None, residual.source):
+        problem = f"the skip starts at `{residual.source}`, and the plan does not merge all layers from there"
     if problem:
         raise PlanError(f"{site.name}: the skip does not fold into its kernel: {problem}")
     if residual is not None and residual.norm:
@@ -396,9 +396,8 @@ def has_constants(entry: Entry, producer: LinearMap) -> bool:
 
 def inexact(entry: Entry, producer: LinearMap, consumer: LinearMap) -> str:
     """Why one map would not be exactly what producer and consumer are together; "" where it would."""
-    not_merged: str = getattr(entry.site, "not_merged", "")
-    if not_merged:
-        return not_merged
+    if entry.site.not_merged:
+        return entry.site.not_merged
     if not padded([consumer]) or (entry.fit is not None and not entry.fit.ups):
         return ""
     pointwise = producer.taps == 1 and producer.padding == (0, 0)
@@ -536,15 +535,23 @@ def _geometry(m: LinearMap) -> tuple[tuple[int, int], ...]:
     return m.kernel, m.stride, m.padding, m.dilation
 
 
-def _norm_params(site: Site) -> int:
-    """Parameters that the BatchNorms of a site have for each channel."""
-    return int(getattr(site, "norm_params", 2 * site.norms))
+def _stays(site: Site) -> bool:
+    """Whether the activation's parameters stay in the model when it goes here, since others use it too."""
+    return site.activation_shared or (site.activation is not None and bool(site.activation.calls))
 
 
-def _source(site: Site) -> str:
-    """The map whose input the skip around a site starts from."""
-    source: str = getattr(site.residual, "source", "")
-    return source or (site.producer.name if site.producer is not None else "")
+def _activation_after(entry: Entry, kept: int, rank: int) -> int:
+    """Parameters that a site's activations have when they act on `kept` channels."""
+    site = entry.site
+
+    def left(params: int) -> int:
+        return kept if params == site.width > 1 else params
+
+    behind = sum(left(b.activation_params) for b in site.between)
+    copied = left(site.activation_params) != site.activation_params
+    if site.activation is not None and site.activation.calls:
+        copied = copied or entry.alphas is not None or rank > 0
+    return behind + (left(site.activation_params) if copied or not _stays(site) else 0)
 
 
 def _same_stride(consumers: tuple[LinearMap, ...]) -> bool:
@@ -562,7 +569,7 @@ def _biased(entry: Entry, producer: LinearMap, consumer: LinearMap, i: int, insi
         return bool(entry.fit.biases[i].ne(0).any()) or (entry.fit.down_bias is not None and not inside)
     site = entry.site
     linear, dropped = entry.linear, entry.dropped
-    if bool(entry.offsets[dropped].ne(0).any()) or (len(dropped) > 0 and bool(site.norm_after)):
+    if bool(entry.offsets[dropped].ne(0).any()) or (len(dropped) > 0 and bool(site.norm_after) and not site.between):
         return True
     if inside or len(linear) == 0:
         return False

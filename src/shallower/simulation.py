@@ -181,7 +181,7 @@ class _Affine:
     """Slopes and offsets of a gated site, before a consumer."""
 
     def __init__(self, entry: Entry) -> None:
-        self.scale = torch.where(entry.fates == Fate.LINEAR, entry.slopes, torch.ones_like(entry.slopes))
+        self.scale = torch.where(entry.fates == Fate.LINEAR, entry.slopes, (entry.fates == Fate.KEEP).double())
         self.shift = torch.where(entry.fates == Fate.KEEP, torch.zeros_like(entry.offsets), entry.offsets)
         self.channels_first = entry.site.channels_first
 

@@ -171,7 +171,7 @@ def _as_read(
     Everything between is in them: both BatchNorms, slopes and offsets.
     """
     site = entry.site
-    before, after = _affine(model, site.norm_before), _affine(model, site.norm_after)
+    before, after = _affine(model, site.norm_before), None if site.between else _affine(model, site.norm_after)
     rows = _up_rows(site, linear)
     down = wide(_logical(producer)[rows])
     bias = bias_of(producer)
