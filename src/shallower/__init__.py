@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from shallower.curve import Curve
     from shallower.errors import ShallowerError
     from shallower.exporting import Exported, export
+    from shallower.healing import heal
     from shallower.inputs import Inputs
     from shallower.matching import find_sites
     from shallower.measuring import Measurement, compare, measure
+    from shallower.merging import choose_forms
     from shallower.methods.layer_collapse import LayerCollapse
     from shallower.methods.layer_folding import LayerFolding
     from shallower.methods.squeeze import squeeze
@@ -53,9 +55,11 @@ _HOMES = {
     "Target": "budget",
     "TillLayersCollapse": "methods.till_layers_collapse",
     "apply": "surgery",
+    "choose_forms": "merging",
     "compare": "measuring",
     "export": "exporting",
     "find_sites": "matching",
+    "heal": "healing",
     "load": "checkpoint",
     "measure": "measuring",
     "save": "checkpoint",
@@ -83,9 +87,11 @@ __all__ = [
     "Target",
     "TillLayersCollapse",
     "apply",
+    "choose_forms",
     "compare",
     "export",
     "find_sites",
+    "heal",
     "load",
     "measure",
     "save",
