@@ -139,7 +139,7 @@ def measure(
         threads=torch.get_num_threads(),
         batch=len(first) if first is not None and first.dim() else 1,
         dtype=_dtype(plain),
-        device=_device_name(device),
+        device=device_name(device),
         torch_version=torch.__version__,
     )
 
@@ -356,7 +356,8 @@ def _dtype(model: nn.Module) -> str:
     return str(found).removeprefix("torch.")
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """A device for people and for files: where, and the name of the processor."""
     if device.type == "cuda":
         return f"{device} {torch.cuda.get_device_name(device)}"
     return f"{device} {platform.processor() or platform.machine()}" if device.type == "cpu" else str(device)

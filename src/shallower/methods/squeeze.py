@@ -3,26 +3,32 @@
 For each site, in order: choose the channels from which least squares predicts best what the consumers should give,
 weighted by what the model's output makes of it, and fit the consumers anew. Each site is calibrated on the network
 whose earlier sites are squeezed already, towards what the dense network does there. How many channels each site keeps
-follows from the sites' curves of error against cost, or is the same share everywhere, whichever does better.
+follows from the sites' curves of error against cost, or is the same share everywhere, whichever does better. Where the
+target is a latency, the cost is what was measured on this machine (latencies.py), and the whole model is timed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from shallower.allocation import Choice, allocate, in_proportion
 from shallower.attachment import attached_places, detached_copy
 from shallower.budget import Cost, Target
-from shallower.errors import MethodError, SiteError, TargetError
+from shallower.errors import FitError, MethodError, SiteError, TargetError
+from shallower.fingerprints import fingerprint
 from shallower.fisher import OutputOf, default_output_of
-from shallower.inputs import InputsOf, default_inputs_of, reiterable
-from shallower.plan import Entry, Plan
+from shallower.inputs import Inputs, InputsOf, default_inputs_of, model_device, reiterable, to_device
+from shallower.latencies import Latency, narrowed_copy, site_latencies, stand_in
+from shallower.measuring import compare
+from shallower.plan import Plan
+from shallower.progress import Progress, digest
+from shallower.refitting import may_collapse
 from shallower.sites import Site, Sites
 from shallower.statistics import MaskOf, evaluating
 from shallower.sweeping import Calibration, Sweep
@@ -32,6 +38,20 @@ Score = Callable[[nn.Module], float]
 _TRIALS = 6
 _JUDGED = 8
 """Batches on which allocated and equal widths are compared."""
+
+_TIMINGS = 5
+"""How often the whole model is timed, and the widths corrected, until a latency is met."""
+
+_CLOSE = 0.97
+"""A latency target is met well enough at this part of what it allows."""
+
+_LEAST_TRUST = 0.5
+
+_TIMED_ROUNDS = 15
+"""The whole model is timed in so many rounds; on a busy machine in more, until the ratio is precise or time is up."""
+
+_PRECISION = 0.01
+_TIMED_SECONDS = 5.0
 
 
 def squeeze(
@@ -46,6 +66,8 @@ def squeeze(
     compensation: float = 1.0,
     sensitivity: bool = True,
     collapse: bool = True,
+    example_inputs: Inputs | None = None,
+    checkpoint: str | Path | None = None,
     inputs_of: InputsOf = default_inputs_of,
     mask_of: MaskOf | None = None,
     output_of: OutputOf = default_output_of,
@@ -61,7 +83,8 @@ def squeeze(
         model: in the state it is to be used in; it is not changed.
         sites: of this model, or a selection of them.
         batches: a few hundred samples of what the model is used on, labels are not needed; iterated several times.
-        target: `params:`, `macs:`, `memory:`, or `drop:`, which needs `score`; see `budget.Target`.
+        target: `params:`, `macs:`, `memory:`, `latency:` on this device, or `drop:`, which needs `score`; see
+            `budget.Target`.
         score: quality of a model, higher is better. Needed for `drop:`. Widths allocated by the sites' curves of error
             and equal widths are both tried, and the better one by this score is taken; without a score, the one whose
             output differs less from the model's on the batches.
@@ -70,6 +93,9 @@ def squeeze(
         compensation: how much of the error that earlier sites left in the residual stream a site makes up for, 0 to 1.
         sensitivity: weight outputs by what the model's output makes of them (one backward pass over the batches).
         collapse: allow a site to become one linear map, where that is the better buy; not with `uniform`.
+        example_inputs: what latencies are measured on; by default the inputs of the first batch.
+        checkpoint: a file (.safetensors) for what is done so far. Where it exists, an interrupted squeezing of the same
+            model on the same batches goes on from it, with the same result.
         inputs_of: picks the model's inputs out of a batch.
         mask_of: picks the mask of padding out of a batch; by default a two-dimensional `attention_mask`.
         output_of: picks the output that matters out of what the model returns.
@@ -81,26 +107,28 @@ def squeeze(
 
     Raises:
         SiteError: no site can be made narrower.
-        TargetError: the target cannot be met; the error says what can.
+        TargetError: the target cannot be met, and the error says what can; or the model meets it as it is.
         FitError: the calibration data are too few or not finite; the error names the site.
         MethodError: an option is out of range, or a `drop:` target comes without `score`.
+        CheckpointError: the checkpoint is damaged, or of another squeezing.
     """
     if not 0 <= compensation <= 1 or round_to < 1:
         raise MethodError("compensation is a number from 0 to 1, and round_to at least 1")
     goal = Target.parse(target) if isinstance(target, str) else target
-    reiterable(batches)
+    if goal.unit == "drop" and score is None:
+        raise MethodError(f"the target {goal} needs score=, a function from a model to its quality")
     squeezable = narrowable(sites)
+    first = _first(batches)
     calibration = Calibration(
         batches, compensation, sensitivity, collapse and not uniform, inputs_of, mask_of, output_of, logits, seed
     )
     dense = detached_copy(model) if attached_places(model) else model
-    work = _Squeeze(dense, squeezable, Sweep(dense, squeezable.items, calibration), round_to, uniform)
-    if goal.unit == "drop":
-        if score is None:
-            raise MethodError(f"the target {goal} needs score=, a function from a model to its quality")
+    progress = None if checkpoint is None else Progress(checkpoint, _identity(dense, squeezable, calibration))
+    sweep = Sweep(dense, squeezable.items, calibration, progress)
+    inputs = inputs_of(first) if example_inputs is None else example_inputs
+    work = _Squeeze(dense, squeezable, sweep, round_to, uniform, to_device(inputs, model_device(dense)))
+    if goal.unit == "drop" and score is not None:
         return work.within(goal, score)
-    if goal.unit == "latency":
-        raise MethodError(f"the target {goal}: squeezing counts params:, macs: and memory:, or is steered by drop:")
     choices = [replace(work, uniform=True).widths(goal)]
     if not uniform:
         choices.append(work.widths(goal))
@@ -108,6 +136,30 @@ def squeeze(
         return work.sweep.plan(choices[0])[0]
     judge = work.likeness if score is None else score
     return max((work.sweep.plan(widths) for widths in choices), key=lambda made: judge(made[1]))[0]
+
+
+def _first(batches: Iterable[Any]) -> Any:
+    """The first batch.
+
+    Raises:
+        FitError: there is none.
+        SiteError: the batches can be read only once.
+    """
+    for batch in reiterable(batches):
+        return batch
+    raise FitError("no batches are too little to calibrate on; give a few hundred samples")
+
+
+def _identity(dense: nn.Module, sites: Sites, calibration: Calibration) -> dict[str, Any]:
+    """What the result of a squeezing to given widths depends on."""
+    options = {f.name: getattr(calibration, f.name) for f in fields(calibration)}
+    plain = {name: value for name, value in options.items() if isinstance(value, (bool, int, float, str, type(None)))}
+    return {
+        "weights": fingerprint(dense, sites),
+        "sites": [site.name for site in sites],
+        "data": digest(calibration.batches),
+        "options": plain,
+    }
 
 
 def narrowable(sites: Sites) -> Sites:
@@ -127,7 +179,9 @@ def narrowable(sites: Sites) -> Sites:
 def _why_not(site: Site) -> str:
     if site.producer is None or site.kind in ("activation", "heads"):
         return "it has no hidden width"
-    if any(m.groups > 1 for m in site.maps):
+    if site.not_narrow:
+        return site.not_narrow
+    if any(m.groups > 1 for m in (*site.consumers, site.producer)):
         return "the channels of a grouped convolution cannot be kept one by one"
     first = site.consumers[0]
     shape = (first.kind == "conv2d", first.kernel, first.stride, first.padding, first.dilation)
@@ -137,14 +191,35 @@ def _why_not(site: Site) -> str:
 
 
 @dataclass
+class _Clock:
+    """What was timed: the model as it is, and its sites."""
+
+    seconds: float = 0.0
+    sites: dict[str, Latency] = field(default_factory=dict)
+
+
+@dataclass
 class _Squeeze:
-    """One squeezing of one model."""
+    """One squeezing of one model.
+
+    Attributes:
+        dense: the model as it is.
+        sites: that may be squeezed.
+        sweep: squeezes to given widths.
+        round_to, uniform: as for `squeeze`.
+        inputs: what latencies are measured on.
+        trust: what part of the time that single sites save the whole model saves.
+        clock: what was timed.
+    """
 
     dense: nn.Module
     sites: Sites
     sweep: Sweep
     round_to: int
     uniform: bool
+    inputs: Inputs
+    trust: float = 1.0
+    clock: _Clock = field(default_factory=_Clock)
 
     def within(self, target: Target, score: Score) -> Plan:
         """The smallest plan found by bisection whose score is not below the floor."""
@@ -172,8 +247,44 @@ class _Squeeze:
         return best
 
     def widths(self, target: Target) -> dict[str, int]:
-        """How many channels each site keeps; 0 for a full collapse."""
-        before = self._before()
+        """How many channels each site keeps; 0 for a full collapse.
+
+        Raises:
+            TargetError: no widths meet the target, or nothing has to be done for it.
+        """
+        if target.unit != "latency":
+            return self._allocated(target)
+        before = self._before(target)
+        limit = target.limit(before)
+        best: tuple[float, dict[str, int]] | None = None
+        fastest = self.dense_seconds
+        for timing in range(_TIMINGS):
+            try:
+                found = self._allocated(target)
+            except TargetError:
+                if timing == 0:
+                    raise
+                break
+            seconds = self.timed(found)
+            fastest = min(fastest, seconds)
+            if seconds <= limit and (best is None or seconds > best[0]):
+                best = (seconds, found)
+            if _CLOSE * limit <= seconds <= limit:
+                break
+            hoped = self.dense_seconds - self._predicted(found)
+            saved = self.dense_seconds - seconds
+            self.trust = 0.99 * min(max(saved / hoped, _LEAST_TRUST), 1 / _LEAST_TRUST)
+        if best is None:
+            raise TargetError(
+                f"the target {target} asks for {limit * 1e3:.3g} ms, and the model takes "
+                f"{self.dense_seconds * 1e3:.3g} ms; of the plans that were timed the fastest takes "
+                f"{fastest * 1e3:.3g} ms. Ask for less, or allow more sites"
+            )
+        return best[1]
+
+    def _allocated(self, target: Target) -> dict[str, int]:
+        """The same as `widths`, by counted cost or by the latencies of single sites."""
+        before = self._before(target)
         widths = {site.name: site.width for site in self.sites}
 
         def met(chosen: Mapping[str, int]) -> bool:
@@ -187,8 +298,8 @@ class _Squeeze:
                 chosen = allocate(menus, lambda choices: met({name: c.width for name, c in choices.items()}))
                 found = {name: choice.width for name, choice in chosen.items()}
         except TargetError as error:
-            smallest = {n: w if self.uniform else min(w, self.round_to) for n, w in widths.items()}
-            least = target.amount_of(self._after(before, {n: min(w, self.round_to) for n, w in smallest.items()}))
+            smallest = {n: min(w, self.round_to) for n, w in widths.items()}
+            least = target.amount_of(self._after(before, smallest))
             raise TargetError(
                 f"the target {target} asks for {target.limit(before) / target.amount_of(before):.1%} of the model's "
                 f"{target.unit}; with {self.round_to} channels at each of the {len(widths)} sites, "
@@ -200,6 +311,39 @@ class _Squeeze:
                 "no plan is cheaper in what was asked for"
             )
         return found
+
+    def timed(self, widths: Mapping[str, int]) -> float:
+        """Seconds of the whole model at these widths, by its ratio to the dense model in turns."""
+        small = narrowed_copy(self.dense, self.sites.items, widths)
+        models = {"dense": self.dense, "small": small}
+        found = compare(models, self.inputs, rounds=_TIMED_ROUNDS)["small"]
+        wanted = round((found.ratio_spread / found.ratio / _PRECISION) ** 2)
+        affordable = round(_TIMED_SECONDS / (self.dense_seconds + found.latency))
+        if (rounds := min(wanted, affordable)) > _TIMED_ROUNDS:
+            found = compare(models, self.inputs, rounds=rounds)["small"]
+        return found.ratio * self.dense_seconds
+
+    @property
+    def dense_seconds(self) -> float:
+        """Seconds of the whole model as it is."""
+        if not self.clock.seconds:
+            self.clock.seconds = compare({"dense": self.dense}, self.inputs, rounds=_TIMED_ROUNDS)["dense"].latency
+        return self.clock.seconds
+
+    @property
+    def latencies(self) -> dict[str, Latency]:
+        """Of the sites, as parts of the whole model's."""
+        if not self.clock.sites:
+            merged = [s.name for s in self.sites if self.sweep.calibration.collapse and may_collapse(s)]
+            self.clock.sites = site_latencies(
+                self.dense, self.sites.items, self.inputs, round_to=self.round_to, collapse=merged
+            )
+        return self.clock.sites
+
+    def _predicted(self, widths: Mapping[str, int]) -> float:
+        """Seconds of the whole model at these widths, from the sites' latencies."""
+        saved = sum(self.latencies[s.name].part - self.latencies[s.name].at(widths[s.name]) for s in self.sites)
+        return self.dense_seconds * (1 - saved)
 
     def likeness(self, small: nn.Module) -> float:
         """How like the dense network's its output is, on a few of the batches: minus the mean divergence."""
@@ -219,24 +363,25 @@ class _Squeeze:
         return menus
 
     def _site_cost(self, site: Site, width: int, target: Target) -> float:
+        if target.unit == "latency":
+            return self.latencies[site.name].at(width)
         if width == site.width:
             return site.macs if target.unit == "macs" else site.params
-        entry = _stub(site, width)
+        entry = stand_in(site, width)
         return entry.macs_after if target.unit == "macs" else entry.params_after
 
-    def _before(self) -> Cost:
+    def _before(self, target: Target) -> Cost:
         tensors = {id(t): t for t in chain(self.dense.parameters(), self.dense.buffers())}.values()
         params = {id(t): t for t in self.dense.parameters()}.values()
         memory = sum(t.numel() * t.element_size() for t in tensors)
-        return Cost(sum(t.numel() for t in params), self.sites.macs, memory)
+        seconds = self.dense_seconds if target.unit == "latency" else None
+        return Cost(sum(t.numel() for t in params), self.sites.macs, memory, seconds)
 
     def _after(self, before: Cost, widths: Mapping[str, int]) -> Cost:
-        plan = Plan(tuple(_stub(s, widths[s.name]) for s in self.sites if widths[s.name] != s.width))
+        plan = Plan(tuple(stand_in(s, widths[s.name]) for s in self.sites if widths[s.name] != s.width))
         wide = next(self.dense.parameters()).element_size()
         params = plan.params_saved
-        return Cost(before.params - params, before.macs - plan.macs_saved, before.memory - wide * params)
-
-
-def _stub(site: Site, width: int) -> Entry:
-    """An entry that costs what a site with this width costs."""
-    return Entry.collapse(site) if width == 0 else Entry.narrow(site, torch.arange(width))
+        seconds = None
+        if before.latency is not None:
+            seconds = before.latency - self.trust * (before.latency - self._predicted(widths))
+        return Cost(before.params - params, before.macs - plan.macs_saved, before.memory - wide * params, seconds)
