@@ -32,11 +32,7 @@ Block = tuple[int, int]
 
 
 class Width:
-    """How many channels of a site are computed: `drawn` while training, `live` in eval mode.
-
-    A plain object and not a module, because torch.compile takes an integer of a plain object that changes for a
-    symbol, and compiles once for all widths.
-    """
+    """How many channels of a site are computed: `drawn` while training, `live` in eval mode."""
 
     def __init__(self, full: int) -> None:
         self.full = self.live = self.drawn = full

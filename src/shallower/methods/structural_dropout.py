@@ -59,9 +59,9 @@ class StructuralDropout(Method):
     `StructuralDropout.as_published(model, sites)`.
 
     Widths are drawn on the CPU from a generator of its own, so that they are equal in all processes. It is a part of
-    `state()`, which `training.train` keeps in its checkpoint. Under torch.compile widths are symbols: the model is
-    compiled once more when the first width changes. Activation checkpointing does not go with several passes a step:
-    it would compute a pass again at another's width, which PyTorch reports.
+    `state()`, which `training.train` keeps in its checkpoint. torch.compile compiles anew for every width, unless
+    `torch._dynamo.config.allow_unspec_int_on_nn_module` is True: three graphs then serve all. Activation checkpointing
+    does not go with several passes a step: it would compute a pass again at another's width, which PyTorch reports.
 
     Args:
         model: to attach to.
@@ -244,7 +244,12 @@ class StructuralDropout(Method):
     def _seen(self, closure: Callable[[], Any]) -> tuple[Tensor, Tensor | None]:
         """The loss of one pass, and the output that the model gave in it."""
         outputs: list[Any] = []
-        handle = self.model.register_forward_hook(lambda *args: outputs.append(args[-1])) if self.distillation else None
+
+        def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not torch.compiler.is_compiling():  # a compiled graph would keep the output of its first call
+                outputs.append(output)
+
+        handle = self.model.register_forward_hook(see) if self.distillation else None
         try:
             value = closure()
         finally:
