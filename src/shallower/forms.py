@@ -235,6 +235,8 @@ def form_of(
     own = site.norm_params * site.width + (0 if _stays(site) else site.activation_params)
     own += sum(b.activation_params for b in site.between)
     before = (sum(m.params for m in maps_before) + own, sum(m.macs for m in maps_before))
+    if site.kind == "heads":
+        return _of_heads(entry, before)
     if site.producer is None:
         return Form("removed", None, None, (), before)
     producer = now[site.producer.name]
@@ -251,7 +253,10 @@ def form_of(
         why = site.not_narrow or "a map of it is a grouped convolution"
         raise PlanError(f"{site.name}: its channels cannot be kept one by one: {why}")
     fit = entry.fit
-    refitted = (False, False) if fit is None else (fit.producer_bias is not None, fit.gate_bias is not None)
+    refitted = (False, False)
+    if fit is not None:
+        _check_rows(entry, producer, gate)
+        refitted = (fit.producer_bias is not None and not site.norm_before, fit.gate_bias is not None)
     inside = rank > 0 and padded(consumers) and has_constants(entry, producer)
     return Form(
         "partial" if rank else "narrower",
@@ -268,6 +273,27 @@ def form_of(
         activation=_activation_after(entry, kept, rank),
         norms=site.norm_params * width,
     )
+
+
+def _of_heads(entry: Entry, before: tuple[int, int]) -> Form:
+    from shallower.heads import narrowed
+
+    kept = len(entry.kept)
+    bias = True if entry.fit is not None and bool(entry.fit.biases[0].ne(0).any()) else None
+    site = narrowed(entry.site, kept, bias)
+    projections = () if site.heads is None else site.heads.maps
+    return Form("narrower", None, None, site.consumers, before, kept=kept, projections=projections)
+
+
+def _check_rows(entry: Entry, producer: LinearMap, gate: LinearMap | None) -> None:
+    """Check that fitted rows read as many inputs as their layers have by now."""
+    fitted = {} if entry.fit is None else entry.fit.singles
+    for role, m in (("producer", producer), ("gate", gate or producer)):
+        if role in fitted and fitted[role].shape[1] != m.d_in:
+            raise PlanError(
+                f"{entry.site.name}: the rows of `{m.name}` were fitted for {fitted[role].shape[1]} inputs, and it has "
+                f"{m.d_in} after the earlier entries of the plan. Apply those first, and fit this site on the result"
+            )
 
 
 def _without_kept(

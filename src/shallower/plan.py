@@ -63,7 +63,8 @@ class Fit:
         down_bias: (rank,), constants behind `down`, in front of a consumer's padding; None for none.
         producer: (kept, d_in), for a convolution (kept, d_in, kh, kw): new rows of the producer for the kept channels
             (in a packed gated site, of the up projection); None where they stay as they are.
-        producer_bias: (kept,), the new bias with it; None where it stays as it is.
+        producer_bias: (kept,), with it: the new shift of the BatchNorm before f, or, where there is none, the
+            producer's new bias; None where that stays as it is.
         gate: (kept, d_in), new rows of a gated site's gate; None where they stay as they are.
         gate_bias: (kept,), the new bias with it; None where it stays as it is.
     """

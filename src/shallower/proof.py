@@ -25,7 +25,7 @@ from shallower.fingerprints import has_no_numbers
 from shallower.forms import Step, steps
 from shallower.inputs import Inputs, call, model_device, tensors, to_device
 from shallower.plan import Plan
-from shallower.rewriting import externalise, internalise
+from shallower.rewriting import externalise
 from shallower.simulation import fated, hook, impose
 from shallower.sites import LinearMap, Place, Site
 
@@ -183,25 +183,21 @@ class _SiteBySite(Proof):
         if site.producer is None or site.activation is None:
             yield
             return
-        x = self._input_of(model, site.producer.name)
-        name = externalise(model, site.activation)
-        f = copy.deepcopy(model.get_submodule(name)).float()
-        if site.activation.calls:
-            internalise(model, site.activation)
+        x = self._input_of(model, site.producer.name).float()
         modules = _modules(model, site)
         with torch.no_grad(), _exact(model):
-            before = {key: copy.deepcopy(module).float().eval() for key, module in modules.items()}
+            before = _parts(model, site)
             hook(entry, before[site.producer.name], before)
-            expected = _chain(site, before, fated(entry, f).eval(), x.float())
+            before[str(site.activation)] = fated(entry, before[str(site.activation)]).eval()
+            expected = _chain(site, before, x)
+            if entry.fold_skip and site.residual is not None:
+                norm = before.get(site.residual.norm)
+                expected = [(y if norm is None else norm(y)) + x for y in expected]
             types = {key: _type_of(module) for key, module in modules.items()}
             for module in modules.values():
                 module.float()
             yield
-            after = {key: copy.deepcopy(module).eval() for key, module in _modules(model, site).items()}
-            act = f
-            if step.form.kind != "narrower" or not site.activation.calls or entry.alphas is not None:
-                act = copy.deepcopy(model.get_submodule(name)).float()
-            found = _chain(site, after, act.eval(), x.float())
+            found = _chain(site, _parts(model, site), x)
             for key, module in _modules(model, site).items():
                 if types[key] is not None:
                     module.to(types[key])
@@ -405,13 +401,42 @@ def _relative_error(expected: Tensor, found: Tensor) -> float:
 
 
 def _modules(model: nn.Module, site: Site) -> dict[str, nn.Module]:
-    names = [*(m.name for m in site.maps), *(norm for norm in (site.norm_before, site.norm_after) if norm)]
+    """The maps and BatchNorms of a site, and the BatchNorm in front of the sum around it, by name."""
+    norms = [site.norm_before, site.norm_after, *(n for b in site.between for n in (b.norm_before, b.norm_after))]
+    norms += [] if site.residual is None else [site.residual.norm]
+    names = [*(m.name for m in site.maps), *(norm for norm in norms if norm)]
     return {name: model.get_submodule(name) for name in names}
 
 
-def _chain(site: Site, modules: Mapping[str, nn.Module], f: nn.Module, x: Tensor) -> list[Tensor]:
+def _parts(model: nn.Module, site: Site) -> dict[str, nn.Module]:
+    """Copies in float32 of all that a site consists of, by name; activations by their place."""
+    parts = {name: copy.deepcopy(module).float().eval() for name, module in _modules(model, site).items()}
+    for place in (site.activation, *(b.activation for b in site.between)):
+        if place is None:
+            continue
+        parts[str(place)] = _copy_of(model, place).float().eval()
+        for name, part in list(parts.items()):  # a norm that holds the activation behind it
+            inner = place.module.removeprefix(f"{name}.")
+            if inner != place.module and not place.calls and not isinstance(part, nn.Identity):
+                part.set_submodule(inner, nn.Identity())
+    return parts
+
+
+def _copy_of(model: nn.Module, place: Place) -> nn.Module:
+    """A copy of what stands at a place; the model stays as it is."""
+    if place.calls:
+        owner = copy.deepcopy(model.get_submodule(place.module))
+        return owner.get_submodule(externalise(owner, Place("", place.calls)))
+    try:
+        return copy.deepcopy(model.get_submodule(place.module))
+    except AttributeError:  # it went with the norm that held it
+        return nn.Identity()
+
+
+def _chain(site: Site, modules: Mapping[str, nn.Module], x: Tensor) -> list[Tensor]:
     """What a site computes, from the producer's input to the consumers' outputs."""
     dim = 1 if site.channels_first else -1
+    f = modules[str(site.activation)]
     h = modules[cast(LinearMap, site.producer).name](x)
     if site.packed:
         first, second = h.chunk(2, dim)
@@ -422,6 +447,9 @@ def _chain(site: Site, modules: Mapping[str, nn.Module], f: nn.Module, x: Tensor
     else:
         z = f(modules[site.norm_before](h) if site.norm_before else h)
     z = modules[site.norm_after](z) if site.norm_after else z
+    for b in site.between:
+        for name in (b.map.name, b.norm_before, "" if b.activation is None else str(b.activation), b.norm_after):
+            z = modules[name](z) if name else z
     return [modules[m.name](z) for m in site.consumers]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shallower import heads
 from shallower.attachment import detached_copy
 from shallower.errors import PlanError
 from shallower.fitting import check_fits
@@ -45,6 +46,9 @@ def impose(copied: nn.Module, plan: Plan) -> None:
     entries = [step.entry for step in done.values()]
     for entry in entries:
         place = entry.site.activation
+        if entry.site.kind == "heads":
+            heads.impose(copied, entry)
+            continue
         if place is None:
             raise PlanError(f"{entry.site.name}: the site has no activation")
         name = externalise(copied, place) if place.calls else place.module
@@ -64,7 +68,8 @@ def impose(copied: nn.Module, plan: Plan) -> None:
                     f"{site.name}: its producer was fitted, and an earlier entry of the plan merges it with another "
                     "layer. Apply that entry first, and fit this site on the result"
                 )
-        modules = {m.name: copied.get_submodule(m.name) for m in site.maps}
+        names = [m.name for m in site.maps] + ([site.norm_before] if site.norm_before else [])
+        modules = {name: copied.get_submodule(name) for name in names}
         hook(entry, copied.get_submodule(read_by), modules, selected)
 
 
@@ -84,7 +89,7 @@ def hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], sele
     Args:
         entry: the fates.
         reader: the module that reads the x of a fitted linear path.
-        modules: the site's linear maps by name.
+        modules: the site's linear maps and its first BatchNorm by name.
         selected: the channels of x that the path and a fitted producer read; None for all.
     """
     site, fit = entry.site, entry.fit
@@ -101,6 +106,9 @@ def hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], sele
         (producer, up, fit.producer, fit.producer_bias),
         (modules[site.gate.name] if site.gate is not None else producer, gate, fit.gate, fit.gate_bias),
     ):
+        if module is producer and bias is not None and site.norm_before:
+            _set_shift(site, modules[site.norm_before], channels, bias)
+            bias = None
         if weight is not None:
             rows = _FittedRows(channels, weight, bias, selected, site.channels_first)
             module.register_forward_hook(rows, with_kwargs=True)
@@ -109,6 +117,13 @@ def hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], sele
         reader.register_forward_pre_hook(memory, with_kwargs=True)
     for i, m in enumerate(site.consumers):
         modules[m.name].register_forward_hook(_Fitted(site, fit, i, entry.kept, memory, producer), with_kwargs=True)
+
+
+def _set_shift(site: Site, norm: nn.Module, channels: Tensor, shift: Tensor) -> None:
+    if not isinstance(norm.bias, Tensor):
+        raise PlanError(f"{site.name}: `{site.norm_before}` has no shift that could be fitted")
+    with torch.no_grad():
+        norm.bias[channels.to(norm.bias.device)] = shift.to(norm.bias)
 
 
 def _rows(site: Site, kept: Tensor) -> tuple[Tensor, Tensor]:

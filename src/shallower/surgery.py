@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from shallower import heads
 from shallower.activations import PartialActivation, SlopeActivation
 from shallower.algebra import (
     compose,
@@ -76,6 +77,7 @@ def apply(model: M, plan: Plan, example_inputs: Inputs) -> M:
     _check_finite(small, todo)
     proof.check(small)
     update_configs(small, todo)
+    heads.update_configs(small, plan.entries)
     return small
 
 
@@ -84,7 +86,8 @@ def operate(model: nn.Module, step: Step) -> None:
     entry, form = step.entry, step.form
     site = entry.site
     if site.kind == "heads":
-        raise PlanError(f"{site.name}: attention heads cannot be planned yet; exclude the site")
+        heads.narrow(model, entry)
+        return
     if site.producer is None or form.kind == "removed":
         _vanish(model, site.activation)
         return
@@ -271,7 +274,7 @@ def _narrow(model: nn.Module, entry: Entry, form: Form, path: _Path) -> None:
         _set_activation(model, entry, form)
         return
 
-    rows, bias = _kept_rows(producer, _up_rows(site, kept), fit, "producer")
+    rows, bias = _kept_rows(producer, _up_rows(site, kept), fit, "producer", bool(site.norm_before))
     shift = down.new_zeros(form.rank) if path.shift is None else path.shift
     own, shifts = [rows, down], [bias, shift]
     if site.packed:
@@ -301,18 +304,33 @@ def _narrow(model: nn.Module, entry: Entry, form: Form, path: _Path) -> None:
             norm = cast(_BatchNorm, model.get_submodule(name))
             narrower = perform(model, {"edit": "norm", "name": name, "channels": form.kept + form.rank})
             fill_norm(cast(_BatchNorm, narrower), norm, kept)
+            if name == site.norm_before and fit is not None and fit.producer_bias is not None:
+                _set_shift(site, cast(_BatchNorm, narrower), fit.producer_bias)
     _set_activation(model, entry, form)
     for b in site.between:
         if b.activation is not None and form.kept < site.width and _has_channels(model, b.activation, site.width):
             _narrow_activation(model, site, _module_at(model, b.activation), kept)
 
 
-def _kept_rows(layer: nn.Module, rows: Tensor, fit: Fit | None = None, role: str = "") -> tuple[Tensor, Tensor]:
-    """Weight and bias of these rows of a layer, or what was fitted in their place; zeros where it has no bias."""
+def _set_shift(site: Site, norm: _BatchNorm, shift: Tensor) -> None:
+    """Set the shift of the first channels of a BatchNorm."""
+    if norm.bias is None:
+        raise PlanError(f"{site.name}: `{site.norm_before}` has no shift that could be fitted")
+    with torch.no_grad():
+        norm.bias[: len(shift)] = shift.to(norm.bias)
+
+
+def _kept_rows(
+    layer: nn.Module, rows: Tensor, fit: Fit | None = None, role: str = "", shifted: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of these rows of a layer, or what was fitted in their place; zeros where it has no bias.
+
+    Where a BatchNorm behind the layer shifts the channels (`shifted`), the fitted bias is its, not the layer's.
+    """
     weight, bias = weight_of(layer)[rows], bias_of(layer)
     shift = weight.new_zeros(len(rows)) if bias is None else bias[rows]
     fitted = {} if fit is None else fit.singles
-    return fitted.get(role, weight), fitted.get(f"{role}_bias", shift)
+    return fitted.get(role, weight), shift if shifted else fitted.get(f"{role}_bias", shift)
 
 
 def _reduced(path: _Path, form: Form, producer: nn.Module, consumers: list[nn.Module]) -> tuple[Tensor, list[Tensor]]:
