@@ -14,7 +14,7 @@ from benchmarks import results
 from benchmarks.record import circumstances, write_json
 from shallower.errors import ShallowerError
 
-NAMES = ("vgg", "sst2", "vit", "slope_overhead", "squeeze")
+NAMES = ("vgg", "sst2", "vit", "slope_overhead", "squeeze", "structural_dropout")
 ROOT = Path(__file__).parents[1]
 
 
@@ -56,6 +56,8 @@ def execute(name: str, data: Path, quick: bool, cache: Path, out: Path) -> str:
     command = f"python -m benchmarks {name}" + (" --quick" if quick else "")
     found = {"name": name, "command": command, "quick": quick, **circumstances(), **module.run(data, quick, cache)}
     write_json(out / f"{name}.json", found)
+    if hasattr(module, "draw"):
+        module.draw(found, out)
     table: str = module.table(found)
     return table
 
