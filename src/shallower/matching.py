@@ -6,13 +6,15 @@ a gated site, the two) that feeds it. What is found this way either passes every
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from shallower.attention import head_sites
 from shallower.candidates import MOST_STEPS, Found, Walk
+from shallower.counting import with_counts
 from shallower.graph import Graph, Step, Unit, channel_dim, sizes
 from shallower.inputs import Inputs
 from shallower.long_sites import long_sites
@@ -33,7 +35,7 @@ from shallower.sums import with_residuals
 from shallower.tracing import Call, Frame, Value, trace_forward
 
 
-def find_sites(model: nn.Module, example_inputs: Inputs, *, places: bool = False) -> Sites:
+def find_sites(model: nn.Module, example_inputs: Inputs, *, places: bool = False, heads: bool = False) -> Sites:
     """The sites of `model`, and what looked like one but cannot be used, from one forward pass.
 
         sites = find_sites(model, {"input_ids": ids, "attention_mask": mask})
@@ -46,11 +48,15 @@ def find_sites(model: nn.Module, example_inputs: Inputs, *, places: bool = False
         model: any module that runs in eager mode.
         example_inputs: what it is called with: a tensor, a tuple of positional or a dict of keyword arguments.
         places: also list the activations that stand in no site (`kind="activation"`).
+        heads: also list attention heads (`kind="heads"`); the model is then run a few times more, without data.
 
     Raises:
         SiteError: `model` is not a module with parameters, or does not run on these inputs.
     """
-    return Matcher(Graph(trace_forward(model, example_inputs))).sites(places=places)
+    matcher = Matcher(Graph(trace_forward(model, example_inputs)))
+    found, skipped = head_sites(matcher.graph) if heads else ([], {})
+    found, refused = with_counts(model, example_inputs, found)
+    return matcher.sites(places=places, heads=found, skipped=skipped | refused)
 
 
 class Matcher:
@@ -61,8 +67,8 @@ class Matcher:
         self.walk = Walk(graph)
         self.placing = Placing(graph)
 
-    def sites(self, *, places: bool) -> Sites:
-        """All sites and what was skipped."""
+    def sites(self, *, places: bool, heads: Sequence[tuple[int, Site]], skipped: Mapping[str, str]) -> Sites:
+        """All sites and what was skipped; those of attention heads, with their positions, were found before."""
         usable: dict[tuple[nn.Module, ...], list[Found]] = {}
         refused: list[tuple[Found, str]] = []
         for found in self.walk.candidates():
@@ -81,20 +87,21 @@ class Matcher:
                 refused.append((group[0], reason))
                 continue
             chosen.append((group, place))
-        heads = self.heads([group for group, _ in chosen])
-        built = [(group, self.build(group, place, i in heads)) for i, (group, place) in enumerate(chosen)]
+        last = self.classifiers([group for group, _ in chosen])
+        built = [(group, self.build(group, place, i in last)) for i, (group, place) in enumerate(chosen)]
         built += long_sites(self.graph, built)
         built = with_residuals(self.graph, self.placing, built)
         refused.sort(key=lambda item: self.graph.position(item[0].chain[0]))
-        items, skipped = self.named(built, refused)
+        items, reasons = self.named(built, refused)
+        reasons |= {name: reason for name, reason in skipped.items() if name not in reasons}
         if places:
             covered = {call for group, _ in built for found in group for call in found.chain}
-            items += self.places(covered, skipped)
-            items.sort(key=lambda item: item[0])
+            items += self.places(covered, reasons)
+        items = sorted([*items, *heads], key=lambda item: item[0])
         model = self.graph.trace.model
         return Sites(
             items=tuple(site for _, site in items),
-            skipped=skipped,
+            skipped=reasons,
             params=sum(parameter.numel() for parameter in model.parameters()),
             macs=self.graph.trace.macs,
         )
@@ -233,8 +240,8 @@ class Matcher:
             return "convolution"
         return "head" if head else "feed-forward"
 
-    def heads(self, groups: Sequence[Sequence[Found]]) -> set[int]:
-        """Which groups are heads: in no residual, and no maps but heads behind them."""
+    def classifiers(self, groups: Sequence[Sequence[Found]]) -> set[int]:
+        """Which groups are heads of the network: in no residual, and no maps but heads behind them."""
         followed: set[Value] = set()
         for call in reversed(self.graph.trace.calls):
             if self.graph.is_map(self.graph.step(call)) or any(value in followed for value in call.outputs):

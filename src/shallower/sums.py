@@ -23,10 +23,13 @@ def with_residuals(graph: Graph, placing: Placing, built: Sequence[Built]) -> li
     behind = {tuple(found.consumers[0] for found in group): group for group, site in built if len(site.consumers) == 1}
     result = []
     for group, site in built:
-        residual, first, seen = None, group, 0
-        while residual is None and first is not None and seen < MOST_STEPS:
+        residual, first, seen = _residual(graph, placing, group, group), group, {id(group)}
+        while residual is None:
+            first = behind.get(tuple(found.producer for found in first), group)
+            if id(first) in seen:
+                break
+            seen.add(id(first))
             residual = _residual(graph, placing, group, first)
-            first, seen = behind.get(tuple(found.producer for found in first)), seen + 1
         result.append((group, replace(site, residual=residual)))
     return result
 
