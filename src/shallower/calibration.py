@@ -166,17 +166,20 @@ class SiteGrams:
         inputs: (fit, held) from what the producer reads, for a full collapse; None where that was not asked for.
         rows: (fit, held), what the producer reads and the consumers should give at some of the positions; empty where
             that was not asked for. Of this process alone.
+        units: (d,) what a unit of each of the consumers' outputs becomes in the sum that it goes into; ones where it
+            goes into none.
     """
 
     fit: Gram
     held: Gram
     inputs: tuple[Gram, Gram] | None = None
     rows: tuple[Sequence[Rows], Sequence[Rows]] = ((), ())
+    units: Tensor | None = None
 
     def over_processes(self) -> SiteGrams:
         """Of all processes together."""
         inputs = None if self.inputs is None else (self.inputs[0].over_processes(), self.inputs[1].over_processes())
-        return SiteGrams(self.fit.over_processes(), self.held.over_processes(), inputs, self.rows)
+        return SiteGrams(self.fit.over_processes(), self.held.over_processes(), inputs, self.rows, self.units)
 
     @property
     def all(self) -> Gram:
@@ -191,10 +194,12 @@ class Goal:
     Attributes:
         y: for each consumer, its output; where `streamed`, and part of what it is added to.
         streamed: for each consumer, whether that part is in `y`.
+        units: for each consumer, (d,) float32, what a unit of each output becomes in the sum; ones where it is in none.
     """
 
     y: tuple[Tensor, ...]
     streamed: tuple[bool, ...]
+    units: tuple[Tensor, ...]
 
 
 Goals = Mapping[str, Sequence[Goal]]
@@ -283,6 +288,7 @@ def collect_grams(
     device = model_device(dense)
     sums: dict[str, list[Gram]] = {}
     kept: dict[str, tuple[list[Rows], list[Rows]]] = {site.name: ([], []) for site in sites}
+    units: dict[str, Tensor] = {}
     samples = 0
     with ExitStack() as stack:
         target: _Watch | None = None
@@ -309,6 +315,7 @@ def collect_grams(
                 else:
                     given = goals[index][site.name] if goals is not None else ()
                 wanted = rows.wanted(site, given, source, compensation)
+                units[site.name] = torch.cat(given[0].units)
                 seen = rows.grams(site, source, wanted, with_inputs)
                 old = sums.get(site.name)
                 sums[site.name] = seen if old is None else [a + b for a, b in zip(old, seen, strict=True)]
@@ -322,7 +329,7 @@ def collect_grams(
     for site in sites:
         fit, held, *inputs_grams = sums[site.name]
         pair = (inputs_grams[0], inputs_grams[1]) if inputs_grams else None
-        found[site.name] = SiteGrams(fit, held, pair, kept[site.name]).over_processes()
+        found[site.name] = SiteGrams(fit, held, pair, kept[site.name], units[site.name]).over_processes()
         if not bool(found[site.name].all.zz.isfinite().all()):
             raise FitError(
                 f"{site.name}: what its consumer `{site.consumers[0].name}` reads is not finite on the calibration "
@@ -344,6 +351,7 @@ class _Watch:
         self.inputs: dict[str, list[Tensor]] = {}
         self.outputs: dict[str, list[Tensor]] = {}
         self.others: dict[str, list[Tensor | None]] = {}
+        self.units: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._sums = _Sums(self)
         self._wanted = {site.consumers[-1].name: site.calls for site in sites}
@@ -379,12 +387,17 @@ class _Watch:
     def run(self, inputs: Any) -> None:
         """One forward pass, as far as it is needed."""
         self.inputs, self.outputs, self.others, self._follows = {}, {}, {}, []
-        self._sums = _Sums(self)
+        self._sums = _Sums(self, measure=not self.units)
         try:
             with self._sums:
                 call(self.model, inputs)
         except _Finished:
             pass
+        maps = {m.name: m for site in self.sites for m in site.consumers}
+        for name, unit in zip(self._follows, self._sums.units, strict=True):
+            if unit is not None:
+                divided = flat(unit, maps[name].kind == "conv2d")[0]
+                self.units[name] = torch.where(divided == 0, 0.0, 1 / divided)
         for name, other in zip(self._follows, self._sums.others, strict=True):
             self.others.setdefault(name, []).append(other)
 
@@ -402,7 +415,9 @@ class _Watch:
             for name, other in zip(names, others, strict=True):
                 y = self.outputs[name][i]
                 ys.append(y + compensation * other if compensation and other is not None else y)
-            found.append(Goal(tuple(ys), tuple(bool(compensation) and other is not None for other in others)))
+            streamed = tuple(bool(compensation) and other is not None for other in others)
+            units = tuple(self.units.get(m.name, torch.ones(m.d_out)) for m in site.consumers)
+            found.append(Goal(tuple(ys), streamed, units))
         return found
 
     def complete(self) -> bool:
@@ -413,8 +428,8 @@ class _Watch:
 class _Sums(ResidualSums):
     """Ends the pass one call after the last residual sum."""
 
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
+    def __init__(self, watch: _Watch, measure: bool = False) -> None:
+        super().__init__(measure)
         self._watch = watch
 
     def __torch_function__(

@@ -30,6 +30,7 @@ from shallower import attachment
 from shallower.algebra import norm_as_affine
 from shallower.calibration import Gram, Rows, flat, patches, thinned
 from shallower.layers import bias_of, weight_of
+from shallower.plan import Fit
 from shallower.selection import ridge_fit
 from shallower.sites import LinearMap, Place, Site
 
@@ -226,15 +227,19 @@ class Reconstruction:
     before: float
     after: float
 
-    @property
-    def producers(self) -> dict[str, Tensor]:
-        """The producers' rows and biases by the names that `Fit` has for them."""
-        found = {}
+    def added_to(self, fit: Fit) -> Fit:
+        """A fit of consumers with these producers' rows and biases."""
+        found: dict[str, Tensor | None] = {}
         for name, p in self.layers.producers.items():
             found[name] = p.weight.cpu()
-            if p.held is not None:
-                found[f"{name}_bias"] = p.held.cpu()
-        return found
+            found[f"{name}_bias"] = None if p.held is None else p.held.cpu()
+        return replace(
+            fit,
+            producer=found["producer"],
+            producer_bias=found["producer_bias"],
+            gate=found.get("gate"),
+            gate_bias=found.get("gate_bias"),
+        )
 
 
 def reconstruct(
@@ -467,7 +472,8 @@ def _function(
 
     def on_kept(h: Tensor) -> Tensor:
         full = h.new_zeros(h.shape[0], n, *h.shape[2:]).index_copy(1, kept, h)
-        return f(full).index_select(1, kept)
+        seen: Tensor = f(full)
+        return seen.index_select(1, kept)
 
     return on_kept
 
@@ -501,7 +507,8 @@ def _kernel(weight: Tensor, m: LinearMap) -> Tensor:
 
 
 def _weighted(y: Tensor, root: Tensor) -> Tensor:
-    return torch.einsum("n d ..., d e -> n e ...", y, root)
+    weighted: Tensor = torch.einsum("n d ..., d e -> n e ...", y, root)
+    return weighted
 
 
 def _affine(t: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:

@@ -7,13 +7,11 @@ curve = error_curve(site, grams, metric)                # {width: error}
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shallower.calibration import Centred, SiteGrams
+from shallower.calibration import Centred, Gram, SiteGrams
 from shallower.errors import FitError
 from shallower.plan import Entry, Fate, Fit
 from shallower.reconstruction import Layers, Reconstruction, reconstruct
@@ -25,17 +23,29 @@ RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 
 _SELECTION_RIDGE = 1e-4
 _DAMPING = 1e-2
+_DAMPING_OF_IMAGES = 1.0
+"""Shares of plain size in the weight of errors; large where positions tell nearly the same, and the rest is noisy."""
+
+_LEAST = 1e-4
 
 
 def metric_of(site: Site, metrics: Mapping[str, Tensor], grams: SiteGrams) -> Tensor:
-    """(d, d) float64, positive definite: the weight of errors at the consumers' outputs, one beside the other."""
+    """(d, d) float64, positive definite: the weight of errors at the consumers' outputs, one beside the other.
+
+    What the model's output makes of them (see `fisher.py`), and to a part their size in the residual stream.
+    """
     found = [metrics[m.name] for m in site.consumers if m.name in metrics]
+    d = len(grams.fit.yy)
+    units = torch.ones(d) if grams.units is None else grams.units
+    plain = torch.diag(units.to(grams.fit.yy).square())
+    plain += _LEAST * plain.diagonal().mean().clamp_min(_LEAST) * torch.eye(d).to(plain)
     if len(found) < len(site.consumers) or all(bool((t == 0).all()) for t in found):
         moments = _moments(site, grams)
-        scale = 1.0 / moments.yy.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        return scale * torch.eye(len(moments.yy), dtype=torch.float64, device=moments.yy.device)
+        scale = 1.0 / (moments.yy * plain.diagonal()).sum().clamp_min(torch.finfo(torch.float64).tiny)
+        return scale * plain
     metric: Tensor = torch.block_diag(*found)  # type: ignore[no-untyped-call]
-    return metric + _DAMPING * metric.diagonal().mean() * torch.eye(len(metric)).to(metric)
+    damping = _DAMPING_OF_IMAGES if site.consumers[0].taps > 1 else _DAMPING
+    return metric + damping * metric.diagonal().mean() / plain.diagonal().mean() * plain
 
 
 def narrowed(site: Site, grams: SiteGrams, metric: Tensor, width: int, small: nn.Module | None = None) -> Entry:
@@ -56,22 +66,23 @@ def narrowed(site: Site, grams: SiteGrams, metric: Tensor, width: int, small: nn
     root = _root(metric)
     kept = eliminate(moments.zz, moments.zy @ root, ridge=_SELECTION_RIDGE, keep=width, taps=taps).kept(width)
     columns = columns_of(kept, taps)
-    ridge, _ = _best_ridge(site, (grams.fit, grams.held), metric, columns)
+    ridge, error = _best_ridge(site, (grams.fit, grams.held), metric, columns)
     found = None if small is None else _reconstructed(small, site, grams, kept, root, ridge)
     if found is not None:
-        fit = _fit(site, found.weight, found.bias, width)
-        return Entry.narrow(site, kept.cpu(), fit=replace(fit, **found.producers))
-    weight = ridge_fit(moments.zz[columns][:, columns], moments.zy[columns], ridge)
-    return Entry.narrow(
-        site, kept.cpu(), fit=_fit(site, weight, moments.mean_y - weight @ moments.mean_z[columns], width)
-    )
+        fit = found.added_to(Fit(*_by_consumer(site, found.weight, found.bias, width)))
+        error *= found.after / found.before
+    else:
+        weight = ridge_fit(moments.zz[columns][:, columns], moments.zy[columns], ridge)
+        bias = moments.mean_y - weight @ moments.mean_z[columns]
+        fit = Fit(*_by_consumer(site, weight, bias, width))
+    return Entry.narrow(site, kept.cpu(), fit=fit, note=_note(error))
 
 
 def collapsed(site: Site, grams: SiteGrams, metric: Tensor) -> Entry:
     """One linear map from what the producer reads to what the consumers should give."""
     if grams.inputs is None:
         raise FitError("a full collapse needs Gram matrices of what the producer reads")
-    ridge, _ = _best_ridge(site, grams.inputs, metric, None)
+    ridge, error = _best_ridge(site, grams.inputs, metric, None)
     moments = (grams.inputs[0] + grams.inputs[1]).centred(_intercept(site))
     weight = ridge_fit(moments.zz, moments.zy, ridge)
     weights, biases = _by_consumer(site, weight, moments.mean_y - weight @ moments.mean_z, 0)
@@ -82,6 +93,7 @@ def collapsed(site: Site, grams: SiteGrams, metric: Tensor) -> Entry:
         torch.ones(n, dtype=torch.float64),
         torch.zeros(n, dtype=torch.float64),
         fit=Fit((), biases, None, weights),
+        note=_note(error),
     )
 
 
@@ -94,7 +106,7 @@ def error_curve(site: Site, grams: SiteGrams, metric: Tensor) -> dict[int, float
     curve = {k: _damage(elimination.error(k), whole) for k in range(1, site.width + 1)}
     if grams.inputs is not None and may_collapse(site):
         _, error = _best_ridge(site, grams.inputs, metric, None)
-        curve[0] = _damage(error, whole)
+        curve[0] = _damage(error * whole, whole)
     return curve
 
 
@@ -148,12 +160,13 @@ def _reconstructed(
     return found if found.after < found.before else None
 
 
-def _fit(site: Site, weight: Tensor, bias: Tensor, width: int) -> Fit:
-    return Fit(*_by_consumer(site, weight, bias, width))
+def _note(error: float) -> str:
+    """What the held-out rows say, as a part of the weighted variance of what the consumers should give."""
+    return f"held-out error {error:.2%}" if error < float("inf") else ""
 
 
-def _best_ridge(site: Site, pair: tuple[Any, Any], metric: Tensor, columns: Tensor | None) -> tuple[float, float]:
-    """The ridge with the least error on held-out rows, and that error."""
+def _best_ridge(site: Site, pair: tuple[Gram, Gram], metric: Tensor, columns: Tensor | None) -> tuple[float, float]:
+    """The ridge with the least error on held-out rows, and that error as a part of the variance there."""
     intercept = _intercept(site)
     if pair[0].count < 2 or pair[1].count < 2:
         return RIDGES[-1], float("inf")
@@ -170,7 +183,7 @@ def _best_ridge(site: Site, pair: tuple[Any, Any], metric: Tensor, columns: Tens
         error = fit_error(held.zz[chosen][:, chosen], held.zy[chosen] * scale, yy, scale[:, None] * weight)
         if error < best[1]:
             best = (ridge, error)
-    return best
+    return best[0], best[1] / yy if yy > 0 else 0.0
 
 
 def _by_consumer(site: Site, weight: Tensor, bias: Tensor, width: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

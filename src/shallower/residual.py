@@ -34,11 +34,15 @@ class ResidualSums(TorchFunctionMode):
         others: for each followed tensor, in order, what was added to it, brought back to the tensor's layout and
             divided by the scales in between; None where it went elsewhere first. Where a channel's scale is tiny beside
             the others' the division gives 0.
+        units: for each followed tensor, in its own layout and shape, what the division makes of ones: 1 over the
+            scales in between. None where it went elsewhere, and where `measure` is false.
         followed: by identity, what is looked out for: the tensor, its number, and the way back to what it was.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, measure: bool = False) -> None:
         super().__init__()
+        self.measure = measure
+        self.units: list[Tensor | None] = []
         self.others: list[Tensor | None] = []
         self.followed: dict[int, tuple[Tensor, int, list[Inverse]]] = {}
 
@@ -46,6 +50,7 @@ class ResidualSums(TorchFunctionMode):
         """Look out for this tensor from now on."""
         self.followed[id(tensor)] = (tensor, len(self.others), [])
         self.others.append(None)
+        self.units.append(None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -61,9 +66,11 @@ class ResidualSums(TorchFunctionMode):
             other = args[1] if args[0] is found else args[0]
             if isinstance(other, Tensor) and other.shape == found.shape and id(other) not in self.followed:
                 before = other.detach().clone() if name in ("add_", "__iadd__") else other.detach()
+                unit = torch.ones_like(before) if self.measure else None
                 for inverse in reversed(inverses):
                     before = inverse(before)
-                self.others[index] = before
+                    unit = None if unit is None else inverse(unit)
+                self.others[index], self.units[index] = before, unit
             del self.followed[id(found)]
             return func(*args, **kwargs)
         back = _inverse(name, found, args, kwargs)
