@@ -108,7 +108,8 @@ def error_line(finished: Finished, status: int = 1) -> str:
 
 
 def test_help_fits_into_80_columns_and_has_examples(shallower: Shallower) -> None:
-    for command in ([], ["inspect"], ["compress"], ["demo"]):
+    commands = ("inspect", "compress", "pick", "compare", "bench", "export", "report", "demo")
+    for command in ([], *([name] for name in commands)):
         finished = shallower(*command, "--help")
         assert finished.status == 0
         assert max(map(len, finished.out.splitlines())) <= 80
@@ -124,7 +125,7 @@ def test_version_is_printed(shallower: Shallower) -> None:
 def test_bad_usage_exits_with_2(shallower: Shallower) -> None:
     assert shallower("inspect").status == 2
     assert shallower("inspect", NET, "--nonsense").status == 2
-    assert shallower("compress", NET, "--data", "x", "--output", "y").status == 2
+    assert shallower("compress", NET, "--target", "params:50%", "--output", "y").status == 2
     assert shallower("squash").status == 2
 
 
@@ -200,6 +201,143 @@ def test_compress_collapses_saves_and_tells(shallower: Shallower, pictures: Path
     assert told["small"]["score"] >= 0.9
     assert (output / "plan.json").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "pictures.npz"]
+
+
+def test_squeezing_needs_neither_labels_nor_training(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    with np.load(pictures) as arrays:
+        np.savez(tmp_path / "unlabelled.npz", image=arrays["image"])
+    finished = squeeze(shallower, tmp_path / "unlabelled.npz", tmp_path / "out", "--target", "params:50%")
+    assert finished.status == 0, finished.err
+    assert "agreement" in finished.out
+    told = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert told["dense"]["score"] == 1
+    assert told["small"]["params"] <= 0.5 * told["dense"]["params"]
+    assert set(told["sites"]) == {"3", "5"}
+
+
+def test_training_without_labels_is_one_line(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    with np.load(pictures) as arrays:
+        np.savez(tmp_path / "unlabelled.npz", image=arrays["image"])
+    finished = compress(shallower, tmp_path / "unlabelled.npz", tmp_path / "out", "--target", "params:50%")
+    assert "which column holds the class" in error_line(finished)
+
+
+def test_classes_that_do_not_fit_do_not_keep_from_squeezing(shallower: Shallower, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 255, (60, 6, 6), dtype=np.uint8)
+    np.savez(tmp_path / "many.npz", image=pixels, label=np.arange(60) % 5)
+    finished = squeeze(shallower, tmp_path / "many.npz", tmp_path / "out", "--target", "params:70%")
+    assert finished.status == 0, finished.err
+    assert "the labels were not used: the data has 5 classes" in finished.out
+
+
+def test_a_squeezed_model_heals_by_distillation(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    finished = squeeze(shallower, pictures, tmp_path / "out", "--target", "params:20%", "--heal", 2, "--lr", "0.003")
+    assert finished.status == 0, finished.err
+    losses = json.loads((tmp_path / "out" / "result.json").read_text())["healing"]["losses"]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    finished = squeeze(shallower, pictures, tmp_path / "out", "--target", "params:50%", "--dry-run")
+    assert finished.status == 0, finished.err
+    assert "dry run: nothing was written" in finished.out
+    told = json.loads(
+        squeeze(shallower, pictures, tmp_path / "out", "--target", "params:50%", "--dry-run", "--json").out
+    )
+    assert told["after"]["params"] <= 0.5 * told["before"]["params"]
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures.npz"]
+
+
+def test_a_dry_run_of_a_training_tells_the_sites(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    finished = compress(shallower, pictures, tmp_path / "out", "--target", "params:5%", "--dry-run")
+    assert finished.status == 0, finished.err
+    assert "plan by layer-collapse for 2 sites" in finished.out
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures.npz"]
+
+
+def test_json_is_one_object_and_quiet_is_silent(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    told = json.loads(squeeze(shallower, pictures, tmp_path / "out", "--target", "params:50%", "--json").out)
+    assert told["output"] == str(tmp_path / "out")
+    assert told["small"]["params"] < told["dense"]["params"]
+    quiet = squeeze(shallower, pictures, tmp_path / "out", "--target", "params:60%", "--quiet")
+    assert (quiet.status, quiet.out, quiet.err) == (0, "", "")
+
+
+def test_every_result_has_a_report_and_a_card(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    assert squeeze(shallower, pictures, tmp_path / "out", "--target", "params:50%").status == 0
+    assert "<html" in (tmp_path / "out" / "report.html").read_text()
+    assert "shallower" in (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "out" / "report.html").unlink()
+    assert shallower("report", tmp_path / "out").status == 0
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_activations_go_one_after_another(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    options = ("--method", "tlc", "--target", "params:30%")
+    finished = compress(shallower, pictures, tmp_path / "out", *options)
+    assert finished.status == 0, finished.err
+    told = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert told["small"]["params"] <= 0.3 * told["dense"]["params"]
+    assert told["removed"]
+    points = json.loads((tmp_path / "out" / "curve.json").read_text())["points"]
+    assert [point["removed"] for point in points] == list(range(1, len(told["removed"]) + 1))
+
+
+def test_all_widths_are_trained_and_one_is_picked(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    trained = compress(shallower, pictures, tmp_path / "all", "--method", "structural-dropout", "--points", 4)
+    assert trained.status == 0, trained.err
+    original = ("--original", NET)
+    picked = shallower("pick", tmp_path / "all", "--target", "params:40%", "--output", tmp_path / "small", *original)
+    assert picked.status == 0, picked.err
+    points = json.loads((tmp_path / "all" / "curve.json").read_text())["points"]
+    told = json.loads((tmp_path / "small" / "result.json").read_text())
+    chosen = [point for point in points if point["params"] == told["small"]["params"]]
+    assert chosen
+    assert told["small"]["score"] == chosen[0]["test_score"]
+    small = load(tmp_path / "small", model=make_net())
+    assert sum(p.numel() for p in small.parameters()) == told["small"]["params"] <= 0.4 * told["dense"]["params"]
+    unmet = shallower("pick", tmp_path / "all", "--target", "params:1%", "--output", tmp_path / "no", *original)
+    assert "smallest point of the curve" in error_line(unmet, status=3)
+    assert "only imported when you say so" in error_line(
+        shallower("pick", tmp_path / "all", "--target", "params:40%", "--output", tmp_path / "no")
+    )
+
+
+def test_only_a_curve_of_widths_is_picked_from(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    assert squeeze(shallower, pictures, tmp_path / "out", "--target", "params:50%").status == 0
+    finished = shallower("pick", tmp_path / "out", "--target", "params:40%", "--output", tmp_path / "small")
+    assert "there is no curve.json" in error_line(finished)
+
+
+def test_results_are_compared_in_one_table(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    for share in (50, 30):
+        assert squeeze(shallower, pictures, tmp_path / f"s{share}", "--target", f"params:{share}%").status == 0
+    finished = shallower("compare", tmp_path / "s50", tmp_path / "s30")
+    lines = finished.out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [NET, str(tmp_path / "s50"), str(tmp_path / "s30")]
+    assert set(json.loads(shallower("compare", tmp_path / "s50", "--json").out)) == {str(tmp_path / "s50")}
+    assert "there is no result.json" in error_line(shallower("compare", tmp_path))
+
+
+def test_a_result_is_timed_against_its_original(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    assert squeeze(shallower, pictures, tmp_path / "out", "--target", "params:50%").status == 0
+    options = ("--batch", "1,4", "--threads", "1", "--rounds", 2)
+    assert "only imported when you say so" in error_line(shallower("bench", tmp_path / "out", *options))
+    finished = shallower("bench", tmp_path / "out", *options, "--original", NET)
+    assert finished.status == 0, finished.err
+    assert [line.split()[0] for line in finished.out.splitlines()] == ["batch", "1", "4"]
+    told = json.loads(shallower("bench", tmp_path / "out", *options, "--original", NET, "--json").out)
+    assert all(timing["speedup"] > 0 for timing in told["timings"])
+    assert shallower("bench", tmp_path / "out", "--batch", "0").status == 2
+
+
+def test_a_result_is_exported(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    assert squeeze(shallower, pictures, tmp_path / "out", "--target", "params:50%").status == 0
+    finished = shallower("export", tmp_path / "out", tmp_path / "small.pt2", "--original", NET)
+    assert finished.status == 0, finished.err
+    assert (tmp_path / "small.pt2").is_file()
 
 
 def test_the_same_command_twice_gives_the_same_weights(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
@@ -279,6 +417,8 @@ def test_a_target_that_is_not_met_exits_with_3(
         (("--target", "params:50%", "--eval-data", "x.csv", "--held-out", "0.2"), "leave one of the two out"),
         (("--target", "params:50%", "--method", "magic"), "magic"),
         (("--target", "params:50%", "--samples", "3"), "--samples"),
+        ((), "say how small"),
+        (("--target", "params:50%", "--method", "structural-dropout"), "choose one afterwards, with shallower pick"),
     ],
 )
 def test_options_that_make_no_sense_are_wrong_usage(

@@ -21,7 +21,7 @@ from shallower.checkpoint import load, read_source
 from shallower.errors import DataError, ModelError
 from shallower.inputs import Inputs, tensors
 from shallower.measuring import compare
-from shallower.models import LoadedModel, load_model
+from shallower.models import DESCRIPTION, LoadedModel, load_model
 from shallower.results import RESULT, read_result
 from shallower.tables import table
 
@@ -67,6 +67,24 @@ def pair(directory: Path, original: str = "") -> tuple[LoadedModel, nn.Module]:
             )
     before = load_model(original, pretrained=False)
     return before, load(directory) if source else load(directory, model=before.model)
+
+
+def loaded_with(model: str, original: str = "") -> LoadedModel:
+    """The MODEL, also where it is a result of a model of one's own class, which `original` then builds.
+
+    Raises:
+        ModelError, CheckpointError: it cannot be loaded.
+    """
+    path = Path(model).expanduser()
+    if not (path / DESCRIPTION).is_file() or read_source(path):
+        return load_model(model)
+    if not original:
+        raise ModelError(
+            f"{model} holds a model of your own class, which is only imported when you say so: "
+            "add --original package.module:factory"
+        )
+    before = load_model(original, pretrained=False)
+    return LoadedModel(load(path, model=before.model), "", before.processor, before.example)
 
 
 def example_of(model: LoadedModel, directory: Path, *, batch: int, length: int, shape: str = "") -> Inputs:

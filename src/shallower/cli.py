@@ -72,6 +72,17 @@ class MethodOption(str, Enum):
 
     squeeze = "squeeze"
     layer_collapse = "layer-collapse"
+    tlc = "tlc"
+    structural_dropout = "structural-dropout"
+
+
+class CriterionOption(str, Enum):
+    """What --criterion takes."""
+
+    batchnorm = "batchnorm"
+    loss = "loss"
+    entropy = "entropy"
+    random = "random"
 
 
 class OrderOption(str, Enum):
@@ -160,8 +171,11 @@ def inspect(
         raise SiteError(f"{model} has no site that can be squeezed")
 
 
-_DATA, _SQUEEZE, _COLLAPSE = "Data", "Squeezing (--method squeeze)", "Collapsing (--method layer-collapse)"
-_TRAINING, _RUN = "Training", "The run"
+_DATA, _TRAINING, _RUN = "Data", "Training", "The run"
+_SQUEEZE = "Squeezing: a few hundred rows, no training (--method squeeze)"
+_COLLAPSE = "Collapsing: train until layers merge (--method layer-collapse)"
+_TLC = "Taking activations away, a few at a time (--method tlc)"
+_DROPOUT = "All widths at once, to pick from (--method structural-dropout)"
 
 
 @app.command(cls=Sections)
@@ -169,10 +183,10 @@ def compress(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)],
     data: Annotated[str, typer.Option("--data", "-d", help="A file, a folder or a name on the hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")],
     target: Annotated[
         str, typer.Option("--target", "-t", help="params:60%, macs:50%, memory:40MB, latency:1.5x or drop:1%.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")],
+    ] = "",
     method: Annotated[MethodOption, typer.Option("--method", "-m", help="How to squeeze.")] = MethodOption.squeeze,
     task: Annotated[
         TaskOption | None,
@@ -219,6 +233,15 @@ def compress(
     stages: Annotated[
         int, typer.Option(min=1, help="Rounds among which the sites are divided.", rich_help_panel=_COLLAPSE)
     ] = 1,
+    criterion: Annotated[
+        CriterionOption, typer.Option(help="Which activations go first.", rich_help_panel=_TLC)
+    ] = CriterionOption.batchnorm,
+    per_round: Annotated[int | None, typer.Option(min=1, help="So many go at a time.", rich_help_panel=_TLC)] = None,
+    lower_bound: Annotated[
+        str, typer.Option(help="Smallest width that is trained.", rich_help_panel=_DROPOUT)
+    ] = "12.5%",
+    points: Annotated[int, typer.Option(min=2, help="Of the curve.", rich_help_panel=_DROPOUT)] = 8,
+    heads: Annotated[bool, typer.Option("--heads", help="Attention heads, too.", rich_help_panel=_DROPOUT)] = False,
     epochs: Annotated[
         int, typer.Option(min=1, help="Passes over the data in each stage.", rich_help_panel=_TRAINING)
     ] = 3,
@@ -275,13 +298,19 @@ def compress(
         "tolerance": tolerance,
         "order": order.value,
         "stages": stages,
+        "criterion": criterion.value,
+        "per_round": per_round,
+        "lower_bound": lower_bound,
+        "points": points,
+        "heads": heads,
     }
+    method_run = _run(ctx, method.value, options)
     job = Job(
         model=model,
         data=data,
-        target=_target(target),
+        target=_target(target) if target else None,
         output=output.expanduser(),
-        run=_run(ctx, method.value, options),
+        run=method_run,
         task=task.value if task else None,
         eval_data=eval_data,
         text_column=text_column,
@@ -310,6 +339,35 @@ def compress(
         if not dry_run:
             print(f"interrupted; the same command goes on from {job.progress}", file=sys.stderr)
         raise
+
+
+@app.command(cls=Sections)
+def pick(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a network trained at all widths.")],
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="params:60%, macs:50%, memory:40MB, latency:1.5x or drop:1%.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the chosen model.")],
+    original: Annotated[str, typer.Option(help="The factory, for a model of your own class.")] = "",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write the model of the width that suits, out of DIR, where all were trained.
+
+    Neither data nor training is needed. DIR is what compress --method structural-dropout wrote; its report.html
+    shows the curve.
+
+    \b
+    Examples:
+      shallower pick all-widths --target memory:50% --output half
+      shallower pick all-widths --target drop:1% --output good
+    """
+    from shallower.picking import pick as picked
+
+    goal = _target(target)
+    with _speaking(as_json, quiet):
+        told = picked(directory, goal, output.expanduser(), original=original)
+    _tell(told.text, told.data, as_json, quiet)
 
 
 @app.command(cls=Sections)
@@ -366,6 +424,51 @@ def bench(
         place = device_named(device.value)
         timings = timed(before.model.to(place), after.to(place), examples, runs, rounds=rounds)
     _tell(bench_table(timings), {"directory": str(directory), "timings": bench_json(timings)}, as_json)
+
+
+@app.command(cls=Sections)
+def export(
+    directory: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Ends in .onnx or .pt2.")],
+    original: Annotated[str, typer.Option(help="The factory, for a model of your own class.")] = "",
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a row of the example.")] = 16,
+    shape: Annotated[str, typer.Option(help="Shape of a row, for a factory: 3,32,32.")] = "",
+    fixed: Annotated[bool, typer.Option("--fixed", help="Only for batches and rows of the example's size.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a result, or any MODEL, as ONNX or .pt2, to run without this library.
+
+    The file is run and compared with the model, on other batch sizes too.
+
+    \b
+    Examples:
+      shallower export small small.onnx
+      shallower export small small.pt2 --fixed
+    """
+    from shallower.bench import example_of, loaded_with
+    from shallower.exporting import export as exported
+
+    with _speaking(as_json):
+        loaded = loaded_with(directory, original)
+        example = example_of(loaded, Path(directory), batch=2, length=length, shape=shape)
+        told = exported(loaded.model, example, path.expanduser(), dynamic=None if fixed else "auto")
+    data = {"files": list(map(str, told.files)), "dynamic": told.dynamic, "error": told.error, "checked": told.checked}
+    _tell(str(told), data, as_json)
+
+
+@app.command(cls=Sections)
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a result.")],
+) -> None:
+    """Write report.html of a result anew; every run writes one.
+
+    \b
+    Example:
+      shallower report small
+    """
+    from shallower.report import write_report
+
+    print(write_report(directory.expanduser()))
 
 
 @app.command(cls=Sections)
@@ -440,6 +543,14 @@ def _run(ctx: typer.Context, method: str, options: Mapping[str, Any]) -> MethodR
                 )
     run = run_named(method, **{name: options[name] for name in own})
     trains = run.needs_labels or (options["heal"] and "heal" in own) or ctx.params["dense_epochs"]
+    if run.needs_target and not ctx.params["target"]:
+        raise typer.BadParameter("say how small, how fast or how good: params:60%", param_hint="'--target'")
+    if not run.needs_target and ctx.params["target"]:
+        raise typer.BadParameter(
+            f"--method {method} trains all sizes at once: choose one afterwards, with shallower pick "
+            f"{ctx.params['output']} --target {ctx.params['target']}",
+            param_hint="'--target'",
+        )
     if "epochs" in given and not run.needs_labels:
         raise typer.BadParameter(
             f"--method {method} does not train; --heal {ctx.params['epochs']} distils the result from the original",

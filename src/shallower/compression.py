@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from shallower.attachment import detached_copy
 from shallower.batching import Batches
@@ -41,7 +41,7 @@ class Work:
         sites: those that may be squeezed.
         batches: to calibrate or train on, and to choose by.
         task: gives the loss and the score.
-        target: what the result has to reach.
+        goal: what the result has to reach; None where the method makes all sizes at once.
         recipe: of a training.
         floor: the lowest score allowed on the rows to choose by; a `drop` target sets one of its own.
         checkpoints: a folder; after an interruption the same work goes on from there.
@@ -52,11 +52,24 @@ class Work:
     sites: Sites
     batches: Batches
     task: Task
-    target: Target
+    goal: Target | None
     recipe: Recipe
     floor: float | None = None
     checkpoints: Path | None = None
     cpu: bool = False
+
+    @property
+    def target(self) -> Target:
+        """The goal.
+
+        Raises:
+            TargetError: there is none.
+        """
+        if self.goal is None:
+            raise TargetError(
+                "there is no target to reach: say how small, fast or good the result has to be (--target)"
+            )
+        return self.goal
 
     def score(self, model: nn.Module) -> float:
         """On the rows to choose by."""
@@ -91,6 +104,7 @@ class Made:
         score: on the rows to choose by, where it is known.
         details: more for result.json, plain data.
         points: of the curve of quality against cost, where the method has one; plain data.
+        files: more tensors to be saved, by the name of the file.
     """
 
     model: nn.Module
@@ -100,6 +114,7 @@ class Made:
     score: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     points: Sequence[Mapping[str, Any]] = ()
+    files: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 class MethodRun(Protocol):
@@ -109,11 +124,13 @@ class MethodRun(Protocol):
     """As `--method` says it."""
     needs_labels: ClassVar[bool]
     """Whether it trains on the task's loss."""
+    needs_target: ClassVar[bool]
+    """Whether it works towards one size, not all of them at once."""
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:
         """The sites of the model, of the kinds that the method can use."""
 
-    def usable(self, sites: Sites, target: Target) -> Sites:
+    def usable(self, sites: Sites, target: Target | None) -> Sites:
         """Those of a selection with which this method can get nearer to the target; SiteError where there is none."""
 
     def preview(self, work: Work) -> Plan:
@@ -128,7 +145,7 @@ class Settings:
     """How to compress.
 
     Attributes:
-        target: what the result has to reach.
+        target: what the result has to reach; None where the method makes all sizes at once.
         run: the method, with its options.
         recipe: of the training, for methods that train.
         dense_epochs: passes that train the model as it is, before: for a head that is new.
@@ -136,7 +153,7 @@ class Settings:
         sites: glob on the names of the sites that may be squeezed.
     """
 
-    target: Target
+    target: Target | None
     run: MethodRun
     recipe: Recipe = Recipe(3, 1e-4, warmup=0.1)  # noqa: RUF009 - it is frozen
     dense_epochs: int = 0
@@ -370,11 +387,11 @@ def _sites(model: nn.Module, batches: Batches, settings: Settings) -> Sites:
 
 def _limits(dense: nn.Module, batches: Batches, task: Task, settings: Settings) -> tuple[float | None, float | None]:
     """The model's score on the rows to choose by and the lowest one allowed, where they are needed."""
-    target = settings.target
-    if target.unit != "drop" and settings.floor is None:
+    target, drop = settings.target, settings.target is not None and settings.target.unit == "drop"
+    if not drop and settings.floor is None:
         return None, None
     base = task.score(dense, batches.validation, label="scoring the model as it is")
-    floors = [settings.floor, target.floor(base) if target.unit == "drop" else None]
+    floors = [settings.floor, target.floor(base) if drop and target is not None else None]
     floor = max(value for value in floors if value is not None)
     if base < floor:
         raise TargetError(
@@ -384,8 +401,8 @@ def _limits(dense: nn.Module, batches: Batches, task: Task, settings: Settings) 
     return base, floor
 
 
-def _check_target(target: Target, verdict: Verdict, made: Made) -> None:
-    if target.unit == "drop":
+def _check_target(target: Target | None, verdict: Verdict, made: Made) -> None:
+    if target is None or target.unit == "drop":
         return
     # A latency counts as reached where the limit lies within the spread of the measurement.
     ratio = 1 / verdict.measured - verdict.spread / 2

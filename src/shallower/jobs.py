@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from shallower.batching import Batches, make_batches
 from shallower.budget import Cost, Target
@@ -25,8 +26,10 @@ from shallower.compression import MethodRun, Result, Settings, compress, preview
 from shallower.data import Rows, read_rows
 from shallower.errors import CheckpointError, DataError, ModelError, ShallowerError, TargetError
 from shallower.inputs import tensors
+from shallower.model_card import write_card
 from shallower.models import DESCRIPTION, LoadedModel, load_model
 from shallower.plan import Plan
+from shallower.report import write_report
 from shallower.results import CURVE, RESULT, SCHEMA
 from shallower.sites import amount
 from shallower.tables import table
@@ -53,7 +56,7 @@ class Job:
 
     model: str
     data: str
-    target: Target
+    target: Target | None
     output: Path
     run: MethodRun
     task: TaskName | None = None
@@ -87,7 +90,7 @@ class Job:
         """All of it as plain data."""
         own = {name: value for name, value in asdict(self).items() if name != "run"}
         method = {"method": self.run.name, **asdict(self.run)}  # type: ignore[call-overload]
-        return {**own, **method, "target": str(self.target), "output": str(self.output)}
+        return {**own, **method, "target": str(self.target or ""), "output": str(self.output)}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -139,7 +142,8 @@ def run(job: Job, *, resume: bool = True) -> Told:
         )
         result.model.to("cpu", ready.dtype)
         numbers = _numbers(job, ready, result, time.perf_counter() - started)
-        write(result.model, job.output, ready.loaded, result.made.plan, numbers, result.made.points)
+        made = result.made
+        write(made.model, job.output, ready.loaded, made.plan, numbers, points=made.points, files=made.files)
     return Told(_told(job, ready, result), {**numbers, "output": str(job.output)})
 
 
@@ -170,10 +174,22 @@ def write(
     loaded: LoadedModel,
     plan: Plan,
     numbers: Mapping[str, Any],
-    points: Any = (),
+    *,
+    points: Sequence[Mapping[str, Any]] = (),
+    files: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Write the directory of a result: weights, processor, plan, numbers and the curve, where there is one."""
-    save(model, output, loaded.source, _Companions(loaded.processor, plan, numbers, points))
+    """Write the directory of a result: weights, tokenizer, plan, numbers, curve, report and model card.
+
+    Args:
+        model: the result.
+        output: the directory; it appears whole or not at all.
+        loaded: the model it was made of.
+        plan: how it was made.
+        numbers: result.json.
+        points: of the curve, where there is one.
+        files: more tensors, by the name of the file.
+    """
+    save(model, output, loaded.source, _Companions(output, loaded.processor, plan, numbers, points, files or {}))
 
 
 def task_of(model: str) -> TaskName:
@@ -321,19 +337,26 @@ def _checkpoints(job: Job, resume: bool) -> Iterator[Path]:
 class _Companions:
     """What lies beside the weights, written by `save` together with them."""
 
+    output: Path
     processor: Any | None
     plan: Plan
     numbers: Mapping[str, Any]
-    points: Any = ()
+    points: Sequence[Mapping[str, Any]]
+    files: Mapping[str, Mapping[str, Tensor]]
 
     def save_pretrained(self, directory: Path) -> None:
-        """Write the tokenizer or image processor, the plan, the numbers and the curve."""
+        """Write the tokenizer or image processor, the plan, the numbers, the curve, the report and the card."""
         if self.processor is not None:
             self.processor.save_pretrained(directory)
         self.plan.save(directory)
         (directory / RESULT).write_text(json.dumps(self.numbers, indent=2) + "\n")
         if self.points:
-            (directory / CURVE).write_text(json.dumps({"schema": 1, "points": list(self.points)}, indent=2) + "\n")
+            curve = {"schema": 1, "name": self.numbers["quality"], "points": list(self.points)}
+            (directory / CURVE).write_text(json.dumps(curve, indent=2) + "\n")
+        for name, values in self.files.items():
+            save_file(dict(values), directory / name)
+        write_report(directory, at=self.output)
+        write_card(directory, at=self.output)
 
 
 def _numbers(job: Job, ready: _Ready, result: Result, seconds: float) -> dict[str, Any]:

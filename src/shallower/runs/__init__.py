@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 _HOMES: Mapping[str, str] = {
     "squeeze": "squeeze:SqueezeRun",
     "layer-collapse": "layer_collapse:LayerCollapseRun",
+    "tlc": "till_layers_collapse:TillLayersCollapseRun",
+    "structural-dropout": "structural_dropout:StructuralDropoutRun",
 }
 
 

@@ -44,25 +44,27 @@ class LayerCollapseRun:
 
     name: ClassVar[str] = "layer-collapse"
     needs_labels: ClassVar[bool] = True
+    needs_target: ClassVar[bool] = True
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:
         """All sites but attention heads and activation places."""
         return find_sites(model, example)
 
-    def usable(self, sites: Sites, target: Target) -> Sites:
+    def usable(self, sites: Sites, target: Target | None) -> Sites:
         """Those sites that become cheaper, in the unit of the target, when they collapse.
 
         Raises:
             SiteError: there is none; the error says why.
         """
-        by_params = target.unit in ("params", "memory")
+        unit = "drop" if target is None else target.unit
+        by_params = unit in ("params", "memory")
 
         def saves(site: Site) -> bool:
             if site.not_linear or site.activation is None:
                 return False
             entry = Entry.collapse(site)
             params, macs = entry.params_after < site.params, entry.macs_after < site.macs
-            return params if by_params else macs if target.unit != "drop" else params or macs
+            return params if by_params else macs if unit != "drop" else params or macs
 
         found = sites.select(saves)
         if not found.items:

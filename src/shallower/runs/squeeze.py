@@ -45,12 +45,13 @@ class SqueezeRun:
 
     name: ClassVar[str] = "squeeze"
     needs_labels: ClassVar[bool] = False
+    needs_target: ClassVar[bool] = True
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:
         """All sites but attention heads and activation places."""
         return find_sites(model, example)
 
-    def usable(self, sites: Sites, target: Target) -> Sites:  # noqa: ARG002 - narrowing pays in every unit
+    def usable(self, sites: Sites, target: Target | None) -> Sites:  # noqa: ARG002 - narrowing pays in every unit
         """The sites whose channels can be kept one by one."""
         return narrowable(sites)
 
