@@ -25,7 +25,8 @@ from shallower.sites import Sites
 from shallower.surgery import apply
 from shallower.training import Recipe, train
 from tests.networks import convolutional_networks, networks, seeds
-from tests.zoo import ZOO
+from tests.test_zoo_surgery import admit, outputs
+from tests.zoo import ZOO, Specimen
 
 pytestmark = pytest.mark.filterwarnings("ignore::shallower.plan.CostWarning")
 
@@ -100,11 +101,7 @@ def test_written_convolutions_answer_as_the_live_ones_did(
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("specimen", [s for s in ZOO if s.sites], ids=lambda s: s.name)
-def test_every_architecture_is_written_as_it_ran(specimen: Any) -> None:
-    from tests.test_zoo_surgery import admit, outputs
-
+def check_architecture(specimen: Specimen) -> None:
     patient = admit(specimen)
     if all(site.not_narrow or site.width < 2 for site in patient.sites):
         pytest.skip("nothing can be narrowed")
@@ -113,6 +110,12 @@ def test_every_architecture_is_written_as_it_ran(specimen: Any) -> None:
     live = outputs(patient.model, patient.inputs)
     small = apply(patient.model, method.plan(), patient.inputs)
     torch.testing.assert_close(outputs(small, patient.inputs), live, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("specimen", [s for s in ZOO if s.sites], ids=lambda s: s.name)
+def test_every_architecture_is_written_as_it_ran(specimen: Specimen) -> None:
+    check_architecture(specimen)
 
 
 def test_the_scale_of_the_paper_makes_up_for_the_channels_that_are_missing() -> None:
@@ -205,6 +208,69 @@ def test_the_fused_encoder_layer_of_torch_takes_the_width() -> None:
     with torch.no_grad():
         live = layer(x)
         torch.testing.assert_close(apply(layer, method.plan(), x)(x), live, rtol=1e-10, atol=1e-10)
+
+
+NAMED = ("bert", "gpt2", "timm_mobilenet_v3", "swiglu")
+
+
+@pytest.mark.parametrize("specimen", [s for s in ZOO if s.name in NAMED], ids=lambda s: s.name)
+def test_some_architectures_are_written_as_they_ran(specimen: Specimen) -> None:
+    check_architecture(specimen)
+
+
+def attention_models() -> dict[str, nn.Module]:
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+    torch.manual_seed(0)
+    bert = BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24)
+    llama = LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=24,
+        use_cache=False,
+    )
+    return {"bert": BertModel(bert, add_pooling_layer=False), "llama": LlamaModel(llama)}
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_heads_are_nested_like_channels(name: str, rescale: bool) -> None:
+    model = attention_models()[name].double().eval()
+    ids = {"input_ids": torch.arange(14).view(2, 7)}
+    sites = find_sites(model, ids, heads=True)
+    before = model(**ids).last_hidden_state
+    method = StructuralDropout(model, sites, rescale=rescale)
+    torch.testing.assert_close(model(**ids).last_hidden_state, before, rtol=1e-10, atol=1e-10)
+    heads = [site for site in sites if site.kind == "heads"]
+    assert heads
+    method.set_width({site.name: site.width // 2 for site in sites})
+    with FlopCounterMode(display=False) as counter:
+        live = model(**ids).last_hidden_state
+    small = apply(model, method.plan(), ids)
+    torch.testing.assert_close(small(**ids).last_hidden_state, live, rtol=1e-10, atol=1e-10)
+    with FlopCounterMode(display=False) as small_counter:
+        small(**ids)
+    assert counter.get_total_flops() == small_counter.get_total_flops()  # the live model computes no more
+    method.detach()
+    torch.testing.assert_close(model(**ids).last_hidden_state, before, rtol=1e-10, atol=1e-10)
+
+
+def test_channels_may_be_sorted_by_what_batches_tell() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[3] = model[0].weight[5]  # one of the two says nothing new
+        model[0].bias[3] = model[0].bias[5]
+    x = torch.randn(64, 6, dtype=torch.float64)
+    before = model(x)
+    wanted = {tuple(row.tolist()) for row in model[0].weight}
+    StructuralDropout(model, sites_of(model), sort=[x])
+    torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-10)
+    rows = [tuple(row.tolist()) for row in model[0].weight]
+    assert set(rows) == wanted
+    assert len(set(rows[:-1])) == 15  # the repetition is the last
 
 
 # ---------------------------------------------------------------------- training
