@@ -378,6 +378,37 @@ def mlp_results(cache: Path, quick: bool) -> dict[str, Any]:
     return found
 
 
+def summarised(mlp: Mapping[str, Any]) -> dict[str, Any]:
+    """Means and standard deviations over the seeds, by width."""
+    runs, every, separate = mlp["runs"], mlp["every width"], mlp["separate widths"]
+    cut = [round(share * 256) for share in SHARES]
+
+    def over_seeds(widths: Sequence[int], pick: Callable[[Any], Sequence[float]]) -> dict[str, Any]:
+        values = torch.tensor([pick(run) for run in runs], dtype=torch.float64)
+        spread = values.std(0) if len(runs) > 1 else torch.zeros(len(widths))
+        return {"widths": list(widths), "mean": _rounded(values.mean(0)), "spread": _rounded(spread)}
+
+    rows = {
+        "trained for itself": over_seeds(separate, lambda r: r["separate"]),
+        "magnitude": over_seeds(cut, lambda r: r["pruned"]["magnitude"]),
+        "squeeze": over_seeds(cut, lambda r: r["pruned"]["squeeze"]),
+        "published": over_seeds(every, lambda r: r["published"]),
+    }
+    narrow = [i for i, k in enumerate(separate) if k >= 32]
+    held_out = {}
+    for name in runs[0]["options"]:
+        own = [run["options"][name] for run in runs]
+        rows[name] = over_seeds(
+            every if len(own[0]["test"]) == len(every) else separate, lambda r, name=name: r["options"][name]["test"]
+        )
+        held_out[name] = round(sum(o["held out"][i] for o in own for i in narrow) / len(own) / len(narrow), 5)
+    return {"seeds": len(runs), "shown": separate, "rows": rows, "held out": held_out, "steps": mlp["steps"]}
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 5) for value in values.tolist()]
+
+
 # ---------------------------------------------------------------------- CIFAR-10 and SST-2
 
 
@@ -463,7 +494,7 @@ def cases(data: Path, quick: bool, cache: Path) -> dict[str, Callable[[], Case]]
 
 def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
     """Train and narrow all networks."""
-    found: dict[str, Any] = {"mlp": mlp_results(cache / "mlp", quick)}
+    found: dict[str, Any] = {"mlp": summarised(mlp_results(cache / "mlp", quick))}
     for name, case in cases(data, quick, cache.parent).items():
         found[name] = measured(case(), cache / name, quick)
     return found
@@ -482,6 +513,13 @@ ROWS = {
 }
 
 
+MLP_ROWS = {
+    **dict(list(ROWS.items())[:4]),
+    "our defaults": "Structural Dropout, our defaults",
+    "from 1 channel on": "our defaults, from 1 channel on",
+}
+
+
 def table(results: dict[str, Any]) -> str:
     """Accuracies by width, one table a network; the options; what a step costs."""
     parts = [_mlp_table(results["mlp"])]
@@ -497,49 +535,22 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _mlp_rows(mlp: Mapping[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
-    """For each way, the widths and the mean test accuracies over the seeds."""
-    runs, every, separate = mlp["runs"], mlp["every width"], mlp["separate widths"]
-    cut = [round(share * 256) for share in SHARES]
-
-    def mean(pick: Callable[[Any], Sequence[float]]) -> list[float]:
-        return [_mean(values) for values in zip(*[pick(run) for run in runs], strict=True)]
-
-    rows = {
-        "trained for itself": (separate, mean(lambda r: r["separate"])),
-        "magnitude": (cut, mean(lambda r: r["pruned"]["magnitude"])),
-        "squeeze": (cut, mean(lambda r: r["pruned"]["squeeze"])),
-        "published": (every, mean(lambda r: r["published"])),
-    }
-    for name in mlp["runs"][0]["options"]:
-        widths = every if len(runs[0]["options"][name]["test"]) == len(every) else separate
-        rows[name] = (widths, mean(lambda r, name=name: r["options"][name]["test"]))
-    return rows
-
-
 def _mlp_table(mlp: Mapping[str, Any]) -> str:
-    shown = [k for k in mlp["separate widths"] if k >= 8]
-    named = {
-        **ROWS,
-        "our defaults": "Structural Dropout, our defaults",
-        "from 1 channel on": "our defaults, from 1 channel on",
-    }
+    shown = [k for k in mlp["shown"] if k >= 8]
     lines, options = [], []
-    for name, (widths, values) in _mlp_rows(mlp).items():
-        at = dict(zip(widths, values, strict=True))
-        cells = [_percent(at[k]) if k in at else "" for k in shown]
-        if name in named:
-            lines.append([named[name], *cells])
-        if name in OPTIONS:
-            held = [r["options"][name]["held out"] for r in mlp["runs"]]
-            narrow = [i for i, k in enumerate(mlp["separate widths"]) if k >= 32]
-            options.append([name, _percent(_mean([_mean([h[i] for i in narrow]) for h in held])), *cells])
-    seeds = len(mlp["runs"])
+    for name, row in mlp["rows"].items():
+        at = dict(zip(row["widths"], zip(row["mean"], row["spread"], strict=True), strict=True))
+        if name in MLP_ROWS:
+            cells = [f"{at[k][0]:.1%} ± {100 * at[k][1]:.1f}" if k in at else "" for k in shown]
+            lines.append([MLP_ROWS[name], *cells])
+        if name in mlp["held out"]:
+            options.append([name, _percent(mlp["held out"][name]), *[_percent(at[k][0]) for k in shown]])
     return (
         f"### The MLP on digits\n\n![accuracy by width](results/structural_dropout-mlp.png)\n\n"
         f"{markdown(['channels of 256', *map(str, shown)], lines)}\n\n"
-        f"Means of {seeds} seeds, each with its own split; 77 channels are 30 %. Test accuracies of the options, "
-        "each changed alone, and the held-out accuracy by which they were judged, the mean over widths from 32:\n\n"
+        f"Means and standard deviations over {mlp['seeds']} seeds, each with its own split; 77 channels are 30 %. The "
+        "options, each changed alone: the held-out accuracy by which they were judged, the mean over widths from 32, "
+        "and test accuracies:\n\n"
         f"{markdown(['option', 'held out', *map(str, shown)], options)}"
     )
 
@@ -595,11 +606,8 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    mlp_rows = _mlp_rows(results["mlp"])
-    lines = {
-        ROWS.get(name, name): ([k / 256 for k in mlp_rows[name][0]], mlp_rows[name][1])
-        for name in (*list(ROWS)[:4], "our defaults", "from 1 channel on")
-    }
+    rows = results["mlp"]["rows"]
+    lines = {label: ([k / 256 for k in rows[name]["widths"]], rows[name]["mean"]) for name, label in MLP_ROWS.items()}
     plots = {"mlp": lines}
     for name in ("vgg", "vit", "minilm"):
         if name in results:
