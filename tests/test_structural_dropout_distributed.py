@@ -90,7 +90,13 @@ rank = dist.get_rank()
 model = network()
 method = method_for(model, published=way == "published")
 torch.manual_seed(rank)  # what the processes draw for themselves must not matter
-wrapped = torch.nn.parallel.DistributedDataParallel(model)
+if way == "sharded":
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+else:
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
 optimizer = torch.optim.SGD(method.param_groups(0.01), lr=0.1)
 seen = []
 for x, labels in batches()[rank::2]:
@@ -99,14 +105,15 @@ for x, labels in batches()[rank::2]:
     method.loss(lambda: F.cross_entropy(wrapped(x), labels)).backward()
     optimizer.step()
     method.after_step(0.1)
-state = {k: v.detach().contiguous() for k, v in model.named_parameters()}
+whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.named_parameters()}
+state = {k: v.detach().contiguous() for k, v in whole.items()}
 save_file(state | {"drawn": torch.tensor([list(d.values()) for d in method._drawn])}, f"{out}.{rank}")
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("way", ["published", "defaults"])
+@pytest.mark.parametrize("way", ["published", "defaults", "sharded"])
 def test_two_processes_draw_the_same_widths_and_end_equal(way: str, tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
