@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from shallower.methods.squeeze import squeeze
     from shallower.methods.structural_dropout import StructuralDropout
     from shallower.methods.till_layers_collapse import TillLayersCollapse
+    from shallower.padding import border_error, move_padding
     from shallower.plan import Entry, Fate, Fit, Plan
     from shallower.sites import LinearMap, Place, Site, Sites
     from shallower.surgery import apply, simulate
@@ -55,6 +56,7 @@ _HOMES = {
     "Target": "budget",
     "TillLayersCollapse": "methods.till_layers_collapse",
     "apply": "surgery",
+    "border_error": "padding",
     "choose_forms": "merging",
     "compare": "measuring",
     "export": "exporting",
@@ -62,6 +64,7 @@ _HOMES = {
     "heal": "healing",
     "load": "checkpoint",
     "measure": "measuring",
+    "move_padding": "padding",
     "save": "checkpoint",
     "simulate": "surgery",
     "squeeze": "methods.squeeze",
@@ -87,6 +90,7 @@ __all__ = [
     "Target",
     "TillLayersCollapse",
     "apply",
+    "border_error",
     "choose_forms",
     "compare",
     "export",
@@ -94,6 +98,7 @@ __all__ = [
     "heal",
     "load",
     "measure",
+    "move_padding",
     "save",
     "simulate",
     "squeeze",

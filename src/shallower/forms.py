@@ -55,7 +55,7 @@ class Form:
         slopes: parameters of the kept channels' slope activation.
         activation: parameters of the activation itself.
         norms: parameters of the BatchNorms that remain.
-        why: in "apart", why the layers do not merge into one.
+        why: why the layers do not merge into one; in "merged", why they should not have.
     """
 
     kind: FormKind
@@ -257,7 +257,7 @@ def form_of(
     if fit is not None:
         _check_rows(entry, producer, gate)
         refitted = (fit.producer_bias is not None and not site.norm_before, fit.gate_bias is not None)
-    inside = rank > 0 and padded(consumers) and has_constants(entry, producer)
+    inside = rank > 0 and padded(site, consumers) and has_constants(entry, producer)
     return Form(
         "partial" if rank else "narrower",
         _resized(producer, d_out=2 * width if site.packed else width, bias=producer.bias or inside or refitted[0]),
@@ -320,7 +320,7 @@ def _without_kept(
     if not why or wanted == "merged":
         merged = _merged(entry, producer, consumers, before, first)
         if two is None or wanted == "merged" or (wanted == "" and _is_not_dearer(merged.maps, two.maps)):
-            return merged
+            return replace(merged, why=why)
         why = why or (
             f"one layer would have {amount(merged.params)} parameters and {amount(merged.macs)} MACs, the two have "
             f"{amount(two.params)} and {amount(two.macs)}"
@@ -368,14 +368,14 @@ def _two(
     """Producer and consumers with nothing between them."""
     site, fit = entry.site, entry.fit
     constants = has_constants(entry, producer)
-    behind = constants and padded(consumers)
+    behind = constants and padded(site, consumers)
     if fit is None and (producer.groups > 1 or any(c.groups > 1 for c in consumers)):
         # channels of grouped convolutions belong together: they stay, and those that are dropped become constants
         kept = _resized(producer, bias=constants)
         return Form("apart", kept, None, consumers, before, rank=site.width, inside=True)
     if entry.becomes == "apart" or (fit is None and behind and not site.gated):
         dropped = entry.offsets[entry.dropped]
-        constant = padded(consumers) and len(dropped) > 0 and (bool(dropped.ne(0).any()) or bool(site.norm_after))
+        constant = padded(site, consumers) and len(dropped) > 0 and (bool(dropped.ne(0).any()) or bool(site.norm_after))
         rank = path if path or constant else 1
         apart = [
             _resized(c, d_in=rank + constant, bias=c.bias or (not constant and _biased(entry, producer, c, i, True)))
@@ -402,9 +402,9 @@ def _is_not_dearer(maps: Iterable[LinearMap], others: Iterable[LinearMap]) -> bo
     return all(sum(a[i] for a in own) <= sum(b[i] for b in other) for i in (0, 1))
 
 
-def padded(consumers: Iterable[LinearMap]) -> bool:
-    """Whether zeros are put around what the consumers read."""
-    return any(c.padding != (0, 0) for c in consumers)
+def padded(site: Site, consumers: Iterable[LinearMap]) -> bool:
+    """Whether something is put around what the consumers read, so that a constant in it has a border."""
+    return any(c.padding != (0, 0) for c in consumers) or bool(site.not_merged)
 
 
 def has_constants(entry: Entry, producer: LinearMap) -> bool:
@@ -424,7 +424,7 @@ def inexact(entry: Entry, producer: LinearMap, consumer: LinearMap) -> str:
     """Why one map would not be exactly what producer and consumer are together; "" where it would."""
     if entry.site.not_merged:
         return entry.site.not_merged
-    if not padded([consumer]) or (entry.fit is not None and not entry.fit.ups):
+    if not padded(entry.site, [consumer]) or (entry.fit is not None and not entry.fit.ups):
         return ""
     pointwise = producer.taps == 1 and producer.padding == (0, 0)
     if pointwise and not has_constants(entry, producer):
@@ -543,7 +543,7 @@ def _path(entry: Entry, producer: LinearMap, consumers: tuple[LinearMap, ...]) -
         return given or producer.d_in, "channels"
     # A path through all inputs or all outputs is as exact and may be smaller; with kernels on both sides there is none.
     ranks: list[tuple[int, Through]] = [(given, "channels")] if given else []
-    inside = padded(consumers) and has_constants(entry, producer)
+    inside = padded(site, consumers) and has_constants(entry, producer)
     if not inside and producer.taps == 1 and producer.groups == 1 and _is_plain(producer):
         ranks.append((producer.d_in, "inputs"))
     if all(c.taps == 1 and c.groups == 1 and c.padding == (0, 0) for c in consumers) and _same_stride(consumers):

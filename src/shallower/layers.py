@@ -65,11 +65,38 @@ def check_shape(name: str, module: nn.Module, m: LinearMap) -> None:
                 f"the plan was made for {what} width {planned} at `{m.name}` of `{name}`, the model has {found}. "
                 "Is this the model that the plan was made for?"
             )
+    if isinstance(module, nn.Conv2d) and (wanted := _geometry(m)) != (present := geometry_of(module)):
+        odd = [f"{key} {wanted[key]}, and it is {present[key]}" for key in wanted if wanted[key] != present[key]]
+        raise PlanError(
+            f"{name}: the plan was made for `{m.name}` with {'; '.join(odd)}. Find the sites again after moving padding"
+        )
     if m.bias != (module.bias is not None):
         raise PlanError(
             f"{name}: the plan was made for `{m.name}` {'with' if m.bias else 'without'} a bias, the model has it "
             f"{'without' if m.bias else 'with'}. Is this the model that the plan was made for?"
         )
+
+
+def _geometry(m: LinearMap) -> dict[str, object]:
+    return {"stride": m.stride, "padding": m.padding, "dilation": m.dilation, "groups": m.groups}
+
+
+def geometry_of(module: nn.Conv2d) -> dict[str, object]:
+    """Stride, padding, dilation and groups of a convolution; padding as zeros (or what else it pads with) on each side.
+
+    With padding "same" and an even kernel, one side has one more.
+    """
+    padding: object = module.padding
+    if isinstance(padding, str):
+        extents = [d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        padding = tuple(extents) if padding == "same" else (0, 0)
+    return {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
+
+
+def _pads_alike(module: nn.Conv2d, m: LinearMap) -> bool:
+    """Whether `module` pads as `m` does; then it may stay in words ("same"), which say more for an even kernel."""
+    window = (module.kernel_size, module.dilation) == (m.kernel, m.dilation)
+    return window and geometry_of(module)["padding"] == m.padding
 
 
 def resized(module: nn.Module, m: LinearMap) -> nn.Module:
@@ -88,11 +115,13 @@ def resized(module: nn.Module, m: LinearMap) -> nn.Module:
             "out_channels": m.d_out,
             "kernel_size": m.kernel,
             "stride": m.stride,
-            "padding": m.padding,
+            "padding": module.padding if _pads_alike(module, m) else m.padding,
             "dilation": m.dilation,
             "groups": m.groups,
             # of nn.Conv2d itself; read for padding modes other than zeros, which sites do not have
-            "_reversed_padding_repeated_twice": [m.padding[1]] * 2 + [m.padding[0]] * 2,
+            "_reversed_padding_repeated_twice": module._reversed_padding_repeated_twice
+            if _pads_alike(module, m)
+            else [m.padding[1]] * 2 + [m.padding[0]] * 2,
         }
     elif isinstance(module, nn.Linear):
         layer = _bare(module, nn.Linear)
@@ -167,5 +196,4 @@ def is_the_map(module: nn.Module, m: LinearMap) -> bool:
         return False
     if not isinstance(module, nn.Conv2d):
         return True
-    geometry = (module.stride, module.padding, module.dilation, module.groups)
-    return geometry == (m.stride, m.padding, m.dilation, m.groups)
+    return geometry_of(module) == _geometry(m)

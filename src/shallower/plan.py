@@ -175,8 +175,8 @@ class Entry:
             raise PlanError(f"{site.name}: a dropped head gives zeros; correct the consumer's bias instead (a fit)")
         if self.fit is not None or site.norm_after or not kept:
             return
-        if padded(site.consumers) and bool(self.offsets[self.fates == Fate.DROP].ne(0).any()):
-            consumer = next(c for c in site.consumers if padded([c]))
+        if padded(site, site.consumers) and bool(self.offsets[self.fates == Fate.DROP].ne(0).any()):
+            consumer = next(c for c in site.consumers if padded(site, [c]))
             raise PlanError(
                 f"{site.name}: `{consumer.name}` pads with zeros, so that a constant in its input would be wrong along "
                 "the border. Set the offsets to 0 and correct the consumer's bias instead (a fit with biases)"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shallower import heads
+from shallower import heads, recalibration
 from shallower.activations import PartialActivation, SlopeActivation
 from shallower.algebra import (
     compose,
@@ -26,10 +26,12 @@ from shallower.attachment import detached_copy
 from shallower.config import update_configs
 from shallower.edits import edits, perform, replay
 from shallower.errors import PlanError, SurgeryError
+from shallower.fingerprints import has_no_numbers
 from shallower.fitting import check_fits
-from shallower.forms import Form, Step, steps
-from shallower.inputs import Inputs
+from shallower.forms import Form, Step, padded, steps
+from shallower.inputs import Inputs, InputsOf, default_inputs_of
 from shallower.layers import bias_of, fill_norm, is_the_map, weight_of
+from shallower.padding import border_error
 from shallower.plan import Entry, Fate, Fit, Plan
 from shallower.proof import Proof
 from shallower.rewriting import externalise
@@ -41,10 +43,18 @@ __all__ = ["apply", "edits", "operate", "replay", "simulate"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def apply(model: M, plan: Plan, example_inputs: Inputs) -> M:
+def apply(
+    model: M,
+    plan: Plan,
+    example_inputs: Inputs,
+    *,
+    recalibrate: Iterable[Any] | None = None,
+    inputs_of: InputsOf = default_inputs_of,
+) -> M:
     """A new model in which every site has become what the plan says; the argument is untouched.
 
         small = sh.apply(model, sh.Plan.collapse(sites), example_inputs)
+        small = sh.apply(model, plan, example_inputs, recalibrate=batches)      # and measure BatchNorms again
 
     The result is proven: with the plan simulated on the original layers it agrees on the example inputs, at each site's
     consumers and at the model's output, up to a relative error (norm of the difference over the norm) of 1e-5 in
@@ -55,12 +65,16 @@ def apply(model: M, plan: Plan, example_inputs: Inputs) -> M:
         model: perhaps with a method attached; a detached copy is changed.
         plan: for this model.
         example_inputs: what the model is called with.
+        recalibrate: batches over which the BatchNorms that remain measure their statistics again, after the proof. Of
+            use where much was taken away and no training follows.
+        inputs_of: picks the model's inputs out of such a batch.
 
     Returns:
         A model with the argument's class, mode (train or eval), dtypes and devices.
 
     Raises:
-        PlanError: the plan does not fit the model.
+        PlanError: the plan does not fit the model, or wants layers merged that would differ along the border; the error
+            that this would make is measured on the example inputs, and told.
         SurgeryError: the result differs from the simulation beyond rounding.
 
     Warns:
@@ -69,6 +83,7 @@ def apply(model: M, plan: Plan, example_inputs: Inputs) -> M:
     check_fits(model, plan)
     plan.warn_of_cost()
     todo = steps(plan.entries)
+    _refuse_border_errors(model, todo, example_inputs)
     proof = Proof.of(model, plan, example_inputs, operate)
     small = detached_copy(model)
     for step in todo:
@@ -78,7 +93,22 @@ def apply(model: M, plan: Plan, example_inputs: Inputs) -> M:
     proof.check(small)
     update_configs(small, todo)
     heads.update_configs(small, plan.entries)
+    if recalibrate is not None:
+        recalibration.recalibrate(small, recalibrate, inputs_of=inputs_of)
     return small
+
+
+def _refuse_border_errors(model: nn.Module, todo: Sequence[Step], inputs: Inputs) -> None:
+    for step in todo:
+        site, why = step.entry.site, step.form.why
+        if step.form.kind != "merged" or not why:
+            continue
+        measured = ""
+        if not site.not_merged and not any(has_no_numbers(p) for p in model.parameters()):
+            error = border_error(model, step.entry, inputs)
+            names = ", ".join(f"`{m.name}`" for m in site.consumers)
+            measured = f". Merged as it is, the output of {names} would differ by {error:.1e} on the example inputs"
+        raise PlanError(f"{site.name}: its layers cannot be merged: {why}{measured}")
 
 
 def operate(model: nn.Module, step: Step) -> None:
@@ -509,7 +539,7 @@ def _affine(model: nn.Module, norm: str) -> tuple[Tensor, Tensor] | None:
 
 
 def _check_border(site: Site, consumer: LinearMap, *constants: Tensor) -> None:
-    if consumer.padding == (0, 0):
+    if not padded(site, [consumer]):
         return
     for constant in constants:
         # what rounding leaves of an offset that was chosen so that the norm maps it to zero
