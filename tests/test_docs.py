@@ -1,0 +1,55 @@
+"""The documentation: its Python runs, its numbers are measured, and the site builds."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+WITH_CODE = [name for name in PAGES if "```python\n" in (DOCS / name).read_text()]
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_the_python_of_a_page_runs_from_top_to_bottom(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {"__name__": "page"}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL):
+        exec(compile(block, name, "exec"), names)
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("methods/")])
+def test_a_methods_page_says_when_it_fails_and_takes_its_numbers_from_the_results(name: str) -> None:
+    text = (DOCS / name).read_text()
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings == ["Idea", "Formula", "When it fails", "Our numbers"]
+    assert re.search(r"<!-- results: \w+ -->", text.partition("## Our numbers")[2])
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (DOCS.parent / "mkdocs.yml").read_text().partition("nav:")[2]
+    assert [name for name in PAGES if name not in navigation] == []
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_without_a_network(tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    subprocess.run(command, cwd=DOCS.parent, check=True)
+    for page in (tmp_path / "site").rglob("*.html"):
+        fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', page.read_text())
+        assert [link for link in fetched if "rel" not in link] == [], page
+    reference = (tmp_path / "site" / "reference" / "index.html").read_text()
+    for name in ("find_sites", "squeeze", "StructuralDropout", "export"):
+        assert 'id="shallower.' in reference
+        assert name in reference
