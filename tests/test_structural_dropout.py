@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shallower.attachment import detached_copy
 from shallower.errors import MethodError, TargetError, TrainingError
 from shallower.matching import find_sites
+from shallower.methods.layer_collapse import LayerCollapse
 from shallower.methods.structural_dropout import StructuralDropout
 from shallower.plan import Plan
 from shallower.sites import Sites
@@ -314,6 +315,8 @@ def test_eval_mode_has_the_width_that_was_set_and_not_a_drawn_one() -> None:
     method.before_step()
     assert not torch.equal(model(x), full)
     torch.testing.assert_close(model.eval()(x), full)
+    method.after_step(0.1)
+    torch.testing.assert_close(model.train()(x), full)
 
 
 def widths_seen(method: StructuralDropout, model: nn.Module, steps: int) -> list[tuple[int, ...]]:
@@ -528,6 +531,29 @@ def test_another_site_may_be_collapsed_in_the_same_plan() -> None:
     assert len(plan) == 2
 
 
+@pytest.mark.parametrize("narrowed", ["0", "2"])
+def test_two_methods_train_one_model_and_make_one_plan(narrowed: str) -> None:
+    model, x = mlp(), torch.randn(4, 6, dtype=torch.float64)
+    sites = sites_of(model, x)
+    collapsing = LayerCollapse(model, sites.select(lambda s: s.name != narrowed))
+    method = StructuralDropout(model, sites.select(narrowed))
+    optimizer = torch.optim.SGD(method.param_groups(), lr=0.1)
+    model.train()
+    for one in (collapsing, method):
+        one.before_step()
+    method.loss(lambda: model(x).square().mean() + collapsing.penalty()).backward()
+    optimizer.step()
+    with torch.no_grad():
+        for slope in (module.slope for module in collapsing.activations.values()):
+            slope.fill_(1.0)
+    model.eval()
+    method.set_width("50%")
+    live = model(x)
+    plan = method.plan(beside=collapsing.plan())
+    assert len(plan) == 2
+    torch.testing.assert_close(apply(model, plan, x)(x), live, rtol=1e-10, atol=1e-10)
+
+
 def test_the_curve_spends_channels_where_they_count() -> None:
     model = mlp()
     model[2].weight.data[:, 8:] = 0  # the first site has channels that nothing reads
@@ -555,6 +581,13 @@ def test_the_curve_measures_the_latency_of_its_front() -> None:
     method = StructuralDropout(model, sites_of(model))
     curve = method.curve(lambda m: float(m(x).detach().sum()), points=3, search=0, example_inputs=x)
     assert all(p.cost.latency is not None and p.cost.latency > 0 for p in curve.front())
+
+
+def test_a_curve_without_statistics_of_its_own_is_warned_of() -> None:
+    model, x = convolutions(), torch.randn(4, 3, 6, 6)
+    method = StructuralDropout(model, sites_of(model, x))
+    with pytest.warns(UserWarning, match="give recalibrate=batches"):
+        method.curve(lambda m: float(m(x).detach().sum()), points=2)
 
 
 def test_the_curve_counts_the_memory_of_statistics() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -195,6 +196,10 @@ class StructuralDropout(Method):
             total = total + value
         return total / (1 + len(passes))
 
+    def after_step(self, lr: float) -> None:  # noqa: ARG002
+        """Back to the full width in train mode, for what else may run there."""
+        self._train_at(self._full)
+
     def state(self) -> dict[str, Any]:
         """The generator of widths, and the table of widths that it belongs to."""
         table = {name: list(widths) for name, widths in self.table.items()}
@@ -279,7 +284,8 @@ class StructuralDropout(Method):
             method.set_width("50%");  method.set_width(128, site="encoder.layer.0")
 
         Args:
-            width: channels, 1 to n. A share takes the width of the table that is nearest to it.
+            width: channels, 1 to n; of a mapping, only the sites that it names change. A share takes the width of the
+                table that is nearest to it.
             site: only this one.
             batches: measure the statistics of all BatchNorms anew at these widths. They stay: measure again for others.
 
@@ -453,16 +459,26 @@ class StructuralDropout(Method):
             search: widths at which each site is tried alone; 0 does not search.
             unit: of the cost that the search divides among the sites.
             recalibrate: batches to measure BatchNorm statistics on at every width; without them, all widths use those
-                of the training.
+                of the training, which fit none but the full one.
             example_inputs: measure the latency of the models that the front's points become, in turn.
             name: of the score.
 
         Raises:
             MethodError: there are fewer than two points.
+
+        Warns:
+            UserWarning: the model has BatchNorms, and there is nothing to measure them on.
         """
         if points < 2 or search < 0:
             raise MethodError(f"points={points}, search={search}: a curve has at least 2 points")
-        batches = None if not any(map(_has_statistics, self.model.modules())) else recalibrate
+        statistics = any(map(_has_statistics, self.model.modules()))
+        batches = recalibrate if statistics else None
+        if statistics and recalibrate is None:
+            warnings.warn(
+                "the model has BatchNorms, whose statistics are those of the training and fit no narrower width: give "
+                "recalibrate=batches to measure them at every width",
+                stacklevel=2,
+            )
         cache: dict[tuple[int, ...], float] = {}
         alone = self._alone(search)
         bar = tqdm(total=points + (points - 2 if alone else 0) + len(alone), desc="widths")
