@@ -204,7 +204,7 @@ class Bench:
                 started = time.process_time()
                 with torch.autocast("cpu", torch.bfloat16, enabled=self.case.recipe.precision == "bf16"):
                     value = step(model, methods.get(name), self.case.loss, batch)
-                value.backward()
+                torch.autograd.backward(value)
                 optimizers[name].step()
                 optimizers[name].zero_grad()
                 spent[name].append(time.process_time() - started)
@@ -316,7 +316,7 @@ def digits(seed: int, quick: bool) -> Case:
         recipe=Recipe(epochs=2 if quick else 60, lr=1e-3, weight_decay=0.01, clip=None),
         held_out=share_right(slice(900, 1200)),
         test=share_right(slice(1200, None)),
-        calibration=list(x[:900].split(50)),
+        calibration=list(torch.split(x[:900], 50)),
         example=x[:2],
     )
 
@@ -383,24 +383,23 @@ def summarised(mlp: Mapping[str, Any]) -> dict[str, Any]:
     runs, every, separate = mlp["runs"], mlp["every width"], mlp["separate widths"]
     cut = [round(share * 256) for share in SHARES]
 
-    def over_seeds(widths: Sequence[int], pick: Callable[[Any], Sequence[float]]) -> dict[str, Any]:
-        values = torch.tensor([pick(run) for run in runs], dtype=torch.float64)
+    def over_seeds(widths: Sequence[int], found: Sequence[Sequence[float]]) -> dict[str, Any]:
+        values = torch.tensor(found, dtype=torch.float64)
         spread = values.std(0) if len(runs) > 1 else torch.zeros(len(widths))
         return {"widths": list(widths), "mean": _rounded(values.mean(0)), "spread": _rounded(spread)}
 
     rows = {
-        "trained for itself": over_seeds(separate, lambda r: r["separate"]),
-        "magnitude": over_seeds(cut, lambda r: r["pruned"]["magnitude"]),
-        "squeeze": over_seeds(cut, lambda r: r["pruned"]["squeeze"]),
-        "published": over_seeds(every, lambda r: r["published"]),
+        "trained for itself": over_seeds(separate, [r["separate"] for r in runs]),
+        "magnitude": over_seeds(cut, [r["pruned"]["magnitude"] for r in runs]),
+        "squeeze": over_seeds(cut, [r["pruned"]["squeeze"] for r in runs]),
+        "published": over_seeds(every, [r["published"] for r in runs]),
     }
     narrow = [i for i, k in enumerate(separate) if k >= 32]
     held_out = {}
     for name in runs[0]["options"]:
         own = [run["options"][name] for run in runs]
-        rows[name] = over_seeds(
-            every if len(own[0]["test"]) == len(every) else separate, lambda r, name=name: r["options"][name]["test"]
-        )
+        widths = every if len(own[0]["test"]) == len(every) else separate
+        rows[name] = over_seeds(widths, [o["test"] for o in own])
         held_out[name] = round(sum(o["held out"][i] for o in own for i in narrow) / len(own) / len(narrow), 5)
     return {"seeds": len(runs), "shown": separate, "rows": rows, "held out": held_out, "steps": mlp["steps"]}
 
@@ -441,7 +440,7 @@ def cifar(title: str, make: Callable[[int], nn.Module], recipe: Recipe, data: Pa
     held_out = rows[:100] if quick else rows[:HELD_OUT]
     test = test[:200] if quick else test
     trained = rows[HELD_OUT : HELD_OUT + 256] if quick else rows[HELD_OUT:]
-    calibration = images.normalised(trained[:1024].pixels).split(128)
+    calibration = torch.split(images.normalised(trained[:1024].pixels), 128)
     return Case(
         title=title,
         make=make,
