@@ -1,13 +1,15 @@
-"""Squeezing without training: calibrated squeezing against magnitude pruning of the same layers.
+"""Squeezing without training: calibrated squeezing against Torch-Pruning on the same layers.
 
 Three trained networks, narrowed by a part of all hidden channels of their feed-forward or convolution blocks, with no
-training anywhere. `magnitude` removes the channels whose weights, producers' and consumers' together, are smallest,
-and corrects nothing: what pruning libraries do by default. `squeeze, equal` keeps the same share at every site,
-`squeeze` also tries widths allocated by the sites' curves of error, and takes what changes the output less. MiniLM is
-calibrated on 1,000 STS-B training sentences and reported on the STS-B validation set (Spearman correlation) and on
-the rank correlation of the pairwise similarities of 300 WikiText-2 test sentences with the dense model's; the
-language model of 260K parameters on stories of the training set, reported on the test stories; ResNet-56 on 800
-training images of CIFAR-10, reported on the first 4,000 test images, as squeezed and with BatchNorm recalibrated.
+training anywhere. `Torch-Pruning` is version 1.6.1's group magnitude (p = 2) over its dependency graph: it removes the
+channels whose weights, producers' and consumers' together, are smallest, and corrects nothing. `squeeze, equal` keeps
+the same share at every site, `squeeze` also tries widths allocated by the sites' curves of error, and takes what
+changes the output less. MiniLM is calibrated on 1,000 STS-B training sentences (in the rows that say so, on 1,000
+sentences of WikiText-2's validation part) and reported on the STS-B validation set (Spearman correlation) and on the
+rank correlation of the pairwise similarities of 300 WikiText-2 test sentences with the dense model's; the language
+model of 260K parameters on stories of the training set, reported on the test stories; ResNet-56 on 800 training images
+of CIFAR-10, reported on the first 4,000 test images, as squeezed and with BatchNorm recalibrated. `aim` is what was
+asked for before the method was made. Time is that of one thread, memory what the process grows by at most.
 """
 
 from __future__ import annotations
@@ -34,14 +36,29 @@ from benchmarks.record import markdown, required, write_json
 from shallower.errors import ModelError
 from shallower.inputs import call
 from shallower.matching import find_sites
-from shallower.measuring import count_macs, count_params
+from shallower.measuring import compare, count_macs, count_params
 from shallower.methods.squeeze import squeeze
 from shallower.recalibration import recalibrate
+from shallower.selection import eliminate
 from shallower.sites import Sites
 from shallower.surgery import apply
+from shallower.sweeping import Calibration, Sweep
 from shallower.vision import repair_torchvision
 
 METHODS = ("Torch-Pruning", "squeeze, equal", "squeeze")
+COLLAPSED = (1, 2, 3, 4, 6)
+SELECTIONS = (4096, 14336)
+FLOORS = [
+    ("MiniLM", 0.5, "STS-B Spearman", 0.867),
+    ("MiniLM", 0.5, "WikiText-2 rank correlation", 0.965),
+    ("MiniLM", 0.75, "STS-B Spearman", 0.864),
+    ("stories260k", 0.25, "perplexity", 6.5),
+    ("stories260k", 0.5, "perplexity", 14),
+    ("ResNet-56", 0.25, "accuracy", 93.0),
+    ("ResNet-56", 0.5, "accuracy", 90),
+]
+"""What was aimed at before the method was made: (model, cut, score, value)."""
+
 RESNET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 RESNET_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
@@ -78,48 +95,140 @@ def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
         for cut in subject.cuts[:1] if quick else subject.cuts:
             for method in subject.methods:
                 path = cache / f"{subject.name}-{cut}-{method.replace(', ', '-')}.json"
-                rows.append(remembered(path, lambda s=subject, c=cut, m=method: squeezed(s, c, m)))  # type: ignore[misc]
-    return {"rows": rows}
+                rows.append(remembered(path, lambda s=subject, c=cut, m=method: squeezed(s, c, m, cache)))  # type: ignore[misc]
+    found: dict[str, Any] = {"rows": rows, "floors": FLOORS}
+    if not quick:
+        found["latency"] = depth_or_width(minilm(data, "stsb"), cache)
+        sizes = ((n, cache / f"selection-{n}.json") for n in SELECTIONS)
+        found["selection"] = [remembered(path, lambda n=n: selection(n)) for n, path in sizes]  # type: ignore[misc]
+    return found
 
 
 def table(results: dict[str, Any]) -> str:
-    """One line for each network, cut and method."""
-    names = {row["model"]: list(row["scores"]) for row in results["rows"]}
+    """One line for each network, cut and method; then depth against width, and what selection takes."""
     whole = {row["model"]: row for row in results["rows"] if not row["cut"]}
+    asked = {(model, cut, score): value for model, cut, score, value in results["floors"]}
     lines = []
     for row in results["rows"]:
         before = whole.get(row["model"], whole[row["model"].partition(",")[0]])
-        scores = "; ".join(f"{name} {row['scores'][name]:.4g}" for name in names[row["model"]])
+        scores = "; ".join(f"{name} {value:.4g}" for name, value in row["scores"].items())
+        wanted = [(name, asked.get((row["model"], row["cut"], name))) for name in row["scores"]]
+        floors = "; ".join(f"{value:g}" for _, value in wanted if value is not None)
         shares = [f"{row[unit] / before[unit]:.1%}" if row["cut"] else "" for unit in ("params", "macs")]
-        spent = (f"{row['seconds']:.0f} s", f"{row['growth'] / 2**20:.0f} MiB") if row["cut"] else ("", "")
+        spent = (f"{row['cpu']:.0f} s", f"{row['growth'] / 2**20:.0f} MiB") if "cpu" in row else ("", "")
         cut = f"{row['cut']:.0%}" if row["cut"] else ""
-        lines.append((row["model"], cut, row["method"], scores, *shares, *spent))
-    return markdown(("model", "cut", "method", "result", "params", "MACs", "time", "memory"), lines)
+        lines.append((row["model"], cut, row["method"], scores, floors, *shares, *spent))
+    header = ("model", "cut", "method", "result", "aim", "params", "MACs", "CPU time", "memory growth")
+    text = markdown(header, lines)
+    if "latency" in results:
+        lines = [
+            (f"{way['latency']:.2f}", way["way"], f"{way['params'] / whole['MiniLM']['params']:.1%}", *_scores(way))
+            for way in results["latency"]
+        ]
+        names = list(results["latency"][0]["scores"])
+        text += "\n\nMiniLM at equal latency (a part of the dense model's, 8 sentences of 32 tokens):\n\n"
+        text += markdown(("latency", "way", "params", *names), lines)
+    if "selection" in results:
+        lines = [(f"{row['channels']:,}", f"{row['kept']:,}", f"{row['cpu']:.0f} s") for row in results["selection"]]
+        text += "\n\nChoosing half of many channels from their Gram matrix (512 outputs):\n\n"
+        text += markdown(("channels", "kept", "CPU time"), lines)
+    return text
+
+
+def _scores(row: dict[str, Any]) -> list[str]:
+    return [f"{value:.4f}" for value in row["scores"].values()]
+
+
+def depth_or_width(subject: Subject, cache: Path) -> list[dict[str, Any]]:
+    """MLPs collapsed by least squares, those first that lose least; and all narrowed until the model is as fast."""
+    model, sites = subject.model, subject.sites
+    ids = subject.batches[len(subject.batches) // 2]["input_ids"][:8].repeat(1, 4)[:, :32]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def row(way: str, small: nn.Module) -> dict[str, Any]:
+        found = compare({"dense": model, "small": small}, inputs, rounds=100)["small"]
+        spread = found.ratio_spread
+        return {
+            "way": way,
+            "latency": found.ratio,
+            "spread": spread,
+            "params": count_params(small),
+            "scores": subject.score(small),
+        }
+
+    def depth(count: int) -> dict[str, Any]:
+        sweep = Sweep(model, sites.items, Calibration(subject.batches))
+        order = sorted(sites, key=lambda site: sweep.errors[site.name][0])
+        widths = {site.name: site.width for site in sites} | {site.name: 0 for site in order[:count]}
+        return row(f"{count} of {len(sites)} MLPs collapsed", sweep.plan(widths)[1])
+
+    def width(latency: float) -> dict[str, Any]:
+        target = f"latency:{100 * latency:.1f}%"
+        plan = squeeze(model, sites, subject.batches, target, uniform=True, round_to=16, example_inputs=inputs)
+        kept = {len(entry.kept) for entry in plan.entries}
+        small = apply(model, plan, _first(subject.batches[0]))
+        return row(f"{max(kept)} of {sites[0].width} channels of each", small)
+
+    rows = []
+    for count in COLLAPSED:
+        deep = remembered(cache / f"depth-{count}.json", lambda c=count: depth(c))  # type: ignore[misc]
+        wide = remembered(cache / f"width-{count}.json", lambda at=deep["latency"]: width(at))  # type: ignore[misc]
+        rows += [deep, wide]
+    return rows
+
+
+def selection(channels: int) -> dict[str, Any]:
+    """What it takes to choose half of so many channels."""
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(channels, 512, generator=generator, dtype=torch.float64)
+    zz = factors @ factors.T / 512
+    zz.diagonal().add_(0.1)
+    zy = factors @ torch.randn(512, 512, generator=generator, dtype=torch.float64) / 512
+    start, cpu = time.perf_counter(), time.process_time()
+    kept = eliminate(zz, zy, ridge=1e-4, keep=channels // 2).kept(channels // 2)
+    seconds = time.perf_counter() - start
+    return {"channels": channels, "kept": len(kept), "seconds": seconds, "cpu": time.process_time() - cpu}
 
 
 def dense(subject: Subject) -> dict[str, Any]:
     """The row of the network as it is."""
-    return _row(subject, 0.0, "dense", subject.model, 0.0, 0)
+    return _row(subject, 0.0, "dense", subject.model)
 
 
-def squeezed(subject: Subject, cut: float, method: str) -> dict[str, Any]:
-    """The row of one method at one cut."""
+def squeezed(subject: Subject, cut: float, method: str, cache: Path) -> dict[str, Any]:
+    """The row of one method at one cut; a squeezing that was interrupted goes on.
+
+    Equal widths are one of the two ways that `squeeze` compares, so that it finds them done, and their time is added.
+    """
+    checkpoint = cache / f"{subject.name}-{cut}.safetensors"
+    equal = cache / f"{subject.name}-{cut}-squeeze-equal.json"
     gc.collect()
     with growth() as grown:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         if method == "Torch-Pruning":
             small = by_torch_pruning(subject, cut)
         else:
             macs = subject.sites.macs - cut * sum(site.macs for site in subject.sites)
             uniform = method.endswith("equal")
             target = f"macs:{math.ceil(macs)}"
-            plan = squeeze(subject.model, subject.sites, subject.batches, target, uniform=uniform, collapse=False)
+            plan = squeeze(
+                subject.model,
+                subject.sites,
+                subject.batches,
+                target,
+                uniform=uniform,
+                collapse=False,
+                checkpoint=checkpoint,
+            )
             small = apply(subject.model, plan, _first(subject.batches[0]))
-        seconds = time.perf_counter() - start
-    return _row(subject, cut, method, small, seconds, grown[0])
+        spent = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+    if method == "squeeze" and equal.exists():
+        before = json.loads(equal.read_text())
+        spent = {unit: value + before[unit] for unit, value in spent.items()}
+    return {**_row(subject, cut, method, small), **spent, "growth": grown[0]}
 
 
-def _row(subject: Subject, cut: float, method: str, small: nn.Module, seconds: float, grown: int) -> dict[str, Any]:
+def _row(subject: Subject, cut: float, method: str, small: nn.Module) -> dict[str, Any]:
     producers = [small.get_submodule(site.producer.name) for site in subject.sites if site.producer is not None]
     return {
         "model": subject.name,
@@ -129,8 +238,6 @@ def _row(subject: Subject, cut: float, method: str, small: nn.Module, seconds: f
         "macs": count_macs(small, subject.batches[0]),
         "widths": [len(producer.weight) for producer in producers],  # type: ignore[arg-type]
         "scores": subject.score(small),
-        "seconds": seconds,
-        "growth": grown,
     }
 
 
@@ -174,7 +281,7 @@ def _first(batch: Any, samples: int = 4, tokens: int = 512) -> Any:
 @contextmanager
 def growth() -> Iterator[list[int]]:
     """By how many bytes the resident memory of this process grows at most."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     process, stop = psutil.Process(), threading.Event()
     start = process.memory_info().rss

@@ -42,7 +42,7 @@ _Timed = tuple[float, dict[int, float]]
 """A site's part of the model's time, and for each measured width the part of the site's own."""
 
 _ROUNDS = 15
-_SECONDS = 2.0
+_SECONDS = 1.0
 """At most about so long for each measured width, but never fewer than three rounds."""
 
 
@@ -164,7 +164,7 @@ def _in_turns(
     model: nn.Module, small: nn.Module, sites: Sequence[Site], inputs: Inputs
 ) -> Iterable[tuple[dict[str, float], dict[str, float]]]:
     """Seconds of each site in both models, round by round, after a pass to warm up."""
-    rounds = []
+    rounds: list[tuple[dict[str, float], dict[str, float]]] = []
     with evaluating(model), evaluating(small), torch.inference_mode():
         clocks = (_Clock(model, sites), _Clock(small, sites))
         try:

@@ -4,7 +4,8 @@
     entries = progress.entries(key)     # those done before; [] at first
     progress.keep(key, entries)
 
-The file appears whole or not at all. A file of another computation is an error, not a result.
+The file appears whole or not at all; of several processes the first writes it. A file of another computation is an
+error, not a result.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from shallower.fingerprints import content
 from shallower.inputs import tensors
 from shallower.plan import Entry, Plan
 from shallower.plan_file import plan_from_json, plan_to_json
+from shallower.processes import is_first
 
 SCHEMA = 1
 """Version of the file."""
@@ -91,6 +93,8 @@ class Progress:
     def _write(self) -> None:
         from shallower.training import write_state
 
+        if not is_first():
+            return
         state = {"schema": SCHEMA, "identity": self.identity, "plans": self._plans, "values": self._values}
         try:
             write_state(self.path, state)

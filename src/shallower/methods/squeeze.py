@@ -9,7 +9,7 @@ target is a latency, the cost is what was measured on this machine (latencies.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -17,16 +17,18 @@ from typing import Any
 
 from torch import nn
 
+from shallower import __version__
 from shallower.allocation import Choice, allocate, in_proportion
 from shallower.attachment import attached_places, detached_copy
 from shallower.budget import Cost, Target
 from shallower.errors import FitError, MethodError, SiteError, TargetError
 from shallower.fingerprints import fingerprint
 from shallower.fisher import OutputOf, default_output_of
-from shallower.inputs import Inputs, InputsOf, default_inputs_of, model_device, reiterable, to_device
+from shallower.inputs import Inputs, InputsOf, call, default_inputs_of, model_device, reiterable, tensors, to_device
 from shallower.latencies import Latency, narrowed_copy, site_latencies, stand_in
 from shallower.measuring import compare
 from shallower.plan import Plan
+from shallower.processes import from_first_process, summed_over_processes
 from shallower.progress import Progress, digest
 from shallower.refitting import may_collapse
 from shallower.sites import Site, Sites
@@ -39,7 +41,7 @@ _TRIALS = 6
 _JUDGED = 8
 """Batches on which allocated and equal widths are compared."""
 
-_TIMINGS = 5
+_TIMINGS = 4
 """How often the whole model is timed, and the widths corrected, until a latency is met."""
 
 _CLOSE = 0.97
@@ -51,7 +53,9 @@ _TIMED_ROUNDS = 15
 """The whole model is timed in so many rounds; on a busy machine in more, until the ratio is precise or time is up."""
 
 _PRECISION = 0.01
-_TIMED_SECONDS = 5.0
+_TIMED_SECONDS = 3.0
+_ROUND_SECONDS = 2e-3
+"""A round takes at least this long for each model, see `compare`."""
 
 
 def squeeze(
@@ -66,6 +70,7 @@ def squeeze(
     compensation: float = 1.0,
     sensitivity: bool = True,
     collapse: bool = True,
+    producers: bool = True,
     example_inputs: Inputs | None = None,
     checkpoint: str | Path | None = None,
     inputs_of: InputsOf = default_inputs_of,
@@ -93,6 +98,7 @@ def squeeze(
         compensation: how much of the error that earlier sites left in the residual stream a site makes up for, 0 to 1.
         sensitivity: weight outputs by what the model's output makes of them (one backward pass over the batches).
         collapse: allow a site to become one linear map, where that is the better buy; not with `uniform`.
+        producers: fit the kept rows of the producers too, not only the consumers: slower, and mostly better.
         example_inputs: what latencies are measured on; by default the inputs of the first batch.
         checkpoint: a file (.safetensors) for what is done so far. Where it exists, an interrupted squeezing of the same
             model on the same batches goes on from it, with the same result.
@@ -106,7 +112,7 @@ def squeeze(
         A plan with fitted consumers; made for these weights.
 
     Raises:
-        SiteError: no site can be made narrower.
+        SiteError: no site can be made narrower, or the model cannot be called with the batches.
         TargetError: the target cannot be met, and the error says what can; or the model meets it as it is.
         FitError: the calibration data are too few or not finite; the error names the site.
         MethodError: an option is out of range, or a `drop:` target comes without `score`.
@@ -120,22 +126,33 @@ def squeeze(
     squeezable = narrowable(sites)
     first = _first(batches)
     calibration = Calibration(
-        batches, compensation, sensitivity, collapse and not uniform, inputs_of, mask_of, output_of, logits, seed
+        batches,
+        compensation=compensation,
+        sensitivity=sensitivity,
+        collapse=collapse and not uniform,
+        producers=producers,
+        inputs_of=inputs_of,
+        mask_of=mask_of,
+        output_of=output_of,
+        logits=logits,
+        seed=seed,
     )
     dense = detached_copy(model) if attached_places(model) else model
     progress = None if checkpoint is None else Progress(checkpoint, _identity(dense, squeezable, calibration))
     sweep = Sweep(dense, squeezable.items, calibration, progress)
-    inputs = inputs_of(first) if example_inputs is None else example_inputs
+    calibrated_on = inputs_of(first)
+    _check_call(dense, calibrated_on)
+    inputs = calibrated_on if example_inputs is None else example_inputs
     work = _Squeeze(dense, squeezable, sweep, round_to, uniform, to_device(inputs, model_device(dense)))
-    if goal.unit == "drop" and score is not None:
-        return work.within(goal, score)
-    choices = [replace(work, uniform=True).widths(goal)]
-    if not uniform:
-        choices.append(work.widths(goal))
-    if len(choices) == 1 or choices[0] == choices[1]:
-        return work.sweep.plan(choices[0])[0]
-    judge = work.likeness if score is None else score
-    return max((work.sweep.plan(widths) for widths in choices), key=lambda made: judge(made[1]))[0]
+    try:
+        return work.within(goal, score) if goal.unit == "drop" and score is not None else work.best(goal, score)
+    except FitError as error:
+        if name := _first_not_finite(dense, squeezable, calibration):
+            raise FitError(
+                f"{name}: what its consumers read is not finite on the calibration batches; does the model overflow, "
+                "or do the batches hold NaN?"
+            ) from error
+        raise
 
 
 def _first(batches: Iterable[Any]) -> Any:
@@ -150,14 +167,55 @@ def _first(batches: Iterable[Any]) -> Any:
     raise FitError("no batches are too little to calibrate on; give a few hundred samples")
 
 
+def _check_call(dense: nn.Module, inputs: Inputs) -> None:
+    """Check that the model takes such inputs.
+
+    Raises:
+        SiteError: it does not.
+    """
+    try:
+        with evaluating(dense):
+            call(dense, to_device(inputs, model_device(dense)))
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+        given = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors(inputs))
+        raise SiteError(
+            f"the model cannot be called with the first calibration batch ({given or 'no tensors'}): {error}. Give "
+            "batches like the example inputs that the sites were found with, or say with inputs_of= how to read yours"
+        ) from error
+
+
+def _first_not_finite(dense: nn.Module, sites: Sites, calibration: Calibration) -> str:
+    """The first site, in order of execution, whose hidden tensor is not finite on some batch; "" where all are."""
+    found: list[str] = []
+    handles = []
+    for site in sites:
+
+        def watch(_: nn.Module, given: Any, name: str = site.name) -> None:
+            if not found and not all(bool(t.isfinite().all()) for t in tensors(given) if t.is_floating_point()):
+                found.append(name)
+
+        handles += [dense.get_submodule(m.name).register_forward_pre_hook(watch) for m in site.consumers]
+    try:
+        with evaluating(dense):
+            for batch in calibration.batches:
+                call(dense, to_device(calibration.inputs_of(batch), model_device(dense)))
+                if found:
+                    return found[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ""
+
+
 def _identity(dense: nn.Module, sites: Sites, calibration: Calibration) -> dict[str, Any]:
     """What the result of a squeezing to given widths depends on."""
     options = {f.name: getattr(calibration, f.name) for f in fields(calibration)}
     plain = {name: value for name, value in options.items() if isinstance(value, (bool, int, float, str, type(None)))}
     return {
+        "version": __version__,
         "weights": fingerprint(dense, sites),
         "sites": [site.name for site in sites],
-        "data": digest(calibration.batches),
+        "data": from_first_process(lambda: digest(calibration.batches)),
         "options": plain,
     }
 
@@ -210,6 +268,7 @@ class _Squeeze:
         inputs: what latencies are measured on.
         trust: what part of the time that single sites save the whole model saves.
         clock: what was timed.
+        saved: parameters and MACs that a site's width saves, as far as they were counted.
     """
 
     dense: nn.Module
@@ -220,6 +279,18 @@ class _Squeeze:
     inputs: Inputs
     trust: float = 1.0
     clock: _Clock = field(default_factory=_Clock)
+    saved: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+
+    def best(self, target: Target, score: Score | None) -> Plan:
+        """The better of equal and allocated widths, judged with the consumers fitted only; or equal ones, if asked."""
+        choices = [replace(self, uniform=True).widths(target)]
+        if not self.uniform:
+            choices.append(self.widths(target))
+        if len(choices) == 2 and choices[0] != choices[1]:
+            judge = self.likeness if score is None else score
+            draft = replace(self.sweep, calibration=replace(self.sweep.calibration, producers=False))
+            choices.sort(key=lambda widths: judge(draft.plan(widths)[1]))
+        return self.sweep.plan(choices[-1])[0]
 
     def within(self, target: Target, score: Score) -> Plan:
         """The smallest plan found by bisection whose score is not below the floor."""
@@ -254,6 +325,12 @@ class _Squeeze:
         """
         if target.unit != "latency":
             return self._allocated(target)
+        if not self.uniform:
+            _ = self.sweep.errors  # all processes take part in this
+        return from_first_process(lambda: self._timed_widths(target))
+
+    def _timed_widths(self, target: Target) -> dict[str, int]:
+        """Widths whose latency, measured of the whole model, meets the target."""
         before = self._before(target)
         limit = target.limit(before)
         best: tuple[float, dict[str, int]] | None = None
@@ -318,7 +395,7 @@ class _Squeeze:
         models = {"dense": self.dense, "small": small}
         found = compare(models, self.inputs, rounds=_TIMED_ROUNDS)["small"]
         wanted = round((found.ratio_spread / found.ratio / _PRECISION) ** 2)
-        affordable = round(_TIMED_SECONDS / (self.dense_seconds + found.latency))
+        affordable = round(_TIMED_SECONDS / (2 * max(self.dense_seconds, _ROUND_SECONDS)))
         if (rounds := min(wanted, affordable)) > _TIMED_ROUNDS:
             found = compare(models, self.inputs, rounds=rounds)["small"]
         return found.ratio * self.dense_seconds
@@ -346,12 +423,15 @@ class _Squeeze:
         return self.dense_seconds * (1 - saved)
 
     def likeness(self, small: nn.Module) -> float:
-        """How like the dense network's its output is, on a few of the batches: minus the mean divergence."""
-        total, count = 0.0, 0
+        """How like the dense network's its output is, on some of the batches: minus the mean divergence."""
+        batches = self.sweep.calibration.batches
+        step = max(1, len(batches) // _JUDGED) if isinstance(batches, Sized) else 1
+        total, count = 0.0, 0.0
         with evaluating(self.dense), evaluating(small):
-            for batch in islice(self.sweep.calibration.batches, _JUDGED):
+            for batch in islice(batches, 0, _JUDGED * step, step):
                 theirs, divergence = self.sweep.calibration.divergence(self.dense, small, batch)
                 total, count = total + divergence, count + theirs
+        total, count = summed_over_processes(total, count)
         return -total / max(1, count)
 
     def _menus(self, target: Target) -> dict[str, list[Choice]]:
@@ -365,10 +445,25 @@ class _Squeeze:
     def _site_cost(self, site: Site, width: int, target: Target) -> float:
         if target.unit == "latency":
             return self.latencies[site.name].at(width)
-        if width == site.width:
-            return site.macs if target.unit == "macs" else site.params
-        entry = stand_in(site, width)
-        return entry.macs_after if target.unit == "macs" else entry.params_after
+        params, macs = self._saved_at(site, width)
+        return site.macs - macs if target.unit == "macs" else site.params - params
+
+    def _saved_at(self, site: Site, width: int) -> tuple[int, int]:
+        """Parameters and MACs that this width alone saves."""
+        if (site.name, width) not in self.saved:
+            entry = None if width == site.width else stand_in(site, width)
+            saved = (0, 0) if entry is None else (site.params - entry.params_after, site.macs - entry.macs_after)
+            self.saved[site.name, width] = saved
+        return self.saved[site.name, width]
+
+    def _saved(self, widths: Mapping[str, int]) -> tuple[int, int]:
+        """Parameters and MACs that these widths save together."""
+        consumers = {m.name for site in self.sites for m in site.consumers}
+        if any(m.name in consumers for site in self.sites for m in site.maps[: -len(site.consumers)]):
+            plan = Plan(tuple(stand_in(s, widths[s.name]) for s in self.sites if widths[s.name] != s.width))
+            return plan.params_saved, plan.macs_saved
+        each = [self._saved_at(site, widths[site.name]) for site in self.sites]
+        return sum(params for params, _ in each), sum(macs for _, macs in each)
 
     def _before(self, target: Target) -> Cost:
         tensors = {id(t): t for t in chain(self.dense.parameters(), self.dense.buffers())}.values()
@@ -378,10 +473,11 @@ class _Squeeze:
         return Cost(sum(t.numel() for t in params), self.sites.macs, memory, seconds)
 
     def _after(self, before: Cost, widths: Mapping[str, int]) -> Cost:
-        plan = Plan(tuple(stand_in(s, widths[s.name]) for s in self.sites if widths[s.name] != s.width))
+        params, macs = self._saved(widths)
         wide = next(self.dense.parameters()).element_size()
-        params = plan.params_saved
+        # a BatchNorm's running mean and variance go with its channels
+        statistics = sum(2 * site.norms * (site.width - widths[site.name]) for site in self.sites)
         seconds = None
         if before.latency is not None:
             seconds = before.latency - self.trust * (before.latency - self._predicted(widths))
-        return Cost(before.params - params, before.macs - plan.macs_saved, before.memory - wide * params, seconds)
+        return Cost(before.params - params, before.macs - macs, before.memory - wide * (params + statistics), seconds)
