@@ -330,8 +330,18 @@ def _observe(model: nn.Module, inputs: Inputs, taps: Sequence[_Tap], *, before: 
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    observed.outputs = [t.detach() for t in tensors(output)]
+    observed.outputs = [t.detach() for t in tensors(_without_heads(output))]
     return observed
+
+
+def _without_heads(output: Any) -> Any:
+    """An output without what has a size for each attention head: a cache of keys and values, attention weights."""
+    if isinstance(output, Mapping):
+        kept = {key: value for key, value in output.items() if not str(key).endswith("attentions")}
+        return {key: _without_heads(value) for key, value in kept.items()}
+    if isinstance(output, (tuple, list)):
+        return [_without_heads(item) for item in output]
+    return None if any(c.__module__ == "transformers.cache_utils" for c in type(output).__mro__) else output
 
 
 @contextmanager
