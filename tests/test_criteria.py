@@ -108,7 +108,7 @@ def test_lines_by_the_unit_rule_pass_or_drop_each_channel() -> None:
     told = batchnorm_statistics(model, site)
     assert told is not None
     slope, offset = lines(site, told, "unit")
-    assert slope.tolist() == [1, 0, 0, 1, 0, 1]
+    assert slope.tolist() == [1, 0, 1, 1, 0, 1]
     assert offset.tolist() == [0] * 6
 
 

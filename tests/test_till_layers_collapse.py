@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shallower.attachment import detached_copy
 from shallower.errors import MethodError, TargetError
 from shallower.matching import find_sites
+from shallower.merging import choose_forms
 from shallower.methods.till_layers_collapse import TillLayersCollapse
 from shallower.plan import Fate
 from shallower.simulation import simulate
+from shallower.surgery import apply
 from shallower.training import Recipe
 
 RECIPE = Recipe(epochs=1, lr=0.01, optimizer="sgd")
@@ -350,3 +353,50 @@ def test_half_precision_stays_half_precision() -> None:
     method = TillLayersCollapse(model, find_sites(model, x))
     method.linearise(list(method.activations))
     assert model(x).dtype == torch.bfloat16
+
+
+def bad_block(**options: Any) -> nn.Module:
+    """A pair of convolutions that somebody has built in another way."""
+
+    def build(kind: str = "conv", running: bool = True, mode: str = "zeros", groups: int = 1) -> nn.Module:
+        torch.manual_seed(0)
+        first = nn.Conv2d(4, 8, 3, padding=1, groups=groups)
+        if kind == "transposed":
+            second: nn.Module = nn.ConvTranspose2d(8, 4, 3, padding=1)
+        else:
+            second = nn.Conv2d(8, 4, 3, padding=1, padding_mode=mode, groups=groups)
+        norm = nn.BatchNorm2d(8, track_running_stats=running)
+        return nn.Sequential(first, norm, nn.ReLU(), second, nn.ReLU(), nn.Conv2d(4, 3, 1)).eval()
+
+    return build(**options)
+
+
+@pytest.mark.filterwarnings("ignore::shallower.plan.CostWarning")  # what is faster may count more
+@pytest.mark.parametrize("options", [{"mode": "reflect"}, {"mode": "circular"}, {"groups": 2}, {"groups": 4}])
+def test_unusual_convolutions_lose_their_activation_exactly(options: dict[str, Any]) -> None:
+    model, x = bad_block(**options), torch.randn(4, 4, 8, 8)
+    method = TillLayersCollapse(model, find_sites(model, x, places=True), batches=[x])
+    method.linearise(list(method.activations))
+    found = model(x)
+    plan = choose_forms(detached_copy(model), method.plan(), x, rounds=1)
+    torch.testing.assert_close(apply(model, plan, x)(x), found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"kind": "transposed"}, {"running": False}])
+def test_what_cannot_merge_is_skipped_with_the_reason(options: dict[str, Any]) -> None:
+    model, x = bad_block(**options), torch.randn(4, 4, 8, 8)
+    sites = find_sites(model, x)
+    assert "0" not in sites
+    assert any(word in " ".join(sites.skipped.values()) for word in ("ConvTranspose2d", "running statistics"))
+
+
+def test_a_norm_whose_scale_is_zero_decides_by_its_shift() -> None:
+    model, x = bad_block(), torch.randn(4, 4, 8, 8)
+    norm = model[1]  # type: ignore[index]
+    with torch.no_grad():
+        norm.weight.zero_()
+        norm.bias.copy_(torch.tensor([1.0, -1.0] * 4))
+    before = model(x)
+    method = TillLayersCollapse(model, find_sites(model, x).select("0"))
+    method.linearise(["0"])
+    torch.testing.assert_close(model(x), before)

@@ -105,15 +105,17 @@ def batchnorm_statistics(model: nn.Module, site: Site) -> Normal | None:
 def lines(site: Site, normal: Normal, rule: Line) -> tuple[Tensor, Tensor]:
     """The line slope * h + offset that takes the place of f, channel by channel, (n,) float64 each.
 
-    "unit" is TLC's: channels whose input is positive on average pass as they are, the others become 0. "best" is
-    nearest to f in the mean square; in front of zero padding, where no constant may stand, the nearest through the
+    "unit" is TLC's: channels whose input is positive on average pass as they are, the others become 0. (Where the mean
+    is 0 and the input varies both are as wrong, and the channel passes: a BatchNorm that was never trained would lose
+    all of them otherwise.) "best" is nearest to f in the mean square; in front of zero padding, where no constant may stand, the nearest through the
     origin. At an activation place the only line is the identity. A gate becomes a constant: slope is its value.
     """
     ones = torch.ones_like(normal.mean)
     if site.kind == "activation":
         return ones, torch.zeros_like(ones)
     if rule == "unit" and not site.gated:
-        return (normal.mean > 0).double(), torch.zeros_like(ones)
+        passes = (normal.mean > 0) | ((normal.mean == 0) & (normal.std > 0))
+        return passes.double(), torch.zeros_like(ones)
     slope, offset = (t.cpu() for t in normal.moments.best_affine())
     if all(c.padding == (0, 0) for c in site.consumers) or site.gated:
         return slope, offset

@@ -74,7 +74,7 @@ def choose_forms(
         batches: to fit on, a few hundred samples; the last one judges the error. None: exact forms only.
         error: greatest relative squared error of what a fitted form gives, as part of the output's variance (with
             the skip, where there is one). Training afterwards mends much more than this: then take 1.
-        kernels: sizes for fitted kernels; by default the larger of the pair's two along each axis.
+        kernels: sizes for fitted kernels; by default the larger of the pair's two along each axis, and 1x1.
         ranks: widths for the narrowed middle, as parts of the linear channels.
         rounds: of timing; the least time of all rounds counts, since what else the machine does only adds to it.
         inputs_of: picks the model's inputs out of a batch.
@@ -230,7 +230,7 @@ class _Trial:
         if self.kernels is not None:
             return self.kernels
         size = max(producer.kernel[0], consumer.kernel[0]), max(producer.kernel[1], consumer.kernel[1])
-        return [size] if producer.taps > 1 and consumer.taps > 1 else []
+        return [size, (1, 1)] if producer.taps > 1 and consumer.taps > 1 else []
 
 
 def least_seconds(models: Mapping[str, nn.Module], inputs: Inputs, rounds: int = 40) -> dict[str, float]:

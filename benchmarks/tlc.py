@@ -1,0 +1,993 @@
+"""TLC: activations go a few at a time, and what is linear then is merged where that pays.
+
+ResNet-20 and ResNet-56, trained on CIFAR-10 by others: 19 and 55 activations, inside of blocks and after sums. In each
+round those go whose removal alone raises the loss on 500 rows held out of the shared subset least, replaced by the
+lines that BatchNorm tells; then the network is trained, towards the labels and the dense network's answers, on the
+other 14,000 rows. (It was trained on all training images before, so that the rows held out are not new to it.)
+`one-shot` is the same order without training. Every network of the table is really merged: each site that is linear got
+the form that was fastest, among one layer, one kernel fitted on 500 images, and the layers apart without the dropped
+channels; `surgery` is the relative error of the merged network against the same plan simulated on the original layers.
+`depth` is the longest chain of layers with weights. Times are the least of many rounds in which the networks take
+turns, on 8 images or sentences and one thread.
+
+MobileNet is a small network of inverted residuals, trained here on CIFAR-10; the padding of its depthwise convolutions
+was moved before the training of the rounds, so that a block without activations merges exactly into one dense
+convolution with the skip inside. Swin is a small Swin Transformer, trained here; MiniLM is fine-tuned on 3,000
+sentences of SST-2. Neither has BatchNorm: their lines are the best ones by measured statistics. Test sets are only
+reported on. Nothing was tuned: one setting of each was trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from benchmarks import sst2
+from benchmarks.images import Images, cifar10, cropped_and_flipped
+from benchmarks.record import markdown, required, stage, write_json
+from benchmarks.squeeze import RESNET_MEAN, RESNET_STD, ResNet, remembered
+from shallower.inputs import call, tensors
+from shallower.matching import find_sites
+from shallower.measuring import count_macs, count_params
+from shallower.merging import choose_forms, least_seconds
+from shallower.methods.layer_collapse import LayerCollapse
+from shallower.methods.till_layers_collapse import Round, TillLayersCollapse
+from shallower.padding import move_padding
+from shallower.plan import Entry, Plan
+from shallower.simulation import simulate
+from shallower.sites import Sites, amount
+from shallower.surgery import apply
+from shallower.training import Recipe, read_state, train, write_state
+
+TRAINED = 14_000
+GAPS = 500
+BATCH = 128
+RETRAINING = Recipe(
+    epochs=1, lr=0.02, optimizer="sgd", weight_decay=1e-4, schedule="cosine", clip=5.0, precision="bf16"
+)
+MOBILE_TRAINING = Recipe(
+    epochs=4, lr=0.1, optimizer="sgd", weight_decay=5e-4, warmup=0.05, schedule="cosine", clip=5.0, precision="bf16"
+)
+MOBILE_RETRAINING = dataclasses.replace(MOBILE_TRAINING, epochs=1, lr=0.02)
+SWIN_TRAINING = Recipe(epochs=4, lr=1e-3, weight_decay=0.05, warmup=0.05, precision="bf16")
+SWIN_RETRAINING = dataclasses.replace(SWIN_TRAINING, epochs=1, lr=3e-4)
+MINILM_TRAINING = Recipe(epochs=1, lr=6e-5, warmup=0.1, precision="bf16")
+MINILM_RETRAINING = Recipe(epochs=1, lr=5e-5, warmup=0.05, precision="bf16", seed=1)
+SENTENCES = 3_000
+REPORTED = 4_000
+"""Test images that every point of a curve is scored on, the first of the test set."""
+TEMPERATURE = 2.0
+CRITERIA = ("loss", "batchnorm", "entropy", "random")
+
+ONE_SHOT = (1, 2, 4, 6, 8)
+RETRAINED = (1, 2, 4, 5, 6, 7, 8, 10)
+
+Loss = Callable[[nn.Module, Any], Tensor]
+Made = Callable[[], tuple[nn.Module, Plan]]
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Bytes as the shared ResNets want them."""
+    return (pixels.float() / 255 - RESNET_MEAN) / RESNET_STD
+
+
+class Batches:
+    """Batches (images, labels) in a new order each epoch, cropped and flipped at random, `steps` an epoch."""
+
+    def __init__(self, images: Images, size: int, steps: int | None = None) -> None:
+        self.images, self.size = images, size
+        self.steps = len(images) // size if steps is None else steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.images))
+        for number in range(self.steps):
+            rows = order[number * self.size : (number + 1) * self.size]
+            yield normalised(cropped_and_flipped(self.images.pixels[rows])), self.images.labels[rows]
+
+
+class Part:
+    """The first batches of each epoch of others."""
+
+    def __init__(self, batches: sst2.Batches, steps: int) -> None:
+        self.batches, self.steps = batches, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for number, batch in enumerate(self.batches):
+            if number == self.steps:
+                return
+            yield batch
+
+
+def batched(images: Images, size: int = 250) -> list[tuple[Tensor, Tensor]]:
+    """Batches (images, labels) as they are."""
+    parts = [images[start : start + size] for start in range(0, len(images), size)]
+    return [(normalised(part.pixels), part.labels) for part in parts]
+
+
+def accuracy(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Share of the images that the model classifies rightly, in eval mode and the model's own precision."""
+    plain = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.inference_mode():
+        right = sum(
+            int((plain(x.contiguous(memory_format=torch.channels_last)).argmax(1) == y).sum()) for x, y in batches
+        )
+    return right / sum(len(y) for _, y in batches)
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The loss of a batch (images, labels)."""
+    return F.cross_entropy(model(batch[0]).float(), batch[1])
+
+
+def distilled(teacher: nn.Module) -> Loss:
+    """Half the labels' cross entropy, half the divergence from the dense network's answers at temperature 2."""
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        logits = model(batch[0]).float()
+        if not model.training:
+            return F.cross_entropy(logits, batch[1])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            answers = teacher(batch[0]).float()
+        hard = F.cross_entropy(logits, batch[1])
+        log_p, log_q = (F.log_softmax(t / TEMPERATURE, 1) for t in (answers, logits))
+        soft = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * TEMPERATURE**2
+        return 0.5 * hard + 0.5 * soft
+
+    return loss
+
+
+def resnet(data: Path, blocks: int) -> nn.Module:
+    """A shared CIFAR ResNet of 6 n + 2 layers, trained."""
+    from safetensors.torch import load_file
+
+    model = ResNet(blocks)
+    name = f"resnet{6 * blocks + 2}.safetensors"
+    model.load_state_dict(load_file(required(data / "cifar10-resnets" / name)), strict=False)
+    return model.eval()
+
+
+class Inverted(nn.Module):
+    """An inverted residual of MobileNetV2: expand, depthwise 3x3, project, with a skip where the shape stays."""
+
+    def __init__(self, d_in: int, d_out: int, stride: int, expansion: int = 6) -> None:
+        super().__init__()
+        hidden = expansion * d_in
+        self.expand, self.bn1 = nn.Conv2d(d_in, hidden, 1, bias=False), nn.BatchNorm2d(hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.project, self.bn3 = nn.Conv2d(hidden, d_out, 1, bias=False), nn.BatchNorm2d(d_out)
+        self.residual = d_in == d_out and stride == 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, d_out, height / stride, width / stride)."""
+        y = F.relu6(self.bn2(self.depthwise(F.relu6(self.bn1(self.expand(x))))))
+        y = self.bn3(self.project(y))
+        return x + y if self.residual else y
+
+
+class MobileNet(nn.Module):
+    """A small MobileNetV2 for images of 32x32: eight inverted residuals at 16x16, 8x8 and 4x4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        shapes = [
+            (16, 16, 1),
+            (16, 16, 1),
+            (16, 24, 2),
+            (24, 24, 1),
+            (24, 24, 1),
+            (24, 40, 2),
+            (40, 40, 1),
+            (40, 40, 1),
+        ]
+        self.blocks = nn.Sequential(*[Inverted(*shape) for shape in shapes])
+        self.last, self.last_norm = nn.Conv2d(40, 160, 1, bias=False), nn.BatchNorm2d(160)
+        self.classifier = nn.Linear(160, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (batch, 10)."""
+        x = self.blocks(F.relu6(self.norm(self.stem(x))))
+        logits: Tensor = self.classifier(F.relu6(self.last_norm(self.last(x))).mean((2, 3)))
+        return logits
+
+
+def swin() -> nn.Module:
+    """A small Swin Transformer for images of 32x32: 8x8 tokens of 48, then 4x4 of 96, two blocks each."""
+    from shallower.vision import repair_torchvision
+
+    repair_torchvision()
+    from timm.models.swin_transformer import SwinTransformer
+
+    torch.manual_seed(0)
+    model: nn.Module = SwinTransformer(
+        img_size=32,
+        patch_size=4,
+        embed_dim=48,
+        depths=(2, 2),
+        num_heads=(3, 6),
+        window_size=4,
+        num_classes=10,
+        drop_path_rate=0.0,
+    )
+    return model
+
+
+@dataclass(frozen=True)
+class Work:
+    """Images: what is trained on, what is chosen on, what is reported on, what statistics are from."""
+
+    train: Images
+    gaps: list[tuple[Tensor, Tensor]]
+    test: list[tuple[Tensor, Tensor]]
+    whole_test: list[tuple[Tensor, Tensor]]
+    calibration: list[Tensor]
+    cache: Path
+
+    def gaps_for(self, budget: Budget) -> list[tuple[Tensor, Tensor]]:
+        """What a loop chooses on: fewer images for the deep ResNet, which has many sites."""
+        return self.gaps if budget.blocks == 3 else [(x[:125], y[:125]) for x, y in self.gaps[:1]]
+
+    @classmethod
+    def of(cls, data: Path, cache: Path) -> Work:
+        rows, test = cifar10(data, "train", cache.parent), cifar10(data, "test", cache.parent)
+        return cls(
+            rows[:TRAINED],
+            batched(rows[TRAINED : TRAINED + GAPS]),
+            batched(test[:REPORTED]),
+            batched(test),
+            [normalised(rows[:250].pixels), normalised(rows[250:400].pixels)],
+            cache,
+        )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a shared ResNet is trained while its activations go; `inner`: only those inside of blocks."""
+
+    blocks: int
+    criterion: str
+    steps: int
+    rounds: int
+    per_round: int
+    inner: bool = False
+    recipe: Recipe = RETRAINING
+    seed: int = 0
+
+    def folder(self, cache: Path) -> Path:
+        """Where the states after each round are kept."""
+        return stage(cache, f"resnet{6 * self.blocks + 2}-{self.criterion}", self).with_suffix("")
+
+
+RESNET20 = Budget(3, "loss", TRAINED // BATCH, 10, 1)
+INNER = Budget(3, "loss", TRAINED // BATCH, 5, 1, inner=True)
+COMPARED = tuple(Budget(3, name, 27, 4, 2) for name in (*CRITERIA, "slopes"))
+RESNET56 = Budget(9, "loss", 27, 2, 4)
+
+
+def with_retraining(work: Work, data: Path, budget: Budget) -> Path:
+    """The loop on a shared ResNet; the folder of the states after each round."""
+    folder = budget.folder(work.cache)
+    if (folder / f"{budget.rounds}.safetensors").exists():
+        return folder
+    teacher, model = resnet(data, budget.blocks), resnet(data, budget.blocks)
+    sites = places_of(model, budget.inner)
+    if budget.criterion == "slopes":
+        by_slopes(work, model, teacher, sites, budget, folder)
+        return folder
+    method = TillLayersCollapse(
+        model,
+        sites,
+        criterion=budget.criterion,  # type: ignore[arg-type]
+        batches=work.calibration,
+        seed=budget.seed,
+    )
+    method.fit(
+        Batches(work.train, BATCH, budget.steps),
+        distilled(teacher),
+        budget.recipe,
+        validation=work.gaps_for(budget) if budget.criterion == "loss" else None,
+        per_round=budget.per_round,
+        rounds=budget.rounds,
+        on_round=keeper(method, folder, budget.per_round),
+        checkpoint=folder / "run",
+        checkpoint_every=30,
+    )
+    return folder
+
+
+def keeper(method: TillLayersCollapse, folder: Path, per_round: int) -> Callable[[Round], None]:
+    """What keeps the state after each round in `folder`/NUMBER.safetensors."""
+
+    def keep(done: Round) -> None:
+        lines = {name: [method.activations[name].slope, method.activations[name].offset] for name in done.removed}
+        state = {
+            "model": detached_state(method.model),
+            "lines": lines,
+            "linearised": list(done.linearised),
+            "costs": dict(done.costs),
+            "losses": done.history.losses,
+            "seconds": done.history.seconds,
+        }
+        write_state(folder / f"{len(done.removed) // per_round}.safetensors", state)
+
+    return keep
+
+
+def by_slopes(work: Work, model: nn.Module, teacher: nn.Module, sites: Sites, budget: Budget, folder: Path) -> None:
+    """LayerCollapse's slopes as the criterion: all are trained under its penalty, the nearest to 1 go."""
+    method = LayerCollapse(model, sites, strength=0.05, slope_lr=1e-3)
+    for number in range(1, budget.rounds + 1):
+        train(
+            model,
+            Batches(work.train, BATCH, budget.steps),
+            distilled(teacher),
+            dataclasses.replace(budget.recipe, seed=budget.recipe.seed + number - 1),
+            method=method,
+            checkpoint=folder / f"train-{number}.safetensors",
+            label=f"round {number}",
+        )
+        slopes = {name: float(a) for name, a in method.slopes().items()}
+        free = sorted((name for name in slopes if slopes[name] < 1), key=lambda name: -slopes[name])
+        with torch.no_grad():
+            for name in free[: budget.per_round]:
+                method.activations[name].slope.fill_(1.0).requires_grad_(False)
+    gone = [name for name, a in method.slopes().items() if float(a) == 1]
+    one = [torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
+    state = {"model": detached_state(model), "lines": dict.fromkeys(gone, one), "slopes": slopes}
+    write_state(folder / f"{budget.rounds}.safetensors", state)
+
+
+def places_of(model: nn.Module, inner: bool = False) -> Sites:
+    """All activations of a CIFAR network, or those inside of blocks."""
+    sites = find_sites(model, torch.zeros(2, 3, 32, 32), places=True)
+    return sites.select(lambda site: site.kind == "convolution") if inner else sites
+
+
+def detached_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own weights, without what is attached."""
+    from shallower.attachment import detached_copy
+
+    return dict(detached_copy(model).state_dict())
+
+
+def trained(model: nn.Module, batches: Iterable[Any], loss: Loss, recipe: Recipe, path: Path) -> nn.Module:
+    """The model after its training, in eval mode."""
+    train(model, batches, loss, recipe, checkpoint=path, checkpoint_every=30, label=path.stem)
+    return model.eval()
+
+
+def mobile_dense(work: Work) -> nn.Module:
+    """MobileNet after its dense training."""
+    torch.manual_seed(0)
+    model = MobileNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    path = stage(work.cache, "mobile-dense", MOBILE_TRAINING)
+    return trained(model, Batches(work.train, BATCH), cross_entropy, MOBILE_TRAINING, path)
+
+
+def swin_dense(work: Work) -> nn.Module:
+    """Swin after its dense training."""
+    path = stage(work.cache, "swin-dense", SWIN_TRAINING)
+    return trained(swin(), Batches(work.train, BATCH), cross_entropy, SWIN_TRAINING, path)
+
+
+def swin_rounds(work: Work) -> Path:
+    """Swin's feed-forward activations, one a round; the folder of the states after each."""
+    folder = stage(work.cache, "swin-rounds", SWIN_TRAINING, SWIN_RETRAINING).with_suffix("")
+    if not (folder / "4.safetensors").exists():
+        model = swin_dense(work)
+        sites = swin_sites(model)
+        method = TillLayersCollapse(model, sites, criterion="loss", line="best", batches=work.calibration)
+        method.fit(
+            Batches(work.train, BATCH, 54),
+            cross_entropy,
+            SWIN_RETRAINING,
+            validation=work.gaps,
+            per_round=1,
+            rounds=4,
+            on_round=keeper(method, folder, 1),
+            checkpoint=folder / "run",
+        )
+    return folder
+
+
+def swin_sites(model: nn.Module) -> Sites:
+    """The feed-forward sites of Swin."""
+    return find_sites(model, torch.zeros(2, 3, 32, 32)).select(lambda site: site.kind == "feed-forward")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """SST-2: what is trained on, what is chosen on, what is reported on."""
+
+    train: sst2.Batches
+    gaps: list[dict[str, Tensor]]
+    calibration: list[dict[str, Tensor]]
+    test: sst2.Sentences
+    cache: Path
+
+    @classmethod
+    def of(cls, data: Path, cache: Path) -> Texts:
+        rows = sst2.sentences(data, "train", SENTENCES + 200, cache=cache.parent)
+        held_out = sst2.Sentences(rows.ids[SENTENCES:], rows.labels[SENTENCES:])
+        first = sst2.Sentences(rows.ids[:SENTENCES], rows.labels[:SENTENCES])
+        calibration = sst2.Sentences(rows.ids[:400], rows.labels[:400]).in_batches(50)
+        test = sst2.sentences(data, "test", cache=cache.parent)
+        return cls(sst2.Batches(first, sst2.BATCH), held_out.in_batches(100), calibration, test, cache)
+
+
+def minilm_dense(texts: Texts) -> nn.Module:
+    """MiniLM after its fine-tuning."""
+    path = stage(texts.cache, "minilm-dense", MINILM_TRAINING, SENTENCES)
+    return trained(sst2.network(), texts.train, sst2.cross_entropy, MINILM_TRAINING, path)
+
+
+def minilm_rounds(texts: Texts) -> Path:
+    """MiniLM's feed-forward activations, one a round; the folder of the states after each."""
+    folder = stage(texts.cache, "minilm-rounds", MINILM_TRAINING, MINILM_RETRAINING, SENTENCES).with_suffix("")
+    if not (folder / "4.safetensors").exists():
+        model = minilm_dense(texts)
+        sites = minilm_sites(model)
+        method = TillLayersCollapse(model, sites, criterion="loss", line="best", batches=texts.calibration)
+        method.fit(
+            Part(texts.train, 40),
+            sst2.cross_entropy,
+            MINILM_RETRAINING,
+            validation=texts.gaps,
+            per_round=1,
+            rounds=4,
+            on_round=keeper(method, folder, 1),
+            checkpoint=folder / "run",
+        )
+    return folder
+
+
+def minilm_sites(model: nn.Module) -> Sites:
+    """The feed-forward sites of MiniLM."""
+    return find_sites(model, example_text()).select(lambda site: site.kind == "feed-forward")
+
+
+def example_text(batch: int = 8, length: int = 32) -> dict[str, Tensor]:
+    """Sentences of one length."""
+    ids = torch.randint(1000, 20_000, (batch, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dense network, and all that is needed to tell what is left of it.
+
+    Attributes:
+        dense: as it was.
+        sites: whose activations go.
+        options: of the method.
+        calibration: batches for statistics and fits.
+        example: what it is timed on.
+        score: test accuracy.
+        template: what the states after the rounds fit into; the dense network where None.
+    """
+
+    dense: nn.Module
+    sites: Sites
+    options: Mapping[str, Any]
+    calibration: Sequence[Any]
+    example: Any
+    score: Callable[[nn.Module], float]
+    template: nn.Module | None = None
+
+    @property
+    def fresh(self) -> nn.Module:
+        """A network to load a state into."""
+        return copy.deepcopy(self.dense if self.template is None else self.template)
+
+
+def one_shot(subject: Subject, order: Sequence[str], count: int) -> tuple[nn.Module, Plan]:
+    """The dense network and the plan in which the first of `order` are linear."""
+    model = copy.deepcopy(subject.dense)
+    method = TillLayersCollapse(model, subject.sites, batches=subject.calibration, **subject.options)
+    method.linearise(order[:count])
+    plan = method.plan()
+    method.detach()
+    return model, plan
+
+
+def after_round(subject: Subject, state: Path) -> tuple[nn.Module, Plan]:
+    """The network after a round of retraining, and the plan that says which of its activations are gone."""
+    kept = read_state(state)
+    model = subject.fresh
+    model.load_state_dict(kept["model"])
+    model.eval()
+    method = TillLayersCollapse(model, subject.sites, batches=subject.calibration, **subject.options)
+    for name, (slope, offset) in kept["lines"].items():
+        method.activations[name].set(slope, offset)
+    plan = method.plan()
+    method.detach()
+    return model, plan
+
+
+def point(subject: Subject, model: nn.Module, plan: Plan, path: Path, error: float = 0.05) -> dict[str, Any]:
+    """One point of a curve: what its network scores with its activations gone, and really merged.
+
+    The merged network is kept beside `path` as a plan and weights, so that it can be timed with the others later.
+    """
+    if path.exists():
+        kept: dict[str, Any] = json.loads(path.read_text())
+        return kept
+    chosen = choose_forms(model, plan, subject.example, batches=subject.calibration, error=error)
+    small = apply(model, chosen, subject.example)
+    merged = subject.score(small)
+    exact = all(entry.fit is None for entry in chosen.entries)
+    row = {
+        "removed": [entry.site.name for entry in plan.entries],
+        "linear": merged if exact else subject.score(simulate(model, plan)),
+        "merged": merged,
+        "surgery": surgery_error(model, chosen, small, subject.calibration[0]),
+        "forms": {entry.site.name: entry.form.kind for entry in chosen.entries},
+        "notes": {entry.site.name: entry.note for entry in chosen.entries if entry.note},
+        "depth": depth(small, subject.example),
+        "params": count_params(small),
+        "macs": count_macs(small, subject.example),
+    }
+    chosen.save(path.with_suffix(".plan"))
+    write_state(path.with_suffix(".safetensors"), {"model": dict(model.state_dict())})
+    write_json(path, row)
+    return row
+
+
+def surgery_error(model: nn.Module, plan: Plan, small: nn.Module, batch: Any) -> float:
+    """Relative error of a merged network's output against the plan simulated on the original layers."""
+    with torch.no_grad():
+        expected, found = (next(tensors(call(m.eval(), batch))).double() for m in (simulate(model, plan), small))
+    return float((found - expected).norm() / expected.norm())
+
+
+def dense_row(subject: Subject) -> dict[str, Any]:
+    """The row of the dense network."""
+    return {
+        "removed": [],
+        "linear": None,
+        "merged": subject.score(subject.dense),
+        "surgery": None,
+        "forms": {},
+        "notes": {},
+        "depth": depth(subject.dense, subject.example),
+        "params": count_params(subject.dense),
+        "macs": count_macs(subject.dense, subject.example),
+    }
+
+
+def timed(subject: Subject, paths: Sequence[Path], rounds: int = 60) -> list[float]:
+    """Least seconds of the dense network and of every point's, which take turns."""
+    models = {"dense": subject.dense.eval()}
+    for path in paths:
+        model = subject.fresh
+        model.load_state_dict(read_state(path.with_suffix(".safetensors"))["model"])
+        models[str(path)] = apply(model.eval(), Plan.load(path.with_suffix(".plan")), subject.example)
+    return list(least_seconds(models, subject.example, rounds).values())
+
+
+class _Depth(TorchFunctionMode):
+    """Notes for every tensor how many layers with weights lie between it and the input."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        before = max((getattr(t, "_depth", 0) for t in tensors((args, kwargs or {}))), default=0)
+        layer = func in (F.conv2d, torch.conv2d, F.linear, torch.addmm)
+        for tensor in tensors(result):
+            tensor._depth = max(before + layer, getattr(tensor, "_depth", 0))  # type: ignore[attr-defined]
+        return result
+
+
+@torch.no_grad()
+def depth(model: nn.Module, inputs: Any) -> int:
+    """The longest chain of layers with weights (convolutions and linear layers)."""
+    with _Depth():
+        outputs = call(model.eval(), inputs)
+    return max(getattr(tensor, "_depth", 0) for tensor in tensors(outputs))
+
+
+def curve(
+    subject: Subject, points: Sequence[Callable[[], tuple[nn.Module, Plan]]], folder: Path
+) -> list[dict[str, Any]]:
+    """The rows of a curve, the dense network first, with times taken in turn."""
+    rows = [remembered(folder / "dense.json", lambda: dense_row(subject))]
+    paths = []
+    for number, made in points.items():
+        paths.append(folder / f"{number}.json")
+        model, plan = made() if not paths[-1].exists() else (subject.dense, Plan(()))
+        rows.append(point(subject, model, plan, paths[-1]))
+    name = "-".join(map(str, points))
+    times = remembered(folder / f"times-{name}.json", lambda: {"seconds": timed(subject, paths)})["seconds"]
+    return [{**row, "seconds": seconds} for row, seconds in zip(rows, times, strict=True)]
+
+
+def resnet_subject(work: Work, data: Path, blocks: int, inner: bool = False) -> Subject:
+    """A shared ResNet."""
+    dense = resnet(data, blocks)
+    return Subject(
+        dense,
+        places_of(dense, inner),
+        {},
+        work.calibration,
+        work.calibration[0][:8].clone(),
+        lambda model: accuracy(model, work.test),
+    )
+
+
+def order_of(subject: Subject, gaps: Sequence[Any], path: Path) -> list[str]:
+    """The activations of the dense network by the loss that each alone adds."""
+
+    def ranked() -> dict[str, Any]:
+        model = copy.deepcopy(subject.dense)
+        method = TillLayersCollapse(
+            model, subject.sites, batches=subject.calibration, **{**subject.options, "criterion": "loss"}
+        )
+        return {"gaps": method.rank(gaps, cross_entropy)}
+
+    return list(remembered(path, ranked)["gaps"])
+
+
+MOBILE_ROUNDS = 3
+
+
+def mobile_moved(work: Work) -> nn.Module:
+    """MobileNet after its dense training, the padding of every depthwise convolution moved to the 1x1 before it."""
+    model = mobile_dense(work)
+    return move_padding(model, mobile_sites(model).select("*expand"))
+
+
+def mobile_sites(model: nn.Module) -> Sites:
+    """Expand to depthwise and depthwise to project, of every block."""
+    found = find_sites(model, torch.zeros(8, 3, 32, 32))
+    return found.select(lambda site: site.kind == "convolution" and not site.between)
+
+
+def where_it_pays(work: Work, path: Path) -> dict[str, str]:
+    """What every block becomes once both of its activations are gone, and why."""
+
+    def decide() -> dict[str, Any]:
+        model = mobile_moved(work)
+        plan = Plan(tuple(Entry.collapse(site) for site in mobile_sites(model)))
+        chosen = choose_forms(model, plan, work.calibration[0][:8].clone(), rounds=60)
+        return {entry.site.name: f"{entry.becomes}: {entry.note}" for entry in chosen.entries}
+
+    found: dict[str, str] = remembered(path, decide)
+    return found
+
+
+def mobile_rounds(work: Work, folder: Path, blocks: Sequence[str]) -> None:
+    """One block a round loses both activations, the one whose loss raises the loss least; then training."""
+    if (folder / f"{MOBILE_ROUNDS}.safetensors").exists():
+        return
+    model = mobile_moved(work)
+    sites = mobile_sites(model).select(lambda site: block_of(site.name) in blocks)
+    method = TillLayersCollapse(model, sites, line="best", batches=work.calibration)
+    for number in range(1, MOBILE_ROUNDS + 1):
+        gaps = {}
+        for block in blocks:
+            names = [name for name in method.activations if block_of(name) == block and name not in method.linear]
+            if names:
+                method.linearise(names)
+                with torch.no_grad():
+                    gaps[block] = sum(float(cross_entropy(model.eval(), batch)) for batch in work.gaps)
+                method.restore(names)
+        if not gaps:
+            break
+        block = min(gaps, key=lambda name: gaps[name])
+        method.linearise([name for name in method.activations if block_of(name) == block])
+        train(
+            model,
+            Batches(work.train, BATCH, 54),
+            cross_entropy,
+            dataclasses.replace(MOBILE_RETRAINING, seed=number),
+            method=method,
+            checkpoint=folder / f"train-{number}.safetensors",
+            label=f"{block}",
+        )
+        lines = {name: [method.activations[name].slope, method.activations[name].offset] for name in method.linear}
+        write_state(folder / f"{number}.safetensors", {"model": detached_state(model), "lines": lines})
+
+
+def block_of(name: str) -> str:
+    """The block of a site of MobileNet."""
+    return ".".join(name.split(".")[:2])
+
+
+def mobile(work: Work) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """MobileNet's curve, and what each block would become."""
+    folder = stage(work.cache, "mobile-rounds", MOBILE_TRAINING, MOBILE_RETRAINING).with_suffix("")
+    notes = where_it_pays(work, folder / "where.json")
+    paying = sorted({block_of(name) for name, note in notes.items() if note.startswith("merged")})
+    mobile_rounds(work, folder, paying)
+    moved = mobile_moved(work)
+    subject = Subject(
+        mobile_dense(work),
+        mobile_sites(moved).select(lambda site: block_of(site.name) in paying),
+        {"line": "best"},
+        work.calibration,
+        work.calibration[0][:8].clone(),
+        lambda model: accuracy(model, work.test),
+        moved,
+    )
+    return curve(subject, states(subject, folder), folder / "points"), notes
+
+
+def states(subject: Subject, folder: Path, numbers: Sequence[int] = range(1, 100)) -> dict[int, Made]:
+    """The networks after the rounds of a folder, by the number of the round."""
+    found = {number: folder / f"{number}.safetensors" for number in numbers}
+    return {number: partial(after_round, subject, path) for number, path in found.items() if path.exists()}
+
+
+def resnet_curves(
+    work: Work, data: Path, budget: Budget, counts: Sequence[int], numbers: Sequence[int]
+) -> dict[str, Any]:
+    """A ResNet one-shot and with retraining."""
+    subject = resnet_subject(work, data, budget.blocks, budget.inner)
+    folder = with_retraining(work, data, budget)
+    order = order_of(subject, work.gaps_for(budget), folder / "order.json")
+    at_once: dict[int, Made] = {count: partial(one_shot, subject, order, count) for count in counts}
+    return {
+        "one-shot": curve(subject, at_once, folder / "one-shot") if counts else [],
+        "retrained": curve(subject, states(subject, folder, numbers), folder / "points"),
+    }
+
+
+def whole(work: Work, data: Path) -> dict[str, float]:
+    """Accuracy on the whole test set: dense, and really merged after four, five and six rounds."""
+    subject = resnet_subject(work, data, 3)
+    folder = RESNET20.folder(work.cache)
+
+    def made() -> dict[str, float]:
+        found = {"0": accuracy(subject.dense, work.whole_test)}
+        for number in (4, 5, 6):
+            model, _ = after_round(subject, folder / f"{number}.safetensors")
+            plan = Plan.load(folder / "points" / f"{number}.plan")
+            found[str(number)] = accuracy(apply(model, plan, subject.example), work.whole_test)
+        return found
+
+    found: dict[str, float] = remembered(folder / "whole.json", made)
+    return found
+
+
+def merged_and_trained(work: Work, data: Path) -> dict[str, Any]:
+    """ResNet-20 with four blocks replaced by one fitted kernel each, then trained for one more epoch."""
+    folder = with_retraining(work, data, INNER)
+    subject = resnet_subject(work, data, 3, inner=True)
+    path = folder / "merged" / "row.json"
+
+    def made() -> dict[str, Any]:
+        model, plan = after_round(subject, folder / "4.safetensors")
+        chosen = choose_forms(model, plan, subject.example, batches=subject.calibration, error=1.0)
+        small = apply(model, chosen, subject.example)
+        before = subject.score(small)
+        train(
+            small,
+            Batches(work.train, BATCH),
+            distilled(subject.dense),
+            RETRAINING,
+            checkpoint=path.with_suffix(".safetensors"),
+            checkpoint_every=30,
+            label="merged",
+        )
+        seconds = least_seconds({"dense": subject.dense, "small": small.eval()}, subject.example, 60)
+        return {
+            "removed": [entry.site.name for entry in plan.entries],
+            "before": before,
+            "merged": subject.score(small),
+            "forms": {entry.site.name: entry.form.kind for entry in chosen.entries},
+            "notes": {entry.site.name: entry.note for entry in chosen.entries},
+            "depth": depth(small, subject.example),
+            "params": count_params(small),
+            "macs": count_macs(small, subject.example),
+            "seconds": [seconds["dense"], seconds["small"]],
+        }
+
+    return remembered(path, made)
+
+
+def criteria(work: Work, data: Path) -> list[dict[str, Any]]:
+    """Test accuracy of ResNet-20 after the same budget under every criterion."""
+    subject = resnet_subject(work, data, 3)
+    rows = []
+    for budget in COMPARED:
+        folder = with_retraining(work, data, budget)
+
+        def made(folder: Path = folder, budget: Budget = budget) -> dict[str, Any]:
+            model, plan = after_round(subject, folder / f"{budget.rounds}.safetensors")
+            test = subject.score(simulate(model, plan))
+            return {"criterion": budget.criterion, "removed": [e.site.name for e in plan.entries], "test": test}
+
+        rows.append(remembered(folder / "row.json", made))
+    return rows
+
+
+def swin_curve(work: Work) -> list[dict[str, Any]]:
+    """Swin's curve."""
+    folder = swin_rounds(work)
+    dense = swin_dense(work)
+    subject = Subject(
+        dense,
+        swin_sites(dense),
+        {"line": "best"},
+        work.calibration,
+        work.calibration[0][:8].clone(),
+        lambda model: accuracy(model, work.test),
+    )
+    return curve(subject, states(subject, folder), folder / "points")
+
+
+def minilm_curve(texts: Texts) -> list[dict[str, Any]]:
+    """MiniLM's curve."""
+    folder = minilm_rounds(texts)
+    dense = minilm_dense(texts)
+    subject = Subject(
+        dense,
+        minilm_sites(dense),
+        {"line": "best"},
+        [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in texts.calibration],
+        example_text(),
+        lambda model: sst2.accuracy(model, texts.test),
+    )
+    return curve(subject, states(subject, folder), folder / "points")
+
+
+def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
+    """All curves; what is in `cache` is not computed again. Quick: ResNet-20 without training, on few images."""
+    work = Work.of(data, cache)
+    if quick:
+        return quick_run(work, data)
+    texts = Texts.of(data, cache)
+    resnet20, inner = (
+        resnet_curves(work, data, RESNET20, ONE_SHOT, RETRAINED),
+        resnet_curves(work, data, INNER, (), (1, 2, 3, 4)),
+    )
+    mobile_rows, where = mobile(work)
+    resnet56 = resnet_curves(work, data, RESNET56, (4, 8, 12, 16), (1, 2))
+    curves = {
+        "ResNet-20, one-shot": resnet20["one-shot"],
+        "ResNet-20, retrained": resnet20["retrained"],
+        "ResNet-20, blocks only, retrained": inner["retrained"],
+        "MobileNet, retrained": mobile_rows,
+        "MiniLM, SST-2, retrained": minilm_curve(texts),
+        "Swin, retrained": swin_curve(work),
+        "ResNet-56, one-shot": resnet56["one-shot"],
+        "ResNet-56, retrained": resnet56["retrained"],
+    }
+    return {
+        "recipes": {
+            "ResNet": dataclasses.asdict(RETRAINING),
+            "MobileNet": [dataclasses.asdict(MOBILE_TRAINING), dataclasses.asdict(MOBILE_RETRAINING)],
+            "Swin": [dataclasses.asdict(SWIN_TRAINING), dataclasses.asdict(SWIN_RETRAINING)],
+            "MiniLM": [dataclasses.asdict(MINILM_TRAINING), dataclasses.asdict(MINILM_RETRAINING)],
+        },
+        "curves": curves,
+        "whole": whole(work, data),
+        "merged": merged_and_trained(work, data),
+        "criteria": criteria(work, data),
+        "where": where,
+    }
+
+
+def quick_run(work: Work, data: Path) -> dict[str, Any]:
+    """Two activations of ResNet-20, without training."""
+    few = dataclasses.replace(work, test=work.test[:1], gaps=[(x[:50], y[:50]) for x, y in work.gaps[:1]])
+    subject = dataclasses.replace(
+        resnet_subject(few, data, 3), calibration=[x[:20] for x in work.calibration], example=work.calibration[0][:2]
+    )
+    model = copy.deepcopy(subject.dense)
+    method = TillLayersCollapse(model, subject.sites, batches=subject.calibration)
+    order = list(method.rank())
+    made: dict[int, Made] = {count: partial(one_shot, subject, order, count) for count in (1, 8)}
+    return {"curves": {"ResNet-20, one-shot": curve(subject, made, work.cache / "quick")}}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The curves, one line for each network, and what came of criteria and blocks."""
+    lines = []
+    for name, rows in results["curves"].items():
+        first = rows[0]
+        for row in rows:
+            linear = "" if row["linear"] is None else f"{row['linear']:.2%}"
+            ratio = row["seconds"] / first["seconds"]
+            lines.append(
+                (
+                    name,
+                    str(len(row["removed"])),
+                    linear,
+                    f"{row['merged']:.2%}",
+                    str(row["depth"]),
+                    amount(row["params"]),
+                    amount(row["macs"]),
+                    f"{row['seconds'] * 1e3:.2f} ms ({1 / ratio:.2f}x)",
+                    "" if row["surgery"] is None else f"{row['surgery']:.1e}",
+                )
+            )
+    header = ("", "removed", "accuracy", "merged", "depth", "params", "MACs", "time", "surgery")
+    parts = [markdown(header, lines)]
+    if "criteria" in results:
+        rows = [
+            (ORDERS[row["criterion"]], str(len(row["removed"])), f"{row['test']:.2%}") for row in results["criteria"]
+        ]
+        parts.append(
+            "The same network, recipe and budget (four rounds of 27 steps, two activations of ResNet-20 in each), "
+            f"under five orders:\n\n{markdown(('order', 'removed', 'accuracy'), rows)}"
+        )
+    if "merged" in results:
+        row = results["merged"]
+        forms = sum(form == "merged" for form in row["forms"].values())
+        parts.append(
+            f"ResNet-20 with {len(row['removed'])} blocks linear, {forms} of them replaced by one fitted kernel with "
+            f"the skip inside whatever the error: {row['before']:.2%}, and {row['merged']:.2%} after one more epoch of "
+            f"the merged network; depth {row['depth']}, {amount(row['params'])} params, {amount(row['macs'])} MACs, "
+            f"{row['seconds'][0] / row['seconds'][1]:.2f}x as fast as the dense network."
+        )
+    if "where" in results:
+        told = {block_of(name): note for name, note in results["where"].items()}
+        rows = [(block, note.partition(": ")[2].partition(". ")[0]) for block, note in told.items()]
+        parts.append(
+            "MobileNet's blocks once both activations are gone, the form that was fastest and its share of the block's "
+            f"time before:\n\n{markdown(('block', 'becomes'), rows)}"
+        )
+    return "\n\n".join(parts)
+
+
+ORDERS = {
+    "loss": "loss on held-out rows (TLC)",
+    "batchnorm": "expected change by BatchNorm, without labels",
+    "entropy": "entropy of signs (EASIER)",
+    "random": "random",
+    "slopes": "trained slopes (LayerCollapse)",
+}
+
+
+def main(parts: Sequence[str]) -> None:
+    """Train some parts ahead: `python -m benchmarks.tlc resnet20 inner criteria mobile swin minilm resnet56`."""
+    torch.set_num_threads(1)
+    root = Path(__file__).parents[1]
+    data = Path(os.environ.get("SHALLOWER_DATA", root.parent / "shared" / "data"))
+    cache = Path(os.environ.get("TLC_CACHE", root / ".cache" / "benchmarks" / "tlc"))
+    work = Work.of(data, cache)
+    stages: dict[str, Callable[[], object]] = {
+        "resnet20": lambda: with_retraining(work, data, RESNET20),
+        "inner": lambda: with_retraining(work, data, INNER),
+        "criteria": lambda: [with_retraining(work, data, budget) for budget in COMPARED],
+        "resnet56": lambda: with_retraining(work, data, RESNET56),
+        "mobile-dense": lambda: mobile_dense(work),
+        "swin": lambda: swin_rounds(work),
+        "minilm": lambda: minilm_rounds(Texts.of(data, cache)),
+        "resnet20-curve": lambda: resnet_curves(work, data, RESNET20, ONE_SHOT, RETRAINED),
+        "whole": lambda: whole(work, data),
+        "inner-curve": lambda: resnet_curves(work, data, INNER, (), (1, 2, 3, 4)),
+        "merged": lambda: merged_and_trained(work, data),
+        "criteria-table": lambda: criteria(work, data),
+        "swin-curve": lambda: swin_curve(work),
+        "minilm-curve": lambda: minilm_curve(Texts.of(data, cache)),
+        "mobile": lambda: mobile(work),
+        "resnet56-curve": lambda: resnet_curves(work, data, RESNET56, (4, 8, 12, 16), (1, 2)),
+    }
+    for part in parts:
+        stages[part]()
+        print(part, "done", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
