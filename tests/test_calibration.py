@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shallower.calibration import Gram, collect_grams, patches
+from shallower.calibration import Gram, collect_goals, collect_grams, patches
 from shallower.errors import FitError, SiteError
 from shallower.fisher import output_metrics
 from shallower.matching import find_sites
@@ -185,3 +185,46 @@ def test_metric_of_logits_is_the_fisher_matrix() -> None:
     p = model(data[0]).softmax(-1).detach()
     exact = torch.diag(p.mean(0)) - p.T @ p / len(p)
     torch.testing.assert_close(metric, exact, rtol=0.1, atol=0.02)
+
+
+def test_goals_kept_from_one_pass_are_those_of_a_pass_for_each_site() -> None:
+    torch.manual_seed(0)
+    dense, small = Residual(), Residual()
+    sites = find_sites(dense, batches()[0])
+    goals = collect_goals(dense, list(sites), batches(), compensation=1.0)
+    for site in sites:
+        there = collect_grams(dense, small, [site], batches(), goals=goals, compensation=1.0, with_rows=True)[site.name]
+        here = collect_grams(dense, small, [site], batches(), compensation=1.0, with_rows=True)[site.name]
+        torch.testing.assert_close(there.all.zy, here.all.zy)
+        torch.testing.assert_close(there.rows[0][0].y, here.rows[0][0].y)
+
+
+def test_goals_that_do_not_fit_into_memory_are_left_out() -> None:
+    model = Residual()
+    sites = list(find_sites(model, batches()[0]))
+    one = 4 * sum(b.numel() for b in batches())
+    assert [list(collect_goals(model, sites, batches(), most=most)[0]) for most in (0, one, 2 * one)] == [
+        [sites[0].name],
+        [sites[0].name],
+        [site.name for site in sites],
+    ]
+
+
+def test_a_batch_norm_behind_the_consumer_says_what_a_unit_of_it_becomes() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.norm(self.conv2(torch.relu(self.conv1(x))))
+
+    model = Block().eval()
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.tensor([2.0, 0.5, 0.0]))
+    images = [torch.randn(4, 3, 5, 5) for _ in range(2)]
+    (site,) = find_sites(model, images[0])
+    units = collect_grams(model, None, [site], images)[site.name].units
+    assert units is not None
+    torch.testing.assert_close(units, torch.tensor([2.0, 0.5, 0.0]), atol=1e-4, rtol=1e-4)

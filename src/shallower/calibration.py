@@ -358,11 +358,11 @@ class _Watch:
         self._follows: list[str] = []
 
     def __enter__(self) -> _Watch:
-        for site in self.sites:
-            for m in site.consumers:
-                self._hook(m, follow=True)
-            if site.producer is not None:
-                self._hook(site.producer, follow=False)
+        consumers = {m.name: m for site in self.sites for m in site.consumers}
+        producers = {site.producer.name: site.producer for site in self.sites if site.producer is not None}
+        # a map may be the consumer of one site and the producer of the next
+        for name, m in {**producers, **consumers}.items():
+            self._hook(m, follow=name in consumers)
         return self
 
     def __exit__(self, *_: object) -> None:

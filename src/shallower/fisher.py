@@ -125,6 +125,9 @@ def output_metrics(
     for name, total in sums.items():
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
+            count = torch.tensor([counts[name]], device=total.device)
+            torch.distributed.all_reduce(count)
+            counts[name] = float(count)
         if not bool(total.isfinite().all()):
             raise FitError(f"{name}: the gradients at its output are not finite on the calibration batches")
     return {name: sums[name] / max(1.0, counts[name]) for name in names if name in sums}

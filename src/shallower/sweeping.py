@@ -20,7 +20,7 @@ from shallower.errors import FitError
 from shallower.fingerprints import fingerprint
 from shallower.fisher import OutputOf, default_output_of, output_metrics
 from shallower.forms import steps
-from shallower.inputs import InputsOf, call, default_inputs_of, model_device, to_device
+from shallower.inputs import InputsOf, call, default_inputs_of, model_device, reiterable, to_device
 from shallower.plan import Plan
 from shallower.progress import Progress
 from shallower.refitting import collapsed, error_curve, metric_of, narrowed
@@ -31,6 +31,9 @@ from shallower.surgery import operate
 _MEMORY = 1 << 30
 """Bytes of Gram matrices that are held at a time while curves are made."""
 
+_SENSITIVE = 8
+"""Batches, evenly spaced, on which sensitivity is measured."""
+
 _GOALS = 1 << 28
 """Bytes of the dense network's outputs that are held at a time."""
 
@@ -40,7 +43,7 @@ class Calibration:
     """What squeezing is done with.
 
     Attributes:
-        batches: iterated several times.
+        batches: what is calibrated on; kept in memory, so that every pass sees the same in the same order.
         compensation: how much of the error of the residual stream a site makes up for, 0 to 1.
         sensitivity: weight a site's outputs by what the model's output makes of them.
         producers: fit the kept rows of the producers too.
@@ -61,15 +64,20 @@ class Calibration:
     seed: int = 0
     producers: bool = True
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.batches, (list, tuple)):
+            object.__setattr__(self, "batches", list(reiterable(self.batches)))
+
     def metrics(self, model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
         """What a change at each consumer's output does to the model's output; empty without sensitivity."""
         if not self.sensitivity:
             return {}
         names = [m.name for site in sites for m in site.consumers]
+        batches = list(self.batches)
         return output_metrics(
             model,
             names,
-            self.batches,
+            batches[:: -(-len(batches) // _SENSITIVE)] if batches else batches,
             inputs_of=self.inputs_of,
             mask_of=self.mask_of,
             output_of=self.output_of,
@@ -155,7 +163,8 @@ class Sweep:
         Raises:
             FitError: the calibration data are too few or not finite; the error names the site.
         """
-        key = ",".join(f"{site.name}={widths[site.name]}" for site in self.sites)
+        key = "" if self.calibration.producers else "consumers only: "
+        key += ",".join(f"{site.name}={widths[site.name]}" for site in self.sites)
         entries = [] if self.progress is None else self.progress.entries(key)
         small = detached_copy(self.dense)
         for done in steps(entries):
