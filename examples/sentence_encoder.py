@@ -38,8 +38,7 @@ def main():
     sentences = arguments.sentences.read_text().splitlines() if arguments.sentences else default_sentences()
     held_out = sentences[::4]
     loaded = load_model(arguments.model or default_model())
-    encoder, tokenizer = loaded.model, loaded.processor
-    train = [s for s in sentences if s not in held_out]
+    encoder, tokenizer, train = loaded.model, loaded.processor, [s for s in sentences if s not in held_out]
     parts = [train[i : i + 16] for i in range(0, min(len(train), 256), 16)]
     batches = [tokenizer(p, padding=True, truncation=True, max_length=64, return_tensors="pt") for p in parts]
 
@@ -47,7 +46,6 @@ def main():
     plan = sh.squeeze(encoder, sites, [dict(b) for b in batches], arguments.target, uniform=True)
     small = sh.apply(encoder, plan, dict(batches[0]))
     sh.save(small, arguments.output, processor=tokenizer)
-
     from sentence_transformers import SentenceTransformer  # after load_model, which mends torchvision where it must
 
     similarities = []

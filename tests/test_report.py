@@ -122,6 +122,11 @@ def test_names_from_files_are_text_and_nothing_else(tmp_path: Path) -> None:
     assert "<script>alert" not in page
 
 
+def test_an_error_that_stands_in_a_sites_note_is_read(tmp_path: Path) -> None:
+    site = {**SITES["layer.1.mlp"], "note": "held-out error 16.20%"}
+    assert read_report(saved(tmp_path, sites={"layer.1.mlp": site})).sites[0].error == pytest.approx(0.162)
+
+
 def test_the_code_names_the_place_where_the_directory_will_be(tmp_path: Path) -> None:
     assert "sh.load(&#39;out/small&#39;" in write_report(saved(tmp_path), at="out/small").read_text()
 

@@ -60,11 +60,12 @@ def card(report: Report) -> str:
     measured = "\n".join(f"- {what}: {how}" for what, how in report.measured)
     code = "\n\n".join(f"{s.title}:\n\n```{s.language}\n{s.code}\n```" for s in usage(report))
     name = Path(report.model.partition("?")[0]).name
+    made_from = name if Path(report.model).expanduser().exists() else report.model
     notes = "".join(f"\n> {warning}\n" for warning in report.warnings)
     return f"""{_front_matter(report)}
 # {name}, squeezed
 
-`{report.model}` made smaller by {method}{f" (target `{report.target}`)" if report.target else ""}. {summary(report)}
+`{made_from}` made smaller by {method}{f" (target `{report.target}`)" if report.target else ""}. {summary(report)}
 {notes}
 | | before | after |
 |---|---:|---:|

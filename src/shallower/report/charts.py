@@ -215,12 +215,13 @@ def fates(row: SiteRow) -> tuple[tuple[str, int], ...]:
 
 def becomes(row: SiteRow) -> str:
     """The form of a site in words."""
+    noun = "heads" if row.kind == "heads" else "channels"
     words = {
         "merged": "one linear map",
         "pair": "two linear maps, nothing between",
         "apart": "the layers without their activation",
-        "narrower": f"{row.width:,} → {row.kept:,} channels",
-        "partial": f"{row.kept:,} channels and a linear path",
+        "narrower": f"{row.width:,} → {row.kept:,} {noun}",
+        "partial": f"{row.kept:,} {noun} and a linear path",
         "removed": "the activation goes",
     }
     return words.get(row.becomes, row.becomes)

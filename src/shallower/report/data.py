@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from shallower.errors import ReportError
 
 RESULT = "result.json"
 CURVE = "curve.json"
+
+_ERROR = re.compile(r"held-out error ([\d.]+) ?%")
 
 METHODS: Mapping[str, str] = {
     "layer-collapse": "LayerCollapse",
@@ -208,6 +211,9 @@ def _point(data: Mapping[str, Any], label: str = "", *, chosen: bool = False) ->
 
 
 def _site(name: str, data: Mapping[str, Any]) -> SiteRow:
+    note = str(data.get("note", ""))
+    told = _ERROR.search(note)
+    error = float(told[1]) / 100 if told and data.get("error") is None else _number(data.get("error"))
     counts = {key: int(data.get(key, 0)) for key in ("width", "kept", "linear", "dropped")}
     (p0, p1), (m0, m1) = data.get("params", (0, 0)), data.get("macs", (0, 0))
     return SiteRow(
@@ -217,8 +223,8 @@ def _site(name: str, data: Mapping[str, Any]) -> SiteRow:
         becomes=str(data.get("becomes", "")),
         params=(int(p0), int(p1)),
         macs=(int(m0), int(m1)),
-        error=_number(data.get("error")),
-        note=str(data.get("note", "")),
+        error=error,
+        note=note,
     )
 
 

@@ -236,8 +236,8 @@ def _where(report: Report) -> str:
         parts.append(f"{narrow} became narrower")
     saved = max((row.params[0] - row.params[1], row.name) for row in rows) if rows else (0, "")
     most = f" Most was saved at {saved[1]}: {amount(saved[0])} parameters." if saved[0] > 0 and len(rows) > 1 else ""
-    places = "place" if len(rows) == 1 else "places"
-    return f"Of {len(rows)} {places} between linear layers, {' and '.join(parts) or 'none changed'}.{most}"
+    places = "site" if len(rows) == 1 else "sites"
+    return f"{len(rows)} {places} in the network: {' and '.join(parts) or 'none changed'}.{most}"
 
 
 def _short(model: str) -> str:
