@@ -107,8 +107,9 @@ def lines(site: Site, normal: Normal, rule: Line) -> tuple[Tensor, Tensor]:
 
     "unit" is TLC's: channels whose input is positive on average pass as they are, the others become 0. (Where the mean
     is 0 and the input varies both are as wrong, and the channel passes: a BatchNorm that was never trained would lose
-    all of them otherwise.) "best" is nearest to f in the mean square; in front of zero padding, where no constant may stand, the nearest through the
-    origin. At an activation place the only line is the identity. A gate becomes a constant: slope is its value.
+    all of them otherwise.) "best" is nearest to f in the mean square; in front of zero padding, where no constant may
+    stand, the nearest through the origin. At an activation place the only line is the identity. A gate becomes a
+    constant: slope is its value.
     """
     ones = torch.ones_like(normal.mean)
     if site.kind == "activation":
