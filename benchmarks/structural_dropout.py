@@ -70,6 +70,8 @@ class Case:
         held_out, test: share of rows classified rightly.
         calibration: inputs, for squeezing and for BatchNorm statistics.
         example: inputs to find the sites with.
+        heads: whether attention heads are narrowed, too.
+        search: widths at which `curve` tries each site alone; 0 leaves the curve out.
         pretrained: `make` gives trained weights, of which narrower networks take the largest.
         anew: whether narrower networks draw their initial weights anew, for their own fan-in.
     """
@@ -84,13 +86,14 @@ class Case:
     calibration: list[Any]
     example: Any
     heads: bool = False
+    search: int = 2
     pretrained: bool = False
     anew: bool = True
 
     def sites(self, model: nn.Module) -> Sites:
-        """All that can be narrowed."""
-        options = {"heads": True} if self.heads else {}
-        return find_sites(model.eval(), self.example, **options).select(lambda s: s.width > 1 and not s.not_narrow)
+        """All that squeezing can narrow, and heads; not the convolution whose average over pixels is classified."""
+        found = find_sites(model.eval(), self.example, heads=self.heads)
+        return found.select(lambda s: not s.not_narrow and len({m.kind for m in s.maps}) == 1)
 
     def widths(self, sites: Sites, share: float) -> dict[str, int]:
         """The same share of every site's channels."""
@@ -147,12 +150,7 @@ class Bench:
         return self.trained(f"{name}-{method.distillation:g}", model, method, epochs), method
 
     def accuracies(
-        self,
-        model: nn.Module,
-        method: StructuralDropout,
-        shares: Sequence[float],
-        anew: bool = True,
-        score: Callable[[nn.Module], float] | None = None,
+        self, model: nn.Module, method: StructuralDropout, shares: Sequence[float], anew: bool = True
     ) -> list[float]:
         """Test accuracies of the live model, with BatchNorm statistics measured anew or those of the training."""
         found = []
@@ -162,8 +160,27 @@ class Bench:
             # the sandwich's statistics are of the full width; those of one random width a step are of none
             trained = share == 1 and method.sandwich
             with method.at(widths, self.case.calibration if norms and not trained else None) as live:
-                found.append((score or self.case.test)(live))
+                found.append(self.case.test(live))
         return found
+
+    def scored(self, name: str, make: Method, epochs: int = 0) -> list[float]:
+        """Test accuracies of a network trained at all widths."""
+        return self.accuracies(*self.nested(name, make, epochs), FINE)
+
+    def ours(self, search: int, quick: bool) -> dict[str, Any]:
+        """The same with our defaults, without BatchNorm measured anew, and at widths searched site by site."""
+        case = self.case
+        model, method = self.nested("defaults", StructuralDropout)
+        rows = {"defaults": self.accuracies(model, method, FINE)}
+        if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+            rows["defaults, BatchNorm as trained"] = self.accuracies(model, method, FINE, anew=False)
+        searched = []
+        if search:
+            curve = method.curve(case.held_out, points=4 if quick else 6, search=search, recalibrate=case.calibration)
+            for point in curve.front():
+                with method.at(point.widths, case.calibration) as live:
+                    searched.append({**point.to_json(), "test": case.test(live)})
+        return {"rows": rows, "searched": searched}
 
     def pruned(self, dense: nn.Module) -> dict[str, list[float]]:
         """Test accuracies of the dense network cut without training: by magnitude, and its maps by squeezing."""
@@ -222,42 +239,36 @@ def step(model: nn.Module, method: StructuralDropout | None, loss: Any, batch: A
 
 
 def measured(case: Case, cache: Path, quick: bool) -> dict[str, Any]:
-    """All ways to narrow one network; kept in a file, so that it is done once."""
-    path = stage(cache, "results", case.title, case.recipe, quick).with_suffix(".json")
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+    """All ways to narrow one network; each is kept in a file, so that it is done once."""
     bench = Bench(case, cache)
-    costs = once(cache / "steps.json", lambda: bench.step_costs(6 if quick else 40))
+    settings = stage(cache, "", case.title, case.recipe, len(case.batches), quick).stem
+
+    def kept(name: str, work: Callable[[], Any]) -> Any:
+        return once(cache / f"{name}{settings}.json", lambda: {"found": work()})["found"]
+
+    costs = kept("steps", lambda: bench.step_costs(6 if quick else 30))
+    rows: dict[str, list[float]] = {
+        "trained for itself": kept("separate", lambda: [bench.separate(share) for share in SHARES]),
+        "published": kept("published", lambda: bench.scored("published", StructuralDropout.as_published)),
+    }
+    ours = kept("ours", lambda: bench.ours(case.search, quick))
+    rows |= ours["rows"]
     epochs = max(1, round(case.recipe.epochs * costs["published / dense"] / costs["defaults / dense"]))
-    dense = bench.dense()
-    rows: dict[str, list[float]] = {"trained for itself": [bench.separate(share) for share in SHARES]}
-    published, method = bench.nested("published", StructuralDropout.as_published)
-    rows["published"] = bench.accuracies(published, method, FINE)
-    ours, method = bench.nested("defaults", StructuralDropout)
-    rows["defaults"] = bench.accuracies(ours, method, FINE)
-    if any(isinstance(m, nn.BatchNorm2d) for m in ours.modules()):
-        rows["defaults, BatchNorm as trained"] = bench.accuracies(ours, method, FINE, anew=False)
-    curve = method.curve(case.held_out, points=4 if quick else 6, search=2, recalibrate=case.calibration)
-    searched = []
-    for point in curve.front():
-        with method.at(point.widths, case.calibration) as live:
-            searched.append({**point.to_json(), "test": case.test(live)})
-    short, method = bench.nested("defaults-short", StructuralDropout, epochs)
-    rows["defaults, in the published rule's time"] = bench.accuracies(short, method, FINE)
-    rows |= bench.pruned(dense)
-    found = {
+    if epochs < case.recipe.epochs or quick:
+        rows[ROWS_SHORT] = kept("short", lambda: bench.scored("defaults-short", StructuralDropout, epochs))
+    rows |= kept("pruned", lambda: bench.pruned(bench.dense()))
+    shares = (1.0, *SHARES)
+    return {
         "title": case.title,
         "recipe": dataclasses.asdict(case.recipe),
-        "dense": case.test(dense),
+        "batches": len(case.batches),
+        "dense": kept("dense", lambda: case.test(bench.dense())),
         "short epochs": epochs,
-        "params": {str(share): count_params(case.narrowed(dense, share, largest=True)) for share in (1.0, *SHARES)},
+        "params": {str(s): count_params(case.narrowed(case.make(0), s, largest=True)) for s in shares},
         "rows": rows,
         "steps": costs,
-        "searched": searched,
+        "searched": ours["searched"],
     }
-    write_json(path, found)
-    return found
 
 
 def once(path: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -458,7 +469,7 @@ def cifar(title: str, make: Callable[[int], nn.Module], recipe: Recipe, data: Pa
 
 def minilm(data: Path, quick: bool, cache: Path) -> Case:
     """MiniLM fine-tuned on a part of SST-2, its feed-forward widths and heads nested."""
-    trained = sst2.sentences(data, "train", 96 if quick else 4800, cache=cache)
+    trained = sst2.sentences(data, "train", 96 if quick else 3200, cache=cache)
     held_out = sst2.sentences(data, "validation", 64 if quick else None, cache=cache)
     test = sst2.sentences(data, "test", 64 if quick else None, cache=cache)
     inputs = [{k: b[k] for k in ("input_ids", "attention_mask")} for b in trained.in_batches(32)]
@@ -474,12 +485,13 @@ def minilm(data: Path, quick: bool, cache: Path) -> Case:
         calibration=inputs[:: max(1, len(inputs) // 24)],
         example={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         heads=True,
+        search=0,
         pretrained=True,
     )
 
 
 VGG = Recipe(epochs=8, lr=2e-3, weight_decay=0.05, warmup=0.1, precision="bf16")
-VIT = Recipe(epochs=6, lr=1.5e-3, weight_decay=0.05, warmup=0.1)
+VIT = Recipe(epochs=4, lr=1.5e-3, weight_decay=0.05, warmup=0.1)
 
 
 def cases(data: Path, quick: bool, cache: Path) -> dict[str, Callable[[], Case]]:
@@ -501,13 +513,14 @@ def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------- tables and plots
 
+ROWS_SHORT = "defaults, in the published rule's time"
 ROWS = {
     "trained for itself": "trained for itself",
     "magnitude": "dense, pruned by magnitude",
     "squeeze": "dense, squeezed",
     "published": "Structural Dropout, as published",
     "defaults": "Structural Dropout, our defaults",
-    "defaults, in the published rule's time": "our defaults, in the published rule's time",
+    ROWS_SHORT: "our defaults, in the published rule's time",
     "defaults, BatchNorm as trained": "our defaults, BatchNorm not measured anew",
 }
 
@@ -571,12 +584,18 @@ def _case_table(name: str, case: Mapping[str, Any]) -> str:
         [p["label"], f"{p['params']:,}", f"{p['macs']:,}", _percent(p["score"]), _percent(p["test"])]
         for p in case["searched"]
     ]
+    text = f"Parameters: {params}."
+    if ROWS_SHORT in case["rows"]:
+        epochs = f"{case['short epochs']} of {case['recipe']['epochs']}"
+        text += f" In the published rule's time our defaults had {epochs} epochs."
+    if searched:
+        text += (
+            " The front of `method.curve`, equal widths and widths searched site by site on held-out rows:\n\n"
+            f"{markdown(['point', 'params', 'MACs', 'held out', 'test'], searched)}"
+        )
     return (
         f"### {case['title']}\n\n![accuracy by width](results/structural_dropout-{name}.png)\n\n"
-        f"{markdown(header, lines)}\n\n"
-        f"Parameters: {params}. Our defaults had {case['short epochs']} of {case['recipe']['epochs']} epochs in the "
-        "published rule's time. The front of `method.curve`, equal widths and widths searched site by site on held-out "
-        f"rows:\n\n{markdown(['point', 'params', 'MACs', 'held out', 'test'], searched)}"
+        f"{markdown(header, lines)}\n\n{text}"
     )
 
 
