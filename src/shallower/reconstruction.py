@@ -312,7 +312,7 @@ def _error(layers: Layers, rows: Sequence[Rows], weight: Tensor, bias: Tensor, r
     for part in _parts(layers, rows):
         sums[0] += _residual(layers, part, weight, bias, root, layers.hidden(part.x)).square().sum().double()
         sums[1] += part.positions
-    total, count = _over_processes(sums).tolist()
+    total, count = over_processes(sums).tolist()
     return float(total / max(1.0, count))
 
 
@@ -343,15 +343,15 @@ def _step(
             slopes[name] = slopes[name] + _flat(slope).square().sum(0)
         inputs = inputs + _input_moments(layers, part.x)
         positions += part.positions
-    count = float(_over_processes(torch.tensor([float(positions)]))[0])
-    moments = _over_processes(torch.as_tensor(inputs)) / count
+    count = float(over_processes(torch.tensor([float(positions)]))[0])
+    moments = over_processes(torch.as_tensor(inputs)) / count
     moments += _INPUT_RIDGE * moments.diagonal().mean() * torch.eye(len(moments)).to(moments)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments.double())).to(moments)
     size = consumer.transpose(0, 1).flatten(1).square().sum(1)
     sizes = {}
     for name, producer in layers.producers.items():
         scale = 1.0 if producer.scale is None else producer.scale.square()
-        sizes[name] = _over_processes(slopes[name]) / count * size * scale + _TINY
+        sizes[name] = over_processes(slopes[name]) / count * size * scale + _TINY
 
     def fold(of: Callable[[Tensor, Tensor], Tensor], deltas: Deltas) -> Deltas:
         """The gradient, by the deltas, of a sum over positions of `of(change of the outputs, residual)`."""
@@ -363,7 +363,7 @@ def _step(
                 gradients = torch.autograd.grad(of(change, residual).sum(), list(given.values()))
             for name, gradient in zip(given, gradients, strict=True):
                 total[name] += gradient
-        return {name: _over_processes(t) / count for name, t in total.items()}
+        return {name: over_processes(t) / count for name, t in total.items()}
 
     def curvature(deltas: Deltas) -> Deltas:
         products = fold(lambda change, _: change.square() / 2, deltas)
@@ -526,7 +526,7 @@ def _flat(t: Tensor) -> Tensor:
     return flat(t, t.dim() > 2)
 
 
-def _over_processes(sums: Tensor) -> Tensor:
+def over_processes(sums: Tensor) -> Tensor:
     """The sum over all processes of `torch.distributed`."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shallower.calibration import Centred, Gram, SiteGrams
 from shallower.errors import FitError
 from shallower.plan import Entry, Fate, Fit
-from shallower.reconstruction import Layers, Reconstruction, reconstruct
+from shallower.reconstruction import Layers, Reconstruction, over_processes, reconstruct
 from shallower.selection import columns_of, eliminate, fit_error, ridge_fit
 from shallower.sites import Site
 
@@ -27,6 +27,10 @@ _DAMPING_OF_IMAGES = 1.0
 """Shares of plain size in the weight of errors; large where positions tell nearly the same, and the rest is noisy."""
 
 _LEAST = 1e-4
+
+_EQUATIONS = 16
+"""Outputs seen for each number to be fitted, below which producers stay as they are: what fits the calibration data
+better, and held-out data like them, then takes other data farther from the dense network."""
 
 
 def metric_of(site: Site, metrics: Mapping[str, Tensor], grams: SiteGrams) -> Tensor:
@@ -151,10 +155,14 @@ def _root(metric: Tensor) -> Tensor:
 def _reconstructed(
     small: nn.Module, site: Site, grams: SiteGrams, kept: Tensor, root: Tensor, ridge: float
 ) -> Reconstruction | None:
-    """The site with its producers fitted too; None where that cannot be done or does not help."""
+    """The site with its producers fitted too; None where that cannot be done, is not to be trusted or does not help."""
     fit, held = grams.rows
     layers = Layers.of(small, site, kept) if fit and held else None
     if layers is None:
+        return None
+    unknowns = sum(p.weight.numel() for p in layers.producers.values()) + len(kept) * len(root) * site.consumers[0].taps
+    positions = over_processes(torch.tensor(float(sum(rows.positions for rows in fit)), device=root.device))
+    if float(positions) * len(root) < _EQUATIONS * unknowns:
         return None
     found = reconstruct(layers, fit, held, root, ridge=ridge, intercept=_intercept(site))
     return found if found.after < found.before else None
