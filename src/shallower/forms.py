@@ -288,6 +288,8 @@ def _of_heads(entry: Entry, before: tuple[int, int]) -> Form:
 def _check_rows(entry: Entry, producer: LinearMap, gate: LinearMap | None) -> None:
     """Check that fitted rows read as many inputs as their layers have by now."""
     fitted = {} if entry.fit is None else entry.fit.singles
+    if "producer" in fitted:
+        _check_geometry(entry.site, producer)
     for role, m in (("producer", producer), ("gate", gate or producer)):
         if role in fitted and fitted[role].shape[1] != m.d_in:
             raise PlanError(
@@ -404,7 +406,7 @@ def _is_not_dearer(maps: Iterable[LinearMap], others: Iterable[LinearMap]) -> bo
 
 def padded(site: Site, consumers: Iterable[LinearMap]) -> bool:
     """Whether something is put around what the consumers read, so that a constant in it has a border."""
-    return any(c.padding != (0, 0) for c in consumers) or bool(site.not_merged)
+    return any(c.padding != (0, 0) for c in consumers) or (bool(site.not_merged) and not site.averaged)
 
 
 def has_constants(entry: Entry, producer: LinearMap) -> bool:
@@ -533,11 +535,7 @@ def _path(entry: Entry, producer: LinearMap, consumers: tuple[LinearMap, ...]) -
                 f"{producer.d_in} after the earlier entries of the plan. Apply those first, and fit this site on the "
                 "result"
             )
-        if site.producer is not None and _geometry(producer) != _geometry(site.producer):
-            raise PlanError(
-                f"{site.name}: its linear path was fitted for another kernel, stride or padding than `{producer.name}` "
-                "has after the earlier entries of the plan. Apply those first, and fit this site on the result"
-            )
+        _check_geometry(site, producer)
         given = 0 if fit.down is None else fit.down.shape[0]
     if len(entry.kept) == 0:
         return given or producer.d_in, "channels"
@@ -551,6 +549,15 @@ def _path(entry: Entry, producer: LinearMap, consumers: tuple[LinearMap, ...]) -
     if not ranks:
         raise PlanError(f"{site.name}: kept channels and one full map do not fit beside each other; give down and ups")
     return min(ranks, key=lambda rank: rank[0])
+
+
+def _check_geometry(site: Site, producer: LinearMap) -> None:
+    """Check that a producer still is the kind of convolution that maps were fitted for."""
+    if site.producer is not None and _geometry(producer) != _geometry(site.producer):
+        raise PlanError(
+            f"{site.name}: its maps were fitted for another kernel, stride or padding than `{producer.name}` has after "
+            "the earlier entries of the plan. Apply those first, and fit this site on the result"
+        )
 
 
 def _is_plain(m: LinearMap) -> bool:

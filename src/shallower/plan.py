@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from shallower.errors import PlanError
-from shallower.forms import Becomes, Form, fitted_map, form_of, kernel_of, padded, steps
+from shallower.forms import Becomes, Form, Step, fitted_map, form_of, kernel_of, padded, steps
 from shallower.sites import Site, amount
 
 Family = Literal["blend", "prelu"]
@@ -314,17 +314,27 @@ class Plan:
         return len(self.entries)
 
     def warn_of_cost(self) -> None:
-        """Warn of every site that takes neither fewer parameters nor fewer MACs than it has."""
-        for step in steps(self.entries):
-            form = step.form
-            if not form.cheaper and form.kind != "narrower":
-                warnings.warn(
-                    f"{step.entry.site.name}: as planned it has {amount(form.params)} parameters and "
-                    f"{amount(form.macs)} MACs, and it had {amount(form.params_before)} and "
-                    f"{amount(form.macs_before)}. It is exact, but no cheaper: only sites that widen pay",
-                    CostWarning,
-                    stacklevel=3,
-                )
+        """Warn of every site that takes neither fewer parameters nor fewer MACs than it has.
+
+        Sites that overlap are judged together, since a later one may make cheaper what an earlier one made dearer.
+        There is no warning where the entry says what the site is to become, or why.
+        """
+        for group in _connected(steps(self.entries)):
+            forms = [step.form for step in group]
+            params, macs = sum(f.params for f in forms), sum(f.macs for f in forms)
+            before = sum(f.params_before for f in forms), sum(f.macs_before for f in forms)
+            decided = all(step.entry.becomes or step.entry.note for step in group)
+            cheaper = params < before[0] or macs < before[1] or all(f.cheaper for f in forms)
+            if decided or cheaper or all(f.kind == "narrower" for f in forms):
+                continue
+            names = ", ".join(step.entry.site.name for step in group)
+            now, then = (f"{amount(a)} parameters and {amount(b)} MACs" for a, b in ((params, macs), before))
+            warnings.warn(
+                f"{names}: as planned it has {now}, and it had {then}. It is exact, but no "
+                "cheaper: only sites that widen pay",
+                CostWarning,
+                stacklevel=3,
+            )
 
     @property
     def params_saved(self) -> int:
@@ -403,6 +413,16 @@ class Plan:
         from shallower.plan_file import load_plan
 
         return load_plan(Path(directory))
+
+
+def _connected(done: Iterable[Step]) -> list[list[Step]]:
+    """The steps in groups that share no layer."""
+    groups: list[list[Step]] = []
+    for step in done:
+        names = {m.name for m in step.entry.site.maps}
+        touching = [g for g in groups if any(names & {m.name for m in s.entry.site.maps} for s in g)]
+        groups = [g for g in groups if g not in touching] + [[s for g in touching for s in g] + [step]]
+    return groups
 
 
 def _signed(count: int) -> str:

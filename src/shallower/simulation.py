@@ -63,11 +63,6 @@ def impose(copied: nn.Module, plan: Plan) -> None:
         read_by, selected = site.producer.name, None
         if fit is not None and (fit.ups or fit.producer is not None or fit.gate is not None):
             read_by, selected = _source(entry, done)
-            if read_by != site.producer.name and not fit.ups:
-                raise PlanError(
-                    f"{site.name}: its producer was fitted, and an earlier entry of the plan merges it with another "
-                    "layer. Apply that entry first, and fit this site on the result"
-                )
         names = [m.name for m in site.maps] + ([site.norm_before] if site.norm_before else [])
         modules = {name: copied.get_submodule(name) for name in names}
         hook(entry, copied.get_submodule(read_by), modules, selected)
@@ -101,6 +96,11 @@ def hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], sele
     if fit is None or site.producer is None:
         return
     producer = modules[site.producer.name]
+    memory = _Memory(selected, site.channels_first)
+    if fit.ups or fit.producer is not None or fit.gate is not None:
+        reader.register_forward_pre_hook(memory, with_kwargs=True)
+        if site.gate is not None and reader is producer:  # the gate reads the same, and may run first
+            modules[site.gate.name].register_forward_pre_hook(memory, with_kwargs=True)
     up, gate = _rows(site, entry.kept)
     for module, channels, weight, bias in (
         (producer, up, fit.producer, fit.producer_bias),
@@ -110,11 +110,8 @@ def hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], sele
             _set_shift(site, modules[site.norm_before], channels, bias)
             bias = None
         if weight is not None:
-            rows = _FittedRows(channels, weight, bias, selected, site.channels_first)
+            rows = _FittedRows(site, channels, weight, bias, memory)
             module.register_forward_hook(rows, with_kwargs=True)
-    memory = _Memory(selected, site.channels_first)
-    if fit.ups:
-        reader.register_forward_pre_hook(memory, with_kwargs=True)
     for i, m in enumerate(site.consumers):
         modules[m.name].register_forward_hook(_Fitted(site, fit, i, entry.kept, memory, producer), with_kwargs=True)
 
@@ -209,15 +206,12 @@ class _Affine:
 class _FittedRows:
     """Some outputs of a producer from fitted rows."""
 
-    def __init__(
-        self, channels: Tensor, weight: Tensor, bias: Tensor | None, selected: Tensor | None, channels_first: bool
-    ) -> None:
-        self.channels, self.weight, self.bias = channels, weight, bias
-        self.selected, self.channels_first = selected, channels_first
+    def __init__(self, site: Site, channels: Tensor, weight: Tensor, bias: Tensor | None, memory: _Memory) -> None:
+        self.channels, self.weight, self.bias, self.memory = channels, weight, bias, memory
+        self.site, self.channels_first = site, site.channels_first
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        x = _input(args, kwargs)
-        x = x if self.selected is None else _select(x, self.selected, self.channels_first)
+    def __call__(self, module: nn.Module, _: Any, __: Any, output: Tensor) -> Tensor:
+        x = self.memory.read(self.site)
         rows = _apply(module, self.weight, x)
         bias = self.bias
         if bias is None and isinstance(module.bias, Tensor):
@@ -241,6 +235,12 @@ class _Memory:
         x = _input(args, kwargs)
         self.x = x if self.selected is None else _select(x, self.selected, self.channels_first)
 
+    def read(self, site: Site) -> Tensor:
+        """What was remembered."""
+        if self.x is None:
+            raise PlanError(f"{site.name}: the consumer runs before the producer")
+        return self.x
+
 
 class _Fitted:
     """A consumer with fitted maps in the place of its own."""
@@ -256,9 +256,7 @@ class _Fitted:
         if len(self.kept):
             y = y + _apply(module, fit.consumers[i], _select(z, self.kept, self.site.channels_first))
         if fit.ups:
-            x = self.memory.x
-            if x is None:
-                raise PlanError(f"{self.site.name}: the consumer runs before the producer")
+            x = self.memory.read(self.site)
             if fit.down is None:
                 y = y + _apply_full(self.producer[0], module, fit.ups[i], x)
             else:
