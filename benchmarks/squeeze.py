@@ -46,7 +46,7 @@ from shallower.sweeping import Calibration, Sweep
 from shallower.vision import repair_torchvision
 
 METHODS = ("Torch-Pruning", "squeeze, equal", "squeeze")
-COLLAPSED = (1, 2, 3, 4, 6)
+COLLAPSED = (1, 2, 4, 6)
 SELECTIONS = (4096, 14336)
 FLOORS = [
     ("MiniLM", 0.5, "STS-B Spearman", 0.867),
@@ -156,8 +156,9 @@ def depth_or_width(subject: Subject, cache: Path) -> list[dict[str, Any]]:
             "scores": subject.score(small),
         }
 
+    sweep = Sweep(model, sites.items, Calibration(subject.batches))
+
     def depth(count: int) -> dict[str, Any]:
-        sweep = Sweep(model, sites.items, Calibration(subject.batches))
         order = sorted(sites, key=lambda site: sweep.errors[site.name][0])
         widths = {site.name: site.width for site in sites} | {site.name: 0 for site in order[:count]}
         return row(f"{count} of {len(sites)} MLPs collapsed", sweep.plan(widths)[1])
