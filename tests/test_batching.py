@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from shallower.batching import ImageFormat, ImageReader, TextReader, TokenReader, loader, packed
+from shallower.batching import Augmented, ImageFormat, ImageReader, TextReader, TokenReader, loader, packed
 from shallower.data import Labels, read_rows
 from shallower.errors import DataError
 from shallower.tasks import LanguageModelling
@@ -39,6 +39,28 @@ def test_text_batches_are_padded_to_their_longest_row_and_cut() -> None:
     (batch,) = loader(rows, TextReader(Words(), ("text",), "label", TWO, length=3), batch_size=8)
     assert batch["input_ids"].tolist() == [[97, 98, 99], [102, 0, 0]]
     assert batch["labels"].tolist() == [0, 1]
+
+
+def test_rows_without_labels_give_inputs_only() -> None:
+    (texts,) = loader([{"text": "a b"}], TextReader(Words(), ("text",), "", None, length=3), batch_size=8)
+    assert set(texts) == {"input_ids"}
+    pictures = [{"image": np.zeros((4, 4), np.uint8)}] * 3
+    (batch,) = loader(pictures, ImageReader("image", "", None, ImageFormat(1)), batch_size=8)
+    assert batch.shape == (3, 1, 4, 4)
+
+
+def test_augmented_pictures_are_moved_and_mirrored() -> None:
+    column = np.zeros((16, 16), np.uint8)
+    column[:, 5] = 255
+    rows = [{"image": column, "label": 0}] * 40
+    reader = ImageReader("image", "label", TWO, ImageFormat(1, mean=(0.0,), std=(1.0,)))
+    torch.manual_seed(0)
+    ((moved, labels),) = loader(rows, Augmented(reader), batch_size=40)
+    assert moved.shape == (40, 1, 16, 16)
+    assert labels.tolist() == [0] * 40
+    where = {int(picture[0].sum(0).argmax()) for picture in moved}
+    assert where <= {3, 4, 5, 6, 7, 8, 9, 10, 11, 12}
+    assert len(where) > 6
 
 
 def test_shuffled_batches_repeat_with_the_seed() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from shallower.jobs import task_of
 pytest.importorskip("datasets")
 
 NET = f"{__name__}:make_net"
+ROOT = Path(__file__).parents[1]
 TIMM = "timm:test_vit?pretrained=false&num_classes=10&img_size=32&patch_size=8"
 
 
@@ -517,6 +520,31 @@ def test_real_pictures_go_through_a_timm_model(shallower: Shallower, data: Path,
     assert finished.status == 0, finished.err
     sites = json.loads(shallower("inspect", tmp_path / "out", "--json").out)["sites"]
     assert len({site["width"] for site in sites}) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_state_that_resumes(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    options = ("--method", "layer-collapse", "--task", "image-classification", "--device", "cpu", "--lr", "0.01")
+    paths = ("--data", str(pictures), "--output", str(tmp_path / "out"))
+    command = ["compress", NET, *paths, *options, "--epochs", "40", "--target", "params:5%", "--dense-epochs", "4"]
+    program = [sys.executable, "-c", "from shallower.cli import main; main()"]
+    with subprocess.Popen([*program, *command], stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
+        stage = tmp_path / ".out.progress" / "stage-1.safetensors"
+        until = time.monotonic() + 120
+        while not stage.exists() and running.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "the same command goes on from" in err
+    assert "Traceback" not in err
+    assert stage.exists()
+    assert not (tmp_path / "out").exists()
+    resumed = shallower(*command)
+    assert resumed.status == 0, resumed.err
+    told = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert told["stages"][0]["history"]["resumed"] > 0
+    assert not stage.exists()
 
 
 @pytest.mark.slow

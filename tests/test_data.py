@@ -41,6 +41,33 @@ def test_csv_with_text_labels_is_read_and_a_tenth_is_held_out(tmp_path: Path) ->
     assert {row["text"] for row in rows.train}.isdisjoint(row["text"] for row in rows.validation)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "text\n" + "".join(f"review {i}\n" for i in range(20)),
+        "text,label\n" + "".join(f"review {i},{i / 7}\n" for i in range(20)),
+        "text,label\n" + "".join(f"review {i},good\n" for i in range(20)),
+    ],
+    ids=["no column", "scores", "one class"],
+)
+def test_rows_without_classes_are_read_where_none_are_needed(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "reviews.csv", text)
+    rows = read_rows(path, "text-classification", need_labels=False)
+    assert (rows.labels, rows.columns.label, len(rows.train)) == (None, "", 18)
+
+
+def test_a_column_of_classes_that_is_named_must_be_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "reviews.csv", "text,mark\n" + "".join(f"review {i},{i / 7}\n" for i in range(20)))
+    with pytest.raises(DataError, match="scores"):
+        read_rows(path, "text-classification", label_column="mark", need_labels=False)
+
+
+def test_features_need_text_only(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path / "pairs.csv", "sentence1,sentence2,label\n" + "a,b,x\n" * 9), "feature-extraction")
+    assert rows.columns.text == ("sentence1",)
+    assert rows.labels is None
+
+
 def test_the_held_out_rows_depend_on_the_seed_only(tmp_path: Path) -> None:
     path = write(tmp_path / "reviews.csv", REVIEWS)
     held = [read_rows(path, "text-classification", held_out=0.3, seed=seed).validation["text"][:] for seed in (0, 0, 1)]

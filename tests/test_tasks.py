@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shallower.errors import DataError, ModelError
-from shallower.tasks import TASK_NAMES, Classification, LanguageModelling, labels_of, logits_of, task_named
+from shallower.tasks import TASK_NAMES, Classification, LanguageModelling, Likeness, labels_of, logits_of, task_named
 
 CLASSIFICATION, LANGUAGE = Classification(), LanguageModelling()
 
@@ -100,6 +100,47 @@ def test_logits_are_found_in_every_usual_answer() -> None:
 def test_a_batch_without_labels_is_refused() -> None:
     with pytest.raises(DataError, match="labels"):
         labels_of({"input_ids": torch.zeros(2)})
+
+
+def test_agreement_is_the_part_of_rows_with_the_same_class() -> None:
+    original, other = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    original.weight.data, other.weight.data = torch.eye(3), torch.eye(3)[[1, 0, 2]]
+    task = Likeness(features=False).to(original)
+    batches = [torch.eye(3), torch.eye(3)[2:]]
+    assert task.score(original, batches) == 1
+    assert task.score(other, batches) == pytest.approx(0.5)
+    assert task.show(0.5) == "50.00 %"
+
+
+def test_the_likeness_of_features_is_their_cosine_around_the_originals_mean() -> None:
+    original, shifted, turned = (nn.Linear(4, 4) for _ in range(3))
+    shifted.load_state_dict(original.state_dict())
+    shifted.bias.data += 0.1
+    turned.load_state_dict({name: -tensor for name, tensor in original.state_dict().items()})
+    task = Likeness(features=True).to(original)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(6, 4, generator=generator), torch.randn(3, 4, generator=generator)]
+    assert task.score(original, batches) == pytest.approx(1)
+    assert task.score(turned, batches) < 0 < task.score(shifted, batches) < 1
+
+
+def test_features_of_padded_tokens_count_for_nothing() -> None:
+    class Encoder(nn.Module):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+            return {"last_hidden_state": F.one_hot(input_ids, 5).float(), "pooled": attention_mask.float()}
+
+    class Padded(Encoder):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+            return super().forward(input_ids.where(attention_mask.bool(), torch.tensor(4)), attention_mask)
+
+    ids = torch.tensor([[1, 2, 0], [3, 0, 0]])
+    task = Likeness(features=True).to(Encoder())
+    assert task.score(Padded(), [{"input_ids": ids, "attention_mask": (ids > 0).long()}]) == pytest.approx(1)
+
+
+def test_there_is_no_loss_without_labels() -> None:
+    with pytest.raises(DataError, match="squeeze without training"):
+        task_named("image-classification", labelled=False).loss(nn.Identity(), torch.zeros(1))
 
 
 def test_an_unknown_task_is_refused_with_the_list() -> None:

@@ -283,6 +283,11 @@ class Batches:
     test: DataLoader[Any]
     example: Inputs
 
+    @property
+    def parts(self) -> dict[str, DataLoader[Any]]:
+        """The three loaders by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
 
 def make_batches(
     rows: Rows,
@@ -315,7 +320,7 @@ def make_batches(
     """
     if augment and "image" not in task:
         raise DataError("only pictures can be augmented (--augment)")
-    parts = {"train": rows.train, "validation": rows.validation, "test": rows.test}
+    parts = rows.parts
     mapping = hasattr(model, "main_input_name")
     reader: Reader
     if "image" in task:

@@ -60,7 +60,7 @@ def pair(directory: Path, original: str = "") -> tuple[LoadedModel, nn.Module]:
     source = read_source(directory)
     if not original:
         original = str(read_result(directory)["options"].get("model", "")) if (directory / RESULT).is_file() else source
-        if not source and not Path(original).is_dir():
+        if not source and not (original and Path(original).is_dir()):
             raise ModelError(
                 f"{directory} was made of {original or 'a model of your own'}, which is only imported when you say so: "
                 "add --original package.module:factory"

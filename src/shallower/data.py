@@ -120,6 +120,11 @@ class Rows:
     columns: Columns
     labels: Labels | None
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The three parts by name; None for a test part that is not there."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
 
 def read_rows(
     source: str,

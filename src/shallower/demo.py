@@ -1,4 +1,6 @@
-"""`shallower demo`: two small networks on scikit-learn's digits, trained, squeezed, saved and checked.
+"""`shallower demo`: two small networks on scikit-learn's digits, each squeezed in two ways, saved and checked.
+
+Once without training, from a few hundred pictures, and once by training until layers merge.
 
 python -m shallower.demo demo-out       # loads what was saved and compares its answers, bit for bit
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,14 +23,20 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from shallower.batching import Batches
 from shallower.budget import Target
-from shallower.checkpoint import load, save
-from shallower.compression import Result, Settings, compress, verdict_table
+from shallower.checkpoint import load
+from shallower.compression import MethodRun, Result, Settings, compress, verdict_table
 from shallower.errors import CheckpointError, DataError
+from shallower.jobs import numbers_of, write
+from shallower.models import LoadedModel
 from shallower.runs.layer_collapse import LayerCollapseRun
+from shallower.runs.squeeze import SqueezeRun
 from shallower.tasks import Classification
 from shallower.training import Recipe, train
 
 CLASSES = 10
+WAYS = ("squeezed", "collapsed")
+"""What is done with each network: without training, and with."""
+
 ANSWERS = "answers.safetensors"
 
 
@@ -110,12 +119,12 @@ class ViT(nn.Module):
 
 @dataclass(frozen=True)
 class Contestant:
-    """A network of the demo, and how it is trained and squeezed."""
+    """A network of the demo, what is asked of it, and how it is trained: as it is, and until layers merge."""
 
     build: Callable[[], nn.Module]
     target: str
     dense: Recipe
-    squeezed: Recipe
+    collapsed: Recipe
 
 
 CONTESTANTS: Mapping[str, Contestant] = {
@@ -156,10 +165,10 @@ def digits(seed: int = 0, batch_size: int = 64) -> Batches:
 
 
 def run(output: Path, *, seed: int = 0, quick: bool = False) -> str:
-    """Train, squeeze, save and check both networks; the table of what came of it.
+    """Train both networks, make each smaller in both ways, save and check; the table of what came of it.
 
     Args:
-        output: folder for the results: one for each network, and their answers on the test pictures.
+        output: folder for the results: one for each, and their answers on the test pictures.
         seed: of the initial weights, the order of the pictures and their division.
         quick: one epoch of everything.
 
@@ -172,15 +181,24 @@ def run(output: Path, *, seed: int = 0, quick: bool = False) -> str:
         batches = digits(seed)
         torch.manual_seed(seed)
         model = contestant.build()
-        dense, squeezed = (_recipe(recipe, seed, quick) for recipe in (contestant.dense, contestant.squeezed))
-        train(model, batches.train, task.loss, dense, label=f"{name}: training", cpu=True)
-        print(f"{name}: squeezing to {contestant.target}", file=sys.stderr)
-        result = compress(
-            model, batches, task, Settings(Target.parse(contestant.target), LayerCollapseRun(), squeezed), cpu=True
+        dense, trained = (
+            replace(recipe, seed=seed, epochs=1 if quick else recipe.epochs)
+            for recipe in (contestant.dense, contestant.collapsed)
         )
-        save(result.model, output / name)
-        _keep_answers(result, batches, output / f"{name}-{ANSWERS}")
-        rows += result.verdict.rows(task, name, result.made.note)
+        train(model, batches.train, task.loss, dense, label=f"{name}: training", cpu=True)
+        target = Target.parse(contestant.target)
+        runs: tuple[MethodRun, ...] = (SqueezeRun(samples=256), LayerCollapseRun())
+        for method, way in zip(runs, WAYS, strict=True):
+            print(f"{name}: {way} to {target}", file=sys.stderr)
+            started = time.perf_counter()
+            result = compress(model, batches, task, Settings(target, method, trained), cpu=True)
+            options = {"model": name, "data": "digits", "method": method.name, "target": str(target), "seed": seed}
+            counts = {part: len(loader.dataset) for part, loader in batches.parts.items()}  # type: ignore[arg-type]
+            numbers = numbers_of(result, options, counts, batches.example, seconds=time.perf_counter() - started)
+            write(result.model, output / f"{name}-{way}", LoadedModel(model, ""), result.made.plan, numbers)
+            _keep_answers(result, batches, output / f"{name}-{way}-{ANSWERS}")
+            found = result.verdict.rows(task, name, result.made.note)
+            rows += found if way == WAYS[0] else found[1:]
     command = [sys.executable, "-m", "shallower.demo", str(output)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     checked = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
@@ -195,20 +213,20 @@ def check(output: Path) -> str:
     Raises:
         CheckpointError: an answer differs in any bit.
     """
-    for name, contestant in CONTESTANTS.items():
-        kept = load_file(output / f"{name}-{ANSWERS}")
-        model = load(output / name, contestant.build())
+    names = [(name, f"{name}-{way}") for name in CONTESTANTS for way in WAYS]
+    for name, saved in names:
+        kept = load_file(output / f"{saved}-{ANSWERS}")
+        model = load(output / saved, CONTESTANTS[name].build())
         with torch.no_grad():
             answers = model(kept["pictures"])
         if not torch.equal(answers, kept["logits"]):
             worst = float((answers - kept["logits"]).abs().max())
-            raise CheckpointError(f"{output / name}: the loaded network answers differently, by up to {worst:.1e}")
-    names = " and ".join(str(output / name) for name in CONTESTANTS)
-    return f"saved in {names}; loaded again in a fresh process, both answer the same to the last bit"
-
-
-def _recipe(recipe: Recipe, seed: int, quick: bool) -> Recipe:
-    return replace(recipe, seed=seed, epochs=1 if quick else recipe.epochs)
+            raise CheckpointError(f"{output / saved}: the loaded network answers differently, by up to {worst:.1e}")
+    folders = ", ".join(saved for _, saved in names)
+    return (
+        f"saved in {output}: {folders}; loaded again in a fresh process, all answer the same to the last bit.\n"
+        f"Open {output / names[0][1] / 'report.html'} in a browser"
+    )
 
 
 @torch.no_grad()

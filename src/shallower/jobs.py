@@ -25,7 +25,7 @@ from shallower.checkpoint import check_replaceable, read_source, save
 from shallower.compression import MethodRun, Result, Settings, compress, preview, site_table, verdict_table
 from shallower.data import Rows, read_rows
 from shallower.errors import CheckpointError, DataError, ModelError, ShallowerError, TargetError
-from shallower.inputs import tensors
+from shallower.inputs import Inputs, model_device, tensors
 from shallower.model_card import write_card
 from shallower.models import DESCRIPTION, LoadedModel, load_model
 from shallower.plan import Plan
@@ -140,9 +140,17 @@ def run(job: Job, *, resume: bool = True) -> Told:
         result = compress(
             ready.loaded.model, ready.batches, ready.task, ready.settings, checkpoints=checkpoints, cpu=ready.cpu
         )
-        result.model.to("cpu", ready.dtype)
-        numbers = _numbers(job, ready, result, time.perf_counter() - started)
-        made = result.made
+        rows, made = ready.rows, result.made
+        numbers = numbers_of(
+            result,
+            job.options,
+            {name: None if part is None else len(part) for name, part in rows.parts.items()},
+            ready.batches.example,
+            seconds=time.perf_counter() - started,
+            classes=None if rows.labels is None else rows.labels.names,
+            warnings=ready.remarks,
+        )
+        made.model.to("cpu", ready.dtype)
         write(made.model, job.output, ready.loaded, made.plan, numbers, points=made.points, files=made.files)
     return Told(_told(job, ready, result), {**numbers, "output": str(job.output)})
 
@@ -359,28 +367,44 @@ class _Companions:
         write_card(directory, at=self.output)
 
 
-def _numbers(job: Job, ready: _Ready, result: Result, seconds: float) -> dict[str, Any]:
-    rows = ready.rows
-    plan = result.made.plan
-    example = next(tensors(ready.batches.example), None)
+def numbers_of(
+    result: Result,
+    options: Mapping[str, Any],
+    rows: Mapping[str, int | None],
+    example: Inputs,
+    *,
+    seconds: float,
+    classes: Sequence[str] | None = None,
+    warnings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What result.json says of a run: plain data.
+
+    Args:
+        result: of the run.
+        options: what it was told.
+        rows: how many there are of each part; None for a test part that is not there.
+        example: the inputs on which costs and latencies were taken.
+        seconds: that it took.
+        classes: of the data.
+        warnings: what people should know of it.
+    """
+    shape = next((tensor.shape for tensor in tensors(example)), ())
+    device = model_device(result.model)
     return {
         "schema": SCHEMA,
-        "options": job.options,
+        "options": dict(options),
         "quality": result.task.quality,
         **result.verdict.to_json(),
-        "sites": {site.pop("name"): site for site in site_table(plan)},
+        "sites": {site.pop("name"): site for site in site_table(result.made.plan)},
         **result.made.details,
-        "warnings": list(ready.remarks),
-        "classes": list(rows.labels.names) if rows.labels is not None else None,
-        "rows": {
-            "train": len(rows.train),
-            "validation": len(rows.validation),
-            "test": None if rows.test is None else len(rows.test),
-        },
-        "example": "" if example is None else " x ".join(map(str, example.shape)),
+        "warnings": list(warnings),
+        "classes": None if classes is None else list(classes),
+        "rows": dict(rows),
+        "example": " x ".join(map(str, shape)),
         "seconds": seconds,
         "machine": {
             "processor": platform.processor() or platform.machine(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
