@@ -296,7 +296,7 @@ def test_the_training_record_comes_back(tmp_path: Path):
 
 def test_no_file_is_a_pickle(tmp_path: Path):
     save(collapsed(llama(), IDS), tmp_path / "out")
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".md", ".safetensors"}
 
 
 # --------------------------------------------------------------------------------------------- beside Transformers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -32,10 +33,11 @@ def test_a_local_folder_is_no_base_model(tmp_path: Path) -> None:
     assert "base_model" not in write_card(saved(tmp_path, options=options)).read_text()
 
 
-def test_the_code_of_a_card_loads_the_model(tmp_path: Path) -> None:
+def test_the_code_of_a_card_loads_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     sh.save(model, tmp_path / "out")
-    text = write_card(tmp_path / "out").read_text()
+    monkeypatch.chdir(tmp_path)
+    text = (tmp_path / "out" / "README.md").read_text()
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
     names = {"make_model": lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))}
     exec(code, names)

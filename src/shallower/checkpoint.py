@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from shallower.attachment import attached_places, detach, detached_copy
 from shallower.edits import edits, replay
 from shallower.errors import CheckpointError, ModelError
+from shallower.model_card import NAME as CARD
+from shallower.model_card import plain_card
 from shallower.models import DESCRIPTION, build_skeleton, source_of
 
 SCHEMA = "shallower"
@@ -103,6 +105,8 @@ def save(
                 model.generation_config.save_pretrained(partial)  # type: ignore[union-attr,operator]
         if processor is not None:
             processor.save_pretrained(partial)
+        if not (partial / CARD).exists():
+            (partial / CARD).write_text(plain_card(directory.name, source), encoding="utf-8")
         description.files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         (partial / DESCRIPTION).write_text(json.dumps(description.to_json(), allow_nan=False, indent=1) + "\n")
 
