@@ -218,7 +218,8 @@ def test_a_batch_norm_behind_the_consumer_says_what_a_unit_of_it_becomes() -> No
             self.norm = nn.BatchNorm2d(3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return x + self.norm(self.conv2(torch.relu(self.conv1(x))))
+            y: Tensor = self.norm(self.conv2(torch.relu(self.conv1(x))))
+            return x + y
 
     model = Block().eval()
     with torch.no_grad():
@@ -228,3 +229,14 @@ def test_a_batch_norm_behind_the_consumer_says_what_a_unit_of_it_becomes() -> No
     units = collect_grams(model, None, [site], images)[site.name].units
     assert units is not None
     torch.testing.assert_close(units, torch.tensor([2.0, 0.5, 0.0]), atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_convolution_reads_is_padded_as_it_pads() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 2, 3, padding=1, padding_mode="reflect")
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GELU(), conv)
+    images = [torch.randn(8, 3, 9, 9) for _ in range(4)]
+    (site,) = find_sites(model, images[0])
+    moments = collect_grams(model, None, [site], images)[site.name].all.centred()
+    weight = torch.linalg.solve(moments.zz + 1e-9 * torch.eye(len(moments.zz)), moments.zy).T
+    torch.testing.assert_close(weight.float(), conv.weight.detach().flatten(1), atol=1e-3, rtol=1e-3)

@@ -8,7 +8,7 @@ sets or machines are added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -361,6 +361,7 @@ class _Watch:
         self.outputs: dict[str, list[Tensor]] = {}
         self.others: dict[str, list[Tensor | None]] = {}
         self.units: dict[str, Tensor] = {}
+        self.read_as: dict[str, LinearMap] = {}
         self._handles: list[Any] = []
         self._sums = _Sums(self)
         self._wanted = {site.consumers[-1].name: site.calls for site in sites}
@@ -381,8 +382,12 @@ class _Watch:
     def _hook(self, m: LinearMap, *, follow: bool) -> None:
         module = self.model.get_submodule(m.name)
 
+        padding = unusual_padding(module)
+        self.read_as[m.name] = m if padding is None else replace(m, padding=(0, 0))
+
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.inputs.setdefault(m.name, []).append(next(tensors((args, kwargs))).detach().clone())
+            x = next(tensors((args, kwargs))).detach()
+            self.inputs.setdefault(m.name, []).append(x.clone() if padding is None else padding(x))
 
         def after(_: nn.Module, _args: Any, output: Tensor) -> None:
             self.outputs.setdefault(m.name, []).append(output.detach().clone())
@@ -484,7 +489,7 @@ class _Rows:
         total: list[Gram] | None = None
         for i, ys in enumerate(wanted):
             y = flat(ys, first.kind == "conv2d")
-            seen = self._pair(patches(source.inputs[first.name][i], first), y, first.taps)
+            seen = self._pair(patches(source.inputs[first.name][i], source.read_as[first.name]), y, first.taps)
             if with_inputs and site.producer is not None:
                 seen += self._pair(flat(source.inputs[site.producer.name][i], False), y, 1)
             total = seen if total is None else [a + b for a, b in zip(total, seen, strict=True)]
@@ -529,6 +534,14 @@ def patches(z: Tensor, m: LinearMap) -> Tensor:
         return flat(z[:, :, :: m.stride[0], :: m.stride[1]], True)
     columns = F.unfold(z, m.kernel, dilation=m.dilation, padding=m.padding, stride=m.stride)
     return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+
+def unusual_padding(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """How a convolution pads its input where a `LinearMap` does not say it: not with zeros, or not evenly."""
+    if not isinstance(module, nn.Conv2d) or (module.padding_mode == "zeros" and module.padding != "same"):
+        return None
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return lambda x: F.pad(x, module._reversed_padding_repeated_twice, mode)
 
 
 def thinned(positions: int, channels: int, taps: int) -> int:

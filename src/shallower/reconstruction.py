@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from shallower import attachment
 from shallower.algebra import norm_as_affine
-from shallower.calibration import Gram, Rows, flat, patches, thinned
+from shallower.calibration import Gram, Rows, flat, patches, thinned, unusual_padding
 from shallower.layers import bias_of, weight_of
 from shallower.plan import Fit
 from shallower.selection import ridge_fit
@@ -141,6 +141,8 @@ class Layers:
             return None
         rows = kept + site.width if site.packed == "gate-first" else kept
         if site.gated and site.norm_before:
+            return None
+        if any(unusual_padding(model.get_submodule(m.name)) is not None for m in site.maps):
             return None
         producers = {"producer": _producer(model, producer, rows, site.norm_before, kept)}
         if site.gate is not None:
