@@ -751,6 +751,16 @@ def resnet_curves(
     }
 
 
+def resnet56(work: Work, data: Path) -> list[dict[str, Any]]:
+    """ResNet-56 one-shot."""
+    subject = resnet_subject(work, data, 9)
+    folder = RESNET56.folder(work.cache)
+    order = order_of(subject, work.gaps_for(RESNET56), folder / "order.json")
+    return curve(
+        subject, {count: partial(one_shot, subject, order, count) for count in (4, 8, 12)}, folder / "one-shot"
+    )
+
+
 def whole(work: Work, data: Path) -> dict[str, float]:
     """Accuracy on the whole test set: dense, and really merged after four, five and six rounds."""
     subject = resnet_subject(work, data, 3)
@@ -861,7 +871,6 @@ def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
         resnet_curves(work, data, INNER, (), (1, 2, 3, 4)),
     )
     mobile_rows, where = mobile(work)
-    resnet56 = resnet_curves(work, data, RESNET56, (4, 8, 12, 16), (1, 2))
     curves = {
         "ResNet-20, one-shot": resnet20["one-shot"],
         "ResNet-20, retrained": resnet20["retrained"],
@@ -869,8 +878,7 @@ def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
         "MobileNet, retrained": mobile_rows,
         "MiniLM, SST-2, retrained": minilm_curve(texts),
         "Swin, retrained": swin_curve(work),
-        "ResNet-56, one-shot": resnet56["one-shot"],
-        "ResNet-56, retrained": resnet56["retrained"],
+        "ResNet-56, one-shot": resnet56(work, data),
     }
     return {
         "recipes": {
@@ -970,7 +978,6 @@ def main(parts: Sequence[str]) -> None:
         "resnet20": lambda: with_retraining(work, data, RESNET20),
         "inner": lambda: with_retraining(work, data, INNER),
         "criteria": lambda: [with_retraining(work, data, budget) for budget in COMPARED],
-        "resnet56": lambda: with_retraining(work, data, RESNET56),
         "mobile-dense": lambda: mobile_dense(work),
         "swin": lambda: swin_rounds(work),
         "minilm": lambda: minilm_rounds(Texts.of(data, cache)),
@@ -982,7 +989,7 @@ def main(parts: Sequence[str]) -> None:
         "swin-curve": lambda: swin_curve(work),
         "minilm-curve": lambda: minilm_curve(Texts.of(data, cache)),
         "mobile": lambda: mobile(work),
-        "resnet56-curve": lambda: resnet_curves(work, data, RESNET56, (4, 8, 12, 16), (1, 2)),
+        "resnet56-curve": lambda: resnet56(work, data),
     }
     for part in parts:
         stages[part]()

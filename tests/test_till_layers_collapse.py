@@ -97,7 +97,7 @@ def test_detaching_leaves_the_model_as_it_was() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("line", ["unit", "best"])
+@pytest.mark.parametrize("line", ["auto", "unit", "best"])
 def test_the_plan_simulated_is_the_model_that_is_trained(line: Any) -> None:
     model, x = network(), labelled(1)[0][0]
     method = attached(model, line=line)
@@ -400,3 +400,15 @@ def test_a_norm_whose_scale_is_zero_decides_by_its_shift() -> None:
     method = TillLayersCollapse(model, find_sites(model, x).select("0"))
     method.linearise(["0"])
     torch.testing.assert_close(model(x), before)
+
+
+def test_by_default_a_gelu_becomes_the_nearest_line_and_a_norm_decides_by_its_sign() -> None:
+    x = torch.randn(64, 6)
+    model = mlp(nn.GELU())
+    method = TillLayersCollapse(model, find_sites(model, x).select("0"), batches=[x])
+    method.linearise(["0"])
+    slopes = method.activations["0"].slope
+    assert bool(((slopes > 0.2) & (slopes < 0.8)).all())
+    with_norms = attached(network())
+    with_norms.linearise(["blocks.0"])
+    assert set(with_norms.activations["blocks.0"].slope.tolist()) <= {0.0, 1.0}

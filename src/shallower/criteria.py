@@ -27,7 +27,7 @@ from shallower.inputs import InputsOf, call, default_inputs_of, model_device, re
 from shallower.sites import Site
 from shallower.statistics import MaskOf, Moments, collect, default_mask_of, evaluating
 
-Line = Literal["unit", "best"]
+Line = Literal["auto", "unit", "best"]
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,14 @@ def lines(site: Site, normal: Normal, rule: Line) -> tuple[Tensor, Tensor]:
     is 0 and the input varies both are as wrong, and the channel passes: a BatchNorm that was never trained would lose
     all of them otherwise.) "best" is nearest to f in the mean square; in front of zero padding, where no constant may
     stand, the nearest through the origin. At an activation place the only line is the identity. A gate becomes a
-    constant: slope is its value.
+    constant: slope is its value. "auto" is "unit" where a BatchNorm tells how the input lies, and "best" where it was
+    measured: of a GELU's inputs nearly all means are negative, and "unit" would drop the whole site.
     """
     ones = torch.ones_like(normal.mean)
     if site.kind == "activation":
         return ones, torch.zeros_like(ones)
-    if rule == "unit" and not site.gated:
+    unit = rule == "unit" or (rule == "auto" and normal.source == "batchnorm")
+    if unit and not site.gated:
         passes = (normal.mean > 0) | ((normal.mean == 0) & (normal.std > 0))
         return passes.double(), torch.zeros_like(ones)
     slope, offset = (t.cpu() for t in normal.moments.best_affine())

@@ -5,8 +5,9 @@
     plan = method.plan()                            # what is linear now
     plan = method.plan(count=4)                     # or at once, without training
 
-A channel whose input is positive on average passes as it is, the others become 0 (`line="unit"`, as in the paper). What
-tells how the inputs lie is the BatchNorm in front of the activation, without data, or measured statistics.
+A channel whose input is positive on average passes as it is, the others become 0, as in the paper. What tells how the
+inputs lie is the BatchNorm in front of the activation, without data. Where there is none, statistics are measured, and
+the line nearest to the activation takes its place.
 
 Reference: TLC, arXiv 2412.15077. EASIER (arXiv 2404.18949) and NEPENTHE (arXiv 2404.16890) differ in the order: theirs
 is that of the entropy of the signs of h, `criterion="entropy"`.
@@ -155,8 +156,10 @@ class TillLayersCollapse(Method):
                 distribution that the BatchNorm in front of it tells, or under measured statistics; needs no labels.
             "entropy": mean binary entropy of the signs of h, measured on `batches` (EASIER, NEPENTHE).
             "random": any, from `seed`.
-        line: what takes the place of f. "unit": h where its mean is positive, 0 where it is not; the channels that
-            are 0 go away entirely in surgery. "best": the line nearest to f in the mean square.
+        line: what takes the place of f. "unit", the paper's: h where its mean is positive, 0 where it is not; the
+            channels that are 0 go away entirely in surgery. "best": the line nearest to f in the mean square. "auto":
+            "unit" behind a BatchNorm, "best" where statistics are measured (the inputs of a GELU have negative means
+            nearly everywhere, so that "unit" would drop most of the site).
         batches: to measure statistics on where no BatchNorm feeds the activation, and entropies; a few hundred
             samples.
         inputs_of, mask_of: see `shallower.statistics.collect`.
@@ -174,16 +177,16 @@ class TillLayersCollapse(Method):
         sites: Sites,
         *,
         criterion: Criterion = "batchnorm",
-        line: Line = "unit",
+        line: Line = "auto",
         batches: Iterable[Any] | None = None,
         inputs_of: InputsOf = default_inputs_of,
         mask_of: MaskOf | None = None,
         seed: int = 0,
     ) -> None:
-        if criterion not in ("loss", "batchnorm", "entropy", "random") or line not in ("unit", "best"):
+        if criterion not in ("loss", "batchnorm", "entropy", "random") or line not in ("auto", "unit", "best"):
             raise MethodError(
                 f"criterion={criterion!r}, line={line!r}: the criteria are 'loss', 'batchnorm', 'entropy' and "
-                "'random', the lines 'unit' and 'best'"
+                "'random', the lines 'auto', 'unit' and 'best'"
             )
         if criterion == "entropy" and batches is None:
             raise MethodError("criterion='entropy' needs batches= to measure the signs on, a few hundred samples")
