@@ -143,9 +143,11 @@ class Bench:
                     reset()
         return case.test(self.trained(f"separate-{share:.4f}", small))
 
-    def nested(self, name: str, make: Method, epochs: int = 0) -> tuple[nn.Module, StructuralDropout]:
-        """A network trained at all widths."""
-        model = self.case.make(self.seed)
+    def nested(
+        self, name: str, make: Method, epochs: int = 0, start: nn.Module | None = None
+    ) -> tuple[nn.Module, StructuralDropout]:
+        """A network trained at all widths, from scratch or from trained weights."""
+        model = self.case.make(self.seed) if start is None else start
         method = make(model, self.case.sites(model))
         return self.trained(f"{name}-{method.distillation:g}", model, method, epochs), method
 
@@ -163,9 +165,9 @@ class Bench:
                 found.append(self.case.test(live))
         return found
 
-    def scored(self, name: str, make: Method, epochs: int = 0) -> list[float]:
+    def scored(self, name: str, make: Method, epochs: int = 0, start: nn.Module | None = None) -> list[float]:
         """Test accuracies of a network trained at all widths."""
-        return self.accuracies(*self.nested(name, make, epochs), FINE)
+        return self.accuracies(*self.nested(name, make, epochs, start), FINE)
 
     def ours(self, search: int, quick: bool) -> dict[str, Any]:
         """The same with our defaults, without BatchNorm measured anew, and at widths searched site by site."""
@@ -256,6 +258,10 @@ def measured(case: Case, cache: Path, quick: bool) -> dict[str, Any]:
     epochs = max(1, round(case.recipe.epochs * costs["published / dense"] / costs["defaults / dense"]))
     if epochs < case.recipe.epochs or quick:
         rows[ROWS_SHORT] = kept("short", lambda: bench.scored("defaults-short", StructuralDropout, epochs))
+    if not case.pretrained:
+        rows[ROWS_CONTINUED] = kept(
+            "continued", lambda: bench.scored("continued", StructuralDropout, start=bench.dense())
+        )
     rows |= kept("pruned", lambda: bench.pruned(bench.dense()))
     shares = (1.0, *SHARES)
     return {
@@ -514,6 +520,7 @@ def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------- tables and plots
 
 ROWS_SHORT = "defaults, in the published rule's time"
+ROWS_CONTINUED = "defaults, from the dense network"
 ROWS = {
     "trained for itself": "trained for itself",
     "magnitude": "dense, pruned by magnitude",
@@ -521,6 +528,7 @@ ROWS = {
     "published": "Structural Dropout, as published",
     "defaults": "Structural Dropout, our defaults",
     ROWS_SHORT: "our defaults, in the published rule's time",
+    ROWS_CONTINUED: "our defaults, from the dense network, as many steps more",
     "defaults, BatchNorm as trained": "our defaults, BatchNorm not measured anew",
 }
 
