@@ -944,7 +944,11 @@ OF_TIMM = (
         conv("blocks.2.0.conv_pw", "blocks.2.0.conv_dw", 72, "swish", norm_before="blocks.2.0.bn1", narrow=False),
         conv("blocks.2.0.se.conv_reduce", "blocks.2.0.se.conv_expand", 18, "swish"),
         size=32,
-        skips=(Skip("blocks.0.0", "pool"), Skip("blocks.2.0.conv_dw", "pool"), Skip("conv_head", "flatten")),
+        skips=(
+            Skip("blocks.0.0", "average"),
+            Skip("blocks.2.0.conv_dw", "average"),
+            Skip("conv_head", "different dimensions"),
+        ),
     ),
 )
 
@@ -1044,8 +1048,9 @@ OF_TORCHVISION = (
         ),
         *inverted("features.2", TV_INVERTED, 48, "relu6"),
         *inverted("features.3", TV_INVERTED, 48, "relu6", ":add#0"),
+        head("features.4.0", "classifier.1", 1280, "relu6", norm_before="features.4.1"),
         size=32,
-        skips=(Skip("features", "add"), Skip("features.4.0", "flatten")),
+        skips=(Skip("features", "add"),),
     ),
     plain(
         "torchvision_swin_v2",
@@ -1088,7 +1093,7 @@ OF_TORCHVISION = (
         *under("trunk_output.block1.block1-0.f.se", conv("fc1", "fc2", 8)),
         *under("trunk_output.block2.block2-0.f.se", conv("fc1", "fc2", 2)),
         size=32,
-        skips=(Skip("block1-0.f.b", "pool"), Skip("block2-0.f.b", "pool")),
+        skips=(Skip("block1-0.f.b", "average"), Skip("block2-0.f.b", "average")),
     ),
     plain(
         "squeezenet",

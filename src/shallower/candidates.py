@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from shallower.graph import Graph, Step, Unit, channel_dim
-from shallower.pointwise import DROPOUT, UNCHANGED, describe, half, is_nonlinear, is_pointwise, moving, obstacle
+from shallower.pointwise import (
+    DROPOUT,
+    UNCHANGED,
+    averages_all,
+    describe,
+    flattens_one_pixel,
+    half,
+    is_nonlinear,
+    is_pointwise,
+    moving,
+    obstacle,
+)
 from shallower.tracing import Call, Value
 
 MOST_STEPS = 64
@@ -29,6 +40,7 @@ class Found:
         values: the values between, which nothing else may read.
         norms_before, norms_after, dropouts: steps met on the way.
         consumers: the maps that read it.
+        averaged: the consumers read the average over all pixels.
         obstacles: why it cannot be used, first reason first.
     """
 
@@ -45,6 +57,7 @@ class Found:
     norms_after: list[Unit] = field(default_factory=list)
     dropouts: list[Call] = field(default_factory=list)
     consumers: list[Step] = field(default_factory=list)
+    averaged: bool = False
     obstacles: list[str] = field(default_factory=list)
 
 
@@ -72,6 +85,10 @@ class Walk:
                 if known is None:
                     by_value[found.joined] = found
                     continue
+                if known.averaged != found.averaged:
+                    known.obstacles.append(
+                        "its average over all pixels and its pixels are both read (squeeze and excitation?)"
+                    )
                 if known.norms_after != found.norms_after:
                     known.obstacles.append("its consumers read it through different norms")
                 known.consumers += found.consumers
@@ -84,7 +101,7 @@ class Walk:
 
     def behind(self, consumer: Step, read: Value) -> Iterator[Found]:
         """What a linear map's input looks like going back: sites, usable or not."""
-        joined, after, obstacles = self.back(read)
+        joined, after, obstacles = self.back(read, averaging=True)
         top = self.graph.source(joined)
         if isinstance(top, Call) and top.name in ("cat", "concat", "concatenate"):
             for part in [value for value in top.inputs if value.fed][:8]:
@@ -148,6 +165,7 @@ class Walk:
         found.values += [read, *mixed]
         for step in after:
             found.values += [step.source] if isinstance(step, Unit) else moving(step)
+            found.averaged |= isinstance(step, Call) and averages_all(step)
             if isinstance(step, Unit) and not step.problem:
                 found.norms_after.append(step)
             if isinstance(step, Call) and step.name in DROPOUT:
@@ -155,8 +173,10 @@ class Walk:
         found.consumers.append(consumer)
         return found
 
-    def back(self, value: Value) -> tuple[Value, list[Step], list[str]]:
+    def back(self, value: Value, averaging: bool = False) -> tuple[Value, list[Step], list[str]]:
         """Back through what changes nothing, BatchNorm, and (as obstacles) other norms, reshapes and pooling.
+
+        With `averaging`, the average over all pixels is no obstacle: it goes past every map that has one tap.
 
         Returns the value reached, the steps passed (latest first) and the obstacles among them.
         """
@@ -173,7 +193,13 @@ class Walk:
                     obstacles.append(step.problem)
                 passed.append(step)
                 value = step.source
-            elif isinstance(step, Call) and step.name in UNCHANGED | DROPOUT and step.inputs:
+            elif (
+                isinstance(step, Call)
+                and step.inputs
+                and (
+                    step.name in UNCHANGED | DROPOUT or (averaging and (averages_all(step) or flattens_one_pixel(step)))
+                )
+            ):
                 passed.append(step)
                 value = step.inputs[0]
             elif isinstance(step, Call) and (what := obstacle(step)):

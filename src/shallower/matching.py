@@ -134,8 +134,11 @@ class Matcher:
                 if reader not in inside:
                     return f"the hidden tensor is also read by {self.graph.title(reader)}"
         producer, consumers = units[0], units[1 + bool(found.gate) :]
-        if len({isinstance(unit.module, nn.Conv2d) for unit in units}) > 1:
+        made = [isinstance(unit.module, nn.Conv2d) for unit in units]
+        if len(set(made)) > 1 and not (found.averaged and all(made[: 1 + bool(found.gate)])):
             return "a convolution and a linear layer act on different dimensions"
+        if found.averaged and not all(taps(consumer.module) == 1 for consumer in consumers):
+            return "the average over all pixels is read by a kernel larger than 1x1"
         width = sizes(producer.module)[1] // (2 if found.packed else 1)
         if found.gate is not None and sizes(units[1].module)[1] != width:
             return "the gate and the up projection have different widths"
@@ -213,6 +216,7 @@ class Matcher:
             activation_shared=shared,
             norm_params=sum(norm_params(norm) for norm in (*first.norms_before, *first.norms_after)),
             not_merged=self.not_merged(first),
+            averaged=first.averaged,
             not_narrow=not_narrow(producer, consumers),
         )
 
@@ -277,7 +281,9 @@ class Matcher:
         return False
 
     def not_merged(self, found: Found) -> str:
-        """Why two convolutions cannot be composed, "" if they can (zero padding between them is the plan's affair)."""
+        """Why two maps cannot be composed, "" if they can (zero padding between convolutions is the plan's affair)."""
+        if found.averaged:
+            return "the average over all pixels stands between producer and consumers"
         for unit in (found.producer, *found.consumers):
             if isinstance(unit, Unit) and isinstance(unit.module, nn.Conv2d) and unit.module.padding_mode != "zeros":
                 return f"{unit.frame.name} pads with {unit.module.padding_mode}, not zeros"
@@ -390,7 +396,8 @@ class Matcher:
             chain, entry, _ = self.walk.trimmed(chain, entry)
             while chain[-1].name in UNCHANGED | DROPOUT:
                 chain.pop()
-            gates = any(r.name in ("mul", "glu") and len(moving(r)) > 1 for r in end.readers)
+            onward = [reader for reader in end.readers if reader.outputs]
+            gates = onward and all(r.name in ("mul", "glu") and len(moving(r)) > 1 for r in onward)
             if entry.fed and entry.elements > 1 and not gates:
                 yield chain, entry, chain[-1].outputs[0]
 
@@ -406,6 +413,11 @@ class Matcher:
             waiting += [v for v in onward if v not in seen and v.fed]
             seen.update(onward)
         return False
+
+
+def taps(module: nn.Module) -> int:
+    """Kernel positions of a map."""
+    return module.kernel_size[0] * module.kernel_size[1] if isinstance(module, nn.Conv2d) else 1
 
 
 def norm_params(norm: Unit) -> int:

@@ -118,6 +118,30 @@ def obstacle(call: Call) -> str:
     return ""
 
 
+def averages_all(call: Call) -> bool:
+    """Whether a call is the average over all pixels of an image (B, C, H, W): adaptive pooling to 1x1, or a mean."""
+    if not call.inputs or not call.outputs or len(call.inputs[0].shape) != 4:
+        return False
+    batch, channels, *size = call.inputs[0].shape
+    if call.outputs[0].shape not in ((batch, channels), (batch, channels, 1, 1)):
+        return False
+    if call.name == "avg_pool2d":
+        kernel = call.args[1] if len(call.args) > 1 else call.kwargs.get("kernel_size")
+        kernel = [kernel] * 2 if isinstance(kernel, int) else list(kernel or ())
+        return kernel == size and len(call.args) < 4 and not set(call.kwargs) - {"kernel_size", "stride"}
+    if call.name == "mean":
+        dims = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim")
+        return isinstance(dims, (tuple, list)) and {dim % 4 for dim in dims} == {2, 3}
+    return call.name == "adaptive_avg_pool2d"
+
+
+def flattens_one_pixel(call: Call) -> bool:
+    """Whether a call makes (B, C) of (B, C, 1, 1)."""
+    if call.name not in RESHAPES or not call.inputs or len(call.outputs) != 1:
+        return False
+    return call.inputs[0].shape == (*call.outputs[0].shape, 1, 1) and len(call.outputs[0].shape) == 2
+
+
 def half(value: Value) -> tuple[Value, int, int] | None:
     """The tensor that a value is one half of, which half, and along which dimension; index -1 where not contiguous."""
     call = value.call

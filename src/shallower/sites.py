@@ -216,7 +216,8 @@ class Site:
         norm_params: parameters for each hidden channel of all BatchNorms of the site together: 2 for one with scale and
             shift.
         not_merged: why producer and consumers must stay apart even where all channels are linear ("" where they need
-            not): one of them pads, and not with zeros.
+            not): one of them pads, and not with zeros, or the average over all pixels stands between them.
+        averaged: the consumers read the average over all pixels of the hidden tensor (an image), not every pixel.
         not_narrow: why channels cannot be kept and dropped one by one ("" where they may): a map is a grouped
             convolution, whose channels on both sides belong together.
         between: depthwise convolutions between the activation and the consumers, in order. Such a long site overlaps
@@ -244,6 +245,7 @@ class Site:
     activation_shared: bool = False
     norm_params: int = 0
     not_merged: str = ""
+    averaged: bool = False
     not_narrow: str = ""
     between: tuple[Between, ...] = ()
     residual: Residual | None = None
@@ -281,14 +283,14 @@ class Site:
     @property
     def params_collapsed(self) -> int:
         """Parameters if the site became one linear map for each consumer; `params` where it cannot."""
-        if self.not_linear or self.producer is None:
+        if self.not_linear or self.not_merged or self.producer is None:
             return self.params
         return sum(self.producer.d_in * c.d_out * self.producer.taps * c.taps + c.d_out for c in self.consumers)
 
     @property
     def macs_collapsed(self) -> int:
         """MACs if the site became one linear map for each consumer; `macs` where it cannot."""
-        if self.not_linear or self.producer is None:
+        if self.not_linear or self.not_merged or self.producer is None:
             return self.macs
         return sum(c.positions * self.producer.d_in * c.d_out * self.producer.taps * c.taps for c in self.consumers)
 
