@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from shallower.errors import PlanError
+from shallower.forms import composed, fitted_map
 from shallower.plan import Entry, Fate, Fit, Plan
 from shallower.sites import Site
 
@@ -121,6 +123,22 @@ class Bottleneck(nn.Module):
         return x + self.layers(x)
 
 
+class Inverted(nn.Module):
+    """MobileNetV2's block: a 1x1 convolution that widens, a depthwise one, a 1x1 one back, and a residual around."""
+
+    def __init__(self, d: int, n: int, k: int, stride: int, padding: int, f: nn.Module, residual: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(d, n, 1, bias=False), nn.BatchNorm2d(n), f,
+            nn.Conv2d(n, n, k, stride=stride, padding=padding, groups=n, bias=False), nn.BatchNorm2d(n), nn.ReLU6(),
+            nn.Conv2d(n, d, 1, bias=False), nn.BatchNorm2d(d),
+        )  # fmt: skip
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.residual else self.layers(x)
+
+
 def _randomised(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """BatchNorms with statistics of their own, and all weights of moderate size."""
     for module in model.modules():
@@ -186,16 +204,26 @@ def convolutional_networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     blocks: list[nn.Module] = []
     for _ in range(draw(st.integers(1, 2))):
         n = draw(st.integers(2, 8))
-        if draw(st.integers(0, 3)) == 0:
+        other = draw(st.integers(0, 5))
+        if other == 0:
             blocks.append(Bottleneck(d, n, draw(st.integers(2, 8))))
+            continue
+        if other == 1:
+            f = draw(st.sampled_from([nn.ReLU6(inplace=True), nn.SiLU(), nn.PReLU(n)]))
+            blocks.append(Inverted(d, n, 3, 1, 1, f, draw(st.booleans())))
             continue
         k1, k2 = draw(st.sampled_from([(1, 1), (1, 3), (3, 1), (3, 3), (2, 2)]))
         stride = draw(st.sampled_from([1, 2]))
         padded = draw(st.booleans())
-        up = nn.Conv2d(d, n, k1, stride=stride, padding=k1 // 2 if padded else 0, bias=draw(st.booleans()))
+        groups = [g for g in (1, 1, 2, 4) if d % g == 0 and n % g == 0]
+        up = nn.Conv2d(
+            d, n, k1, stride=stride, padding=k1 // 2 if padded else 0, bias=draw(st.booleans()),
+            groups=draw(st.sampled_from(groups)),
+        )  # fmt: skip
         down = nn.Conv2d(
-            n, d, k2, padding=k2 // 2 if padded else 0, bias=draw(st.booleans()), dilation=draw(st.sampled_from([1, 2]))
-        )
+            n, d, k2, padding=k2 // 2 if padded else 0, bias=draw(st.booleans()), groups=draw(st.sampled_from(groups)),
+            dilation=draw(st.sampled_from([1, 2])),
+        )  # fmt: skip
         before = nn.BatchNorm2d(n) if draw(st.booleans()) else nn.Identity()
         after = nn.BatchNorm2d(n) if draw(st.booleans()) else nn.Identity()
         f = draw(st.sampled_from([nn.ReLU(), nn.GELU(), F.relu, F.silu, nn.PReLU(n)]))
@@ -207,32 +235,44 @@ def convolutional_networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 
 def random_plan(sites: Iterable[Site], draw: Any, *, fits: bool = False) -> Plan:
     """Any mix of fates with arbitrary slopes and offsets, as far as the sites allow."""
-    return Plan(tuple(random_entry(site, draw, fits=fits) for site in sites))
+    chosen = list(sites)
+    long = {m.name for site in chosen if site.between and draw(st.booleans()) for m in site.maps}
+    chosen = [site for site in chosen if bool(site.between) == (site.maps[0].name in long or site.maps[1].name in long)]
+    return Plan(tuple(random_entry(site, draw, fits=fits) for site in chosen))
 
 
 def random_entry(site: Site, draw: Any, *, fits: bool = False) -> Entry:
     """Fates for one site, drawn by hypothesis (`draw`)."""
     n = site.width
     generator = torch.Generator().manual_seed(draw(seeds))
-    allowed = draw(
-        st.sampled_from(["linear", "drop", "keep", "keep drop", "keep linear", "linear drop", "keep linear drop"])
-    )
+    mixes = ["linear", "drop", "keep", "keep drop", "keep linear", "linear drop", "keep linear drop"]
+    if site.not_narrow:
+        mixes = ["linear", "drop", "keep", "linear drop"]
+    chosen = [Fate[name.upper()] for name in draw(st.sampled_from(mixes)).split()]
     padded = any(c.padding != (0, 0) for c in site.consumers)
-    chosen = [Fate[name.upper()] for name in allowed.split()]
     if site.not_linear:
         chosen = [fate for fate in chosen if fate != Fate.LINEAR] or [Fate.KEEP]
-    if padded and site.norm_after:
-        chosen = [Fate.KEEP]
+    if padded and site.norm_after and Fate.KEEP in chosen:
+        chosen = [fate for fate in chosen if fate != Fate.DROP]
     fates = torch.tensor([int(fate) for fate in chosen], dtype=torch.int8)
     fates = fates[torch.randint(len(chosen), (n,), generator=generator)]
+    if site.between:
+        fates[0] = Fate.KEEP
     slopes = torch.randn(n, generator=generator, dtype=torch.float64)
-    offsets = torch.randn(n, generator=generator, dtype=torch.float64) * (0 if padded else draw(st.booleans()))
+    offsets = torch.randn(n, generator=generator, dtype=torch.float64) * draw(st.booleans())
+    kept = int((fates == Fate.KEEP).sum())
+    if padded and kept:
+        offsets[fates == Fate.DROP] = 0
     alphas = None
-    if draw(st.booleans()):
+    if draw(st.booleans()) and not site.between:
         alphas = torch.rand(draw(st.sampled_from([1, n])), generator=generator, dtype=torch.float64)
     family = "blend" if site.gated else draw(st.sampled_from(["blend", "prelu"]))
-    fit = _random_fit(site, int((fates == Fate.KEEP).sum()), draw, generator) if fits and draw(st.booleans()) else None
-    return Entry(site, fates, slopes, offsets, alphas, family, fit)
+    grouped = any(m.groups > 1 for m in (site.producer, *site.consumers))
+    fit = None
+    if fits and not (kept and grouped) and draw(st.booleans()):
+        fit = _random_fit(site, kept, draw, generator)
+    becomes = draw(st.sampled_from(["", "", "apart", "pair"])) if fit is None and not site.gated and not kept else ""
+    return Entry(site, fates, slopes, offsets, alphas, family, fit, becomes)
 
 
 def _random_fit(site: Site, kept: int, draw: Any, generator: torch.Generator) -> Fit:
@@ -243,13 +283,39 @@ def _random_fit(site: Site, kept: int, draw: Any, generator: torch.Generator) ->
         return m.kernel if m.kind == "conv2d" else ()
 
     path = draw(st.sampled_from(["none", "pair", "full"])) if not site.not_linear else "none"
-    path = "pair" if path == "full" and site.producer.kind == "conv2d" else path
+    convolution = site.producer.kind == "conv2d"
+    path = "pair" if path == "full" and convolution and kept else path
     rank = draw(st.integers(1, 5))
     down = random(rank, site.producer.d_in, *kernel(site.producer)) if path == "pair" else None
     inner = rank if path == "pair" else site.producer.d_in
+    kernels = [kernel(c) for c in site.consumers]
+    if path == "full" and convolution:
+        kernels = [_some_kernel(site.producer, c, draw) for c in site.consumers]
+    shapes = [(c.d_out, inner, *k) for c, k in zip(site.consumers, kernels, strict=True)]
+    rows = kept and draw(st.booleans()) and not (site.packed and not site.producer.bias)
+    width = (kept, site.producer.d_in, *kernel(site.producer))
     return Fit(
         consumers=tuple(random(c.d_out, kept, *kernel(c)) for c in site.consumers),
         biases=tuple(random(c.d_out) for c in site.consumers),
         down=down,
-        ups=tuple(random(c.d_out, inner, *kernel(c)) for c in site.consumers) if path != "none" else (),
+        ups=tuple(random(*shape) for shape in shapes) if path != "none" else (),
+        down_bias=random(rank) if down is not None and draw(st.booleans()) else None,
+        producer=random(*width) if rows else None,
+        producer_bias=random(kept) if rows and draw(st.booleans()) else None,
+        gate=random(*width) if rows and site.gated else None,
+        gate_bias=random(kept) if rows and site.gated and draw(st.booleans()) else None,
     )
+
+
+def _some_kernel(producer: Any, consumer: Any, draw: Any) -> tuple[int, int]:
+    """A kernel that keeps the size of what two convolutions give."""
+
+    def fits(size: int) -> bool:
+        try:
+            fitted_map(producer, consumer, (size, size))
+        except PlanError:
+            return False
+        return True
+
+    exact = composed(producer, consumer, True).kernel
+    return draw(st.sampled_from([exact, *[(k, k) for k in range(1, 6) if fits(k)]]))

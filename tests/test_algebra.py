@@ -15,13 +15,17 @@ from shallower.algebra import (
     best_affine,
     best_affine_of_prelu,
     compose,
+    flattened,
+    grouped,
     low_rank,
     norm_as_affine,
+    pooled,
     response,
     scale_columns,
     scale_rows,
     ungrouped,
     wide,
+    with_skip,
 )
 from shallower.errors import FitError
 
@@ -69,6 +73,88 @@ def test_a_grouped_convolution_as_a_dense_one(groups):
     convolution = nn.Conv2d(4, 8, 3, groups=groups, bias=False).double()
     x = double(1, 4, 6, 6)
     assert torch.allclose(convolution(x), F.conv2d(x, ungrouped(convolution.weight, groups)))
+
+
+@settings(max_examples=40)
+@given(
+    groups=st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2), (4, 2), (2, 4), (4, 4), (8, 4), (8, 8), (1, 8)]),
+    kernels=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.integers(1, 2),
+)
+def test_composed_grouped_convolutions_have_the_common_divisor_of_their_groups(groups, kernels, stride):
+    (g1, g2), (k1, k2) = groups, kernels
+    inner, outer = double(8, 8 // g1, k1, k1), double(8, 8 // g2, k2, k2, seed=1)
+    x = double(1, 8, 9, 9, seed=2)
+    expected = F.conv2d(F.conv2d(x, inner, stride=stride, groups=g1), outer, groups=g2)
+    common = math.gcd(g1, g2)
+    merged = grouped(compose(ungrouped(outer, g2), ungrouped(inner, g1), stride=(stride, stride)), common)
+    found = F.conv2d(x, merged, stride=stride, dilation=stride if k1 == 1 else 1, groups=common)
+    assert (found - expected).norm() <= 1e-10 * expected.norm()
+
+
+@settings(max_examples=40)
+@given(
+    sizes=st.tuples(*[st.integers(1, 3)] * 4),
+    strides=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padding=st.integers(0, 2),
+    biases=st.booleans(),
+)
+def test_conv_batchnorm_conv_is_one_convolution_where_all_padding_is_in_front(sizes, strides, padding, biases):
+    k1, k2, d1, d2 = sizes
+    first = nn.Conv2d(3, 5, k1, strides[0], padding, d1, bias=biases).double()
+    norm, second = nn.BatchNorm2d(5).double().eval(), nn.Conv2d(5, 4, k2, strides[1], 0, d2).double()
+    norm.running_mean.copy_(double(5))
+    norm.running_var.copy_(double(5).square())
+    x = double(2, 3, 13, 13, seed=3)
+    scale, shift = norm_as_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    constant = shift if first.bias is None else shift + scale * first.bias
+    s1 = strides[0]
+    weight = compose(
+        second.weight,
+        scale_rows(first.weight, scale),
+        stride=(s1, s1),
+        inner_dilation=(d1, d1),
+        outer_dilation=(d2, d2),
+    )
+    dilation = s1 * d2 if k1 == 1 and k2 > 1 else d1 if k2 == 1 else 1
+    bias = second.bias + response(second.weight, constant)
+    found = F.conv2d(x, weight, bias, s1 * strides[1], padding, dilation)
+    expected = second(norm(first(x)))
+    assert (found - expected).norm() <= 1e-10 * expected.norm()
+
+
+@settings(max_examples=20)
+@given(k=st.integers(1, 3), stride=st.integers(1, 2), size=st.integers(4, 8))
+def test_a_linear_layer_over_flattened_channels_goes_into_the_convolution_before_it(k, stride, size):
+    inner = double(3, 2, k, k)
+    x = double(2, 2, size, size, seed=2)
+    h = F.conv2d(x, inner, stride=stride)
+    linear = double(4, h[0].numel(), seed=1)
+    merged = compose(flattened(linear, *h.shape[2:]), inner, stride=(stride, stride))
+    found = F.conv2d(x, merged, stride=stride, dilation=stride if k == 1 and h.shape[2] > 1 else 1).flatten(1)
+    assert torch.allclose(found, F.linear(h.flatten(1), linear), rtol=1e-10)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_linear_layer_behind_global_average_pooling_goes_into_the_convolution_before_it(k):
+    inner, linear, x = double(3, 2, k, k), double(4, 3, seed=1), double(2, 2, 6, 6, seed=2)
+    h = F.conv2d(x, inner)
+    expected = F.linear(h.mean((2, 3)), linear)
+    found = F.conv2d(x, compose(pooled(linear, *h.shape[2:]), inner)).flatten(1)
+    assert torch.allclose(found, expected, rtol=1e-10)
+    if k == 1:  # commutes with the mean
+        assert torch.allclose(F.linear(x.mean((2, 3)), compose(linear, inner[:, :, 0, 0])), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (3, 3, 1, 1), (3, 3, 5, 3)])
+def test_a_skip_is_one_more_in_the_centre_of_the_kernel(shape):
+    weight, x = double(*shape), double(2, 3, 7, 7, seed=1)
+    if len(shape) == 2:
+        assert torch.allclose(with_skip(weight) @ x[0, :, 0], (weight @ x[0, :, 0]) + x[0, :, 0])
+    else:
+        padding = (shape[2] // 2, shape[3] // 2)
+        expected = F.conv2d(x, weight, padding=padding) + x
+        assert torch.allclose(F.conv2d(x, with_skip(weight), padding=padding), expected)
 
 
 def test_rows_and_columns_are_scaled():

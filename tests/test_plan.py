@@ -212,6 +212,60 @@ def test_any_plan_survives_its_description(fates, slopes):
     assert same(Plan.from_json(json.loads(json.dumps(plan.to_json())), tensors), plan)
 
 
+def test_every_part_of_a_fit_and_the_reasons_are_read_back(tmp_path):
+    torch.manual_seed(2)
+    kept, gate = 3, linear("gate", 6, N)
+    fit = Fit(
+        (torch.randn(5, kept),), (torch.randn(5),), torch.randn(2, 6), (torch.randn(5, 2),), torch.randn(2),
+        torch.randn(kept, 6), torch.randn(kept), torch.randn(kept, 6), torch.randn(kept),
+    )  # fmt: skip
+    gated = Entry.narrow(site(kind="gated", gate=gate), torch.arange(kept), fit=fit, note="held-out error 3 %")
+    square = site("other", producer=linear("3", 6, N), consumers=(linear("4", N, 5),))
+    plan = Plan((gated, Entry.collapse(square, becomes="merged", note="measured")))
+    plan.save(tmp_path)
+    read = Plan.load(tmp_path)
+    assert same(read, plan)
+    assert [(e.becomes, e.fold_skip, e.note) for e in read.entries] == [
+        ("", False, "held-out error 3 %"),
+        ("merged", False, "measured"),
+    ]
+    assert "held-out error 3 %" in str(read)
+
+
+def test_a_plan_of_the_version_before_is_read(tmp_path):
+    plan = fitted_plan()
+    plan.save(tmp_path)
+    data = json.loads((tmp_path / "plan.json").read_text())
+    data["version"] = 1
+    for entry in data["entries"]:
+        for key in ("becomes", "fold_skip", "note"):
+            del entry[key]
+        for key in ("down_bias", "producer", "producer_bias", "gate", "gate_bias"):
+            del entry["fit"][key]
+        for key in ("not_narrow", "not_merged", "between", "residual", "heads", "norm_params", "activation_shared"):
+            del entry["site"][key]
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    assert same(Plan.load(tmp_path), plan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"down_bias": torch.zeros(2)}, "down_bias of the fit belongs to down"),
+        ({"producer": torch.zeros(3, 6)}, r"producer of the fit has shape \(3, 6\)"),
+        ({"producer_bias": torch.zeros(4)}, "producer_bias of the fit belongs to producer"),
+        ({"producer": torch.zeros(4, 6), "producer_bias": torch.zeros(3)}, r"has shape \(4,\)"),
+        ({"producer": torch.zeros(4, 7)}, "fitted for 7 inputs"),
+        ({"gate": torch.zeros(4, 6)}, "no gate whose kept rows"),
+        ({"producer": torch.zeros(4, 6) / 0}, "producer of the fit is not a tensor of finite"),
+    ],
+)
+def test_fitted_rows_that_do_not_fit_their_layer_are_refused(changes, reason):
+    fit = Fit((torch.zeros(5, 4),), (torch.zeros(5),), **changes)
+    with pytest.raises(PlanError, match=reason):
+        Plan((Entry.narrow(site(), torch.arange(4), fit=fit),))
+
+
 def test_a_description_without_its_tensors_is_refused():
     with pytest.raises(PlanError, match=r"the tensor '0\.slopes' is missing"):
         Plan.from_json(fitted_plan().to_json())
@@ -300,6 +354,25 @@ ATTACKS: dict[str, tuple[Callable[[Any], None], str]] = {
     "a tensor of another type": (_set("entries", 0, "slopes", "dtype", to="float32"), "the plan says 'float32'"),
     "a tensor of another hash": (_set("entries", 0, "slopes", "sha256", to="0" * 64), "other numbers"),
     "a tensor for another": (_set("entries", 0, "slopes", "tensor", to="0.offsets"), "other numbers"),
+    "a form that is none": (_set("entries", 0, "becomes", to="smaller"), "a site becomes"),
+    "a form of kept channels": (_set("entries", 0, "becomes", to="merged"), "without kept channels"),
+    "a form that is no text": (_set("entries", 0, "becomes", to=[]), "not a text"),
+    "a skip that is not there": (_set("entries", 0, "fold_skip", to=True), "without kept channels"),
+    "a skip that is no flag": (_set("entries", 0, "fold_skip", to=1), "fold_skip is true or false"),
+    "a note without end": (_set("entries", 0, "note", to="a" * 2001), "note"),
+    "a note that is no text": (_set("entries", 0, "note", to={}), "not a text"),
+    "a residual that is none": (_set(*SITE, "residual", to=3), "not an object"),
+    "a residual of a third summand": (
+        _set(*SITE, "residual", to={"place": {"module": "", "calls": []}, "branch": 2, "norm": "", "source": ""}),
+        "not a summand",
+    ),
+    "a layer between that is none": (_set(*SITE, "between", to=[{"map": None}]), "unknown keys"),
+    "layers between that are no list": (_set(*SITE, "between", to="all"), "not an object"),
+    "heads that are none": (_set(*SITE, "heads", to={"module": "x"}), "unknown keys"),
+    "heads of another kind of site": (_set(*SITE, "kind", to="heads"), "do not fit"),
+    "a flag that is a number": (_set(*SITE, "activation_shared", to=1), "not all what they should be"),
+    "a path without its second half": (_set("entries", 0, "fit", "ups", to=[]), "not the second"),
+    "a middle without a path": (_set("entries", 0, "fit", "down", to=None), "does not name|down_bias|inputs"),
     "a fit of another kind": (_set("entries", 0, "fit", to=[]), "not an object"),
     "ups that are no list": (_set("entries", 0, "fit", "ups", to={}), "ups is not a list"),
     "savings that are not true": (_set("saves", "params", to=10**9), "the file was changed"),

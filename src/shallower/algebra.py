@@ -157,6 +157,39 @@ def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return root[:, None] * v[:rank], u[:, :rank] * root
 
 
+def flattened(weight: Tensor, height: int, width: int) -> Tensor:
+    """A linear layer over a flattened (n, height, width) picture as the convolution with one output position.
+
+        y = F.conv2d(picture, flattened(W, height, width))      # equals W @ picture.flatten()
+
+    With `compose`, a convolution in front of it goes into its kernel.
+
+    Args:
+        weight: (d_out, n * height * width).
+
+    Returns:
+        (d_out, n, height, width).
+    """
+    return weight.reshape(weight.shape[0], -1, height, width)
+
+
+def pooled(weight: Tensor, height: int, width: int) -> Tensor:
+    """A linear layer behind global average pooling of a (n, height, width) picture, as one convolution.
+
+        y = F.conv2d(picture, pooled(W, height, width))         # equals W @ picture.mean((1, 2))
+
+    A 1x1 convolution with stride 1 and no padding in front of the pooling needs no kernel: it commutes with the mean,
+    and the linear layer becomes W @ its matrix.
+
+    Args:
+        weight: (d_out, n).
+
+    Returns:
+        (d_out, n, height, width).
+    """
+    return (weight / (height * width))[:, :, None, None].expand(-1, -1, height, width)
+
+
 def best_affine(mean_h: Tensor, var_h: Tensor, mean_f: Tensor, cov_fh: Tensor) -> tuple[Tensor, Tensor]:
     """The affine map of h that is closest to f(h) in the least-squares sense, from moments, for each channel.
 

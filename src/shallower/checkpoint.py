@@ -35,7 +35,9 @@ from shallower.model_card import plain_card
 from shallower.models import DESCRIPTION, build_skeleton, source_of
 
 SCHEMA = "shallower"
-VERSION = 1
+VERSION = 2
+_EARLIER = 1
+"""The version before, which is read too: it knew fewer kinds of edits."""
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -243,7 +245,7 @@ class _Description:
     def from_json(cls, data: Any) -> _Description:
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise CheckpointError("this is not the description of a saved model")
-        if type(data.get("version")) is not int or data["version"] != VERSION:
+        if type(data.get("version")) is not int or data["version"] not in (_EARLIER, VERSION):
             raise CheckpointError(
                 f"the files have version {data.get('version')!r:.40} of the format, and this Shallower reads version "
                 f"{VERSION}; install a newer one"

@@ -6,7 +6,7 @@ Surgery builds what this file describes, and costs are counted from it, so that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -133,13 +133,13 @@ def steps(entries: Iterable[Entry]) -> list[Step]:
         PlanError: two entries change the same layer in the same role, or a linear path does not fit what it reads.
     """
     ordered = in_execution_order(entries)
-    done = _walk(ordered, {})
+    prefer = _chained(ordered)
+    done = _walk(ordered, prefer)
     # Which of two exact forms is smaller may depend on what a neighbour becomes.
     produced = {m.name for entry in ordered for m in (entry.site.producer, entry.site.gate) if m is not None}
-    prefer: dict[str, Becomes] = {}
     for i, entry in enumerate(ordered):
         free = len(entry.kept) == 0 and not entry.becomes and not entry.fold_skip
-        if free and any(c.name in produced for c in entry.site.consumers):
+        if free and entry.site.name not in prefer and any(c.name in produced for c in entry.site.consumers):
             other: Becomes = "apart" if done[i].form.kind == "merged" else "merged"
             try:
                 changed = _walk(ordered, {**prefer, entry.site.name: other})
@@ -148,6 +148,21 @@ def steps(entries: Iterable[Entry]) -> list[Step]:
             if _is_less(_total(changed), _total(done)):
                 done, prefer = changed, {**prefer, entry.site.name: other}
     return done
+
+
+def _chained(ordered: Sequence[Entry]) -> dict[str, Becomes]:
+    """The sites that have to merge for a skip to fold into the last map of their chain."""
+    before = {c.name: entry for entry in ordered for c in entry.site.consumers}
+    wanted: dict[str, Becomes] = {}
+    for entry in ordered:
+        residual, producer = entry.site.residual, entry.site.producer
+        while entry.fold_skip and residual and producer and producer.name != residual.source:
+            earlier = before.get(producer.name)
+            if earlier is None:
+                break
+            wanted[earlier.site.name] = "merged"
+            producer = earlier.site.producer
+    return wanted
 
 
 def _total(done: Iterable[Step]) -> tuple[int, int]:
@@ -542,6 +557,8 @@ def _path(entry: Entry, producer: LinearMap, consumers: tuple[LinearMap, ...]) -
     # A path through all inputs or all outputs is as exact and may be smaller; with kernels on both sides there is none.
     ranks: list[tuple[int, Through]] = [(given, "channels")] if given else []
     inside = padded(site, consumers) and has_constants(entry, producer)
+    if site.averaged:  # what the producer reads is an image, and what the consumers give is not
+        return given, "channels"
     if not inside and producer.taps == 1 and producer.groups == 1 and _is_plain(producer):
         ranks.append((producer.d_in, "inputs"))
     if all(c.taps == 1 and c.groups == 1 and c.padding == (0, 0) for c in consumers) and _same_stride(consumers):
