@@ -103,3 +103,12 @@ def test_missing_data_is_one_line_and_a_status(tmp_path: Path, capsys: pytest.Ca
     arguments = ["vit", "--quick", "--data", str(tmp_path / "absent"), "--cache", str(tmp_path), "--out", str(tmp_path)]
     assert main(arguments) == 1
     assert "no data" in capsys.readouterr().err
+
+
+def test_tlc_merges_every_point_of_its_curve_exactly(data: Path, tmp_path: Path) -> None:
+    found, table = quick("tlc", data, tmp_path)
+    (points,) = found["curves"].values()  # type: ignore[attr-defined]
+    assert [len(point["removed"]) for point in points] == [0, 1, 8]
+    assert all(point["surgery"] <= 1e-5 for point in points[1:])
+    assert points[2]["params"] < points[0]["params"]
+    assert "ResNet-20, one-shot" in table
