@@ -497,7 +497,7 @@ def minilm(data: Path, quick: bool, cache: Path) -> Case:
 
 
 VGG = Recipe(epochs=8, lr=2e-3, weight_decay=0.05, warmup=0.1, precision="bf16")
-VIT = Recipe(epochs=4, lr=1.5e-3, weight_decay=0.05, warmup=0.1)
+VIT = Recipe(epochs=3, lr=1.5e-3, weight_decay=0.05, warmup=0.1)
 
 
 def cases(data: Path, quick: bool, cache: Path) -> dict[str, Callable[[], Case]]:

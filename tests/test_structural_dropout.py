@@ -639,12 +639,15 @@ def test_channels_of_a_residual_sum_are_explained() -> None:
         StructuralDropout(model, sites)
 
 
-def test_a_second_method_is_refused() -> None:
+@pytest.mark.parametrize("first", [StructuralDropout, LayerCollapse])
+def test_a_second_method_at_a_site_is_refused_before_anything_is_changed(first: Any) -> None:
     model = mlp()
     sites = sites_of(model)
-    StructuralDropout(model, sites)
+    first(model, sites)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(MethodError, match="attached here already"):
         StructuralDropout(model, sites)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_synchronised_norm_is_refused() -> None:

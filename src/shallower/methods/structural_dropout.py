@@ -118,6 +118,7 @@ class StructuralDropout(Method):
         if isinstance(sort, str) and sort != "magnitude":
             raise MethodError(f"sort={sort!r}: 'magnitude', batches to measure on, or None")
         super().__init__(model, _narrowable(sites))
+        _check_free(model, self.sites)
         self.p, self.passes, self.seed = p, passes, seed
         self.shared, self.sandwich, self.distillation = shared, sandwich, distillation
         self.rescale, self.logits = rescale, logits
@@ -574,6 +575,18 @@ def _narrowable(sites: Sites) -> Sites:
         raise MethodError(f"there is no site that can be narrowed{': ' if told else ''}{told}")
     chosen = tuple(site for site in sites if site.name not in reasons)
     return dataclasses.replace(sites, items=chosen, skipped={**sites.skipped, **reasons})
+
+
+def _check_free(model: nn.Module, sites: Sites) -> None:
+    """Check that no method is attached at these sites, before anything is changed."""
+    taken = set(attachment.attached_places(model))
+    for site in sites:
+        places = [site.activation, *(Place(m.name) for m in site.maps)]
+        if taken.intersection(places):
+            raise MethodError(
+                f"{site.name}: a method is attached here already; leave the site out, or detach the earlier method "
+                "first (method.detach())"
+            )
 
 
 def _why_not(site: Site) -> str:
