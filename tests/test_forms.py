@@ -199,11 +199,42 @@ def test_other_paddings_stay_apart_and_narrow_exactly(mode):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-def test_padding_that_is_longer_on_one_side_stays():
-    model = block(kernel_size=2, padding="same")
+def test_padding_that_is_longer_on_one_side_is_skipped_with_the_reason():
+    sites = find_sites(block(kernel_size=2, padding="same"), X)
+    assert len(sites) == 0
+    assert sites.skipped["up"] == "down pads one side more than the other"
+
+
+class Classifier(nn.Module):
+    """The end of MobileNetV2: a 1x1 convolution, an average over all pixels, a linear layer."""
+
+    def __init__(self, k: int = 1) -> None:
+        super().__init__()
+        self.last, self.norm = nn.Conv2d(4, 32, k, bias=False), nn.BatchNorm2d(32)
+        self.f, self.classifier = nn.ReLU6(), nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.f(self.norm(self.last(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_convolution_merges_with_the_linear_layer_behind_global_average_pooling(dtype):
+    torch.manual_seed(0)
+    model = _randomised(Classifier(), torch.float64)
     (site,) = find_sites(model, X)
-    assert checked(model, Plan.collapse([site])).down.padding == "same"
-    assert checked(model, Plan((mixed(site),)))
+    assert checked(model, Plan.collapse([site])).classifier.weight.shape == (5, 4)
+    assert checked(model, Plan((mixed(site, becomes="pair"),)))
+    assert checked(model, Plan((Entry.narrow(site, torch.arange(6), torch.ones(32)),))).classifier.in_features == 6
+    small = apply(model.to(dtype), Plan.collapse([site]), X.to(dtype))
+    assert small.classifier.weight.dtype == dtype
+
+
+def test_a_larger_kernel_stays_apart_from_the_linear_layer_behind_the_pooling():
+    torch.manual_seed(0)
+    model = _randomised(Classifier(3), torch.float64)
+    (site,) = find_sites(model, X)
+    small = checked(model, Plan.collapse([site]))
+    assert (small.last.out_channels, small.classifier.in_features) == (32, 32)
 
 
 def test_kept_channels_take_no_form_but_their_own():

@@ -439,8 +439,12 @@ def has_constants(entry: Entry, producer: LinearMap) -> bool:
 
 def inexact(entry: Entry, producer: LinearMap, consumer: LinearMap) -> str:
     """Why one map would not be exactly what producer and consumer are together; "" where it would."""
-    if entry.site.not_merged:
-        return entry.site.not_merged
+    site = entry.site
+    commutes = site.averaged and producer.taps == 1 and producer.groups == 1 and _is_plain(producer)
+    if commutes and entry.fit is None:  # the mean over pixels of a map of each pixel is the map of the mean
+        return ""
+    if site.not_merged:
+        return site.not_merged
     if not padded(entry.site, [consumer]) or (entry.fit is not None and not entry.fit.ups):
         return ""
     pointwise = producer.taps == 1 and producer.padding == (0, 0)
@@ -502,6 +506,9 @@ def composed(producer: LinearMap, consumer: LinearMap, bias: bool) -> LinearMap:
         PlanError: one is a convolution and the other is not.
     """
     merged = _resized(consumer, d_in=producer.d_in, bias=bias)
+    pointwise = producer.taps == 1 and _is_plain(producer)
+    if producer.kind == "conv2d" and consumer.kind != "conv2d" and pointwise:  # behind an average over all pixels
+        return merged
     if (producer.kind == "conv2d") != (consumer.kind == "conv2d"):
         raise PlanError(f"{consumer.name}: a convolution and a linear layer do not merge into one")
     if producer.kind != "conv2d":

@@ -511,8 +511,9 @@ def _with_path(site: Site, fit: Fit) -> Fit:
         raise PlanError(f"{site.name}: the fit has the first half of a linear path but not the second (ups)")
     if not fit.ups:
         return fit
-    if producer is None:
-        raise PlanError(f"{site.name}: the site has no producer, beside which a linear path could run")
+    if producer is None or site.averaged:
+        what = "no producer" if producer is None else "an average over all pixels in it"
+        raise PlanError(f"{site.name}: the site has {what}, so that no fitted linear path could run beside it")
     if down is not None:
         down = _with_kernel(down, producer.kind)
         kernel = _kernel(producer.kind, producer.kernel)

@@ -460,6 +460,8 @@ def _chain(site: Site, modules: Mapping[str, nn.Module], x: Tensor) -> list[Tens
     for b in site.between:
         for name in (b.map.name, b.norm_before, "" if b.activation is None else str(b.activation), b.norm_after):
             z = modules[name](z) if name else z
+    if site.averaged:
+        z = z.mean((2, 3), keepdim=site.consumers[0].kind == "conv2d")
     return [modules[m.name](z) for m in site.consumers]
 
 

@@ -494,6 +494,8 @@ def _consumers(model: nn.Module, site: Site) -> list[nn.Module]:
 def _composed(up: Tensor, down: Tensor | None, producer: nn.Module, consumer: nn.Module) -> Tensor:
     if down is None:
         return up
+    if isinstance(producer, nn.Conv2d) and not isinstance(consumer, nn.Conv2d):
+        return compose(up, down.flatten(1))  # 1x1, behind an average over all pixels
     if not isinstance(producer, nn.Conv2d) or not isinstance(consumer, nn.Conv2d):
         return compose(up, down)
     return compose(
