@@ -24,6 +24,7 @@ more steps.
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import json
 import math
@@ -31,7 +32,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def table(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         before = whole.get(row["model"], whole[row["model"].partition(",")[0]])
         scores = "; ".join(f"{name} {value:.4g}" for name, value in row["scores"].items())
-        wanted = [(name, asked.get((row["model"], row["cut"], name))) for name in row["scores"]]
+        ours = row["method"].startswith("squeeze")
+        wanted = [(name, asked.get((row["model"], row["cut"], name))) for name in row["scores"] if ours]
         floors = "; ".join(f"{value:g}" for _, value in wanted if value is not None)
         shares = [f"{row[unit] / before[unit]:.1%}" if row["cut"] else "" for unit in ("params", "macs")]
         spent = (f"{row['cpu']:.0f} s", f"{row['growth'] / 2**20:.0f} MiB") if "cpu" in row else ("", "")
@@ -212,7 +214,6 @@ def squeezed(subject: Subject, cut: float, method: str, cache: Path) -> dict[str
     """
     checkpoint = cache / f"{subject.name}-{cut}.safetensors"
     equal = cache / f"{subject.name}-{cut}-squeeze-equal.json"
-    gc.collect()
     with growth() as grown:
         start, cpu = time.perf_counter(), time.process_time()
         if method == "Torch-Pruning":
@@ -293,6 +294,9 @@ def growth() -> Iterator[list[int]]:
     """By how many bytes the resident memory of this process grows at most."""
     import psutil  # type: ignore[import-untyped]
 
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier work freed is given back, or it would hide the growth
     process, stop = psutil.Process(), threading.Event()
     start = process.memory_info().rss
     found = [0]
