@@ -181,7 +181,8 @@ class Inverted(nn.Module):
         """(batch, d_out, height / stride, width / stride)."""
         y = F.relu6(self.bn2(self.depthwise(F.relu6(self.bn1(self.expand(x))))))
         y = self.bn3(self.project(y))
-        return x + y if self.residual else y
+        result: Tensor = x + y if self.residual else y
+        return result
 
 
 class MobileNet(nn.Module):
@@ -605,9 +606,7 @@ def depth(model: nn.Module, inputs: Any) -> int:
     return max(getattr(tensor, "_depth", 0) for tensor in tensors(outputs))
 
 
-def curve(
-    subject: Subject, points: Sequence[Callable[[], tuple[nn.Module, Plan]]], folder: Path
-) -> list[dict[str, Any]]:
+def curve(subject: Subject, points: Mapping[int, Made], folder: Path) -> list[dict[str, Any]]:
     """The rows of a curve, the dense network first, with times taken in turn."""
     rows = [remembered(folder / "dense.json", lambda: dense_row(subject))]
     paths = []

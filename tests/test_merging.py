@@ -198,3 +198,13 @@ def test_more_work_takes_more_time() -> None:
     x = {"small": torch.randn(64, 16), "large": torch.randn(64, 512)}
     seconds = {name: least_seconds({name: model}, x[name], rounds=5)[name] for name, model in models.items()}
     assert seconds["small"] < seconds["large"]
+
+
+def test_a_site_through_a_pooling_is_left_to_the_surgery() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    plan = collapsed(model, x)
+    assert choose_forms(model, plan, x, batches=[x, x], rounds=2).entries == plan.entries
