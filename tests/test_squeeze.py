@@ -88,6 +88,19 @@ def test_targets_are_met_and_hardly_undercut(target: str) -> None:
     assert limit - 0.05 < left <= limit
 
 
+def test_a_memory_target_counts_what_batchnorms_hold() -> None:
+    torch.manual_seed(0)
+    model = ConvBlock(hidden=16).eval()
+    batches = [torch.randn(16, 4, 6, 6) for _ in range(4)]
+
+    def held(network: nn.Module) -> int:
+        return sum(t.numel() * t.element_size() for t in [*network.parameters(), *network.buffers()])
+
+    plan = squeeze(model, find_sites(model, batches[0]), batches, "memory:70%", uniform=True)
+    share_left = held(apply(model, plan, batches[0])) / held(model)
+    assert 0.6 < share_left <= 0.7
+
+
 def test_uniform_widths_are_equal_and_rounded() -> None:
     model = Mlp(n=32)
     sites = find_sites(model, rows_of()[0])
