@@ -89,6 +89,21 @@ def test_there_is_no_curve_where_the_method_has_none(tmp_path: Path) -> None:
     assert "The curve" not in text_of(page)
 
 
+def test_a_curve_is_chosen_by_one_score_and_reported_by_another(tmp_path: Path) -> None:
+    points = [{**point, "test_score": point["score"] - 0.05} for point in POINTS]
+    (saved(tmp_path) / "curve.json").write_text(json.dumps({"points": points}))
+    first = read_report(tmp_path).curve[0]
+    assert (round(first.score, 3), first.rank) == (0.75, 0.80)
+
+
+def test_a_model_of_all_widths_is_one_point_at_the_full_width(tmp_path: Path) -> None:
+    page = write_report(saved(tmp_path, small={**DENSE, "score": 0.89})).read_text()
+    rows = page.partition('<table id="curve-table">')[2].partition("</table>")[0]
+    assert rows.count("<tr data-index") == 4
+    assert "89.00 %" in rows
+    assert "the model as it was" not in rows
+
+
 def test_every_plot_has_its_numbers_in_a_table(tmp_path: Path) -> None:
     page = write_report(saved(tmp_path)).read_text()
     for plot, table in (("curve", "curve-table"), ("sites", "sites-table")):

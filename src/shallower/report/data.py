@@ -41,6 +41,7 @@ class Point:
         memory: bytes of parameters and buffers.
         latency: median seconds of one forward pass; None where it was not measured.
         chosen: this is the model that was saved.
+        ranked: the score that models are chosen by, where it was taken on other rows than `score`; None: `score`.
     """
 
     label: str
@@ -50,6 +51,12 @@ class Point:
     memory: int
     latency: float | None = None
     chosen: bool = False
+    ranked: float | None = None
+
+    @property
+    def rank(self) -> float:
+        """What models are chosen by."""
+        return self.score if self.ranked is None else self.ranked
 
 
 @dataclass(frozen=True)
@@ -199,14 +206,16 @@ def _report(directory: Path, name: str, result: Mapping[str, Any], curve: Mappin
 
 
 def _point(data: Mapping[str, Any], label: str = "", *, chosen: bool = False) -> Point:
+    tested = _number(data.get("test_score"))
     return Point(
         str(data.get("label") or label),
-        float(data["score"]),
+        float(data["score"]) if tested is None else tested,
         int(data["params"]),
         int(data["macs"]),
         int(data["memory"]),
         _number(data.get("latency")),
         bool(data.get("chosen", chosen)),
+        None if tested is None else float(data["score"]),
     )
 
 

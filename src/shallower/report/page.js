@@ -41,7 +41,7 @@
     const best = (limit) =>
       costed()
         .filter((point) => point[unit] <= limit * (1 + 1e-9))
-        .sort((a, b) => b.score - a.score || a[unit] - b[unit])[0];
+        .sort((a, b) => b.rank - a.rank || a[unit] - b[unit])[0];
 
     const show = () => {
       const limit = budget();

@@ -183,15 +183,16 @@ def _points(report: Report) -> list[dict[str, Any]]:
     def same(a: Point, b: Point) -> bool:
         return (a.params, a.macs) == (b.params, b.macs)
 
+    twins = {id(q): p for q in (report.before, report.after) for p in report.curve if same(p, q)}
     others = [p for p in report.curve if not (same(p, report.before) or same(p, report.after) or p.chosen)]
-    labels = {id(q): p.label for q in (report.before, report.after) for p in report.curve if same(p, q) and p.label}
     kinds = [(report.before, "before"), *[(p, "") for p in others], (report.after, "chosen")]
-    if same(report.before, report.after):
-        kinds = kinds[:-1]
+    if same(report.before, report.after):  # trained at all widths, and saved at the full one
+        kinds = kinds[1:]
     kinds.sort(key=lambda pair: (pair[0].params, pair[0].macs))
     points = []
     for index, (point, kind) in enumerate(kinds):
-        label = labels.get(id(point), point.label)
+        twin = twins.get(id(point), point)
+        label = twin.label or point.label
         name = {"before": "the model as it was", "chosen": f"{label} (saved)" if label != "saved" else "saved"}.get(
             kind, label
         )
@@ -203,6 +204,7 @@ def _points(report: Report) -> list[dict[str, Any]]:
                 "kind": kind,
                 "label": name,
                 "score": point.score,
+                "rank": twin.rank,
                 "quality": report.shown(point.score),
                 **{unit: getattr(point, unit) for unit in _UNITS},
                 "words": words,
