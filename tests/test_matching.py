@@ -480,6 +480,69 @@ def test_channels_on_the_two_sides_of_a_grouped_convolution_cannot_be_narrowed_a
     assert all("2 is a grouped convolution" in site.not_narrow for site in sites)
 
 
+# ---------------------------------------------------------------------- through global average pooling
+
+
+class Averaged(nn.Module):
+    """conv - ReLU - what is given - linear or 1x1 convolution."""
+
+    def __init__(self, average: Callable[[Tensor], Tensor], last: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv, self.act, self.last = nn.Conv2d(4, 12, 3), nn.ReLU(), nn.Linear(12, 5) if last is None else last
+        self.average = average
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.average(self.act(self.conv(x))))  # type: ignore[no-any-return]
+
+
+AVERAGES: list[tuple[str, nn.Module]] = [
+    ("pooled and flattened", Averaged(lambda z: F.adaptive_avg_pool2d(z, 1).flatten(1))),
+    ("pooled and reshaped", Averaged(lambda z: F.adaptive_avg_pool2d(z, 1).reshape(z.shape[0], -1))),
+    ("pooled by its size", Averaged(lambda z: F.avg_pool2d(z, 6).flatten(1))),
+    ("the mean", Averaged(lambda z: z.mean((2, 3)))),
+    ("the mean, from behind", Averaged(lambda z: z.mean([-1, -2]))),
+    ("kept as an image", Averaged(lambda z: z.mean((2, 3), keepdim=True), nn.Conv2d(12, 5, 1))),
+]
+
+
+@pytest.mark.parametrize("case", AVERAGES, ids=lambda case: case[0])
+def test_a_map_that_reads_the_average_over_all_pixels_is_a_consumer(case: Any) -> None:
+    _, model = case
+    site = only_site(model, rows(2, 4, 8, 8))
+    assert (site.width, site.channels_first, site.averaged) == (12, True, True)
+    assert "average" in site.not_merged
+    assert site.params_collapsed == site.params
+
+
+NO_AVERAGES: list[tuple[str, nn.Module, str]] = [
+    ("a maximum", Averaged(lambda z: F.adaptive_max_pool2d(z, 1).flatten(1)), "reshape|pooling"),
+    ("four pixels", Averaged(lambda z: F.adaptive_avg_pool2d(z, 2).flatten(1), nn.Linear(48, 5)), "reshape|pooling"),
+    ("over channels", Averaged(lambda z: z.mean((1, 2)), nn.Linear(6, 5)), "pooling"),
+    ("a larger kernel", Averaged(lambda z: z.mean((2, 3), True), nn.Conv2d(12, 5, 3, padding=1)), "larger than 1x1"),
+]
+
+
+@pytest.mark.parametrize("case", NO_AVERAGES, ids=lambda case: case[0])
+def test_other_pooling_stands_between(case: Any) -> None:
+    _, model, why = case
+    assert re.search(why, reason(model, rows(2, 4, 8, 8)))
+
+
+def test_squeeze_and_excitation_is_named() -> None:
+    class Excited(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.squeeze, self.last = nn.Conv2d(4, 12, 3), nn.Conv2d(12, 12, 1), nn.Conv2d(12, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = F.relu(self.conv(x))
+            return self.last(z * torch.sigmoid(self.squeeze(z.mean((2, 3), keepdim=True))))  # type: ignore[no-any-return]
+
+    assert "excitation" in reason(Excited(), rows(2, 4, 8, 8))
+    places = find_sites(Excited(), rows(2, 4, 8, 8), places=True)
+    assert [place.activation_name for place in places] == ["relu"]
+
+
 # ---------------------------------------------------------------------- through depthwise convolutions
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+import torchvision.models as tv
 from torch import nn
 
 from shallower.inputs import call, to_device
@@ -162,6 +164,24 @@ def test_activation_places_of_resnet18_are_listed_on_request() -> None:
     assert len(places) == 9
     assert str(places[0].activation) == "relu"  # the stem's, whose output the pooling reads
     assert [str(place.activation) for place in places[1:3]] == ["layer1.0:self.relu#1", "layer1.1:self.relu#1"]
+
+
+# Activations of an architecture as the papers on removing them count: EASIER and TLC, their tables.
+COUNTS: list[tuple[str, Callable[[], nn.Module], int]] = [
+    ("vgg16_bn", lambda: tv.vgg16_bn(), 15),
+    ("mobilenet_v2", lambda: tv.mobilenet_v2(), 35),
+    ("swin_t", lambda: tv.swin_t(), 12),
+]
+
+
+@pytest.mark.parametrize("case", COUNTS, ids=lambda case: case[0])
+def test_sites_and_places_together_are_the_activations_that_papers_count(case: Any) -> None:
+    _, make, count = case
+    with torch.device("meta"):
+        model = make()
+    sites = find_sites(model, torch.zeros(1, 3, 64, 64), places=True)
+    assert len([site for site in sites if not site.between]) == count
+    assert len({site.activation for site in sites}) == count
 
 
 def test_the_zoo_has_the_architectures_that_are_asked_for() -> None:

@@ -170,6 +170,8 @@ def test_narrower_sites_are_exact(patient: Patient) -> None:
 def test_what_is_simulated_is_not_the_model_itself(patient: Patient) -> None:
     generator = patient.generator("narrower")
     sites = narrowable(patient.sites)
+    if not sites:
+        pytest.skip("no site of this model can be narrowed")
     plan = Plan(tuple(random_entry(patient.model, s, generator, (Fate.KEEP, Fate.DROP)) for s in sites))
     simulated = outputs(simulate(patient.model, plan), patient.inputs)
     assert any((a - b).abs().max() > 1e-3 * b.abs().max() for a, b in zip(simulated, patient.outputs, strict=True))

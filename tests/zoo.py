@@ -977,6 +977,14 @@ def tv_mobilenet_v2() -> nn.Module:
     return tv.MobileNetV2(num_classes=10, width_mult=0.25, inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]])
 
 
+def tv_efficientnet() -> nn.Module:
+    stages = [
+        tv.efficientnet.MBConvConfig(1, 3, 1, 8, 8, 1),
+        tv.efficientnet.MBConvConfig(4, 3, 2, 8, 16, 1),
+    ]
+    return tv.EfficientNet(stages, dropout=0.1, num_classes=10, last_channel=32)
+
+
 def tv_swin_v2() -> nn.Module:
     return tv.SwinTransformer(
         patch_size=[4, 4],
@@ -1051,6 +1059,60 @@ OF_TORCHVISION = (
         head("features.4.0", "classifier.1", 1280, "relu6", norm_before="features.4.1"),
         size=32,
         skips=(Skip("features", "add"),),
+    ),
+    plain(
+        "shufflenet_v2",
+        lambda: tv.ShuffleNetV2([1, 1, 1], [8, 8, 16, 16, 32], num_classes=10),
+        *(
+            site
+            for stage, width in ((2, 4), (3, 8), (4, 8))
+            for site in under(
+                f"stage{stage}.0.branch2",
+                conv("0", "3", width, norm_before="1", narrow=False),
+                conv("0", "5", width, norm_before="1", linear=False, between=("3",)),
+            )
+        ),
+        head("conv5.0", "fc", 32, "relu", norm_before="conv5.1"),
+        size=32,
+        skips=(Skip("conv1", "pool"), Skip("stage2.0.branch1", "cat"), Skip("stage3.0.branch2", "cat")),
+    ),
+    plain(
+        "resnext",
+        lambda: tv.ResNet(tv.resnet.Bottleneck, [1, 1, 1, 1], groups=4, width_per_group=4, num_classes=10),
+        *(
+            site
+            for stage, width in {1: 16, 2: 32, 3: 64, 4: 128}.items()
+            for site in under(
+                f"layer{stage}.0",
+                conv("conv1", "conv2", width, norm_before="bn1", narrow=False),
+                conv("conv2", "conv3", width, norm_before="bn2", narrow=False),
+            )
+        ),
+        size=32,
+        skips=(Skip("conv1", "pool"),),
+    ),
+    plain(
+        "densenet",
+        lambda: tv.DenseNet(growth_rate=4, block_config=(2, 2), num_init_features=8, bn_size=2, num_classes=10),
+        *(
+            site
+            for block in (1, 2)
+            for layer in (1, 2)
+            for site in under(
+                f"features.denseblock{block}.denselayer{layer}", conv("conv1", "conv2", 8, norm_before="norm2")
+            )
+        ),
+        size=32,
+    ),
+    plain(
+        "efficientnet",
+        tv_efficientnet,
+        *under("features.1.0.block.1", conv("fc1", "fc2", 2, "silu")),
+        *under("features.2.0.block", conv("0.0", "1.0", 32, "silu", norm_before="0.1", narrow=False)),
+        *under("features.2.0.block.2", conv("fc1", "fc2", 2, "silu")),
+        head("features.3.0", "classifier.1", 32, "silu", norm_before="features.3.1"),
+        size=32,
+        skips=(Skip("features", "add"), Skip("features.1.0.block", "average"), Skip("features.2.0.block", "average")),
     ),
     plain(
         "torchvision_swin_v2",

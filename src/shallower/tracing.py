@@ -307,7 +307,7 @@ class _Recorder(TorchFunctionMode):
             if before is None:
                 self.alive.append(tensor)
             self.known[id(tensor)] = value
-            if written:
+            if written and "dropout" not in name:  # which changes nothing in eval mode
                 for other in self.by_storage.get(value.storage, ()):
                     other.clobbered |= other.tensor != value.tensor
             self.by_storage.setdefault(value.storage, []).append(value)
