@@ -7,11 +7,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from shallower.checkpoint import load, save
 from shallower.errors import PlanError
 from shallower.forms import fitted_map, steps
 from shallower.matching import find_sites
+from shallower.padding import move_padding
 from shallower.plan import Entry, Fate, Fit, Plan
 from shallower.sites import LinearMap, Site
 from shallower.surgery import apply, simulate
@@ -254,6 +256,48 @@ def test_a_chain_that_pays_as_a_whole_is_not_warned_of():
     assert [step.form.kind for step in steps(plan.entries)] == ["merged", "merged"]
     assert steps(plan.entries)[0].form.params > sites[0].params
     assert checked(model, plan)
+
+
+class Basic(nn.Module):
+    """The block of CIFAR ResNets, with functional activations and a sum in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.shortcut = nn.Sequential()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.shortcut(x)
+        return F.relu(out)
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return _randomised(nn.Sequential(nn.Conv2d(4, 4, 1), Basic(), Basic()), torch.float64)
+
+
+def test_functional_activations_go_and_stay_away_after_loading(tmp_path):
+    model = resnet()
+    sites = find_sites(model, X, places=True)
+    assert [site.kind for site in sites] == ["convolution", "activation"] * 2
+    small = checked(model, Plan.collapse(sites))
+    save(small, tmp_path / "small")
+    assert torch.equal(load(tmp_path / "small", model=resnet())(X), small(X))
+
+
+def test_a_block_whose_activations_are_gone_is_one_convolution(tmp_path):
+    model = resnet()
+    moved = move_padding(model, find_sites(model, X))
+    sites = find_sites(moved, X, places=True)
+    inner = [Entry.collapse(s, becomes="merged", fold_skip=True) for s in sites if s.kind == "convolution"]
+    places = [Entry.collapse(s) for s in sites if s.kind == "activation"]
+    small = checked(moved, Plan((*inner, *places)))
+    assert torch.allclose(small[1].conv2(X), small[1](X))
+    save(small, tmp_path / "small")
+    assert torch.equal(load(tmp_path / "small", model=resnet())(X), small(X))
 
 
 def test_norms_are_measured_again_on_request():
