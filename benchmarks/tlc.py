@@ -40,6 +40,7 @@ from benchmarks import sst2
 from benchmarks.images import Images, cifar10, cropped_and_flipped
 from benchmarks.record import markdown, required, stage, write_json
 from benchmarks.squeeze import RESNET_MEAN, RESNET_STD, ResNet, remembered
+from shallower.forms import steps
 from shallower.inputs import call, tensors
 from shallower.matching import find_sites
 from shallower.measuring import count_macs, count_params
@@ -542,7 +543,7 @@ def point(subject: Subject, model: nn.Module, plan: Plan, path: Path, error: flo
         "linear": merged if exact else subject.score(simulate(model, plan)),
         "merged": merged,
         "surgery": surgery_error(model, chosen, small, subject.calibration[0]),
-        "forms": {entry.site.name: entry.form.kind for entry in chosen.entries},
+        "forms": {step.entry.site.name: step.form.kind for step in steps(chosen.entries)},
         "notes": {entry.site.name: entry.note for entry in chosen.entries if entry.note},
         "depth": depth(small, subject.example),
         "params": count_params(small),
@@ -804,7 +805,7 @@ def merged_and_trained(work: Work, data: Path) -> dict[str, Any]:
             "removed": [entry.site.name for entry in plan.entries],
             "before": before,
             "merged": subject.score(small),
-            "forms": {entry.site.name: entry.form.kind for entry in chosen.entries},
+            "forms": {step.entry.site.name: step.form.kind for step in steps(chosen.entries)},
             "notes": {entry.site.name: entry.note for entry in chosen.entries},
             "depth": depth(small, subject.example),
             "params": count_params(small),
