@@ -31,17 +31,19 @@ if TYPE_CHECKING:
     from shallower.methods.till_layers_collapse import TillLayersCollapse
     from shallower.padding import border_error, move_padding
     from shallower.plan import Entry, Fate, Fit, Plan
-    from shallower.sites import LinearMap, Place, Site, Sites
+    from shallower.sites import Between, Heads, LinearMap, Place, Residual, Site, Sites
     from shallower.surgery import apply, simulate
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Between": "sites",
     "Curve": "curve",
     "Entry": "plan",
     "Exported": "exporting",
     "Fate": "plan",
     "Fit": "plan",
+    "Heads": "sites",
     "Inputs": "inputs",
     "LayerCollapse": "methods.layer_collapse",
     "LayerFolding": "methods.layer_folding",
@@ -49,6 +51,7 @@ _HOMES = {
     "Measurement": "measuring",
     "Place": "sites",
     "Plan": "plan",
+    "Residual": "sites",
     "ShallowerError": "errors",
     "Site": "sites",
     "Sites": "sites",
@@ -71,11 +74,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "Between",
     "Curve",
     "Entry",
     "Exported",
     "Fate",
     "Fit",
+    "Heads",
     "Inputs",
     "LayerCollapse",
     "LayerFolding",
@@ -83,6 +88,7 @@ __all__ = [
     "Measurement",
     "Place",
     "Plan",
+    "Residual",
     "ShallowerError",
     "Site",
     "Sites",
