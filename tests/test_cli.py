@@ -381,8 +381,11 @@ def test_the_state_of_another_run_is_not_gone_on_from(shallower: Shallower, pict
         (("--target", "params:20%", "--sites", "encoder.*"), "of the sites that --sites 'encoder.*' selects"),
         (("--target", "params:20%", "--quality-floor", "90"), "between 0 and 1"),
         (("--target", "params:20%", "--task", "causal-lm"), "which column holds the text"),
+        (("--target", "params:20%", "--task", "causal-lm", "--augment"), "--augment means nothing for causal-lm"),
         (("--target", "params:20%", "--label-column", "colour"), "no column 'colour'"),
         (("--target", "params:20%", "--lr", "0"), "lr=0.0 is out of range"),
+        (("--target", "params:20%", "--length", "8"), "--length means nothing for image-classification"),
+        (("--target", "params:20%", "--text-column", "x"), "--text-column means nothing"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_writes_nothing(

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shallower import find_sites, load
-from shallower.demo import CONTESTANTS, VGG, ViT, check, digits, run
+from shallower.demo import CONTESTANTS, VGG, WAYS, ViT, check, digits, run
 from shallower.errors import CheckpointError
+from shallower.results import read_result
 
 pytest.importorskip("sklearn")
 
@@ -46,27 +47,37 @@ def test_the_demo_collapses_the_head_and_half_of_the_blocks(finished: tuple[Path
     _, text = finished
     assert "2 collapsed" in text
     assert "4 collapsed" in text
+    assert text.count("squeezed") >= 2
     assert "to the last bit" in text
-    assert max(map(len, text.splitlines()[:5])) <= 80
+    assert max(map(len, text.splitlines()[:7])) <= 80
 
 
 def test_saved_networks_are_smaller_and_load(finished: tuple[Path, str]) -> None:
     output, _ = finished
     for name, contestant in CONTESTANTS.items():
-        fresh = contestant.build()
-        small = load(output / name, model=fresh)
-        assert sum(p.numel() for p in small.parameters()) < 0.7 * sum(p.numel() for p in fresh.parameters())
+        for way in WAYS:
+            fresh = contestant.build()
+            small = load(output / f"{name}-{way}", model=fresh)
+            assert sum(p.numel() for p in small.parameters()) < 0.75 * sum(p.numel() for p in fresh.parameters())
+
+
+def test_every_saved_network_has_its_numbers_and_a_report(finished: tuple[Path, str]) -> None:
+    output, _ = finished
+    for folder in (output / f"{name}-{way}" for name in CONTESTANTS for way in WAYS):
+        assert (folder / "report.html").is_file()
+        told = read_result(folder)
+        assert told["small"]["params"] < told["dense"]["params"]
 
 
 def test_an_answer_that_differs_in_one_bit_fails_the_check(finished: tuple[Path, str]) -> None:
     output, _ = finished
-    answers = output / "vgg-answers.safetensors"
+    answers = output / "vgg-squeezed-answers.safetensors"
     kept, original = load_file(answers), answers.read_bytes()
     logits = kept["logits"].clone()
     logits[0, 0] = torch.nextafter(logits[0, 0], torch.tensor(torch.inf))
     save_file({**kept, "logits": logits}, answers)
     try:
-        with pytest.raises(CheckpointError, match="vgg: the loaded network answers differently"):
+        with pytest.raises(CheckpointError, match="vgg-squeezed: the loaded network answers differently"):
             check(output)
     finally:
         answers.write_bytes(original)
@@ -80,7 +91,9 @@ def test_the_check_runs_as_a_command(finished: tuple[Path, str]) -> None:
 
 @pytest.mark.slow
 def test_the_whole_demo_loses_no_accuracy_to_speak_of(tmp_path: Path) -> None:
-    rows = [line.split() for line in run(tmp_path).splitlines()[1:5]]
-    for dense, small in zip(rows[::2], rows[1::2], strict=True):
-        assert float(dense[1]) > 95
-        assert float(small[2]) > float(dense[1]) - 1.5
+    run(tmp_path)
+    for name in CONTESTANTS:
+        squeezed, collapsed = (read_result(tmp_path / f"{name}-{way}") for way in WAYS)
+        assert squeezed["dense"]["score"] > 0.95
+        assert squeezed["small"]["score"] > squeezed["dense"]["score"] - 0.03
+        assert collapsed["small"]["score"] > squeezed["dense"]["score"] - 0.015

@@ -227,7 +227,23 @@ def task_of(model: str) -> TaskName:
     raise ModelError(f"{model} does not say what it was made for: choose --task {', '.join(TASK_NAMES)}")
 
 
+def _check_options(job: Job, task: TaskName) -> None:
+    """Refuse options that mean nothing for the task, before anything is read."""
+    pictures, classes = "image" in task, task.endswith("classification")
+    for option, given, means in (
+        ("--text-column", job.text_column, not pictures),
+        ("--length", job.length, not pictures),
+        ("--image-column", job.image_column, pictures),
+        ("--image-size", job.image_size, pictures),
+        ("--augment", job.augment, pictures),
+        ("--label-column", job.label_column, classes),
+    ):
+        if given and not means:
+            raise DataError(f"{option} means nothing for {task}: leave it out, or say another --task")
+
+
 def _load(job: Job, name: TaskName, device: torch.device) -> _Ready:
+    _check_options(job, name)
     needed = job.run.needs_labels or job.dense_epochs > 0
     rows = read_rows(
         job.data,
