@@ -283,7 +283,7 @@ def collect_grams(
         goals: what `collect_goals` found with the same compensation and batches; then `dense` does not run.
         compensation: where a consumer's output is added to a residual stream, this part of the difference between the
             two models' streams is added to what the consumer should give.
-        with_inputs: also of what the producer reads.
+        with_inputs: also of what the producer reads, where `may_collapse`.
         with_rows: also keep what the producers read and the consumers should give.
         inputs_of: picks the model's inputs out of a batch.
         mask_of: picks the mask out of a batch; by default a two-dimensional `attention_mask`.
@@ -490,7 +490,8 @@ class _Rows:
         for i, ys in enumerate(wanted):
             y = flat(ys, first.kind == "conv2d")
             seen = self._pair(patches(source.inputs[first.name][i], source.read_as[first.name]), y, first.taps)
-            if with_inputs and site.producer is not None:
+            # of convolutions there is no full collapse by least squares, and the positions need not be the same
+            if with_inputs and site.producer is not None and all(m.kind != "conv2d" for m in site.maps):
                 seen += self._pair(flat(source.inputs[site.producer.name][i], False), y, 1)
             total = seen if total is None else [a + b for a, b in zip(total, seen, strict=True)]
         return total or []
@@ -524,6 +525,14 @@ class _Rows:
             z, y = z[::step], y[::step]
         cut = len(z) - len(z) // HELD_OUT
         return [Gram.of(z[:cut], y[:cut]), Gram.of(z[cut:], y[cut:])]
+
+
+def may_collapse(site: Site) -> bool:
+    """Whether one linear map can be fitted that reads, at each position, what the producer reads there."""
+    if site.not_linear or site.producer is None or site.activation is None or site.calls > 1 or site.between:
+        return False
+    same = ((1, 1), (1, 1), (0, 0), 1)
+    return all((m.kernel, m.stride, m.padding, m.groups) == same for m in site.maps)
 
 
 def patches(z: Tensor, m: LinearMap) -> Tensor:
