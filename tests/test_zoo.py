@@ -163,6 +163,7 @@ def test_activation_places_of_resnet18_are_listed_on_request() -> None:
     assert len(sites) == 17
     assert len(places) == 9
     assert str(places[0].activation) == "relu"  # the stem's, whose output the pooling reads
+    assert [place.norm_before for place in places] == ["bn1"] + [""] * 8  # a residual sum comes from no norm
     assert [str(place.activation) for place in places[1:3]] == ["layer1.0:self.relu#1", "layer1.1:self.relu#1"]
 
 

@@ -357,11 +357,23 @@ class Matcher:
                 consumers=(),
                 activation=place,
                 activation_name=activation_name(first.chain, owner),
+                norm_before=self.norm_before([found.entry for found in group]),
                 calls=len(group),
                 channels_first=self.is_spatial(first.entry),
             )
             items.append((self.graph.position(first.chain[0]), site))
         return items
+
+    def norm_before(self, entries: Sequence[Value]) -> str:
+        """The BatchNorm whose output these values are, "" where it is none or not the same for all."""
+        norms: set[str] = set()
+        for value in entries:
+            step = self.graph.source(value)
+            while isinstance(step, Call) and step.name in UNCHANGED and step.inputs:
+                step = self.graph.source(step.inputs[0])
+            usable = isinstance(step, Unit) and step.kind == "norm" and not step.problem
+            norms.add(self.graph.names[step.module][0] if isinstance(step, Unit) and usable else "")
+        return norms.pop() if len(norms) == 1 else ""
 
     def activations(self) -> Iterator[tuple[list[Call], Value, Value]]:
         """Every activation: its calls, the value it reads and the value it gives."""

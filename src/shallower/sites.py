@@ -205,7 +205,8 @@ class Site:
         activation_name: what f is, for people: "gelu", "relu", "silu".
         gate: the gate's producer in a gated site with separate maps.
         packed: in a gated site whose producer gives gate and up in one tensor, which half comes first.
-        norm_before: BatchNorm between the producer and f; folded with the producer.
+        norm_before: BatchNorm between the producer and f; folded with the producer. Of `kind="activation"`, the one
+            whose output f reads, if any: none after a residual sum.
         norm_after: BatchNorm between f and the consumers; folded into them.
         dropouts: dropouts between producer and consumers; identity in eval mode, gone after a full collapse.
         calls: how often the site runs per forward pass (ALBERT: the number of layers).
