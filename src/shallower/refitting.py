@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from shallower.calibration import Centred, Gram, SiteGrams
+from shallower.calibration import Centred, Gram, SiteGrams, may_collapse
 from shallower.errors import FitError
 from shallower.plan import Entry, Fate, Fit
 from shallower.reconstruction import Layers, Reconstruction, over_processes, reconstruct
@@ -28,7 +28,7 @@ _DAMPING_OF_IMAGES = 1.0
 
 _LEAST = 1e-4
 
-_EQUATIONS = 16
+_EQUATIONS = 4
 """Outputs seen for each number to be fitted, below which producers stay as they are: what fits the calibration data
 better, and held-out data like them, then takes other data farther from the dense network."""
 
@@ -112,13 +112,6 @@ def error_curve(site: Site, grams: SiteGrams, metric: Tensor) -> dict[int, float
         _, error = _best_ridge(site, grams.inputs, metric, None)
         curve[0] = _damage(error * whole, whole)
     return curve
-
-
-def may_collapse(site: Site) -> bool:
-    """Whether least squares can make one linear map of the site."""
-    if any(m.kind == "conv2d" for m in site.maps):
-        return False
-    return not site.not_linear and site.producer is not None and site.activation is not None and site.calls == 1
 
 
 def _damage(error: float, whole: float) -> float:

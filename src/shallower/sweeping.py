@@ -31,7 +31,7 @@ from shallower.surgery import operate
 _MEMORY = 1 << 30
 """Bytes of Gram matrices that are held at a time while curves are made."""
 
-_SENSITIVE = 8
+_SENSITIVE = 32
 """Batches, evenly spaced, on which sensitivity is measured."""
 
 _GOALS = 1 << 28

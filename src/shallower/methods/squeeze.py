@@ -21,6 +21,7 @@ from shallower import __version__
 from shallower.allocation import Choice, allocate, in_proportion
 from shallower.attachment import attached_places, detached_copy
 from shallower.budget import Cost, Target
+from shallower.calibration import may_collapse
 from shallower.errors import FitError, MethodError, SiteError, TargetError
 from shallower.fingerprints import fingerprint
 from shallower.fisher import OutputOf, default_output_of
@@ -30,7 +31,6 @@ from shallower.measuring import compare
 from shallower.plan import Plan
 from shallower.processes import from_first_process, summed_over_processes
 from shallower.progress import Progress, digest
-from shallower.refitting import may_collapse
 from shallower.sites import Site, Sites
 from shallower.statistics import MaskOf, evaluating
 from shallower.sweeping import Calibration, Sweep
