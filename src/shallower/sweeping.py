@@ -143,6 +143,11 @@ class Calibration:
 class Sweep:
     """Squeezes a model to given widths, as often as asked.
 
+    In memory are the dense and the squeezed network, the calibration data's inputs, up to 256 MB of what the dense
+    network's consumers give (one site's at least), and of one site at a time the Gram matrices, O((n + d)^2) for hidden
+    width n and input width d, and at most 131,072 rows of what its producer reads. Curves hold up to 1 GB of Gram
+    matrices. The whole model is called: it must fit into memory.
+
     Attributes:
         dense: the model as it is; never changed.
         sites: those that may be squeezed, in order of execution.
