@@ -43,7 +43,7 @@ def main():
     batches = [tokenizer(p, padding=True, truncation=True, max_length=64, return_tensors="pt") for p in parts]
 
     sites = sh.find_sites(encoder, dict(batches[0])).select("*layer*")
-    plan = sh.squeeze(encoder, sites, [dict(b) for b in batches], arguments.target, uniform=True)
+    plan = sh.squeeze(encoder, sites, [dict(b) for b in batches], arguments.target, uniform=True, producers=False)
     small = sh.apply(encoder, plan, dict(batches[0]))
     sh.save(small, arguments.output, processor=tokenizer)
     from sentence_transformers import SentenceTransformer  # after load_model, which mends torchvision where it must

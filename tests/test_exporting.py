@@ -164,6 +164,7 @@ def test_dimensions_that_are_not_there_are_refused(tmp_path: Path, dynamic: Any,
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own compiler uses what PyTorch deprecates
 def test_a_squeezed_model_compiles() -> None:
     model, x = squeezed_net()
     torch.testing.assert_close(torch.compile(model)(x), model(x))
