@@ -28,7 +28,7 @@ _DAMPING_OF_IMAGES = 1.0
 
 _LEAST = 1e-4
 
-_EQUATIONS = 4
+_EQUATIONS = 16
 """Outputs seen for each number to be fitted, below which producers stay as they are: what fits the calibration data
 better, and held-out data like them, then takes other data farther from the dense network."""
 
