@@ -181,7 +181,7 @@ class Bench:
         if search:
             curve = method.curve(case.held_out, points=4 if quick else 6, search=search, recalibrate=case.calibration)
             for point in curve.front():
-                with method.at(point.widths, case.calibration) as live:
+                with method.at(point.widths, None if point is curve.full else case.calibration) as live:
                     searched.append({**point.to_json(), "test": case.test(live)})
         return {"rows": rows, "searched": searched}
 
