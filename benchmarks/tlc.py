@@ -764,13 +764,13 @@ def resnet56(work: Work, data: Path) -> list[dict[str, Any]]:
 
 
 def whole(work: Work, data: Path) -> dict[str, float]:
-    """Accuracy on the whole test set: dense, and really merged after four, five and six rounds."""
+    """Accuracy on the whole test set: dense, and really merged after four and six rounds."""
     subject = resnet_subject(work, data, 3)
     folder = RESNET20.folder(work.cache)
 
     def made() -> dict[str, float]:
         found = {"0": accuracy(subject.dense, work.whole_test)}
-        for number in (4, 5, 6):
+        for number in (4, 6):
             model, _ = after_round(subject, folder / f"{number}.safetensors")
             plan = Plan.load(folder / "points" / f"{number}.plan")
             found[str(number)] = accuracy(apply(model, plan, subject.example), work.whole_test)
@@ -937,8 +937,8 @@ def table(results: dict[str, Any]) -> str:
     if results.get("without"):
         parts.append(f"Left out of this run (TLC_WITHOUT): {'; '.join(results['without'])}.")
     if "whole" in results:
-        told = [f"{'dense' if count == '0' else count} {value:.2%}" for count, value in results["whole"].items()]
-        parts.append(f"ResNet-20 on all 10,000 test images, merged after so many rounds: {', '.join(told)}.")
+        all_images = [f"{'dense' if count == '0' else count} {value:.2%}" for count, value in results["whole"].items()]
+        parts.append(f"ResNet-20 on all 10,000 test images, merged after so many rounds: {', '.join(all_images)}.")
     if "criteria" in results:
         rows = [
             (ORDERS[row["criterion"]], str(len(row["removed"])), f"{row['test']:.2%}") for row in results["criteria"]
