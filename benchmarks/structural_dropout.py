@@ -1,10 +1,11 @@
 """Structural Dropout: one training, all widths.
 
 The paper's MLP on the digits of scikit-learn, a VGG-like network on CIFAR-10, and a MiniLM classifier on SST-2 with its
-feed-forward widths and attention heads. Every hidden width is cut to the same share, by: networks of that width that
-are trained for themselves (the upper anchor), magnitude pruning and squeezing of the dense network, Structural Dropout
-as it was published (one width a site and step, p = 0.5), and with this project's defaults, for as many steps, for as
-much time as the published rule takes, and, where the network was trained from scratch, started from the dense one.
+feed-forward widths and attention heads (which squeezing does not choose). Every hidden width is cut to the same share,
+by: networks of that width that are trained for themselves (the upper anchor), magnitude pruning and squeezing of the
+dense network, Structural Dropout as it was published (one width a site and step, p = 0.5), and with this project's
+defaults, for as many steps, for as much time as the published rule takes, and, where the network was trained from
+scratch, started from the dense one.
 
 The defaults were chosen on the digits in an earlier split (25 settings), whose rows the splits here share; the other
 networks inherit them. Accuracies are of test sets, points of curves were chosen on held-out rows.
@@ -100,9 +101,9 @@ class Case:
         """The same share of every site's channels."""
         return {site.name: max(1, round(share * site.width)) for site in sites}
 
-    def narrowed(self, model: nn.Module, share: float, *, largest: bool, only: str = "") -> nn.Module:
-        """A network with that share of the channels, the largest ones or the first, perhaps at one kind of site."""
-        sites = self.sites(model).select(lambda s: only in ("", s.kind))
+    def narrowed(self, model: nn.Module, share: float, *, largest: bool) -> nn.Module:
+        """A network with that share of the channels, the largest ones or the first."""
+        sites = self.sites(model)
         if share == 1:
             return copy.deepcopy(model)
         orders = by_magnitude(model, sites)
@@ -186,20 +187,19 @@ class Bench:
         return {"rows": rows, "searched": searched}
 
     def pruned(self, dense: nn.Module) -> dict[str, list[float]]:
-        """Test accuracies of the dense network cut without training: by magnitude, and its maps by squeezing."""
+        """Test accuracies of the dense network cut without training: by magnitude, and by squeezing."""
         case = self.case
-        found: dict[str, list[float]] = {"magnitude": [], "squeeze": []}
+        found: dict[str, list[float]] = {
+            name: [] for name in (("magnitude",) if case.heads else ("magnitude", "squeeze"))
+        }
         for share in SHARES:
             small = case.narrowed(dense, share, largest=True)
             recalibrate(small, case.calibration)
             found["magnitude"].append(case.test(small))
-            target = f"params:{count_params(small)}"
-            start = dense
-            if case.heads:  # squeezing does not choose heads: they go by magnitude
-                start = case.narrowed(dense, share, largest=True, only="heads")
-            sites = case.sites(start).select(lambda s: s.kind != "heads")
-            plan = squeeze(start, sites, case.calibration, target, uniform=True)
-            small = apply(start, plan, case.example)
+            if case.heads:  # squeezing does not choose heads
+                continue
+            plan = squeeze(dense, case.sites(dense), case.calibration, f"params:{count_params(small)}", uniform=True)
+            small = apply(dense, plan, case.example)
             recalibrate(small, case.calibration)
             found["squeeze"].append(case.test(small))
         return found
