@@ -96,11 +96,9 @@ def test_sites_that_cannot_be_linear_are_left_alone_and_told() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1),
         nn.ReLU(),
-        nn.Conv2d(8, 4, 3, padding=1),
-        nn.Flatten(),
-        nn.Linear(64, 9),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
         nn.ReLU(),
-        nn.Linear(9, 2),
+        nn.Conv2d(8, 4, 1),
     )
     x = torch.randn(2, 3, 4, 4)
     sites = find_sites(model, x)
