@@ -550,7 +550,9 @@ def _mlp_table(mlp: Mapping[str, Any]) -> str:
             cells = [f"{at[k][0]:.1%} ± {100 * at[k][1]:.1f}" if k in at else "" for k in shown]
             lines.append([MLP_ROWS[name], *cells])
         if name in mlp["held out"]:
-            options.append([name, _percent(mlp["held out"][name]), *[_percent(at[k][0]) for k in shown]])
+            options.append(
+                [name, _percent(mlp["held out"][name]), *[_percent(at[k][0]) if k in at else "" for k in shown]]
+            )
     return (
         f"### The MLP on digits\n\n![accuracy by width](results/structural_dropout-mlp.png)\n\n"
         f"{markdown(['channels of 256', *map(str, shown)], lines)}\n\n"

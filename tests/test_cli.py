@@ -529,7 +529,7 @@ def test_real_pictures_go_through_a_timm_model(shallower: Shallower, data: Path,
 def test_ctrl_c_leaves_a_state_that_resumes(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
     options = ("--method", "layer-collapse", "--task", "image-classification", "--device", "cpu", "--lr", "0.01")
     paths = ("--data", str(pictures), "--output", str(tmp_path / "out"))
-    command = ["compress", NET, *paths, *options, "--epochs", "40", "--target", "params:5%", "--dense-epochs", "4"]
+    command = ["compress", NET, *paths, *options, "--epochs", "300", "--target", "params:5%", "--dense-epochs", "4"]
     program = [sys.executable, "-c", "from shallower.cli import main; main()"]
     with subprocess.Popen([*program, *command], stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
         stage = tmp_path / ".out.progress" / "stage-1.safetensors"

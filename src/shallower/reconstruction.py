@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from shallower import attachment
 from shallower.algebra import norm_as_affine
 from shallower.calibration import Gram, Rows, flat, patches, thinned, unusual_padding
+from shallower.errors import FitError
 from shallower.layers import bias_of, weight_of
 from shallower.plan import Fit
 from shallower.selection import ridge_fit
@@ -304,8 +305,18 @@ def _solved(layers: Layers, rows: Sequence[Rows], ridge: float, intercept: bool)
     if total is None:
         total = Gram.empty(width * consumer.taps, 1)
     moments = total.over_processes().centred(intercept)
-    weight = ridge_fit(moments.zz, moments.zy, ridge)
+    weight = _ridge_fit(moments.zz, moments.zy, ridge)
     return weight.float(), (moments.mean_y - weight @ moments.mean_z).float()
+
+
+def _ridge_fit(zz: Tensor, zy: Tensor, ridge: float) -> Tensor:
+    """`selection.ridge_fit`, with a larger ridge where these moments, of thinned float32 rows, need one."""
+    for factor in (1.0, 10.0, 100.0):
+        try:
+            return ridge_fit(zz, zy, factor * ridge)
+        except FitError:
+            continue
+    return ridge_fit(zz, zy, max(1e-2, 1000.0 * ridge))
 
 
 def _error(layers: Layers, rows: Sequence[Rows], weight: Tensor, bias: Tensor, root: Tensor) -> float:
