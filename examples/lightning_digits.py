@@ -24,8 +24,7 @@ class Classifier(LightningModule):
 
     def training_step(self, batch, _):
         """Cross-entropy; the callback adds the penalty."""
-        x, y = batch
-        return F.cross_entropy(self.net(x), y)
+        return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def test_step(self, batch, batch_idx):  # noqa: ARG002 - Lightning's signature
         """Accuracy."""
