@@ -14,6 +14,7 @@ plan = method.plan()
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -107,3 +108,21 @@ class Method:
     def detach(self) -> None:
         """Removes what the method added to the model; the trained weights stay as they are."""
         attachment.detach(self.model)
+
+
+def linearisable(sites: Sites) -> Sites:
+    """Those sites that may become linear; the reasons of the others go to `skipped`.
+
+    Raises:
+        MethodError: there is none.
+    """
+    reasons = {
+        site.name: site.not_linear or "it has no activation"
+        for site in sites
+        if site.not_linear or site.activation is None
+    }
+    if len(reasons) == len(sites):
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise MethodError(f"there is no site that may become linear{': ' if told else ''}{told}")
+    chosen = tuple(site for site in sites if site.name not in reasons)
+    return dataclasses.replace(sites, items=chosen, skipped={**sites.skipped, **reasons})

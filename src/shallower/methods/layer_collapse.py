@@ -30,7 +30,7 @@ from shallower.activations import SlopeActivation
 from shallower.errors import MethodError
 from shallower.fingerprints import fingerprint
 from shallower.inputs import InputsOf, call, default_inputs_of, model_device, reiterable, to_device
-from shallower.methods.base import Method
+from shallower.methods.base import Method, linearisable
 from shallower.methods.sensitivity import output_change
 from shallower.plan import Entry, Family, Fate, Plan
 from shallower.sites import Place, Site, Sites
@@ -119,7 +119,7 @@ class LayerCollapse(Method):
                 f"family={family!r}, granularity={granularity!r}: the families are 'blend' and 'prelu', the "
                 "granularities 'site' and 'channel'"
             )
-        super().__init__(model, _linearisable(sites))
+        super().__init__(model, linearisable(sites))
         self.strength = strength
         self.family = family
         self.granularity = granularity
@@ -509,20 +509,6 @@ class LayerCollapse(Method):
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise MethodError(f"{record} does not fit this run ({error}); give another folder") from error
         return state["groups"], stages
-
-
-def _linearisable(sites: Sites) -> Sites:
-    """Those sites that may become linear; the reasons of the others go to `skipped`."""
-    reasons = {
-        site.name: site.not_linear or "it has no activation"
-        for site in sites
-        if site.not_linear or site.activation is None
-    }
-    if len(reasons) == len(sites):
-        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise MethodError(f"there is no site that may become linear{': ' if told else ''}{told}")
-    chosen = tuple(site for site in sites if site.name not in reasons)
-    return dataclasses.replace(sites, items=chosen, skipped={**sites.skipped, **reasons})
 
 
 def _place(site: Site) -> Place:

@@ -37,7 +37,7 @@ from shallower.criteria import Line, Normal, input_statistics, lines, relative_c
 from shallower.errors import MethodError
 from shallower.fingerprints import fingerprint
 from shallower.inputs import Inputs, InputsOf, default_inputs_of, model_device, reiterable, to_device
-from shallower.methods.base import Method
+from shallower.methods.base import Method, linearisable
 from shallower.plan import Entry, Fate, Plan
 from shallower.sites import Place, Site, Sites
 from shallower.statistics import MaskOf, evaluating
@@ -190,7 +190,7 @@ class TillLayersCollapse(Method):
             )
         if criterion == "entropy" and batches is None:
             raise MethodError("criterion='entropy' needs batches= to measure the signs on, a few hundred samples")
-        super().__init__(model, _linearisable(sites))
+        super().__init__(model, linearisable(sites))
         self.criterion = criterion
         self.line = line
         self.batches = None if batches is None else reiterable(batches)
@@ -580,20 +580,6 @@ class TillLayersCollapse(Method):
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise MethodError(f"{record} does not fit this run ({error}); give another folder") from error
         return finished, dict(state["pending"])
-
-
-def _linearisable(sites: Sites) -> Sites:
-    """Those sites whose activation may go; the reasons of the others go to `skipped`."""
-    reasons = {
-        site.name: site.not_linear or "it has no activation"
-        for site in sites
-        if site.not_linear or site.activation is None
-    }
-    if len(reasons) == len(sites):
-        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise MethodError(f"there is no site that may become linear{': ' if told else ''}{told}")
-    chosen = tuple(site for site in sites if site.name not in reasons)
-    return dataclasses.replace(sites, items=chosen, skipped={**sites.skipped, **reasons})
 
 
 def _entry(site: Site, slope: Tensor, offset: Tensor) -> Entry:
