@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from shallower.errors import MethodError
 from shallower.forms import fitted_map
 from shallower.matching import find_sites
-from shallower.merging import PatchGram, choose_forms, least_seconds, narrowed_pair
+from shallower.merging import PatchGram, choose_forms, narrowed_pair, surely_fastest
 from shallower.plan import Entry, Plan
 from shallower.simulation import simulate
 from shallower.sites import LinearMap
 from shallower.surgery import apply
+from shallower.timing import Ratio
 
 
 class Block(nn.Module):
@@ -193,13 +194,6 @@ def test_numbers_out_of_range_are_errors() -> None:
         choose_forms(model, collapsed(model, x), x, ranks=(2,))
 
 
-def test_more_work_takes_more_time() -> None:
-    models = {"small": nn.Linear(16, 16), "large": nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)])}
-    x = {"small": torch.randn(64, 16), "large": torch.randn(64, 512)}
-    seconds = {name: least_seconds({name: model}, x[name], rounds=5)[name] for name, model in models.items()}
-    assert seconds["small"] < seconds["large"]
-
-
 def test_a_site_through_a_pooling_is_left_to_the_surgery() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -208,3 +202,35 @@ def test_a_site_through_a_pooling_is_left_to_the_surgery() -> None:
     x = torch.randn(2, 3, 8, 8)
     plan = collapsed(model, x)
     assert choose_forms(model, plan, x, batches=[x, x], rounds=2).entries == plan.entries
+
+
+SAME, CHEAPER, DEARER = (100, 100), (80, 90), (120, 90)
+
+
+@pytest.mark.parametrize(
+    ("cost", "time", "taken"),
+    [
+        (CHEAPER, Ratio(0.8, 0.7, 0.9), True),
+        (CHEAPER, Ratio(0.99, 0.9, 1.1), True),
+        (CHEAPER, Ratio(1.05, 1.01, 1.1), False),
+        (DEARER, Ratio(0.8, 0.7, 0.9), True),
+        (DEARER, Ratio(0.94, 0.92, 0.96), False),
+        (DEARER, Ratio(0.8, 0.6, 1.1), False),
+        (SAME, Ratio(0.9, 0.85, 0.95), True),
+        (SAME, Ratio(0.99, 0.9, 1.1), False),
+    ],
+)
+def test_a_form_is_taken_where_it_is_surely_faster_or_cheaper_and_not_surely_slower(
+    cost: tuple[int, int], time: Ratio, taken: bool
+) -> None:
+    assert surely_fastest([SAME, cost], [Ratio(1, 1, 1), time], [False, False]) == taken
+
+
+def test_what_may_be_as_fast_and_is_exact_comes_before_what_is_fitted() -> None:
+    times = [Ratio(1, 1, 1), Ratio(0.5, 0.45, 0.55), Ratio(0.51, 0.46, 0.56)]
+    assert surely_fastest([SAME, CHEAPER, CHEAPER], times, [False, True, False]) == 2
+
+
+def test_what_is_fitted_is_taken_where_it_is_surely_faster() -> None:
+    times = [Ratio(1, 1, 1), Ratio(0.5, 0.45, 0.55), Ratio(0.8, 0.75, 0.85)]
+    assert surely_fastest([SAME, CHEAPER, CHEAPER], times, [False, True, False]) == 1

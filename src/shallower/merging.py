@@ -20,7 +20,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.benchmark import timer
 from tqdm.auto import tqdm
 
 from shallower import attachment
@@ -35,11 +34,16 @@ from shallower.plan import Entry, Fate, Fit, Plan
 from shallower.sites import LinearMap, Site, amount
 from shallower.statistics import evaluating
 from shallower.surgery import operate
+from shallower.timing import Ratio, times_in_turn
 
 _ELEMENTS = 1 << 24
 """Numbers in the patches that are held at a time."""
 _ALIKE = 0.03
-"""Latencies that differ by less than this part of the time before are taken for equal."""
+"""Times that differ by less than this part of the layers' time are taken for equal."""
+_DEARER = 0.05
+"""What has more MACs or parameters is to take less of the time, by so much."""
+_BLOCKS = 12
+"""Parts of the timing, which tell the noise."""
 _MOST_TOGETHER = 4
 """Overlapping sites for which all combinations of forms are tried."""
 
@@ -53,7 +57,7 @@ def choose_forms(
     error: float = 0.05,
     kernels: Sequence[tuple[int, int]] | None = None,
     ranks: Sequence[float] = (0.25, 0.5, 0.75),
-    rounds: int = 40,
+    rounds: int = 60,
     inputs_of: InputsOf = default_inputs_of,
 ) -> Plan:
     """The plan with the form of every site without kept channels decided by its counted and its measured cost.
@@ -63,9 +67,12 @@ def choose_forms(
     only comes close: a pair of convolutions replaced by one kernel, fitted by least squares to the pair's output,
     again with the skip inside; and the pair narrowed in the middle, to the ranks that keep most of the output.
 
-    The fastest is taken. Forms that come within 3 % of it count as equally fast, and the one with fewest MACs and
-    parameters is taken, exact ones first. A form that is dearer as counted than the layers apart has to be faster by
-    5 %. Nothing is taken that was measured slower than what is there; where all were, only the activation goes.
+    Times are told with the interval that their noise leaves (see `shallower.timing.Ratio`). That only the activation
+    goes, all layers and channels staying, is what everything else is held against: it costs less than what is there on
+    any machine. Another form is taken only where it is faster by more than the noise, by 5 % more where it has more
+    MACs or parameters; or where it has fewer and is not slower by more than the noise. Of these the fastest is taken.
+    Forms that may come within 3 % of it count as equally fast, and the one with fewest MACs and parameters is taken,
+    exact ones first.
 
     Args:
         model: that the plan is for; it is left as it is.
@@ -76,7 +83,7 @@ def choose_forms(
             the skip, where there is one). Training afterwards mends much more than this: then take 1.
         kernels: sizes for fitted kernels; by default the larger of the pair's two along each axis, and 1x1.
         ranks: widths for the narrowed middle, as parts of the linear channels.
-        rounds: of timing; the least time of all rounds counts, since what else the machine does only adds to it.
+        rounds: of timing, in at most 12 blocks.
         inputs_of: picks the model's inputs out of a batch.
 
     Raises:
@@ -150,9 +157,12 @@ class _Trial:
                 forms.append(form)
                 models[form.label] = built
         chains = {"now": now} | {form.label: _Chain(models[form.label], sites, form.entries) for form in forms}
-        seconds = least_seconds(chains, x, self.rounds)
-        times = {label: value / seconds["now"] for label, value in seconds.items()}
-        chosen = _choose(forms, apart, times, errors, self.error)
+        blocks = max(1, min(_BLOCKS, self.rounds))
+        seconds = times_in_turn(chains, x, blocks=blocks, passes=-(-self.rounds // blocks))
+        near = [form for form in forms if errors.get(form.label, 0.0) <= self.error]
+        against = [Ratio.of(seconds[form.label], seconds[plain.label]) for form in near]
+        chosen = near[surely_fastest([form.cost for form in near], against, [form.fitted for form in near])]
+        times = {form.label: Ratio.of(seconds[form.label], seconds["now"]) for form in forms}
         note = _note(chosen, forms, times, errors, self.error)
         return [replace(entry, note=note) for entry in chosen.entries]
 
@@ -234,50 +244,32 @@ class _Trial:
         return [size, (1, 1)] if producer.taps > 1 and consumer.taps > 1 else []
 
 
-def least_seconds(models: Mapping[str, nn.Module], inputs: Inputs, rounds: int = 40) -> dict[str, float]:
-    """Least seconds of a forward pass over rounds in which the models take turns, in inference mode, by name.
+def surely_fastest(costs: Sequence[tuple[int, int]], times: Sequence[Ratio], fitted: Sequence[bool]) -> int:
+    """Which of several forms to take: the fastest, as far as the noise lets one say; 0 where it does not.
 
-    On a machine that has other work to do this tells models apart long before medians do.
+    Args:
+        costs: MACs and parameters of each.
+        times: each one's, as part of the first one's.
+        fitted: which are not exact.
     """
-    with torch.inference_mode():
-        for model in models.values():
-            call(model, inputs)
-        found = dict.fromkeys(models, float("inf"))
-        for _ in range(rounds):
-            for name, model in models.items():
-                start = timer()
-                call(model, inputs)
-                found[name] = min(found[name], timer() - start)
-    return found
 
+    def is_allowed(form: int) -> bool:
+        if any(a > b for a, b in zip(costs[form], costs[0], strict=True)):
+            return times[form].high < 1 - _DEARER
+        return times[form].is_faster or (costs[form] != costs[0] and not times[form].is_slower)
 
-def _choose(
-    forms: Sequence[_Form], apart: _Form, times: Mapping[str, float], errors: Mapping[str, float], limit: float
-) -> _Form:
-    def is_allowed(form: _Form) -> bool:
-        if errors.get(form.label, 0.0) > limit or times[form.label] > 1:
-            return False
-        dearer = any(a > b for a, b in zip(form.cost, apart.cost, strict=True))
-        return not dearer or times[form.label] <= times[apart.label] - 0.05
-
-    allowed = [form for form in forms if is_allowed(form)]
-    if not allowed:
-        return forms[0]
-    fastest = min(times[form.label] for form in allowed)
-    alike = [form for form in allowed if times[form.label] <= fastest + _ALIKE]
-    return min(alike, key=lambda form: (form.fitted, form.cost))
+    allowed = [0, *filter(is_allowed, range(1, len(costs)))]
+    fastest = min(times[form].median for form in allowed)
+    alike = [form for form in allowed if times[form].low <= fastest + _ALIKE]
+    return min(alike, key=lambda form: (fitted[form], costs[form]))
 
 
 def _note(
-    chosen: _Form,
-    forms: Sequence[_Form],
-    times: Mapping[str, float],
-    errors: Mapping[str, float],
-    limit: float,
+    chosen: _Form, forms: Sequence[_Form], times: Mapping[str, Ratio], errors: Mapping[str, float], limit: float
 ) -> str:
     def told(form: _Form) -> str:
         macs, params = form.cost
-        text = f"{form.label}: {_signed(params)} params, {_signed(macs)} MACs, {times[form.label]:.2f} of the time"
+        text = f"{form.label}: {_signed(params)} params, {_signed(macs)} MACs, {times[form.label]} of the time"
         if form.label in errors:
             over = f", more than {limit:.3g}" if errors[form.label] > limit else ""
             text += f", error {errors[form.label]:.3g}{over}"
