@@ -102,10 +102,48 @@ def test_sites_that_cannot_be_linear_are_left_alone_and_told() -> None:
     )
     x = torch.randn(2, 3, 4, 4)
     sites = find_sites(model, x)
-    method = LayerCollapse(model, sites)
+    method = LayerCollapse(model, sites, include="*")
     (skipped,) = [site for site in sites if site.not_linear]
     assert method.sites.skipped[skipped.name] == skipped.not_linear
     assert [site.name for site in method.sites] == [site.name for site in sites if not site.not_linear]
+
+
+def two_parts() -> tuple[nn.Sequential, Tensor]:
+    """A 3x3 convolution after another, which merge into something dearer, and a wide head, which pays."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2)
+    )
+    return model.eval(), torch.randn(2, 3, 8, 8)
+
+
+def test_sites_that_save_nothing_are_left_out_and_told() -> None:
+    model, x = two_parts()
+    method = LayerCollapse(model, find_sites(model, x))
+    assert [site.name for site in method.sites] == ["4"]
+    assert list(method.left_out) == ["0"]
+    assert "no layer becomes cheaper" in method.left_out["0"]
+    assert method.sites.skipped["0"] == method.left_out["0"]
+
+
+@pytest.mark.parametrize("include", ["0", "*", ["0"]])
+def test_sites_that_save_nothing_are_taken_where_they_are_named(include: Any) -> None:
+    model, x = two_parts()
+    method = LayerCollapse(model, find_sites(model, x), include=include)
+    assert [site.name for site in method.sites] == ["0", "4"]
+    assert method.left_out == {}
+
+
+def test_a_name_to_include_that_no_site_has_is_an_error() -> None:
+    model, x = two_parts()
+    with pytest.raises(MethodError, match="no site of that name"):
+        LayerCollapse(model, find_sites(model, x), include="features*")
+
+
+def test_a_network_in_which_no_site_pays_is_an_error_that_names_the_remedy() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    with pytest.raises(MethodError, match=r"no site pays .*include='\*'"):
+        LayerCollapse(model, find_sites(model, torch.randn(1, 3, 8, 8)))
 
 
 def test_no_usable_site_is_an_error() -> None:
@@ -420,7 +458,7 @@ def test_activation_place_is_linear_or_as_it_was() -> None:
             return self.two(self.act(x + self.one(x)))
 
     model = Sum().eval()
-    method = LayerCollapse(model, find_sites(model, X, places=True), granularity="channel")
+    method = LayerCollapse(model, find_sites(model, X, places=True), granularity="channel", include="*")
     assert not method.plan().entries
     set_slopes(method, 0.5)
     with pytest.raises(MethodError, match="train it further"):

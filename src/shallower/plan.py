@@ -296,8 +296,10 @@ class Plan:
             PlanError: a site cannot be linear, or there is no site of that name.
 
         Warns:
-            CostWarning: a site does not become cheaper.
+            CostWarning: a site does not become cheaper, or loses its activation and no layer becomes cheaper.
         """
+        from shallower.paying import paying
+
         chosen = list(sites)
         if names is not None:
             wanted = [names] if isinstance(names, str) else list(names)
@@ -308,6 +310,16 @@ class Plan:
             chosen = [site for site in chosen if site.name in wanted]
         plan = cls(tuple(Entry.collapse(site) for site in chosen), method="collapse")
         plan.warn_of_cost()
+        apart = {step.entry.site.name for step in steps(plan.entries) if step.form.kind == "apart"}
+        idle = [name for name in paying(chosen)[1] if name in apart]
+        if idle:
+            shown = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
+            warnings.warn(
+                f"{shown}: the activation goes and the layers stay as they are, so that nothing is saved but the "
+                "operation. Leave such sites out, or move the padding first where that is what keeps layers apart",
+                CostWarning,
+                stacklevel=2,
+            )
         return plan
 
     def __len__(self) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from shallower import attachment
 from shallower.errors import MethodError
 from shallower.inputs import model_device
+from shallower.paying import cannot_be_linear
 from shallower.plan import Plan
 from shallower.sites import Sites
 
@@ -116,11 +117,7 @@ def linearisable(sites: Sites) -> Sites:
     Raises:
         MethodError: there is none.
     """
-    reasons = {
-        site.name: site.not_linear or "it has no activation"
-        for site in sites
-        if site.not_linear or site.activation is None
-    }
+    reasons = {site.name: reason for site in sites if (reason := cannot_be_linear(site))}
     if len(reasons) == len(sites):
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise MethodError(f"there is no site that may become linear{': ' if told else ''}{told}")

@@ -32,6 +32,7 @@ from shallower.fingerprints import fingerprint
 from shallower.inputs import InputsOf, call, default_inputs_of, model_device, reiterable, to_device
 from shallower.methods.base import Method, linearisable
 from shallower.methods.sensitivity import output_change
+from shallower.paying import paying
 from shallower.plan import Entry, Family, Fate, Plan
 from shallower.sites import Place, Site, Sites
 from shallower.statistics import MaskOf, Moments, collect, evaluating, gaussian_prelu
@@ -74,7 +75,8 @@ class LayerCollapse(Method):
     """Replaces f by a x + (1 - a) f(x) and pulls the slope a to 1 by the penalty strength * sum (1 - a)^2.
 
     Attaches to the model at once; at a = 0 the model computes what it computed. Sites at which no channel may become
-    linear are left alone, and told in `method.sites.skipped`.
+    linear are left alone, and so are those whose collapse makes no layer cheaper (two 3x3 convolutions, for instance)
+    unless they are named in `include`; `method.left_out` tells which and why.
 
     A slope that has become exactly 1 (by `settle`, or because of `arrive_in`) stays there as long as `before_step` and
     `after_step` are called.
@@ -82,6 +84,7 @@ class LayerCollapse(Method):
     Args:
         model: to attach to.
         sites: where; a gated site's gate goes towards the constant 1.
+        include: names or patterns of sites that become linear even where that saves nothing; "*" for all.
         strength: of the penalty. Per channel the penalty is the mean over the channels, so that strength keeps its
             meaning.
         family: "blend" keeps the trained f at first; "prelu" is the paper's max(x, 0) + a min(x, 0), from a = 0.01.
@@ -96,7 +99,8 @@ class LayerCollapse(Method):
             towards 1. None leaves it to the penalty. `fit` sets it for each stage.
 
     Raises:
-        MethodError: a value is out of its range, no site can become linear, or a method is attached already.
+        MethodError: a value is out of its range, no site can become linear or none pays, nothing fits a name in
+            `include`, or a method is attached already.
         SiteError: an activation cannot be exchanged.
     """
 
@@ -111,6 +115,7 @@ class LayerCollapse(Method):
         decoupled: bool = False,
         slope_lr: float | None = None,
         arrive_in: int | None = None,
+        include: str | Iterable[str] = (),
     ) -> None:
         if strength < 0 or (slope_lr is not None and slope_lr <= 0) or (arrive_in is not None and arrive_in < 1):
             raise MethodError("strength must not be negative, slope_lr must be positive and arrive_in at least 1 step")
@@ -119,7 +124,8 @@ class LayerCollapse(Method):
                 f"family={family!r}, granularity={granularity!r}: the families are 'blend' and 'prelu', the "
                 "granularities 'site' and 'channel'"
             )
-        super().__init__(model, linearisable(sites))
+        super().__init__(model, _worthwhile(sites, [include] if isinstance(include, str) else list(include)))
+        self.left_out = {site.name: self.sites.skipped[site.name] for site in sites if site not in self.sites}
         self.strength = strength
         self.family = family
         self.granularity = granularity
@@ -509,6 +515,27 @@ class LayerCollapse(Method):
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise MethodError(f"{record} does not fit this run ({error}); give another folder") from error
         return state["groups"], stages
+
+
+def _worthwhile(sites: Sites, include: Sequence[str]) -> Sites:
+    """Those sites that may become linear and either pay or are asked for; the reasons of the others go to `skipped`.
+
+    Raises:
+        MethodError: there is none, or nothing that may become linear has a name that was asked for.
+    """
+    linear = linearisable(sites)
+    asked = {name: linear.select(name).items for name in include}
+    for name, found in asked.items():
+        if not found:
+            raise MethodError(f"include={name!r}: there is no site of that name that may become linear")
+    kept, reasons = paying(linear)
+    names = {site.name for found in (kept, *asked.values()) for site in found}
+    left = {name: reason for name, reason in reasons.items() if name not in names}
+    if not names:
+        told = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
+        raise MethodError(f"no site pays ({told}). With include='*' the activations go all the same")
+    chosen = tuple(site for site in linear if site.name in names)
+    return dataclasses.replace(linear, items=chosen, skipped={**linear.skipped, **left})
 
 
 def _place(site: Site) -> Place:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
@@ -15,6 +15,7 @@ from shallower.inputs import Inputs, model_device
 from shallower.matching import find_sites
 from shallower.measuring import compare
 from shallower.methods.layer_collapse import LayerCollapse, Stage
+from shallower.paying import Unit, paying
 from shallower.plan import Entry, Plan
 from shallower.sites import Site, Sites
 from shallower.surgery import apply
@@ -24,6 +25,9 @@ PROBE = 256
 
 KEEP_EVERY = 200
 """Steps of the training after which its state is kept."""
+
+_COUNTED: Mapping[str, Unit] = {"params": "params", "memory": "params", "macs": "macs", "latency": "macs"}
+"""What has to become less for a target; either of the two for any other."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +61,12 @@ class LayerCollapseRun:
             SiteError: there is none; the error says why.
         """
         unit = "drop" if target is None else target.unit
-        by_params = unit in ("params", "memory")
-
-        def saves(site: Site) -> bool:
-            if site.not_linear or site.activation is None:
-                return False
-            entry = Entry.collapse(site)
-            params, macs = entry.params_after < site.params, entry.macs_after < site.macs
-            return params if by_params else macs if unit != "drop" else params or macs
-
-        found = sites.select(saves)
-        if not found.items:
-            reasons = [f"{site.name}: {site.not_linear or 'it does not become cheaper'}" for site in sites]
-            reasons += [f"{name}: {reason}" for name, reason in sites.skipped.items()]
-            told = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
-            raise SiteError(f"there is no site that can collapse and pays{': ' if told else ''}{told}")
-        return found
+        chosen, reasons = paying(sites, _COUNTED.get(unit, ""))
+        if not chosen:
+            told = [f"{name}: {reason}" for name, reason in {**reasons, **sites.skipped}.items()]
+            listed = "; ".join(told[:3]) + (f"; and {len(told) - 3} more" if len(told) > 3 else "")
+            raise SiteError(f"there is no site that can collapse and pays{': ' if listed else ''}{listed}")
+        return replace(sites, items=chosen)
 
     def preview(self, work: Work) -> Plan:
         """The collapse of the sites that would be chosen; for a `drop` target, of all."""
@@ -86,7 +80,7 @@ class LayerCollapseRun:
         """
         model, device = work.model, model_device(work.model)
         chosen = self._choose(work)
-        method = LayerCollapse(model, chosen, self.strength)
+        method = LayerCollapse(model, chosen, self.strength, include="*")
         try:
             stages = method.fit(
                 work.batches.train,
@@ -123,7 +117,7 @@ class LayerCollapseRun:
         if self.order == "last-first":
             order = list(sites.items[::-1])
         else:
-            method = LayerCollapse(model, sites, self.strength)
+            method = LayerCollapse(model, sites, self.strength, include="*")
             try:
                 costs = method.sensitivity(work.probe(PROBE))
             finally:
