@@ -81,7 +81,7 @@ EXAMPLES = 8
 CRITERIA = ("loss", "batchnorm", "entropy", "random", "slopes")
 
 ONE_SHOT = (1, 2, 4, 6, 8)
-RETRAINED = (1, 2, 4, 6, 8)
+RETRAINED = (1, 2, 4, 6)
 FINISHED = (4,)
 """Rounds after which the merged network is trained as it is."""
 
@@ -314,8 +314,9 @@ class Work:
     cache: Path
 
     def gaps_for(self, budget: Budget) -> list[tuple[Tensor, Tensor]]:
-        """What a loop chooses on: fewer images for the deep ResNet, which has many sites."""
-        return self.gaps if budget.blocks == 3 else [(x[:125], y[:125]) for x, y in self.gaps[:1]]
+        """What a loop chooses on, in every round: fewer images for the deep ResNet, which has many sites."""
+        count = 250 if budget.blocks == 3 else 125
+        return [(x[:count], y[:count]) for x, y in self.gaps[:1]]
 
     @classmethod
     def of(cls, data: Path, cache: Path) -> Work:
@@ -350,7 +351,7 @@ class Budget:
         return stage(cache, f"resnet{6 * self.blocks + 2}-{self.criterion}", self).with_suffix("")
 
 
-RESNET20 = Budget(3, "loss", 54, 8, 1)
+RESNET20 = Budget(3, "loss", 54, 6, 1)
 INNER = Budget(3, "loss", 54, 4, 1, inner=True)
 COMPARED = tuple(Budget(3, name, 27, 4, 2, recipe=COMPARING, lesson=Lesson(0.5)) for name in CRITERIA)
 RESNET56 = Budget(9, "loss", 36, 3, 4)
@@ -835,7 +836,7 @@ def at_once(work: Work, data: Path, budget: Budget, counts: Sequence[int]) -> li
     """A ResNet without training."""
     subject = resnet_subject(work, data, budget.blocks)
     folder = work.cache / f"resnet{6 * budget.blocks + 2}-one-shot"
-    order = order_of(subject, work.gaps_for(budget), folder / "order.json")
+    order = order_of(subject, work.gaps if budget.blocks == 3 else work.gaps_for(budget), folder / "order.json")
     return curve(subject, {count: partial(one_shot, subject, order, count) for count in counts}, folder)
 
 
