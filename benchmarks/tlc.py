@@ -314,9 +314,8 @@ class Work:
     cache: Path
 
     def gaps_for(self, budget: Budget) -> list[tuple[Tensor, Tensor]]:
-        """What a loop chooses on, in every round: fewer images for the deep ResNet, which has many sites."""
-        count = 250 if budget.blocks == 3 else 125
-        return [(x[:count], y[:count]) for x, y in self.gaps[:1]]
+        """What a loop chooses on, in every round."""
+        return [(x[: budget.ranked], y[: budget.ranked]) for x, y in self.gaps[: -(-budget.ranked // 250)]]
 
     @classmethod
     def of(cls, data: Path, cache: Path) -> Work:
@@ -334,13 +333,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Budget:
-    """How a shared ResNet is trained while its activations go; `inner`: only those inside of blocks."""
+    """How a shared ResNet is trained while its activations go; `inner`: only those inside of blocks.
+
+    Before each round activations are ranked on `ranked` rows.
+    """
 
     blocks: int
     criterion: str
     steps: int
     rounds: int
     per_round: int
+    ranked: int = 250
     inner: bool = False
     recipe: Recipe = RETRAINING
     lesson: Lesson = LESSON
@@ -353,8 +356,8 @@ class Budget:
 
 RESNET20 = Budget(3, "loss", 54, 6, 1)
 INNER = Budget(3, "loss", 54, 4, 1, inner=True)
-COMPARED = tuple(Budget(3, name, 27, 4, 2, recipe=COMPARING, lesson=Lesson(0.5)) for name in CRITERIA)
-RESNET56 = Budget(9, "loss", 36, 3, 4)
+COMPARED = tuple(Budget(3, name, 27, 4, 2, ranked=GAPS, recipe=COMPARING, lesson=Lesson(0.5)) for name in CRITERIA)
+RESNET56 = Budget(9, "loss", 36, 3, 4, ranked=125)
 
 
 def with_retraining(work: Work, data: Path, budget: Budget) -> Path:
