@@ -46,14 +46,14 @@ def recipe_of(number: int, quick: bool = False) -> Recipe:
     return Recipe(epochs=1 if quick else STAGE_EPOCHS, lr=7e-4, weight_decay=0.05, warmup=0.05, seed=1 + number)
 
 
-def network(layers: int = LAYERS, seed: int = 0) -> nn.Module:
-    """A ViT for 32x32 images: patches of 4, width 96, 3 heads, hidden width 384."""
+def network(layers: int = LAYERS, seed: int = 0, *, patch: int = 4, heads: int = 3) -> nn.Module:
+    """A ViT for 32x32 images: width 96, hidden width 384."""
     repair_torchvision()
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(seed)
     model: nn.Module = VisionTransformer(
-        img_size=32, patch_size=4, embed_dim=96, depth=layers, num_heads=3, num_classes=10
+        img_size=32, patch_size=patch, embed_dim=96, depth=layers, num_heads=heads, num_classes=10
     )
     return model
 

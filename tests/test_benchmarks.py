@@ -68,15 +68,16 @@ def test_slope_overhead_times_both_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_structural_dropout_scores_every_width_and_draws_it(data: Path, tmp_path: Path) -> None:
+def test_structural_dropout_narrows_four_networks_in_every_way_and_draws_them(data: Path, tmp_path: Path) -> None:
     found, table = quick("structural_dropout", data, tmp_path)
-    mlp, vgg = found["mlp"], found["vgg"]
-    assert mlp["rows"]["published"]["widths"] == [256, 128, 1]  # type: ignore[index]
-    assert set(vgg["rows"]) > {"trained for itself", "magnitude", "squeeze", "published", "defaults"}  # type: ignore[index]
-    assert "our defaults" in table
-    assert {path.stem for path in tmp_path.glob("*.png")} == {
-        f"structural_dropout-{name}" for name in ("mlp", "vgg", "minilm")
-    }
+    networks: dict[str, dict[str, dict[str, dict[str, list[float]]]]] = found["networks"]  # type: ignore[assignment]
+    assert set(networks) == {"mlp", "vgg", "vit", "minilm"}
+    ways = {"separate", "magnitude", "squeeze", "published", "defaults", "short", "from dense"}
+    assert all(set(network["rows"]) >= ways for network in networks.values())
+    assert networks["mlp"]["rows"]["published"]["shares"] == [1.0, 0.75, 0.5, 1 / 256]
+    assert "squeeze, all heads" in networks["vit"]["rows"]
+    assert all(label in table for label in ("our defaults", "What was asked for", "MiniLM"))
+    assert {path.stem for path in tmp_path.glob("*.png")} == {f"structural_dropout-{name}" for name in networks}
 
 
 def test_a_finished_stage_is_not_trained_again(data: Path, tmp_path: Path) -> None:
