@@ -20,15 +20,13 @@ from tqdm.auto import tqdm
 
 from shallower.errors import FitError, SiteError
 from shallower.inputs import InputsOf, call, default_inputs_of, model_device, reiterable, tensors, to_device
+from shallower.replay import Course, Replay, course_of
 from shallower.residual import ResidualSums
 from shallower.sites import LinearMap, Site
 from shallower.statistics import MaskOf, default_mask_of, evaluating
 
-_ROWS = 1 << 13
-"""Rows that are converted to float64 at a time."""
-
-_QUICK_ROWS = 1 << 10
-"""Rows whose products are added up in float32."""
+_ROWS = 1 << 10
+"""Rows that are converted to float64, or whose products are added up in float32, at a time."""
 
 _PER_COLUMN = 64
 """Positions of a convolution that are used, for each column of its patches: neighbours tell nearly the same."""
@@ -38,6 +36,11 @@ _POSITIONS = 1 << 17
 
 _VALUES = 1 << 22
 """Hidden values that are computed at a time."""
+
+_SAMPLE = 1 << 12
+"""Values of a tensor by which it is compared with what it should be."""
+
+_ROUNDING = 1e-5
 
 HELD_OUT = 4
 """One row of so many is kept apart, to choose by."""
@@ -69,14 +72,35 @@ class Gram:
 
         With `quick`, products of up to 1,024 rows are added up in float32: twice as fast, and right to about 1e-6.
         """
-        total = cls.empty(z.shape[1], y.shape[1], z.device)
-        rows, dtype = (_QUICK_ROWS, torch.float32) if quick else (_ROWS, torch.float64)
-        for z_part, y_part in zip(torch.split(z, rows), torch.split(y, rows), strict=True):
-            a, b = z_part.to(dtype), y_part.to(dtype)
-            sums = (a.sum(0), b.sum(0), a.T @ a, a.T @ b, b.square().sum(0))
-            for name, seen in zip(("z", "y", "zz", "zy", "yy"), sums, strict=True):
-                getattr(total, name).add_(seen)
-        return replace(total, count=float(len(z)))
+        return cls.empty(z.shape[1], y.shape[1], z.device).extended([z], y, quick=quick)
+
+    def extended(self, z: Sequence[Tensor], y: Tensor, *, quick: bool = False) -> Gram:
+        """With more samples, which are added to the sums of this one in place.
+
+        Args:
+            z: side by side; (positions, n) together.
+            y: (positions, d).
+            quick: see `of`.
+        """
+        dtype = torch.float32 if quick else torch.float64
+        for start in range(0, len(y), _ROWS):
+            rows = slice(start, start + _ROWS)
+            parts, b = [part[rows].to(dtype) for part in z], y[rows].to(dtype)
+            a = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            self.z.add_(a.sum(0))
+            self.y.add_(b.sum(0))
+            self.yy.add_(b.square().sum(0))
+            if quick:
+                self.zz.add_(a.T @ a)
+                self.zy.add_(a.T @ b)
+            else:
+                self.zz.addmm_(a.T, a)
+                self.zy.addmm_(a.T, b)
+        return replace(self, count=self.count + len(y))
+
+    def part(self, columns: slice) -> Gram:
+        """Of some of the columns of z alone; the sums are views."""
+        return replace(self, z=self.z[columns], zz=self.zz[columns, columns], zy=self.zy[columns])
 
     @classmethod
     def empty(cls, n: int, d: int, device: torch.device | str = "cpu") -> Gram:
@@ -117,8 +141,8 @@ class Gram:
         if not intercept:
             mean_z, mean_y = torch.zeros_like(mean_z), torch.zeros_like(mean_y)
         return Centred(
-            self.zz / self.count - mean_z[:, None] * mean_z,
-            self.zy / self.count - mean_z[:, None] * mean_y,
+            (self.zz / self.count).addr_(mean_z, mean_z, alpha=-1),
+            (self.zy / self.count).addr_(mean_z, mean_y, alpha=-1),
             (self.yy / self.count - mean_y.square()).clamp_min(0),
             mean_z,
             mean_y,
@@ -172,7 +196,10 @@ class SiteGrams:
 
     Attributes:
         fit, held: from what the consumers read (patches of it, for a convolution) to what they should give.
-        inputs: (fit, held) from what the producer reads, for a full collapse; None where that was not asked for.
+        inputs: (fit, held) from what the producer reads, for a full collapse; None where that was not asked for, or
+            where it reads other positions.
+        joint: (fit, held) from what the consumers and what the producer read, side by side; `fit`, `held` and `inputs`
+            are parts of it. None where `inputs` is.
         rows: (fit, held), what the producer reads and the consumers should give at some of the positions; empty where
             that was not asked for. Of this process alone.
         units: (d,) what a unit of each of the consumers' outputs becomes in the sum that it goes into; ones where it
@@ -182,13 +209,20 @@ class SiteGrams:
     fit: Gram
     held: Gram
     inputs: tuple[Gram, Gram] | None = None
+    joint: tuple[Gram, Gram] | None = None
     rows: tuple[Sequence[Rows], Sequence[Rows]] = ((), ())
     units: Tensor | None = None
 
-    def over_processes(self) -> SiteGrams:
-        """Of all processes together."""
-        inputs = None if self.inputs is None else (self.inputs[0].over_processes(), self.inputs[1].over_processes())
-        return SiteGrams(self.fit.over_processes(), self.held.over_processes(), inputs, self.rows, self.units)
+    @classmethod
+    def of(
+        cls, fit: Gram, held: Gram, columns: int, rows: tuple[Sequence[Rows], Sequence[Rows]], units: Tensor
+    ) -> SiteGrams:
+        """Of Gram matrices that go on, behind so many columns, with what the producer reads."""
+        if len(fit.z) == columns:
+            return cls(fit, held, rows=rows, units=units)
+        read, given = slice(0, columns), slice(columns, None)
+        inputs = (fit.part(given), held.part(given))
+        return cls(fit.part(read), held.part(read), inputs, (fit, held), rows, units)
 
     @property
     def all(self) -> Gram:
@@ -265,6 +299,7 @@ def collect_grams(
     batches: Iterable[Any],
     *,
     goals: Sequence[Goals] | None = None,
+    walk: Walk | None = None,
     compensation: float = 0.0,
     with_inputs: bool = False,
     with_rows: bool = False,
@@ -281,9 +316,10 @@ def collect_grams(
         sites: that have not been squeezed yet, in both models.
         batches: read once here, but a one-shot iterator is refused.
         goals: what `collect_goals` found with the same compensation and batches; then `dense` does not run.
+        walk: goes on from the blocks that are finished before the sites, instead of from the inputs.
         compensation: where a consumer's output is added to a residual stream, this part of the difference between the
             two models' streams is added to what the consumer should give.
-        with_inputs: also of what the producer reads, where `may_collapse`.
+        with_inputs: also of what the producer reads, where it reads the positions that the consumers read.
         with_rows: also keep what the producers read and the consumers should give.
         inputs_of: picks the model's inputs out of a batch.
         mask_of: picks the mask out of a batch; by default a two-dimensional `attention_mask`.
@@ -295,7 +331,7 @@ def collect_grams(
     reiterable(batches)
     share = len(batches) if isinstance(batches, Sized) else 1
     device = model_device(dense)
-    sums: dict[str, list[Gram]] = {}
+    sums: dict[str, tuple[Gram, Gram]] = {}
     kept: dict[str, tuple[list[Rows], list[Rows]]] = {site.name: ([], []) for site in sites}
     units: dict[str, Tensor] = {}
     samples = 0
@@ -314,9 +350,9 @@ def collect_grams(
             inputs = to_device(inputs_of(batch), device)
             samples += _samples(inputs)
             if target is not None:
-                target.run(inputs)
+                _walked(target, walk and walk.dense, walk, index, sites, inputs)
             if source is not target:
-                source.run(inputs)
+                _walked(source, walk and walk.small, walk, index, sites, inputs)
             rows = _Rows(None if mask is None else mask.to(device).bool().flatten(), share)
             for site in sites:
                 if target is not None:
@@ -325,9 +361,7 @@ def collect_grams(
                     given = goals[index][site.name] if goals is not None else ()
                 wanted = rows.wanted(site, given, source, compensation)
                 units[site.name] = torch.cat(given[0].units)
-                seen = rows.grams(site, source, wanted, with_inputs)
-                old = sums.get(site.name)
-                sums[site.name] = seen if old is None else [a + b for a, b in zip(old, seen, strict=True)]
+                sums[site.name] = rows.grams(site, source, wanted, with_inputs, sums.get(site.name))
                 if with_rows:
                     rows.keep(site, source, wanted, kept[site.name])
     if samples < 2:
@@ -336,15 +370,114 @@ def collect_grams(
         )
     found = {}
     for site in sites:
-        fit, held, *inputs_grams = sums[site.name]
-        pair = (inputs_grams[0], inputs_grams[1]) if inputs_grams else None
-        found[site.name] = SiteGrams(fit, held, pair, kept[site.name], units[site.name]).over_processes()
-        if not bool(found[site.name].all.zz.isfinite().all()):
+        fit, held = (gram.over_processes() for gram in sums.pop(site.name))
+        columns = site.width * site.consumers[0].taps
+        found[site.name] = SiteGrams.of(fit, held, columns, kept[site.name], units[site.name])
+        if not bool(fit.zz.isfinite().all() and held.zz.isfinite().all()):
             raise FitError(
                 f"{site.name}: what its consumer `{site.consumers[0].name}` reads is not finite on the calibration "
                 "batches; does the model overflow, or do the batches hold NaN?"
             )
     return found
+
+
+class Walk:
+    """Both networks, each going on from the blocks that are finished instead of from the inputs.
+
+        walk = Walk.along(dense, small, sites, batches)
+        for site in sites:                          # in this order
+            grams = collect_grams(dense, small, [site], batches, walk=walk)
+
+    The dense network never changes, and runs each block once; the small one runs it again when its sites are squeezed.
+    What the sites read and give in the dense network is compared, on the first batch, with what they do in a pass from
+    the inputs, and on all batches nothing may come from a block that was passed over. Where it does the walk ends, and
+    all passes run from the inputs.
+
+    Attributes:
+        dense, small: what the finished blocks of both networks gave; `small` is None where there is just one.
+        course: when the blocks run.
+        reads: by site, samples of what its maps read and give on the first batch.
+    """
+
+    def __init__(
+        self, dense: Replay, small: Replay | None, course: Course, reads: Mapping[str, Sequence[Tensor]]
+    ) -> None:
+        self.dense = dense
+        self.small = small
+        self.course = course
+        self.reads = reads
+
+    @classmethod
+    def along(
+        cls,
+        dense: nn.Module,
+        small: nn.Module | None,
+        sites: Sequence[Site],
+        batches: Iterable[Any],
+        inputs_of: InputsOf = default_inputs_of,
+    ) -> Walk:
+        """Along these sites, in this order; one pass of the dense network over the first batch."""
+        first = to_device(inputs_of(next(iter(batches))), model_device(dense))
+        with evaluating(dense), _Watch(dense, sites, sampled=True) as watch:
+            course = course_of(dense, sites, lambda: watch.run(first))
+        reads = {site.name: watch.reads(site) for site in sites}
+        replays = [None if model is None else Replay(model, course) for model in (dense, small)]
+        assert replays[0] is not None
+        walk = cls(replays[0], replays[1], course, reads)
+        if not any(course.before.values()):
+            walk.end()
+        return walk
+
+    @property
+    def on(self) -> bool:
+        """Whether it still goes on."""
+        return self.dense.on
+
+    def end(self) -> None:
+        """Let all passes run from the inputs from now on."""
+        for replay in (self.dense, self.small):
+            if replay is not None:
+                replay.give_up()
+
+    def agrees(self, watch: _Watch, site: Site, first: bool) -> bool:
+        """Whether the maps of a site read and gave what they do in a pass from the inputs."""
+        reads = watch.reads(site)
+        if not first or watch.model is not self.dense.model:
+            return all(bool(t.sum(dtype=torch.float32).isfinite()) for t in watch.tensors(site))
+        return len(reads) == len(self.reads[site.name]) and all(map(_same, reads, self.reads[site.name]))
+
+
+def _walked(
+    watch: _Watch, replay: Replay | None, walk: Walk | None, index: int, sites: Sequence[Site], inputs: Any
+) -> None:
+    """One pass of a network over a batch, from its finished blocks where that can be done."""
+    if walk is not None and replay is not None and replay.on and len(sites) == 1:
+        to = (walk.course.ahead if replay is walk.dense else walk.course.before)[sites[0].name]
+        try:
+            with replay.going_on(index, to):
+                watch.run(inputs, lambda: replay.reached)
+            if walk.agrees(watch, sites[0], index == 0):
+                return
+        except Exception:  # whatever a model makes of blocks that give nothing; a pass from the inputs decides
+            pass
+        walk.end()
+    watch.run(inputs)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two samples are the same but for rounding."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    a, b = a.double(), b.double()
+    return bool((a - b).abs().max() <= _ROUNDING * b.abs().max()) if a.numel() else True
+
+
+def _sample(t: Tensor) -> Tensor:
+    """Some of the values, spread over all dimensions."""
+    flat = t.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE) | 1].clone()
 
 
 class _Finished(Exception):  # noqa: N818 (it is no error)
@@ -354,9 +487,11 @@ class _Finished(Exception):  # noqa: N818 (it is no error)
 class _Watch:
     """Records what the maps of some sites read and give while a model runs; the pass stops after the last of them."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], sampled: bool = False) -> None:
         self.model = model
         self.sites = sites
+        self._keep: Callable[[Tensor], Tensor] = _sample if sampled else torch.clone
+        self._sampled = sampled
         self.inputs: dict[str, list[Tensor]] = {}
         self.outputs: dict[str, list[Tensor]] = {}
         self.others: dict[str, list[Tensor | None]] = {}
@@ -366,6 +501,7 @@ class _Watch:
         self._sums = _Sums(self)
         self._wanted = {site.consumers[-1].name: site.calls for site in sites}
         self._follows: list[str] = []
+        self._reached: Callable[[], bool] = lambda: True
 
     def __enter__(self) -> _Watch:
         consumers = {m.name: m for site in self.sites for m in site.consumers}
@@ -387,10 +523,10 @@ class _Watch:
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next(tensors((args, kwargs))).detach()
-            self.inputs.setdefault(m.name, []).append(x.clone() if padding is None else padding(x))
+            self.inputs.setdefault(m.name, []).append(self._keep(x) if padding is None else self._keep(padding(x)))
 
         def after(_: nn.Module, _args: Any, output: Tensor) -> None:
-            self.outputs.setdefault(m.name, []).append(output.detach().clone())
+            self.outputs.setdefault(m.name, []).append(self._keep(output.detach()))
             self._follows.append(m.name)
             self._sums.follow(output)
 
@@ -398,10 +534,12 @@ class _Watch:
         if follow:
             self._handles.append(module.register_forward_hook(after))
 
-    def run(self, inputs: Any) -> None:
-        """One forward pass, as far as it is needed."""
+    def run(self, inputs: Any, reached: Callable[[], bool] = lambda: True) -> None:
+        """One forward pass, as far as it is needed, and at least until `reached`."""
         self.inputs, self.outputs, self.others, self._follows = {}, {}, {}, []
-        self._sums = _Sums(self, measure=not self.units)
+        self._sums = _Sums(self, measure=not self.units and not self._sampled)
+        self._sums.keep = _sample if self._sampled else lambda t: t
+        self._reached = reached
         try:
             with self._sums:
                 call(self.model, inputs)
@@ -436,7 +574,19 @@ class _Watch:
 
     def complete(self) -> bool:
         """Whether every consumer has run as often as it does in a pass."""
-        return all(len(self.outputs.get(name, [])) >= calls for name, calls in self._wanted.items())
+        return self._reached() and all(len(self.outputs.get(m, [])) >= calls for m, calls in self._wanted.items())
+
+    def tensors(self, site: Site) -> list[Tensor]:
+        """All that the last pass recorded at a site."""
+        made = () if site.producer is None else (site.producer.name,)
+        names = [m.name for m in site.consumers]
+        read = [t for name in (*made, *names) for t in self.inputs.get(name, ())]
+        others = [t for name in names for t in self.others.get(name, ()) if t is not None]
+        return [*read, *(t for name in names for t in self.outputs.get(name, ())), *others]
+
+    def reads(self, site: Site) -> list[Tensor]:
+        """Samples of it."""
+        return [t if self._sampled else _sample(t) for t in self.tensors(site)]
 
 
 class _Sums(ResidualSums):
@@ -483,18 +633,38 @@ class _Rows:
             wanted.append(torch.cat(ys, 1 if site.consumers[0].kind == "conv2d" else -1))
         return wanted
 
-    def grams(self, site: Site, source: _Watch, wanted: Sequence[Tensor], with_inputs: bool) -> list[Gram]:
-        """(fit, held) of the consumers' inputs and, where asked for, of the producer's, of one batch."""
+    def grams(
+        self,
+        site: Site,
+        source: _Watch,
+        wanted: Sequence[Tensor],
+        with_inputs: bool,
+        total: tuple[Gram, Gram] | None,
+    ) -> tuple[Gram, Gram]:
+        """(fit, held) of the consumers' inputs and, where asked for, of the producer's beside them, with this batch.
+
+        The sums of `total` are added to in place.
+        """
         first = site.consumers[0]
-        total: list[Gram] | None = None
         for i, ys in enumerate(wanted):
-            y = flat(ys, first.kind == "conv2d")
-            seen = self._pair(patches(source.inputs[first.name][i], source.read_as[first.name]), y, first.taps)
-            # of convolutions there is no full collapse by least squares, and the positions need not be the same
-            if with_inputs and site.producer is not None and all(m.kind != "conv2d" for m in site.maps):
-                seen += self._pair(flat(source.inputs[site.producer.name][i], False), y, 1)
-            total = seen if total is None else [a + b for a, b in zip(total, seen, strict=True)]
-        return total or []
+            z, y = source.inputs[first.name][i], flat(ys, first.kind == "conv2d")
+            step = thinned(len(y) * self.share, site.width, first.taps)
+            parts = [patches(z, source.read_as[first.name], step)]
+            if with_inputs and site.producer is not None and _read_alike(site):
+                parts.append(flat(source.inputs[site.producer.name][i], first.kind == "conv2d"))
+            y = y[::step]
+            if self.mask is not None and step == 1 and len(self.mask) == len(y):
+                parts, y = [part[self.mask] for part in parts], y[self.mask]
+            if total is None:
+                n = sum(part.shape[1] for part in parts)
+                total = (Gram.empty(n, y.shape[1], y.device), Gram.empty(n, y.shape[1], y.device))
+            cut = len(y) - len(y) // HELD_OUT
+            total = (
+                total[0].extended([part[:cut] for part in parts], y[:cut]),
+                total[1].extended([part[cut:] for part in parts], y[cut:]),
+            )
+        assert total is not None
+        return total
 
     def keep(self, site: Site, source: _Watch, wanted: Sequence[Tensor], kept: tuple[list[Rows], list[Rows]]) -> None:
         """Add rows, for fitting and held out: tokens, or whole images."""
@@ -517,14 +687,14 @@ class _Rows:
                 if len(rows.x[part]):
                     into.append(Rows(rows.x[part].clone(), rows.y[part].clone()))
 
-    def _pair(self, z: Tensor, y: Tensor, taps: int) -> list[Gram]:
-        if self.mask is not None and len(self.mask) == len(z):
-            z, y = z[self.mask], y[self.mask]
-        if taps > 1:
-            step = thinned(len(z) * self.share, z.shape[1] // taps, taps)
-            z, y = z[::step], y[::step]
-        cut = len(z) - len(z) // HELD_OUT
-        return [Gram.of(z[:cut], y[:cut]), Gram.of(z[cut:], y[cut:])]
+
+def _read_alike(site: Site) -> bool:
+    """Whether what the producer reads at a position is what the consumers give there comes from, and nothing else."""
+    if site.between or site.averaged:
+        return False
+    if all(m.kind != "conv2d" for m in site.maps):
+        return True
+    return all(m.kind == "conv2d" and m.taps == 1 and m.stride == (1, 1) and m.padding == (0, 0) for m in site.maps)
 
 
 def may_collapse(site: Site) -> bool:
@@ -534,14 +704,26 @@ def may_collapse(site: Site) -> bool:
     return not site.not_linear and site.producer is not None and site.activation is not None and site.calls == 1
 
 
-def patches(z: Tensor, m: LinearMap) -> Tensor:
-    """What each output position of a map reads: (positions, d_in * taps), the taps of a channel beside one another."""
+def patches(z: Tensor, m: LinearMap, step: int = 1) -> Tensor:
+    """What each output position of a map reads: (positions, d_in * taps), the taps of a channel beside one another.
+
+    Args:
+        z: in the map's own layout.
+        m: the map.
+        step: of so many positions one is taken.
+    """
     if m.kind != "conv2d":
-        return flat(z, False)
+        return flat(z, False)[::step]
     if m.taps == 1 and m.padding == (0, 0):
-        return flat(z[:, :, :: m.stride[0], :: m.stride[1]], True)
-    columns = F.unfold(z, m.kernel, dilation=m.dilation, padding=m.padding, stride=m.stride)
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+        return flat(z[:, :, :: m.stride[0], :: m.stride[1]], True)[::step]
+    found, seen = [], 0
+    for images in torch.split(z, max(1, _VALUES // max(1, z[0].numel() * m.taps))):
+        columns = F.unfold(images, m.kernel, dilation=m.dilation, padding=m.padding, stride=m.stride)
+        each = columns.shape[2]
+        taken = torch.arange(-seen % step, len(images) * each, step, device=z.device)
+        found.append(columns.transpose(1, 2)[taken // each, taken % each])
+        seen += len(images) * each
+    return torch.cat(found)
 
 
 def unusual_padding(module: nn.Module) -> Callable[[Tensor], Tensor] | None:

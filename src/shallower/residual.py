@@ -37,11 +37,13 @@ class ResidualSums(TorchFunctionMode):
         units: for each followed tensor, in its own layout and shape, what the division makes of ones: 1 over the
             scales in between. None where it went elsewhere, and where `measure` is false.
         followed: by identity, what is looked out for: the tensor, its number, and the way back to what it was.
+        keep: what of each of the others is kept; by default all.
     """
 
     def __init__(self, measure: bool = False) -> None:
         super().__init__()
         self.measure = measure
+        self.keep: Callable[[Tensor], Tensor] = lambda t: t
         self.units: list[Tensor | None] = []
         self.others: list[Tensor | None] = []
         self.followed: dict[int, tuple[Tensor, int, list[Inverse]]] = {}
@@ -70,7 +72,7 @@ class ResidualSums(TorchFunctionMode):
                 for inverse in reversed(inverses):
                     before = inverse(before)
                     unit = None if unit is None else inverse(unit)
-                self.others[index], self.units[index] = before, unit
+                self.others[index], self.units[index] = self.keep(before), unit
             del self.followed[id(found)]
             return func(*args, **kwargs)
         back = _inverse(name, found, args, kwargs)

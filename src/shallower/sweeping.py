@@ -7,6 +7,7 @@ sweep.errors["layer.0"][384]
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from shallower.attachment import detached_copy
-from shallower.calibration import Goals, SiteGrams, collect_goals, collect_grams
+from shallower.attachment import detach
+from shallower.calibration import Goals, SiteGrams, Walk, collect_goals, collect_grams
 from shallower.errors import FitError
 from shallower.fingerprints import fingerprint
 from shallower.fisher import OutputOf, default_output_of, output_metrics
-from shallower.forms import steps
+from shallower.forms import Step, steps
 from shallower.inputs import InputsOf, call, default_inputs_of, model_device, reiterable, to_device
 from shallower.plan import Plan
 from shallower.progress import Progress
@@ -28,14 +29,14 @@ from shallower.sites import Site
 from shallower.statistics import MaskOf, default_mask_of
 from shallower.surgery import operate
 
-_MEMORY = 1 << 30
-"""Bytes of Gram matrices that are held at a time while curves are made."""
+_MEMORY = 1 << 28
+"""Bytes of Gram matrices that are held at a time while curves are made, where passes run from the inputs."""
 
 _SENSITIVE = 32
 """Batches, evenly spaced, on which sensitivity is measured."""
 
 _GOALS = 1 << 28
-"""Bytes of the dense network's outputs that are held at a time."""
+"""Bytes of the dense network's outputs that are held at a time, where passes run from the inputs."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Calibration:
         with_inputs: bool,
         with_rows: bool = False,
         goals: Sequence[Goals] | None = None,
+        walk: Walk | None = None,
     ) -> dict[str, SiteGrams]:
         """Gram matrices of these sites."""
         return collect_grams(
@@ -131,6 +133,7 @@ class Calibration:
             sites,
             self.batches,
             goals=goals,
+            walk=walk,
             compensation=0.0 if small is None else self.compensation,
             with_inputs=with_inputs,
             with_rows=with_rows,
@@ -143,22 +146,25 @@ class Calibration:
 class Sweep:
     """Squeezes a model to given widths, as often as asked.
 
-    In memory are the dense and the squeezed network, the calibration data's inputs, up to 256 MB of what the dense
-    network's consumers give (one site's at least), and of one site at a time the Gram matrices, O((n + d)^2) for hidden
-    width n and input width d, and at most 131,072 rows of what its producer reads. Curves hold up to 1 GB of Gram
-    matrices. The whole model is called: it must fit into memory.
+    In memory are the dense network, those layers of the squeezed one that differ, the calibration data's inputs, what
+    the last finished block of both networks gave (at most 256 MB, or as much as the model's weights take if that is
+    more), and of one site at a time the Gram matrices, O((n + d)^2) for hidden width n and input width d, and at most
+    131,072 rows of what its producer reads. Where passes have to run from the inputs, up to 256 MB of what the dense
+    network's consumers give take the place of the blocks'.
 
     Attributes:
         dense: the model as it is; never changed.
         sites: those that may be squeezed, in order of execution.
         calibration: what they are squeezed with.
         progress: keeps what is done, and goes on from it.
+        walking: go on from finished blocks; where not, every pass runs from the inputs.
     """
 
     dense: nn.Module
     sites: Sequence[Site]
     calibration: Calibration
     progress: Progress | None = None
+    walking: bool = True
     _metrics: dict[str, Tensor] | None = None
     _errors: dict[str, dict[int, float]] | None = None
 
@@ -171,23 +177,25 @@ class Sweep:
         key = "" if self.calibration.producers else "consumers only: "
         key += ",".join(f"{site.name}={widths[site.name]}" for site in self.sites)
         entries = [] if self.progress is None else self.progress.entries(key)
-        small = detached_copy(self.dense)
+        small = _sharing_copy(self.dense)
         for done in steps(entries):
-            operate(small, done)
+            _operate(small, done)
         finished = {entry.site.name for entry in entries}
         changing = [site for site in self.sites if widths[site.name] != site.width]
         metrics = self.metrics if len(finished) < len(changing) else {}
         goals: list[Goals] = []
+        walk = self._walk(small, [site for site in changing if site.name not in finished])
         for i, site in enumerate(tqdm(changing, desc="squeezing", delay=2, leave=False)):
             width = widths[site.name]
             if site.name in finished:
                 continue
-            if not goals or site.name not in goals[0]:
+            if not walk.on and (not goals or site.name not in goals[0]):
                 goals = self.calibration.goals(self.dense, changing[i:])
             # the rows of a producer that an earlier site has fitted as its consumer are not to be fitted again
             fitted = {m.name for entry in entries for m in entry.site.consumers}
             producers = self.calibration.producers and width > 0 and not fitted & {m.name for m in site.maps}
-            grams = self.calibration.grams(self.dense, small, [site], width == 0, producers, goals)[site.name]
+            found = self.calibration.grams(self.dense, small, [site], width == 0, producers, goals or None, walk)
+            grams = found.pop(site.name)
             metric = metric_of(site, metrics, grams)
             try:
                 if width == 0:
@@ -197,10 +205,14 @@ class Sweep:
             except FitError as error:
                 raise FitError(f"{site.name}: {error}") from error
             entries.append(entry)
-            operate(small, next(step for step in steps(entries) if step.entry is entry))
+            _operate(small, next(step for step in steps(entries) if step.entry is entry))
             if self.progress is not None:
                 self.progress.keep(key, entries)
         return Plan(tuple(entries), fingerprint(self.dense, [e.site for e in entries]), "squeeze"), small
+
+    def _walk(self, small: nn.Module | None, sites: Sequence[Site]) -> Walk:
+        batches = self.calibration.batches
+        return Walk.along(self.dense, small, sites if self.walking else (), batches, self.calibration.inputs_of)
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -216,10 +228,14 @@ class Sweep:
             self._errors = kept
         if self._errors is None:
             self._errors = {}
-            for group in _groups(self.sites):
-                found = self.calibration.grams(self.dense, None, group, self.calibration.collapse)
+            waiting = list(self.sites)
+            walk = self._walk(None, waiting)
+            while waiting:
+                group = waiting[:1] if walk.on else _group(waiting)
+                waiting = waiting[len(group) :]
+                found = self.calibration.grams(self.dense, None, group, self.calibration.collapse, walk=walk)
                 for site in group:
-                    grams = found[site.name]
+                    grams = found.pop(site.name)
                     curve = error_curve(site, grams, metric_of(site, self.metrics, grams))
                     positions = sum(m.positions for m in site.consumers) / len(site.consumers)
                     scale = positions if self.calibration.sensitivity else 1.0
@@ -229,17 +245,30 @@ class Sweep:
         return self._errors
 
 
-def _groups(sites: Iterable[Site]) -> list[list[Site]]:
-    """Sites whose Gram matrices fit into memory together."""
-    groups: list[list[Site]] = []
-    room = 0
-    for site in sites:
+def _group(sites: Sequence[Site]) -> Sequence[Site]:
+    """The first of the sites: as many as their Gram matrices fit into memory together."""
+    room = _MEMORY
+    for i, site in enumerate(sites):
         columns = site.width * site.consumers[0].taps
         d_in = site.producer.d_in if site.producer is not None else 0
-        size = 16 * (columns**2 + d_in**2)
-        if not groups or size > room:
-            groups.append([])
-            room = _MEMORY
-        groups[-1].append(site)
-        room -= size
-    return groups
+        room -= 16 * (columns + d_in) ** 2
+        if room < 0:
+            return sites[: max(1, i)]
+    return sites
+
+
+def _sharing_copy(model: nn.Module) -> nn.Module:
+    """A detached copy whose parameters share their memory with the model's."""
+    shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
+    duplicate = copy.deepcopy(model, dict(shared))
+    detach(duplicate)
+    return duplicate
+
+
+def _operate(small: nn.Module, step: Step) -> None:
+    """Surgery on a copy that shares its parameters: what may be written into gets memory of its own."""
+    for m in step.entry.site.maps:
+        module = small.get_submodule(m.name)
+        for name, p in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(p.detach().clone(), p.requires_grad))
+    operate(small, step)
