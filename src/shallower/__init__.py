@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from shallower.plan import Entry, Fate, Fit, Plan
     from shallower.sites import Between, Heads, LinearMap, Place, Residual, Site, Sites
     from shallower.surgery import apply, simulate
+    from shallower.varying import varied
 
 __version__ = "0.1.0"
 
@@ -71,6 +72,7 @@ _HOMES = {
     "save": "checkpoint",
     "simulate": "surgery",
     "squeeze": "methods.squeeze",
+    "varied": "varying",
 }
 
 __all__ = [
@@ -108,6 +110,7 @@ __all__ = [
     "save",
     "simulate",
     "squeeze",
+    "varied",
 ]
 
 
