@@ -537,7 +537,7 @@ def test_ctrl_c_leaves_a_state_that_resumes(shallower: Shallower, pictures: Path
         while not stage.exists() and running.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
         running.send_signal(signal.SIGINT)
-        _, err = running.communicate(timeout=60)
+        _, err = running.communicate(timeout=300)
     assert running.returncode == 130
     assert "the same command goes on from" in err
     assert "Traceback" not in err

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +12,9 @@ from torch.nn import functional as F
 
 from shallower.matching import find_sites
 from shallower.methods.layer_collapse import LayerCollapse
+from tests.processes import in_two_processes
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[1]
 
 
 class Network(nn.Module):
@@ -99,22 +95,12 @@ else:
         method.after_step(0.1)
     state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
 save_file({k: v.detach().contiguous() for k, v in state.items()}, f"{out}.{rank}")
-if dist.is_initialized():
-    dist.barrier()
-    dist.destroy_process_group()
 """
 
 
-def in_two_processes(way: str, folder: Path) -> list[dict[str, Tensor]]:
+def by_two_processes(way: str, folder: Path) -> list[dict[str, Tensor]]:
     """The state of the model that each of two processes ends with."""
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    done = subprocess.run(
-        [*command, way, str(folder / "state")], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(WORKER, folder, way, folder / "state")
     return [load_file(folder / f"state.{rank}") for rank in (0, 1)]
 
 
@@ -136,13 +122,13 @@ def alone() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes_take_the_steps_of_one(way: str, tmp_path: Path) -> None:
-    first, second = in_two_processes(way, tmp_path)
+    first, second = by_two_processes(way, tmp_path)
     torch.testing.assert_close(first, second)
     torch.testing.assert_close(first, alone())
 
 
 def test_stages_run_in_two_processes_and_end_equal(tmp_path: Path) -> None:
-    first, second = in_two_processes("fit", tmp_path)
+    first, second = by_two_processes("fit", tmp_path)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     slopes = [tensor for name, tensor in first.items() if name.endswith("slope")]
     assert len(slopes) == 2

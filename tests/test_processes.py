@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from shallower.errors import TargetError
 from shallower.processes import from_first_process, is_first, several, summed_over_processes
-
-ROOT = Path(__file__).parents[1]
+from tests.processes import in_two_processes
 
 WORKER = """
 import sys
@@ -40,8 +36,6 @@ x = torch.randn(8, 64, 16)
 sites = find_sites(model, x[0])
 plan = squeeze(model, sites, list(x[rank::2]), sys.argv[2], checkpoint=sys.argv[1] + "/progress.safetensors")
 plan.save(f"{sys.argv[1]}/{rank}")
-distributed.barrier()
-distributed.destroy_process_group()
 """
 
 
@@ -56,18 +50,10 @@ def test_one_process_is_the_first_and_agrees_with_itself() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["params:60%", "latency:70%"])
-def test_two_processes_with_different_batches_make_the_same_plan(tmp_path: Path, target: str) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {
-        **os.environ,
-        **{"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
-        "SHALLOWER_CACHE": str(tmp_path),
-    }
-    done = subprocess.run(
-        [*command, str(tmp_path), target], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_with_different_batches_make_the_same_plan(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHALLOWER_CACHE", str(tmp_path))
+    in_two_processes(WORKER, tmp_path, tmp_path, target)
     first, second = ((tmp_path / str(rank) / "plan.json").read_text() for rank in (0, 1))
     assert first == second

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +13,9 @@ from torch.nn import functional as F
 
 from shallower.matching import find_sites
 from shallower.methods.structural_dropout import StructuralDropout
+from tests.processes import in_two_processes
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[1]
 
 
 class Network(nn.Module):
@@ -108,20 +104,11 @@ for x, labels in batches()[rank::2]:
 whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.named_parameters()}
 state = {k: v.detach().contiguous() for k, v in whole.items()}
 save_file(state | {"drawn": torch.tensor([list(d.values()) for d in method._drawn])}, f"{out}.{rank}")
-dist.barrier()
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.parametrize("way", ["published", "defaults", "sharded"])
 def test_two_processes_draw_the_same_widths_and_end_equal(way: str, tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    done = subprocess.run(
-        [*command, way, str(tmp_path / "state")], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(WORKER, tmp_path, way, tmp_path / "state")
     first, second = (load_file(tmp_path / f"state.{rank}") for rank in (0, 1))
     torch.testing.assert_close(first, second, rtol=0, atol=0)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +14,7 @@ from torch.utils.data import DataLoader
 from shallower.matching import find_sites
 from shallower.surgery import apply
 from shallower.sweeping import Calibration, Sweep
-
-ROOT = Path(__file__).parents[1]
+from tests.processes import in_two_processes
 
 
 class Network(nn.Module):
@@ -99,21 +95,12 @@ plan, small = sweep.plan({s.name: s.width // 2 for s in sites})
 curves = {f"curve {n}": torch.tensor([c[k] for k in sorted(c)]) for n, c in sweep.errors.items()}
 state = {k: v.contiguous() for k, v in small.state_dict().items()}
 save_file(state | curves | {e.site.name: e.fates for e in plan.entries}, f"{sys.argv[1]}/{rank}.safetensors")
-dist.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 def test_two_processes_with_different_data_make_one_plan(tmp_path: Path) -> None:
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", worker, tmp_path],
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    in_two_processes(WORKER, tmp_path, tmp_path)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from shallower.errors import TrainingError
 from shallower.training import History, Recipe, read_state, train, write_state
+from tests.processes import in_two_processes
 
 
 class Halves(nn.Module):
@@ -344,23 +342,11 @@ rank = torch.distributed.get_rank()
 assert torch.distributed.get_world_size() == 2
 save_file({k: v.clone() for k, v in model.state_dict().items() if "running" not in k and "tracked" not in k},
           f"{folder}/rank{rank}.safetensors")
-torch.distributed.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 def test_two_processes_end_with_equal_weights(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(TWO_PROCESSES)
-    root = Path(__file__).parents[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
-    launched = subprocess.run(
-        [sys.executable, *launch, str(script), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert launched.returncode == 0, launched.stderr
+    in_two_processes(TWO_PROCESSES, tmp_path, tmp_path)
     assert (tmp_path / "rank0.safetensors").read_bytes() == (tmp_path / "rank1.safetensors").read_bytes()
     assert read_state(tmp_path / "run.safetensors")["position"] == 9
