@@ -85,6 +85,18 @@ def test_rows_without_a_mask_count_whole():
     assert bool(found[0]["attention_mask"].all())
 
 
+def test_token_types_of_single_texts_stay_zero():
+    given_ = [{**batch, "token_type_ids": torch.zeros_like(batch["input_ids"])} for batch in batches([[7, 8, 9]] * 4)]
+    for batch in varied(given_):
+        assert torch.equal(batch["token_type_ids"], torch.zeros_like(batch["input_ids"]))
+
+
+def test_pairs_of_texts_are_refused():
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    with pytest.raises(FitError, match="single texts"):
+        varied([{"input_ids": ids, "token_type_ids": ids}])
+
+
 @pytest.mark.parametrize(
     "bad",
     [

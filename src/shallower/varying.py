@@ -21,7 +21,7 @@ from shallower.errors import FitError
 from shallower.statistics import default_mask_of
 
 TokenBatch = dict[str, Tensor]
-"""input_ids and attention_mask, (rows, tokens) int64."""
+"""input_ids and attention_mask, and token_type_ids where they were given: (rows, tokens) int64."""
 
 _Row = list[int]
 
@@ -41,7 +41,8 @@ def varied(
     exchanged between all rows. Tokens that begin or end every row, such as [CLS] and [SEP], stay where they are.
 
     Args:
-        batches: dictionaries of `input_ids` (rows, tokens) and, where rows are padded, `attention_mask`.
+        batches: dictionaries of `input_ids` (rows, tokens) and, where rows are padded, `attention_mask`;
+            `token_type_ids` may be there if they are 0.
         vocabulary: tokens that others are replaced by, without special ones; by default those of the batches.
         replaced: which part of the tokens.
         joined: how many rows become one.
@@ -87,7 +88,10 @@ def varied(
     found: list[TokenBatch] = []
     for way in ways:
         found += _batches([[*before, *row, *after] for row in way()], size)
-    return [*({"input_ids": b["input_ids"], "attention_mask": _mask(b)} for b in given), *found]
+    whole = [{"input_ids": b["input_ids"], "attention_mask": _mask(b)} for b in given] + found
+    if any(_TYPES in batch for batch in given):
+        return [{**batch, _TYPES: torch.zeros_like(batch["input_ids"])} for batch in whole]
+    return whole
 
 
 def _rows(batch: Any) -> list[_Row]:
@@ -99,12 +103,16 @@ def _rows(batch: Any) -> list[_Row]:
     ids = batch.get("input_ids") if isinstance(batch, dict) else None
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or set(batch) - _KEYS:
         raise FitError(
-            "only batches of tokens can be varied: dictionaries of `input_ids` (rows, tokens) and `attention_mask`"
+            "only batches of tokens can be varied: dictionaries of `input_ids` (rows, tokens), `attention_mask` and "
+            "`token_type_ids`, and nothing else"
         )
+    if _TYPES in batch and bool(batch[_TYPES].any()):
+        raise FitError("batches of pairs of texts (`token_type_ids` other than 0) cannot be varied: give single texts")
     return [row[mask.bool()].tolist() for row, mask in zip(ids, _mask(batch), strict=True)]
 
 
-_KEYS = frozenset({"input_ids", "attention_mask"})
+_TYPES = "token_type_ids"
+_KEYS = frozenset({"input_ids", "attention_mask", _TYPES})
 
 
 def _mask(batch: TokenBatch) -> Tensor:
