@@ -50,18 +50,20 @@ class PathGains:
     shares: Tensor
     price: float = 1.0
 
-    def best(self, width: float, multiple: int = 1) -> tuple[int, int, float]:
+    def best(self, width: float, multiple: int = 1, most: int | None = None) -> tuple[int, int, float]:
         """How many channels and which rank give the least error, together for the cost of so many kept channels.
 
         Args:
             width: at least 1. What is left over because of `multiple` is not spent.
             multiple: of this are the rank and, beside a path, the number of kept channels.
+            most: the highest rank.
 
         Returns:
             Kept channels (at least 1), the rank (0 for no path), and the error.
         """
         whole = min(int(width), len(self.errors) - 1)
         ranks = torch.arange(0, self.shares.shape[1], multiple)
+        ranks = ranks if most is None else ranks[ranks <= most]
         channels = torch.floor((width - self.price * ranks) / multiple + 1e-9).long() * multiple
         channels[0] = whole
         allowed = (channels > 0) & (channels <= whole)
@@ -107,7 +109,8 @@ def path_gains(
     widths = _widths(n)
     errors = elimination.errors.flip(0)
     known = xx.new_zeros(d_in, d_in + len(root))
-    shares, before = [], 0
+    shares: list[Tensor] = []
+    before = 0
     for k in widths.tolist():
         rows = left[before:k]
         known, before = known + rows[:, :d_in].T @ rows, k

@@ -6,16 +6,18 @@ curve = error_curve(site, grams, metric)                # {width: error}
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from shallower.calibration import Centred, Gram, SiteGrams, may_collapse
+from shallower.calibration import Centred, Gram, Rows, SiteGrams, may_collapse
 from shallower.errors import FitError
+from shallower.linear_paths import path, path_gains, seen_through
 from shallower.plan import Entry, Fate, Fit
 from shallower.reconstruction import Layers, Reconstruction, over_processes, reconstruct
-from shallower.selection import columns_of, eliminate, fit_error, ridge_fit
+from shallower.selection import Elimination, columns_of, eliminate, fit_error, ridge_fit
 from shallower.sites import Site
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
@@ -27,6 +29,9 @@ _DAMPING_OF_IMAGES = 1.0
 """Shares of plain size in the weight of errors; large where positions tell nearly the same, and the rest is noisy."""
 
 _LEAST = 1e-4
+
+_TRIALS = 2
+"""Splits into channels and a linear path that are tried on held-out rows."""
 
 _EQUATIONS = 16
 """Outputs seen for each number to be fitted, below which producers stay as they are: what fits the calibration data
@@ -52,15 +57,48 @@ def metric_of(site: Site, metrics: Mapping[str, Tensor], grams: SiteGrams) -> Te
     return metric + damping * metric.diagonal().mean() / plain.diagonal().mean() * plain
 
 
-def narrowed(site: Site, grams: SiteGrams, metric: Tensor, width: int, small: nn.Module | None = None) -> Entry:
+@dataclass(frozen=True)
+class _Choice:
+    """What the consumers are to read: channels that stay, and perhaps a linear path beside them.
+
+    Attributes:
+        kept: (k,) int64.
+        down: (rank, d_in), or None.
+        seen: Gram matrices of these columns, for fitting and held out.
+        ridge: with the least error on held-out rows.
+        error: that error, as a part of the variance there.
+    """
+
+    kept: Tensor
+    down: Tensor | None
+    seen: tuple[Gram, Gram]
+    ridge: float
+    error: float
+
+    @classmethod
+    def of(cls, site: Site, grams: SiteGrams, metric: Tensor, kept: Tensor, down: Tensor | None = None) -> _Choice:
+        """With the ridge that held-out rows choose."""
+        pair = (grams.fit, grams.held) if grams.joint is None or down is None else grams.joint
+        columns, n = columns_of(kept, site.consumers[0].taps), len(grams.fit.z)
+        seen = (seen_through(pair[0], n, columns, down), seen_through(pair[1], n, columns, down))
+        return cls(kept, down, seen, *_best_ridge(site, seen, metric))
+
+
+def narrowed(
+    site: Site, grams: SiteGrams, metric: Tensor, width: int, small: nn.Module | None = None, *, paths: int = 0
+) -> Entry:
     """Keep this many channels, and fit the consumers to them; with `small`, the producers too where that helps.
+
+    With `paths`, fewer channels stay and a linear path stands beside them, together at no higher cost, where held-out
+    rows say that this is better.
 
     Args:
         site: to be narrowed.
-        grams: with rows, if the producers are to be fitted.
+        grams: with rows, if the producers are to be fitted; with `joint`, if there may be a path.
         metric: weight of errors, see `metric_of`.
-        width: channels that stay.
+        width: channels that stay, or what costs as much.
         small: the model with the earlier sites squeezed and this one as it was.
+        paths: the rank of a path, and the number of channels beside it, are multiples of this; 0 for no path.
 
     Raises:
         FitError: the calibration data are too few or not finite.
@@ -68,25 +106,34 @@ def narrowed(site: Site, grams: SiteGrams, metric: Tensor, width: int, small: nn
     moments = _moments(site, grams)
     taps = site.consumers[0].taps
     root = _root(metric)
-    kept = eliminate(moments.zz, moments.zy @ root, ridge=_SELECTION_RIDGE, keep=width, taps=taps).kept(width)
-    columns = columns_of(kept, taps)
-    ridge, error = _best_ridge(site, (grams.fit, grams.held), metric, columns)
-    found = None if small is None else _reconstructed(small, site, grams, kept, root, ridge)
+    beside = bool(paths) and grams.joint is not None and may_have_path(site)
+    keep = 0 if beside else width
+    elimination = eliminate(moments.zz, moments.zy @ root, ridge=_SELECTION_RIDGE, keep=keep, taps=taps)
+    choice = _Choice.of(site, grams, metric, elimination.kept(width))
+    if beside:
+        choice = _with_path(site, grams, metric, elimination, width, paths, choice)
+    kept, down, error = choice.kept, choice.down, choice.error
+    read = (choice.seen[0] + choice.seen[1]).centred(_intercept(site))
+    both = ridge_fit(read.zz, read.zy, choice.ridge)
+    bias = read.mean_y - both @ read.mean_z
+    weight, up = both[:, : len(kept) * taps], both[:, len(kept) * taps :]
+    rows = grams.rows if down is None else (_beyond(grams.rows[0], up @ down), _beyond(grams.rows[1], up @ down))
+    found = None if small is None else _reconstructed(small, site, rows, kept, root, choice.ridge)
     if found is not None:
-        fit = found.added_to(Fit(*_by_consumer(site, found.weight, found.bias, width)))
-        error *= found.after / found.before
-    else:
-        weight = ridge_fit(moments.zz[columns][:, columns], moments.zy[columns], ridge)
-        bias = moments.mean_y - weight @ moments.mean_z[columns]
-        fit = Fit(*_by_consumer(site, weight, bias, width))
-    return Entry.narrow(site, kept.cpu(), fit=fit, note=_note(error))
+        weight, bias, error = found.weight, found.bias, error * found.after / found.before
+    fit = Fit(*_by_consumer(site, weight, bias, len(kept)))
+    if down is not None:
+        pointwise = site.consumers[0].kind == "conv2d"
+        ups, _ = _by_consumer(site, up, bias, len(down))
+        fit = replace(fit, down=down.cpu()[:, :, None, None] if pointwise else down.cpu(), ups=ups)
+    return Entry.narrow(site, kept.cpu(), fit=fit if found is None else found.added_to(fit), note=_note(error))
 
 
 def collapsed(site: Site, grams: SiteGrams, metric: Tensor) -> Entry:
     """One linear map from what the producer reads to what the consumers should give."""
     if grams.inputs is None:
         raise FitError("a full collapse needs Gram matrices of what the producer reads")
-    ridge, error = _best_ridge(site, grams.inputs, metric, None)
+    ridge, error = _best_ridge(site, grams.inputs, metric)
     moments = (grams.inputs[0] + grams.inputs[1]).centred(_intercept(site))
     weight = ridge_fit(moments.zz, moments.zy, ridge)
     weights, biases = _by_consumer(site, weight, moments.mean_y - weight @ moments.mean_z, 0)
@@ -101,15 +148,22 @@ def collapsed(site: Site, grams: SiteGrams, metric: Tensor) -> Entry:
     )
 
 
-def error_curve(site: Site, grams: SiteGrams, metric: Tensor) -> dict[int, float]:
-    """The error at every width, in units of `metric`; at width 0, of a full collapse, where `grams` has the inputs."""
-    moments = _moments(site, grams)
-    zy = moments.zy @ _root(metric)
-    elimination = eliminate(moments.zz, zy, ridge=_SELECTION_RIDGE, keep=0, taps=site.consumers[0].taps)
+def error_curve(site: Site, grams: SiteGrams, metric: Tensor, *, paths: int = 0) -> dict[int, float]:
+    """The error at every width, in units of `metric`; at width 0, of a full collapse, where `grams` has the inputs.
+
+    With `paths` (see `narrowed`), at each width the error of the best split into channels and a linear path.
+    """
+    moments, root = _moments(site, grams), _root(metric)
+    elimination = eliminate(moments.zz, moments.zy @ root, ridge=_SELECTION_RIDGE, keep=0, taps=site.consumers[0].taps)
     whole = elimination.error(0)
-    curve = {k: _damage(elimination.error(k), whole) for k in range(1, site.width + 1)}
+    errors = [elimination.error(k) for k in range(site.width + 1)]
+    if paths and grams.joint is not None and may_have_path(site):
+        joint = (grams.joint[0] + grams.joint[1]).centred(_intercept(site))
+        gains = path_gains(joint, elimination, root, ridge=_SELECTION_RIDGE, price=price_of_path(site))
+        errors[1:] = [max(0.0, gains.best(k, paths)[2]) for k in range(1, site.width + 1)]
+    curve = {k: _damage(errors[k], whole) for k in range(1, site.width + 1)}
     if grams.inputs is not None and may_collapse(site):
-        _, error = _best_ridge(site, grams.inputs, metric, None)
+        _, error = _best_ridge(site, grams.inputs, metric)
         curve[0] = _damage(error * whole, whole)
     return curve
 
@@ -145,17 +199,80 @@ def _root(metric: Tensor) -> Tensor:
     return root
 
 
+def may_have_path(site: Site) -> bool:
+    """Whether a linear path can stand beside kept channels: both read the same positions, and every map is a matrix."""
+    if site.not_linear or site.producer is None or site.activation is None or site.kind == "heads":
+        return False
+    return not site.between and not site.averaged and all(m.taps == 1 and m.groups == 1 for m in site.maps)
+
+
+def price_of_path(site: Site) -> float:
+    """What a channel of a linear path costs, where a kept channel costs 1: less beside a gate that is its own layer."""
+    if site.gate is None or site.producer is None:
+        return 1.0
+    others = site.producer.d_in + sum(c.d_out for c in site.consumers)
+    weights = others / (others + site.gate.d_in)
+    params = (others + site.producer.bias) / (others + site.producer.bias + site.gate.d_in + site.gate.bias)
+    return max(weights, params)
+
+
+def _with_path(
+    site: Site, grams: SiteGrams, metric: Tensor, elimination: Elimination, width: int, paths: int, without: _Choice
+) -> _Choice:
+    """The best of some splits into channels and a path by held-out error, and of no path at all.
+
+    The rank that is best by all rows, and the best that is at most half of it, since a path fits more numbers than the
+    channels in whose place it stands. For the comparison paths are found without the held-out rows.
+    """
+    assert grams.joint is not None
+    root, intercept = _root(metric), _intercept(site)
+    whole, fit = (grams.joint[0] + grams.joint[1]).centred(intercept), grams.joint[0].centred(intercept)
+    gains = path_gains(whole, elimination, root, ridge=_SELECTION_RIDGE, price=price_of_path(site))
+    best, most = without, len(root)
+    for _ in range(_TRIALS):
+        k, rank, _ = gains.best(width, paths, most)
+        if rank == 0:
+            break
+        kept, most = elimination.kept(k), rank // 2
+        down = path(fit, elimination.channels, kept, rank, root, ridge=_SELECTION_RIDGE)
+        trial = _Choice.of(site, grams, metric, kept, down)
+        best = trial if trial.error < best.error else best
+    if best.down is None:
+        return best
+    down = path(whole, elimination.channels, best.kept, len(best.down), root, ridge=_SELECTION_RIDGE)
+    seen = tuple(seen_through(part, elimination.channels, best.kept, down) for part in grams.joint)
+    return replace(best, down=down, seen=(seen[0], seen[1]))
+
+
+def enough_for_producers(site: Site, kept: int, positions: float) -> bool:
+    """Whether so many rows are enough to fit the producers' rows of so many channels too."""
+    made = [m for m in (site.producer, site.gate) if m is not None]
+    columns = sum(m.d_in * m.taps * (2 if site.packed else 1) for m in made)
+    d = sum(m.d_out for m in site.consumers)
+    return positions * d >= _EQUATIONS * kept * (columns + d * site.consumers[0].taps)
+
+
+def _beyond(rows: Sequence[Rows], full: Tensor) -> list[Rows]:
+    """The rows without what a linear map (d_out, d_in) of what the producer reads makes of them."""
+    given = full.float()
+    return [Rows(r.x, r.y - torch.einsum("o i, n i ... -> n o ...", given, r.x)) for r in rows]
+
+
 def _reconstructed(
-    small: nn.Module, site: Site, grams: SiteGrams, kept: Tensor, root: Tensor, ridge: float
+    small: nn.Module,
+    site: Site,
+    rows: tuple[Sequence[Rows], Sequence[Rows]],
+    kept: Tensor,
+    root: Tensor,
+    ridge: float,
 ) -> Reconstruction | None:
     """The site with its producers fitted too; None where that cannot be done, is not to be trusted or does not help."""
-    fit, held = grams.rows
+    fit, held = rows
     layers = Layers.of(small, site, kept) if fit and held else None
     if layers is None:
         return None
-    unknowns = sum(p.weight.numel() for p in layers.producers.values()) + len(kept) * len(root) * site.consumers[0].taps
     positions = over_processes(torch.tensor(float(sum(rows.positions for rows in fit)), device=root.device))
-    if float(positions) * len(root) < _EQUATIONS * unknowns:
+    if not enough_for_producers(site, len(kept), float(positions)):
         return None
     found = reconstruct(layers, fit, held, root, ridge=ridge, intercept=_intercept(site))
     return found if found.after < found.before else None
@@ -166,22 +283,21 @@ def _note(error: float) -> str:
     return f"held-out error {error:.2%}" if error < float("inf") else ""
 
 
-def _best_ridge(site: Site, pair: tuple[Gram, Gram], metric: Tensor, columns: Tensor | None) -> tuple[float, float]:
+def _best_ridge(site: Site, pair: tuple[Gram, Gram], metric: Tensor) -> tuple[float, float]:
     """The ridge with the least error on held-out rows, and that error as a part of the variance there."""
     intercept = _intercept(site)
     if pair[0].count < 2 or pair[1].count < 2:
         return RIDGES[-1], float("inf")
     fit, held = pair[0].centred(intercept), pair[1].centred(intercept)
-    chosen = torch.arange(len(fit.zz), device=fit.zz.device) if columns is None else columns
     scale = metric.diagonal().sqrt()
     yy = float((held.yy * scale.square()).sum())
     best = (RIDGES[-1], float("inf"))
     for ridge in RIDGES:
         try:
-            weight = ridge_fit(fit.zz[chosen][:, chosen], fit.zy[chosen], ridge)
+            weight = ridge_fit(fit.zz, fit.zy, ridge)
         except FitError:
             continue
-        error = fit_error(held.zz[chosen][:, chosen], held.zy[chosen] * scale, yy, scale[:, None] * weight)
+        error = fit_error(held.zz, held.zy * scale, yy, scale[:, None] * weight)
         if error < best[1]:
             best = (ridge, error)
     return best[0], best[1] / yy if yy > 0 else 0.0
