@@ -355,10 +355,17 @@ def test_the_sandwich_has_the_full_and_the_smallest_width_in_every_step() -> Non
     assert all(a % 4 == 0 and b % 4 == 0 for a, b in seen)
 
 
-def test_one_share_for_all_sites() -> None:
+def test_all_sites_of_a_pass_may_have_one_share() -> None:
     model = mlp()
-    method = StructuralDropout(model, sites_of(model), shared=True, lower_bound="25%", step="25%", passes=6)
-    assert {(a / 16, b / 24) for a, b in widths_seen(method, model, 5)} <= {(s, s) for s in (0.25, 0.5, 0.75, 1.0)}
+    method = StructuralDropout(model, sites_of(model), lower_bound="25%", step="25%", passes=6, shared=1.0)
+    assert {(a / 16, b / 24) for a, b in widths_seen(method, model, 5)} == {(s, s) for s in (0.25, 0.5, 0.75, 1.0)}
+
+
+def test_each_site_may_have_a_share_of_its_own() -> None:
+    model = mlp()
+    method = StructuralDropout(model, sites_of(model), lower_bound="25%", step="25%", passes=6, shared=0.0)
+    seen = {(a / 16, b / 24) for a, b in widths_seen(method, model, 8)}
+    assert {(a, b) for a in (0.25, 0.5, 0.75) for b in (0.25, 0.5, 0.75)} <= seen
 
 
 def test_the_loss_is_the_mean_over_the_passes() -> None:
@@ -374,9 +381,10 @@ def test_the_loss_is_the_mean_over_the_passes() -> None:
     torch.testing.assert_close(found, (full + model(x).square().mean()) / 2)
 
 
-def test_the_full_width_teaches_and_is_not_taught() -> None:
+@pytest.mark.parametrize("part", [0.5, 1.0])
+def test_the_full_width_teaches_and_is_not_taught(part: float) -> None:
     model = mlp()
-    method = StructuralDropout(model, sites_of(model), passes=0, lower_bound=4)
+    method = StructuralDropout(model, sites_of(model), passes=0, lower_bound=4, distillation=part)
     x, labels = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
     model.train()
     method.before_step()
@@ -386,7 +394,8 @@ def test_the_full_width_teaches_and_is_not_taught() -> None:
     method.set_width(4)
     p, q = full.detach().float().softmax(-1), model(x).float().softmax(-1)
     divergence = (p * (p.log() - q.log())).sum(1).mean()
-    expected = (F.cross_entropy(full, labels) + divergence) / 2
+    narrow = (1 - part) * F.cross_entropy(model(x), labels) + part * divergence
+    expected = (F.cross_entropy(full, labels) + narrow) / 2
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     got = torch.autograd.grad(found, model[4].bias)[0]
     torch.testing.assert_close(got, torch.autograd.grad(expected, model[4].bias)[0], rtol=1e-5, atol=1e-7)
@@ -605,7 +614,7 @@ def test_the_curve_counts_the_memory_of_statistics() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"p": 1.5}, "p and distillation are numbers from 0 to 1"),
+        ({"p": 1.5}, "p, shared, distillation and rescale are numbers from 0 to 1"),
         ({"passes": -1}, "passes is not negative"),
         ({"lower_bound": 0}, "lower_bound=0"),
         ({"lower_bound": 17}, "lower_bound=17; it is a number of channels from 1 to 16"),

@@ -239,7 +239,7 @@ def compress(
     per_round: Annotated[int | None, typer.Option(min=1, help="So many go at a time.", rich_help_panel=_TLC)] = None,
     lower_bound: Annotated[
         str, typer.Option(help="Smallest width that is trained.", rich_help_panel=_DROPOUT)
-    ] = "12.5%",
+    ] = "25%",
     points: Annotated[int, typer.Option(min=2, help="Of the curve.", rich_help_panel=_DROPOUT)] = 8,
     heads: Annotated[bool, typer.Option("--heads", help="Attention heads, too.", rich_help_panel=_DROPOUT)] = False,
     epochs: Annotated[

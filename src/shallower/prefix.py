@@ -43,7 +43,7 @@ class Width:
 
 
 def attach_prefix(
-    model: nn.Module, sites: Iterable[Site], widths: Mapping[str, Width], *, rescale: bool = True
+    model: nn.Module, sites: Iterable[Site], widths: Mapping[str, Width], *, rescale: float = 1.0
 ) -> list[Place]:
     """Make the layers of some sites compute with the first channels only.
 
@@ -51,7 +51,7 @@ def attach_prefix(
         model: to attach to.
         sites: whose channels may be kept one by one.
         widths: say how many, by the name of the site; shared by all layers of a site.
-        rescale: multiply what the consumers read by n / k (arXiv 2205.06906), behind the BatchNorms.
+        rescale: multiply what the consumers read by (n / k) to this power, behind the BatchNorms.
 
     Returns:
         Where something was attached.
@@ -70,7 +70,7 @@ def attach_prefix(
     return places
 
 
-def _attach(model: nn.Module, site: Site, width: Width, rescale: bool, places: list[Place]) -> None:
+def _attach(model: nn.Module, site: Site, width: Width, rescale: float, places: list[Place]) -> None:
     def put(place: Place, make: Callable[[nn.Module], nn.Module]) -> None:
         attachment.attach(model, place, make)
         places.append(place)
@@ -156,7 +156,7 @@ class PrefixMap(nn.Module):
     """
 
     prefix_rows: _Rows | None = None
-    rescale = False
+    rescale = 0.0
 
     @property
     def logical_weight(self) -> Tensor:
@@ -177,7 +177,7 @@ class PrefixMap(nn.Module):
         full = weight.shape[1]
         if channels < full:
             weight = weight[:, :channels]
-            weight = weight * (full / channels) if self.rescale else weight
+            weight = weight * (full / channels) ** self.rescale if self.rescale else weight
         if weight.dim() == 2:
             return F.linear(x, weight, bias)
         return F.conv2d(x, weight, bias, **_geometry(self), groups=cast(int, self.groups))

@@ -71,12 +71,14 @@ class StructuralDropout(Method):
         p: probability with which a site is narrowed in a random pass; it has its full width otherwise.
         lower_bound: the smallest width, as channels or as a share of the site's.
         step: between widths, as channels or as a share.
-        shared: one share of the channels for all sites of a step, not one for each site.
+        shared: probability that all sites of a random pass have one share of their channels; each has its own
+            otherwise.
         sandwich: the full and the smallest width in every step, and `passes` random ones between.
         passes: random passes of a step with the sandwich rule.
         distillation: part of the narrow passes' loss that is the divergence from the full width's output, 0 to 1;
             needs `sandwich`.
-        rescale: multiply the k channels by n / k, as the paper does.
+        rescale: multiply what k channels give by (n / k) to this power: 1 is the paper's scale, which keeps the mean
+            of channels that agree, 0.5 keeps the energy of channels that do not, 0 leaves them as they are.
         sort: order the channels by importance first: "magnitude" of their weights, or batches to measure on (by
             backward elimination; see `ordering`). The model computes what it computed.
         seed: of the widths.
@@ -95,21 +97,21 @@ class StructuralDropout(Method):
         sites: Sites,
         *,
         p: float = 1.0,
-        lower_bound: int | str = "12.5%",
+        lower_bound: int | str = "25%",
         step: int | str = 1,
-        shared: bool = False,
+        shared: float = 0.5,
         sandwich: bool = True,
         passes: int = 1,
-        distillation: float = 1.0,
-        rescale: bool = True,
+        distillation: float = 0.5,
+        rescale: float = 0.5,
         sort: Literal["magnitude"] | Iterable[Any] | None = "magnitude",
         seed: int = 0,
         inputs_of: InputsOf = default_inputs_of,
         output_of: OutputOf = default_output_of,
         logits: bool = True,
     ) -> None:
-        if not 0 <= p <= 1 or not 0 <= distillation <= 1 or passes < 0:
-            raise MethodError("p and distillation are numbers from 0 to 1, and passes is not negative")
+        if not all(0 <= value <= 1 for value in (p, shared, distillation, rescale)) or passes < 0:
+            raise MethodError("p, shared, distillation and rescale are numbers from 0 to 1, and passes is not negative")
         if distillation and not sandwich:
             raise MethodError(
                 "distillation: the full width can teach only where it is run in every step; give sandwich=True, or "
@@ -147,9 +149,10 @@ class StructuralDropout(Method):
             p=p,
             lower_bound=1,
             step=1,
+            shared=0.0,
             sandwich=False,
             distillation=0.0,
-            rescale=True,
+            rescale=1.0,
             sort=None,
             seed=seed,
         )
@@ -239,10 +242,12 @@ class StructuralDropout(Method):
 
     def _draw(self) -> dict[str, int]:
         """Widths of one pass: below the full one with probability p, uniform over the table."""
-        numbers = torch.rand(2, len(self.table), generator=self._generator, dtype=torch.float64).tolist()
+        together, *rest = torch.rand(1 + 2 * len(self.table), generator=self._generator, dtype=torch.float64).tolist()
+        numbers = list(zip(rest[::2], rest[1::2], strict=True))
+        if together < self.shared:
+            numbers = numbers[:1] * len(numbers)
         drawn = {}
-        for i, (name, widths) in enumerate(self.table.items()):
-            coin, share = numbers[0][0 if self.shared else i], numbers[1][0 if self.shared else i]
+        for (coin, share), (name, widths) in zip(numbers, self.table.items(), strict=True):
             narrow = widths[:-1] or widths
             drawn[name] = narrow[int(share * len(narrow))] if coin < self.p else widths[-1]
         return drawn
@@ -393,7 +398,7 @@ class StructuralDropout(Method):
         if not self.rescale and not site.norm_after and not site.between:
             return Entry.narrow(site, kept)
         # A constant that a BatchNorm makes of nothing is not added here, as a dropped channel's would be.
-        scale = site.width / k if self.rescale else 1.0
+        scale = (site.width / k) ** self.rescale
         consumers = [cast(PrefixMap, self.model.get_submodule(m.name)) for m in site.consumers]
         columns = k * columns_each(site)
         scaled = tuple(c.logical_weight.detach()[:, :columns] * scale for c in consumers)

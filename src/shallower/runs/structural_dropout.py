@@ -44,7 +44,7 @@ class StructuralDropoutRun:
         heads: narrow attention heads, too.
     """
 
-    lower_bound: str = "12.5%"
+    lower_bound: str = "25%"
     points: int = 8
     heads: bool = False
 
