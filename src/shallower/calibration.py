@@ -20,6 +20,8 @@ from tqdm.auto import tqdm
 
 from shallower.errors import FitError, SiteError
 from shallower.inputs import InputsOf, call, default_inputs_of, model_device, reiterable, tensors, to_device
+from shallower.memory import give_back
+from shallower.processes import summed_over_processes
 from shallower.replay import Course, Replay, course_of
 from shallower.residual import ResidualSums
 from shallower.sites import LinearMap, Site
@@ -27,6 +29,9 @@ from shallower.statistics import MaskOf, default_mask_of, evaluating
 
 _ROWS = 1 << 10
 """Rows that are converted to float64, or whose products are added up in float32, at a time."""
+
+_COLUMNS = 256
+"""Columns of a Gram matrix that are computed at a time."""
 
 _PER_COLUMN = 64
 """Positions of a convolution that are used, for each column of its patches: neighbours tell nearly the same."""
@@ -90,13 +95,21 @@ class Gram:
             self.z.add_(a.sum(0))
             self.y.add_(b.sum(0))
             self.yy.add_(b.square().sum(0))
-            if quick:
-                self.zz.add_(a.T @ a)
-                self.zy.add_(a.T @ b)
-            else:
-                self.zz.addmm_(a.T, a)
-                self.zy.addmm_(a.T, b)
+            for left in range(0, a.shape[1], _COLUMNS):
+                # the blocks on and above the diagonal are enough
+                part = a[:, left : left + _COLUMNS].T
+                self._add(self.zz[left : left + _COLUMNS, left:], part, a[:, left:])
+                self._add(self.zy[left : left + _COLUMNS], part, b)
+        for left in range(_COLUMNS, a.shape[1] if len(y) else 0, _COLUMNS):
+            self.zz[left : left + _COLUMNS, :left] = self.zz[:left, left : left + _COLUMNS].T
         return replace(self, count=self.count + len(y))
+
+    @staticmethod
+    def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
+        if left.dtype == total.dtype:
+            total.addmm_(left, right)
+        else:
+            total.add_(left @ right)
 
     def part(self, columns: slice) -> Gram:
         """Of some of the columns of z alone; the sums are views."""
@@ -204,6 +217,7 @@ class SiteGrams:
             that was not asked for. Of this process alone.
         units: (d,) what a unit of each of the consumers' outputs becomes in the sum that it goes into; ones where it
             goes into none.
+        positions: of the rows for fitting, kept or not; of all processes together.
     """
 
     fit: Gram
@@ -212,17 +226,15 @@ class SiteGrams:
     joint: tuple[Gram, Gram] | None = None
     rows: tuple[Sequence[Rows], Sequence[Rows]] = ((), ())
     units: Tensor | None = None
+    positions: float = 0.0
 
     @classmethod
-    def of(
-        cls, fit: Gram, held: Gram, columns: int, rows: tuple[Sequence[Rows], Sequence[Rows]], units: Tensor
-    ) -> SiteGrams:
+    def of(cls, fit: Gram, held: Gram, columns: int) -> SiteGrams:
         """Of Gram matrices that go on, behind so many columns, with what the producer reads."""
         if len(fit.z) == columns:
-            return cls(fit, held, rows=rows, units=units)
+            return cls(fit, held)
         read, given = slice(0, columns), slice(columns, None)
-        inputs = (fit.part(given), held.part(given))
-        return cls(fit.part(read), held.part(read), inputs, (fit, held), rows, units)
+        return cls(fit.part(read), held.part(read), (fit.part(given), held.part(given)), (fit, held))
 
     @property
     def all(self) -> Gram:
@@ -333,6 +345,8 @@ def collect_grams(
     device = model_device(dense)
     sums: dict[str, tuple[Gram, Gram]] = {}
     kept: dict[str, tuple[list[Rows], list[Rows]]] = {site.name: ([], []) for site in sites}
+    parts = dict.fromkeys(kept, 0)
+    positions = dict.fromkeys(kept, 0.0)
     units: dict[str, Tensor] = {}
     samples = 0
     with ExitStack() as stack:
@@ -362,8 +376,15 @@ def collect_grams(
                 wanted = rows.wanted(site, given, source, compensation)
                 units[site.name] = torch.cat(given[0].units)
                 sums[site.name] = rows.grams(site, source, wanted, with_inputs, sums.get(site.name))
-                if with_rows:
-                    rows.keep(site, source, wanted, kept[site.name])
+                for part, held_out in rows.taken(site, source, wanted, parts[site.name]):
+                    parts[site.name] += 1
+                    positions[site.name] += 0 if held_out else part.positions
+                    if with_rows:
+                        kept[site.name][held_out].append(Rows(part.x.float().clone(), part.y.float().clone()))
+            source.forget()
+            if target is not None:
+                target.forget()
+            give_back()
     if samples < 2:
         raise FitError(
             f"{'one sample is' if samples else 'no batches are'} too little to calibrate on; give a few hundred samples"
@@ -372,7 +393,10 @@ def collect_grams(
     for site in sites:
         fit, held = (gram.over_processes() for gram in sums.pop(site.name))
         columns = site.width * site.consumers[0].taps
-        found[site.name] = SiteGrams.of(fit, held, columns, kept[site.name], units[site.name])
+        seen_at = summed_over_processes(positions[site.name])[0]
+        found[site.name] = replace(
+            SiteGrams.of(fit, held, columns), rows=kept[site.name], units=units[site.name], positions=seen_at
+        )
         if not bool(fit.zz.isfinite().all() and held.zz.isfinite().all()):
             raise FitError(
                 f"{site.name}: what its consumer `{site.consumers[0].name}` reads is not finite on the calibration "
@@ -553,6 +577,11 @@ class _Watch:
         for name, other in zip(self._follows, self._sums.others, strict=True):
             self.others.setdefault(name, []).append(other)
 
+    def forget(self) -> None:
+        """What the last pass recorded."""
+        self.inputs, self.outputs, self.others = {}, {}, {}
+        self._sums = _Sums(self)
+
     def limit(self, sites: Sequence[Site]) -> None:
         """End the passes after these sites."""
         self._wanted = {site.consumers[-1].name: site.calls for site in sites}
@@ -666,8 +695,15 @@ class _Rows:
         assert total is not None
         return total
 
-    def keep(self, site: Site, source: _Watch, wanted: Sequence[Tensor], kept: tuple[list[Rows], list[Rows]]) -> None:
-        """Add rows, for fitting and held out: tokens, or whole images."""
+    def taken(self, site: Site, source: _Watch, wanted: Sequence[Tensor], seen: int) -> Iterator[tuple[Rows, bool]]:
+        """Rows that producers may be fitted on, and whether they are held out: tokens, or whole images.
+
+        Args:
+            site: whose rows.
+            source: what its producer read.
+            wanted: what its consumers should give.
+            seen: how many parts were taken before.
+        """
         if site.producer is None:
             return
         for i, ys in enumerate(wanted):
@@ -679,13 +715,14 @@ class _Rows:
                 if self.mask is not None and len(self.mask) == len(x):
                     x, ys = x[self.mask], ys[self.mask]
             step = -(-len(x) * each * self.share // _POSITIONS)
-            rows = Rows(x[::step].float(), ys[::step].float())
+            rows = Rows(x[::step], ys[::step])
             cut = len(rows.x) - len(rows.x) // HELD_OUT
             if len(rows.x) < HELD_OUT:
-                cut = 0 if (len(kept[0]) + len(kept[1])) % HELD_OUT == HELD_OUT - 1 else len(rows.x)
-            for part, into in ((slice(None, cut), kept[0]), (slice(cut, None), kept[1])):
+                cut = 0 if seen % HELD_OUT == HELD_OUT - 1 else len(rows.x)
+            for part, held_out in ((slice(None, cut), False), (slice(cut, None), True)):
                 if len(rows.x[part]):
-                    into.append(Rows(rows.x[part].clone(), rows.y[part].clone()))
+                    seen += 1
+                    yield Rows(rows.x[part], rows.y[part]), held_out
 
 
 def _read_alike(site: Site) -> bool:

@@ -19,7 +19,11 @@ from tqdm.auto import tqdm
 
 from shallower.errors import FitError
 from shallower.inputs import InputsOf, call, default_inputs_of, model_device, reiterable, tensors, to_device
+from shallower.memory import in_pieces
 from shallower.statistics import MaskOf, default_mask_of, evaluating
+
+_ROOM = 1 << 27
+"""Bytes that a backward pass may keep; of larger models as much as their weights take."""
 
 OutputOf = Callable[[Any], Tensor]
 """Picks, out of what the model returns, the tensor that matters."""
@@ -100,6 +104,19 @@ def output_metrics(
         sums[name] = sums[name] + seen if name in sums else seen
         counts[name] += len(g)
 
+    def one(batch: Any) -> None:
+        nonlocal mask
+        given = default_mask_of(batch) if mask_of is None else mask_of(batch)
+        mask = None if given is None else given.to(device).bool().flatten()
+        with torch.enable_grad():
+            raw = call(model, to_device(inputs_of(batch), device))
+            output = output_of(raw)
+            categorical = hasattr(raw, "logits") if logits is None else logits
+            direction = _direction(output, categorical, generator)
+            if given is not None and output.dim() == 3 and output.shape[:2] == given.shape:
+                direction = direction * given.to(direction)[..., None]
+            torch.autograd.backward(output, direction)
+
     required = [p for p in model.parameters() if p.requires_grad]
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -109,17 +126,8 @@ def output_metrics(
         for name in names:
             handle = model.get_submodule(name).register_forward_hook(watch(name))
             stack.callback(handle.remove)
-        for batch in tqdm(batches, desc="measuring sensitivity", delay=5, leave=False):
-            given = default_mask_of(batch) if mask_of is None else mask_of(batch)
-            mask = None if given is None else given.to(device).bool().flatten()
-            with torch.enable_grad():
-                raw = call(model, to_device(inputs_of(batch), device))
-                output = output_of(raw)
-                categorical = hasattr(raw, "logits") if logits is None else logits
-                direction = _direction(output, categorical, generator)
-                if given is not None and output.dim() == 3 and output.shape[:2] == given.shape:
-                    direction = direction * given.to(direction)[..., None]
-                torch.autograd.backward(output, direction)
+        room = max(_ROOM, sum(p.nbytes for p in model.parameters()))
+        in_pieces(tqdm(batches, desc="measuring sensitivity", delay=5, leave=False), model, room, one)
     if not sums:
         raise FitError("no batches to calibrate on, or no layer that the output depends on")
     for name, total in sums.items():

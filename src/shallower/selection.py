@@ -139,7 +139,9 @@ def ridged(zz: Tensor, ridge: float) -> Tensor:
     """zz with `ridge` times its mean diagonal added to the diagonal; of an all-zero matrix, the identity."""
     mean = zz.diagonal().mean()
     amount = torch.where(mean > 0, ridge * mean, torch.ones_like(mean))
-    return zz + amount * torch.eye(len(zz), dtype=zz.dtype, device=zz.device)
+    found = zz.clone()
+    found.diagonal().add_(amount)
+    return found
 
 
 def _channels(zz: Tensor, zy: Tensor, keep: int, taps: int) -> int:
@@ -203,8 +205,8 @@ def _walk(q: Tensor, b: Tensor, steps: int, taps: int, block: int, *, largest: b
         u[:, pending : pending + taps], v[:, pending : pending + taps] = u_g, v_g
         pending += taps
         if pending == width:
-            q -= u @ u.T
-            b -= u @ v.T
+            q.addmm_(u, u.T, alpha=-1)
+            b.addmm_(u, v.T, alpha=-1)
             pending = 0
             diagonal, squares = _blocks(q, taps), _squares(b, taps)
     if not order:

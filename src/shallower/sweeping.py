@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,9 +22,10 @@ from shallower.fingerprints import fingerprint
 from shallower.fisher import OutputOf, default_output_of, output_metrics
 from shallower.forms import Step, steps
 from shallower.inputs import InputsOf, call, default_inputs_of, model_device, reiterable, to_device
-from shallower.plan import Plan
+from shallower.memory import give_back
+from shallower.plan import Entry, Plan
 from shallower.progress import Progress
-from shallower.refitting import collapsed, error_curve, metric_of, narrowed
+from shallower.refitting import collapsed, enough_for_producers, error_curve, metric_of, narrowed
 from shallower.sites import Site
 from shallower.statistics import MaskOf, default_mask_of
 from shallower.surgery import operate
@@ -167,6 +168,12 @@ class Sweep:
     walking: bool = True
     _metrics: dict[str, Tensor] | None = None
     _errors: dict[str, dict[int, float]] | None = None
+    _positions: dict[str, float] = field(default_factory=dict)
+    _drafts: dict[str, list[Entry]] = field(default_factory=dict)
+
+    def without_producers(self) -> Sweep:
+        """The same, with the producers left as they are: a draft, of which this sweep repeats what it can."""
+        return replace(self, calibration=replace(self.calibration, producers=False))
 
     def plan(self, widths: Mapping[str, int]) -> tuple[Plan, nn.Module]:
         """Squeeze to these widths, 0 for a full collapse: the plan, and the network it makes.
@@ -174,9 +181,11 @@ class Sweep:
         Raises:
             FitError: the calibration data are too few or not finite; the error names the site.
         """
-        key = "" if self.calibration.producers else "consumers only: "
-        key += ",".join(f"{site.name}={widths[site.name]}" for site in self.sites)
+        chosen = ",".join(f"{site.name}={widths[site.name]}" for site in self.sites)
+        key = chosen if self.calibration.producers else f"consumers only: {chosen}"
         entries = [] if self.progress is None else self.progress.entries(key)
+        if self.calibration.producers:
+            entries = entries or self._repeated(self._drafts.get(chosen, []))
         small = _sharing_copy(self.dense)
         for done in steps(entries):
             _operate(small, done)
@@ -191,11 +200,14 @@ class Sweep:
                 continue
             if not walk.on and (not goals or site.name not in goals[0]):
                 goals = self.calibration.goals(self.dense, changing[i:])
-            # the rows of a producer that an earlier site has fitted as its consumer are not to be fitted again
-            fitted = {m.name for entry in entries for m in entry.site.consumers}
-            producers = self.calibration.producers and width > 0 and not fitted & {m.name for m in site.maps}
+            producers = self.calibration.producers and width > 0 and _untouched(site, entries)
+            if not enough_for_producers(site, width, self._positions.get(site.name, float("inf"))):
+                producers = False
             found = self.calibration.grams(self.dense, small, [site], width == 0, producers, goals or None, walk)
             grams = found.pop(site.name)
+            self._positions[site.name] = grams.positions
+            if producers and not enough_for_producers(site, width, grams.positions):
+                producers, grams = False, replace(grams, rows=((), ()))
             metric = metric_of(site, metrics, grams)
             try:
                 if width == 0:
@@ -206,9 +218,24 @@ class Sweep:
                 raise FitError(f"{site.name}: {error}") from error
             entries.append(entry)
             _operate(small, next(step for step in steps(entries) if step.entry is entry))
+            del found, grams, metric
+            give_back()
             if self.progress is not None:
                 self.progress.keep(key, entries)
+        if not self.calibration.producers:
+            self._drafts[chosen] = list(entries)
         return Plan(tuple(entries), fingerprint(self.dense, [e.site for e in entries]), "squeeze"), small
+
+    def _repeated(self, draft: Sequence[Entry]) -> list[Entry]:
+        """The draft's entries up to the first site whose producers may be fitted: a sweep with them makes the same."""
+        same: list[Entry] = []
+        for entry in draft:
+            positions = self._positions.get(entry.site.name, float("inf"))
+            kept = len(entry.kept)
+            if kept and _untouched(entry.site, same) and enough_for_producers(entry.site, kept, positions):
+                break
+            same.append(entry)
+        return same
 
     def _walk(self, small: nn.Module | None, sites: Sequence[Site]) -> Walk:
         batches = self.calibration.batches
@@ -219,6 +246,7 @@ class Sweep:
         """What the model's output makes of a change at each consumer's output."""
         if self._metrics is None:
             self._metrics = self.calibration.metrics(self.dense, self.sites)
+            give_back()
         return self._metrics
 
     @property
@@ -243,6 +271,11 @@ class Sweep:
             if self.progress is not None:
                 self.progress.keep_value("errors", self._errors)
         return self._errors
+
+
+def _untouched(site: Site, entries: Sequence[Entry]) -> bool:
+    """Whether no map of the site was fitted as the consumer of an earlier site: such rows are not fitted again."""
+    return not {m.name for entry in entries for m in entry.site.consumers} & {m.name for m in site.maps}
 
 
 def _group(sites: Sequence[Site]) -> Sequence[Site]:

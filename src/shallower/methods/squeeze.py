@@ -290,7 +290,7 @@ class _Squeeze:
             choices.append(self.widths(target))
         if len(choices) == 2 and choices[0] != choices[1]:
             judge = self.likeness if score is None else score
-            draft = replace(self.sweep, calibration=replace(self.sweep.calibration, producers=False))
+            draft = self.sweep.without_producers()
             choices.sort(key=lambda widths: judge(draft.plan(widths)[1]))
         return self.sweep.plan(choices[-1])[0]
 
