@@ -33,7 +33,7 @@ _ROWS = 1 << 10
 _COLUMNS = 256
 """Columns of a Gram matrix that are computed at a time."""
 
-_PER_COLUMN = 64
+_PER_COLUMN = 256
 """Positions of a convolution that are used, for each column of its patches: neighbours tell nearly the same."""
 
 _POSITIONS = 1 << 17
