@@ -11,7 +11,7 @@ makes no sense matters little: a layer is fitted to what the trained network doe
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,15 +30,15 @@ def varied(
     batches: Iterable[Any],
     *,
     vocabulary: Sequence[int] | None = None,
-    replaced: float = 0.3,
+    replaced: float = 0.15,
     joined: int = 2,
     longest: int = 128,
     seed: int = 0,
 ) -> list[TokenBatch]:
     """The batches as they are, and four times as many tokens in other arrangements.
 
-    Joined to longer rows; with a part of the tokens replaced by others; joined and replaced; and with all tokens
-    exchanged between all rows. Tokens that begin or end every row, such as [CLS] and [SEP], stay where they are.
+    Joined to longer rows; with a part of the tokens replaced by others; joined and replaced; and so with twice as many
+    joined. Tokens that begin or end every row, such as [CLS] and [SEP], stay where they are.
 
     Args:
         batches: dictionaries of `input_ids` (rows, tokens) and, where rows are padded, `attention_mask`;
@@ -69,25 +69,21 @@ def varied(
     def mixed(row: _Row) -> _Row:
         return [draw.choice(others) if draw.random() < replaced else token for token in row]
 
-    def united() -> list[_Row]:
+    def united(count: int) -> list[_Row]:
         order = draw.sample(inner, len(inner))
-        groups = [order[i : i + joined] for i in range(0, len(order), joined)]
+        groups = [order[i : i + count] for i in range(0, len(order), count)]
         return [[t for row in group for t in row][: max(1, longest - len(before) - len(after))] for group in groups]
 
-    def exchanged() -> list[_Row]:
-        shuffled = iter(draw.sample(seen, len(seen)))
-        return [[next(shuffled) for _ in row] for row in inner]
-
-    ways: list[Callable[[], list[_Row]]] = [
-        united,
-        lambda: [mixed(row) for row in inner],
-        lambda: [mixed(row) for row in united()],
-        exchanged,
+    ways = [
+        united(joined),
+        [mixed(row) for row in inner],
+        [mixed(row) for row in united(joined)],
+        [mixed(row) for row in united(2 * joined)],
     ]
     size = max(len(batch["input_ids"]) for batch in given)
     found: list[TokenBatch] = []
     for way in ways:
-        found += _batches([[*before, *row, *after] for row in way()], size)
+        found += _batches([[*before, *row, *after] for row in way], size)
     whole = [{"input_ids": b["input_ids"], "attention_mask": _mask(b)} for b in given] + found
     if any(_TYPES in batch for batch in given):
         return [{**batch, _TYPES: torch.zeros_like(batch["input_ids"])} for batch in whole]
