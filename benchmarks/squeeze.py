@@ -35,9 +35,9 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from torch.nn import functional as F
 
 from benchmarks.images import Images, cifar10
 from benchmarks.record import markdown, required, write_json
-from shallower.errors import ModelError
+from shallower.errors import ModelError, TargetError
 from shallower.inputs import call
 from shallower.matching import find_sites
 from shallower.measuring import compare, count_macs, count_params
@@ -56,10 +56,15 @@ from shallower.recalibration import recalibrate
 from shallower.sites import Sites
 from shallower.surgery import apply
 from shallower.sweeping import Calibration, Sweep
+from shallower.varying import varied
 from shallower.vision import repair_torchvision
 
 METHODS = ("Torch-Pruning", "squeeze, equal", "squeeze")
-COLLAPSED = (3, 6)
+VARIED = "squeeze, equal, varied text"
+ELSEWHERE = "squeeze, equal, WikiText-2 text"
+POINTS = ((8, 32, (1, 2, 3, 4, 6)), (1, 16, (3, 6)))
+"""Sentences, tokens of each, and how many MLPs are collapsed there."""
+
 FLOORS = [
     ("MiniLM", 0.5, "STS-B Spearman", 0.867),
     ("MiniLM", 0.5, "WikiText-2 rank correlation", 0.965),
@@ -86,6 +91,7 @@ class Subject:
         cuts: parts of all hidden channels that go.
         outputs: the tensor that the model's output is, for libraries that follow gradients.
         methods: that are compared.
+        others: by method, other batches that it is calibrated on; then the consumers alone are fitted.
     """
 
     name: str
@@ -96,6 +102,7 @@ class Subject:
     cuts: tuple[float, ...]
     outputs: Callable[[Any], Tensor] = lambda output: output
     methods: tuple[str, ...] = METHODS
+    others: Mapping[str, list[Any]] = field(default_factory=dict)
 
 
 def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:
         rows.append(remembered(cache / f"{subject.name}-dense.json", lambda s=subject: dense(s)))  # type: ignore[misc]
         for cut in subject.cuts[:1] if quick else subject.cuts:
             for method in subject.methods:
-                path = cache / f"{subject.name}-{cut}-{method.replace(', ', '-')}.json"
+                path = cache / f"{subject.name}-{cut}-{_slug(method)}.json"
                 rows.append(remembered(path, lambda s=subject, c=cut, m=method: squeezed(s, c, m, cache)))  # type: ignore[misc]
     found: dict[str, Any] = {"rows": rows, "floors": FLOORS}
     if not quick:
@@ -135,13 +142,29 @@ def table(results: dict[str, Any]) -> str:
     text = markdown(header, lines)
     if "latency" in results:
         lines = [
-            (f"{way['latency']:.2f}", way["way"], f"{way['params'] / whole['MiniLM']['params']:.1%}", *_scores(way))
+            (
+                f"{way['sentences']} x {way['tokens']}",
+                *(
+                    (
+                        f"{way['latency']:.2f}",
+                        way["way"],
+                        f"{way['params'] / whole['MiniLM']['params']:.1%}",
+                        *_scores(way),
+                    )
+                    if way["latency"]
+                    else ("", way["way"], "", "", "")
+                ),
+            )
             for way in results["latency"]
         ]
         names = list(results["latency"][0]["scores"])
-        text += "\n\nMiniLM at equal latency (a part of the dense model's, 8 sentences of 32 tokens):\n\n"
-        text += markdown(("latency", "way", "params", *names), lines)
+        text += "\n\nMiniLM at equal latency (a part of the dense model's on so many sentences x tokens):\n\n"
+        text += markdown(("input", "latency", "way", "params", *names), lines)
     return text
+
+
+def _slug(method: str) -> str:
+    return method.replace(", ", "-").replace(" ", "-")
 
 
 def _scores(row: dict[str, Any]) -> list[str]:
@@ -151,39 +174,44 @@ def _scores(row: dict[str, Any]) -> list[str]:
 def depth_or_width(subject: Subject, cache: Path) -> list[dict[str, Any]]:
     """MLPs collapsed by least squares, those first that lose least; and all narrowed until the model is as fast."""
     model, sites = subject.model, subject.sites
-    ids = subject.batches[len(subject.batches) // 2]["input_ids"][:8].repeat(1, 4)[:, :32]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    sweep = Sweep(model, sites.items, Calibration(subject.batches))
 
-    def row(way: str, small: nn.Module) -> dict[str, Any]:
+    def row(way: str, small: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
         found = compare({"dense": model, "small": small}, inputs, rounds=100)["small"]
-        spread = found.ratio_spread
         return {
             "way": way,
+            "sentences": len(inputs["input_ids"]),
+            "tokens": inputs["input_ids"].shape[1],
             "latency": found.ratio,
-            "spread": spread,
+            "spread": found.ratio_spread,
             "params": count_params(small),
             "scores": subject.score(small),
         }
 
-    sweep = Sweep(model, sites.items, Calibration(subject.batches))
-
-    def depth(count: int) -> dict[str, Any]:
+    def depth(count: int, inputs: dict[str, Tensor]) -> dict[str, Any]:
         order = sorted(sites, key=lambda site: sweep.errors[site.name][0])
         widths = {site.name: site.width for site in sites} | {site.name: 0 for site in order[:count]}
-        return row(f"{count} of {len(sites)} MLPs collapsed", sweep.plan(widths)[1])
+        return row(f"{count} of {len(sites)} MLPs collapsed", sweep.plan(widths)[1], inputs)
 
-    def width(latency: float) -> dict[str, Any]:
+    def width(latency: float, inputs: dict[str, Tensor]) -> dict[str, Any]:
         target = f"latency:{100 * latency:.1f}%"
-        plan = squeeze(model, sites, subject.batches, target, uniform=True, round_to=16, example_inputs=inputs)
+        try:
+            plan = squeeze(model, sites, subject.batches, target, uniform=True, round_to=16, example_inputs=inputs)
+        except TargetError:
+            return {"way": "no width of all is as fast", "latency": None}
         kept = {len(entry.kept) for entry in plan.entries}
         small = apply(model, plan, _first(subject.batches[0]))
-        return row(f"{max(kept)} of {sites[0].width} channels of each", small)
+        return row(f"{max(kept)} of {sites[0].width} channels of each", small, inputs)
 
     rows = []
-    for count in COLLAPSED:
-        deep = remembered(cache / f"depth-{count}.json", lambda c=count: depth(c))  # type: ignore[misc]
-        wide = remembered(cache / f"width-{count}.json", lambda at=deep["latency"]: width(at))  # type: ignore[misc]
-        rows += [deep, wide]
+    for sentences, tokens, counts in POINTS:
+        ids = subject.batches[len(subject.batches) // 2]["input_ids"][:sentences].repeat(1, 4)[:, :tokens]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for count in counts:
+            at = f"{count}-{sentences}x{tokens}.json"
+            deep = remembered(cache / f"depth-{at}", lambda c=count, i=inputs: depth(c, i))  # type: ignore[misc]
+            wide = remembered(cache / f"width-{at}", lambda d=deep, i=inputs: width(d["latency"], i))  # type: ignore[misc]
+            rows += [deep, {"sentences": sentences, "tokens": tokens, **wide}]
     return rows
 
 
@@ -197,7 +225,9 @@ def squeezed(subject: Subject, cut: float, method: str, cache: Path) -> dict[str
 
     Equal widths are one of the two ways that `squeeze` compares, so that it finds them done, and their time is added.
     """
-    checkpoint = cache / f"{subject.name}-{cut}.safetensors"
+    batches = subject.others.get(method, subject.batches)
+    ours = f"-{_slug(method)}" if method in subject.others else ""
+    checkpoint = cache / f"{subject.name}-{cut}{ours}.safetensors"
     equal = cache / f"{subject.name}-{cut}-squeeze-equal.json"
     with growth() as grown:
         start, cpu = time.perf_counter(), time.process_time()
@@ -205,15 +235,16 @@ def squeezed(subject: Subject, cut: float, method: str, cache: Path) -> dict[str
             small = by_torch_pruning(subject, cut)
         else:
             macs = subject.sites.macs - cut * sum(site.macs for site in subject.sites)
-            uniform = method.endswith("equal")
+            uniform = "equal" in method
             target = f"macs:{math.ceil(macs)}"
             plan = squeeze(
                 subject.model,
                 subject.sites,
-                subject.batches,
+                batches,
                 target,
                 uniform=uniform,
                 collapse=False,
+                producers=method not in subject.others,
                 checkpoint=checkpoint,
             )
             small = apply(subject.model, plan, _first(subject.batches[0]))
@@ -393,10 +424,12 @@ def minilm(data: Path) -> Subject:
     _, batches = encoded([pool[i] for i in chosen])
     validation = rows("stsb", "validation")
     pairs = encoded([*validation["sentence1"], *validation["sentence2"]])
-    lines = [text.strip() for text in rows("wikitext2", "test")["text"]]
-    lines = [text for text in lines if len(text.split()) >= 8 and not text.startswith("=")]
-    pieces = [f"{part} ." for line in lines for part in line.split(" . ") if len(part.split()) >= 6]
-    wiki = encoded(pieces[:300])
+    wiki = encoded(_sentences(rows("wikitext2", "test")["text"])[:300])
+    pool = _sentences(rows("wikitext2", "validation")["text"])
+    chosen = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:1000].tolist()
+    _, elsewhere = encoded([pool[i] for i in chosen])
+    words = sorted(i for t, i in tokenizer.get_vocab().items() if t.isalpha() or t.startswith("##"))
+    others = {VARIED: varied(batches, vocabulary=words), ELSEWHERE: elsewhere}
     upper = torch.triu_indices(300, 300, 1)
     original = embeddings(model, wiki)
 
@@ -410,7 +443,16 @@ def minilm(data: Path) -> Subject:
             "WikiText-2 rank correlation": spearman(similar[0], similar[1]),
         }
 
-    return Subject("MiniLM", model, find_sites(model, batches[0]), batches, score, (0.5, 0.75), methods=METHODS[:2])
+    methods = (*METHODS[:2], VARIED, ELSEWHERE, METHODS[2])
+    sites = find_sites(model, batches[0])
+    return Subject("MiniLM", model, sites, batches, score, (0.5, 0.75), methods=methods, others=others)
+
+
+def _sentences(lines: list[str]) -> list[str]:
+    """WikiText's sentences of six words and more, without headings."""
+    lines = [line.strip() for line in lines]
+    lines = [line for line in lines if len(line.split()) >= 8 and not line.startswith("=")]
+    return [f"{part} ." for line in lines for part in line.split(" . ") if len(part.split()) >= 6]
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
@@ -473,7 +515,7 @@ def resnet(data: Path, cache: Path) -> Subject:
     images = {split: cifar10(data, split, cache.parent) for split in ("train", "test")}
     calibration = _normalised(images["train"][:800])
     test, labels = images["test"][:4000], images["test"].labels[:4000]
-    batches = list(torch.split(calibration, 100))
+    batches = list(torch.split(torch.cat([calibration, calibration.flip(-1)]), 100))
     sites = find_sites(model, batches[0][:2]).select("layer*")
 
     def accuracy(small: nn.Module) -> float:
