@@ -123,7 +123,7 @@ class Layers:
     """The layers of a site, of the channels that stay.
 
     Attributes:
-        producers: by name: "producer", and "gate" in a gated site.
+        producers: by name: "producer", and "gate" in a gated site; "path" for a linear path beside the channels.
         behind: stretches up to the consumers; the first is right behind the producers.
         consumer: the geometry of the consumers, which is the same for all.
     """
@@ -132,9 +132,17 @@ class Layers:
     behind: tuple[Behind, ...]
     consumer: LinearMap
 
+    @property
+    def width(self) -> int:
+        """Channels that the consumers read: those that stay, and those of the linear path."""
+        return sum(len(p.weight) for name, p in self.producers.items() if name != "gate")
+
     @classmethod
-    def of(cls, model: nn.Module, site: Site, kept: Tensor) -> Layers | None:
-        """The layers as they are in a model that still has all channels; None where they are not of this kind."""
+    def of(cls, model: nn.Module, site: Site, kept: Tensor, down: Tensor | None = None) -> Layers | None:
+        """The layers as they are in a model that still has all channels; None where they are not of this kind.
+
+        With `down` (rank, d_in), there is a linear path beside them.
+        """
         producer = site.producer
         if producer is None or producer.groups > 1 or any(c.groups > 1 for c in site.consumers):
             return None
@@ -151,6 +159,11 @@ class Layers:
         elif site.packed:
             other = kept + site.width if site.packed == "up-first" else kept
             producers["gate"] = _producer(model, producer, other, "", kept)
+        if down is not None:
+            weight = down.to(producers["producer"].weight).reshape(
+                len(down), -1, *[1] * 2 * (producer.kind == "conv2d")
+            )
+            producers["path"] = Producer(producer, weight, None, None, None)
         n = site.width
         after = _norm(model, site.norm_after, kept)
         behind = [Behind(None, None, None, _function(model, site.activation, kept, n, site.activation_params), *after)]
@@ -199,18 +212,25 @@ class Layers:
             z, slope = _sloped(stretch.f, h, slopes)
             z = _affine(z, stretch.after_scale, stretch.after_shift)
             others.append(slope)
+        if "path" in self.producers:
+            linear = self.producers["path"](x)
+            z = torch.cat([z, linear], 1)
+            if slopes:
+                found["path"] = torch.ones_like(linear)
         return z, found, others
 
     def change(self, x: Tensor, slopes: Mapping[str, Tensor], others: list[Tensor | None], deltas: Deltas) -> Tensor:
         """By how much what the consumers read changes to first order."""
         first, later = self.behind[0], self.behind[1:]
-        parts = [slopes[name] * p.change(x, deltas[name]) for name, p in self.producers.items()]
+        parts = [slopes[name] * p.change(x, deltas[name]) for name, p in self.producers.items() if name != "path"]
         z = _affine(sum(parts[1:], parts[0]), first.after_scale, None)
         for stretch, slope in zip(later, others, strict=True):
             assert stretch.depthwise is not None
             z = _affine(_depthwise(z, *stretch.depthwise), stretch.scale, None)
             z = _affine(z if slope is None else slope * z, stretch.after_scale, None)
-        return z
+        return (
+            z if "path" not in self.producers else torch.cat([z, self.producers["path"].change(x, deltas["path"])], 1)
+        )
 
 
 @dataclass(frozen=True)
@@ -219,7 +239,7 @@ class Reconstruction:
 
     Attributes:
         layers: with the producers found.
-        weight: (d, kept * taps), the consumers one above the other.
+        weight: (d, kept * taps [+ rank]), the consumers one above the other; their columns for the path come last.
         bias: (d,).
         before, after: error on held-out rows, in units of the metric, with the producers as they were and as found.
     """
@@ -231,7 +251,7 @@ class Reconstruction:
     after: float
 
     def added_to(self, fit: Fit) -> Fit:
-        """A fit of consumers with these producers' rows and biases."""
+        """A fit of consumers with these producers' rows and biases, and this path."""
         found: dict[str, Tensor | None] = {}
         for name, p in self.layers.producers.items():
             found[name] = p.weight.cpu()
@@ -242,6 +262,7 @@ class Reconstruction:
             producer_bias=found["producer_bias"],
             gate=found.get("gate"),
             gate_bias=found.get("gate_bias"),
+            down=found.get("path", fit.down),
         )
 
 
@@ -294,7 +315,7 @@ def reconstruct(
 
 def _solved(layers: Layers, rows: Sequence[Rows], ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
     """The consumers' weight (d, columns) and bias (d,) by ridge least squares, float32."""
-    consumer, width = layers.consumer, len(next(iter(layers.producers.values())).weight)
+    consumer, width = layers.consumer, layers.width
     total: Gram | None = None
     step = thinned(sum(r.positions for r in rows), width, consumer.taps)
     for each in rows:
@@ -364,7 +385,8 @@ def _step(
     sizes = {}
     for name, producer in layers.producers.items():
         scale = 1.0 if producer.scale is None else producer.scale.square()
-        sizes[name] = over_processes(slopes[name]) / count * size * scale + _TINY
+        own = size[-len(producer.weight) :] if name == "path" else size[: len(producer.weight)]
+        sizes[name] = over_processes(slopes[name]) / count * own * scale + _TINY
 
     def fold(of: Callable[[Tensor, Tensor], Tensor], deltas: Deltas) -> Deltas:
         """The gradient, by the deltas, of a sum over positions of `of(change of the outputs, residual)`."""
@@ -424,7 +446,7 @@ def _dot(a: Deltas, b: Deltas) -> float:
 
 
 def _parts(layers: Layers, rows: Sequence[Rows]) -> Iterator[Rows]:
-    width = len(next(iter(layers.producers.values())).weight)
+    width = layers.width
     for each in rows:
         yield from each.chunks(width)
 

@@ -6,13 +6,13 @@ curve = error_curve(site, grams, metric)                # {width: error}
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from shallower.calibration import Centred, Gram, Rows, SiteGrams, may_collapse
+from shallower.calibration import Centred, Gram, SiteGrams, may_collapse
 from shallower.errors import FitError
 from shallower.linear_paths import path, path_gains, seen_through
 from shallower.plan import Entry, Fate, Fit
@@ -109,24 +109,14 @@ def narrowed(
     beside = bool(paths) and grams.joint is not None and may_have_path(site)
     keep = 0 if beside else width
     elimination = eliminate(moments.zz, moments.zy @ root, ridge=_SELECTION_RIDGE, keep=keep, taps=taps)
-    choice = _Choice.of(site, grams, metric, elimination.kept(width))
-    if beside:
-        choice = _with_path(site, grams, metric, elimination, width, paths, choice)
-    kept, down, error = choice.kept, choice.down, choice.error
-    read = (choice.seen[0] + choice.seen[1]).centred(_intercept(site))
-    both = ridge_fit(read.zz, read.zy, choice.ridge)
-    bias = read.mean_y - both @ read.mean_z
-    weight, up = both[:, : len(kept) * taps], both[:, len(kept) * taps :]
-    rows = grams.rows if down is None else (_beyond(grams.rows[0], up @ down), _beyond(grams.rows[1], up @ down))
-    found = None if small is None else _reconstructed(small, site, rows, kept, root, choice.ridge)
-    if found is not None:
-        weight, bias, error = found.weight, found.bias, error * found.after / found.before
-    fit = Fit(*_by_consumer(site, weight, bias, len(kept)))
-    if down is not None:
-        pointwise = site.consumers[0].kind == "conv2d"
-        ups, _ = _by_consumer(site, up, bias, len(down))
-        fit = replace(fit, down=down.cpu()[:, :, None, None] if pointwise else down.cpu(), ups=ups)
-    return Entry.narrow(site, kept.cpu(), fit=fit if found is None else found.added_to(fit), note=_note(error))
+    choices = [_Choice.of(site, grams, metric, elimination.kept(width))]
+    if beside and (other := _with_path(site, grams, metric, elimination, width, paths)) is not None:
+        choices.append(other)
+    found = [None if small is None else _reconstructed(small, site, grams, choice, root) for choice in choices]
+    errors = [c.error if f is None else c.error * f.after / f.before for c, f in zip(choices, found, strict=True)]
+    best = errors.index(min(errors))
+    fit = _fit(site, choices[best], found[best])
+    return Entry.narrow(site, choices[best].kept.cpu(), fit=fit, note=_note(errors[best]))
 
 
 def collapsed(site: Site, grams: SiteGrams, metric: Tensor) -> Entry:
@@ -217,9 +207,9 @@ def price_of_path(site: Site) -> float:
 
 
 def _with_path(
-    site: Site, grams: SiteGrams, metric: Tensor, elimination: Elimination, width: int, paths: int, without: _Choice
-) -> _Choice:
-    """The best of some splits into channels and a path by held-out error, and of no path at all.
+    site: Site, grams: SiteGrams, metric: Tensor, elimination: Elimination, width: int, paths: int
+) -> _Choice | None:
+    """The best of some splits into channels and a path by held-out error; None where no rank takes error away.
 
     The rank that is best by all rows, and the best that is at most half of it, since a path fits more numbers than the
     channels in whose place it stands. For the comparison paths are found without the held-out rows.
@@ -228,7 +218,8 @@ def _with_path(
     root, intercept = _root(metric), _intercept(site)
     whole, fit = (grams.joint[0] + grams.joint[1]).centred(intercept), grams.joint[0].centred(intercept)
     gains = path_gains(whole, elimination, root, ridge=_SELECTION_RIDGE, price=price_of_path(site))
-    best, most = without, len(root)
+    best: _Choice | None = None
+    most = len(root)
     for _ in range(_TRIALS):
         k, rank, _ = gains.best(width, paths, most)
         if rank == 0:
@@ -236,9 +227,9 @@ def _with_path(
         kept, most = elimination.kept(k), rank // 2
         down = path(fit, elimination.channels, kept, rank, root, ridge=_SELECTION_RIDGE)
         trial = _Choice.of(site, grams, metric, kept, down)
-        best = trial if trial.error < best.error else best
-    if best.down is None:
-        return best
+        best = trial if best is None or trial.error < best.error else best
+    if best is None or best.down is None:
+        return None
     down = path(whole, elimination.channels, best.kept, len(best.down), root, ridge=_SELECTION_RIDGE)
     seen = tuple(seen_through(part, elimination.channels, best.kept, down) for part in grams.joint)
     return replace(best, down=down, seen=(seen[0], seen[1]))
@@ -252,30 +243,36 @@ def enough_for_producers(site: Site, kept: int, positions: float) -> bool:
     return positions * d >= _EQUATIONS * kept * (columns + d * site.consumers[0].taps)
 
 
-def _beyond(rows: Sequence[Rows], full: Tensor) -> list[Rows]:
-    """The rows without what a linear map (d_out, d_in) of what the producer reads makes of them."""
-    given = full.float()
-    return [Rows(r.x, r.y - torch.einsum("o i, n i ... -> n o ...", given, r.x)) for r in rows]
-
-
 def _reconstructed(
-    small: nn.Module,
-    site: Site,
-    rows: tuple[Sequence[Rows], Sequence[Rows]],
-    kept: Tensor,
-    root: Tensor,
-    ridge: float,
+    small: nn.Module, site: Site, grams: SiteGrams, choice: _Choice, root: Tensor
 ) -> Reconstruction | None:
     """The site with its producers fitted too; None where that cannot be done, is not to be trusted or does not help."""
-    fit, held = rows
-    layers = Layers.of(small, site, kept) if fit and held else None
+    fit, held = grams.rows
+    layers = Layers.of(small, site, choice.kept, choice.down) if fit and held else None
     if layers is None:
         return None
     positions = over_processes(torch.tensor(float(sum(rows.positions for rows in fit)), device=root.device))
-    if not enough_for_producers(site, len(kept), float(positions)):
+    if not enough_for_producers(site, len(choice.kept), float(positions)):
         return None
-    found = reconstruct(layers, fit, held, root, ridge=ridge, intercept=_intercept(site))
+    found = reconstruct(layers, fit, held, root, ridge=choice.ridge, intercept=_intercept(site))
     return found if found.after < found.before else None
+
+
+def _fit(site: Site, choice: _Choice, found: Reconstruction | None) -> Fit:
+    """Consumers fitted to what a choice lets them read; or what was found with the producers fitted too."""
+    if found is None:
+        read = (choice.seen[0] + choice.seen[1]).centred(_intercept(site))
+        weight = ridge_fit(read.zz, read.zy, choice.ridge)
+        bias = read.mean_y - weight @ read.mean_z
+    else:
+        weight, bias = found.weight, found.bias
+    kept, taps, down = len(choice.kept), site.consumers[0].taps, choice.down
+    fit = Fit(*_by_consumer(site, weight[:, : kept * taps], bias, kept))
+    if down is not None:
+        ups, _ = _by_consumer(site, weight[:, kept * taps :], bias, len(down))
+        pointwise = site.consumers[0].kind == "conv2d"
+        fit = replace(fit, down=down.cpu()[:, :, None, None] if pointwise else down.cpu(), ups=ups)
+    return fit if found is None else found.added_to(fit)
 
 
 def _note(error: float) -> str:
