@@ -6,8 +6,8 @@ ResNet-20 and four of ResNet-56, replaced by the lines that BatchNorm tells. The
 14,000 rows for 54 and 36 steps of 128 images, cropped and mirrored, at a learning rate that falls from 0.01 to 0
 along a cosine (SGD with momentum); towards the dense network's answers alone, half of the images with another one mixed
 in. (It was trained on all training images before, so that no row of the subset is new to it.) `trained on`: the merged
-network, as it is, trained in the same way for four epochs and for half of one. `one-shot` is the order of the dense network
-without training.
+network, as it is, trained in the same way for four epochs (436 steps), ResNet-56 for half an epoch (54 steps).
+`one-shot` is the order of the dense network without training.
 
 Every network of the table is really merged: each site that is linear got the form that was fastest by more than the
 noise, among one layer, one kernel fitted on 250 images, and the layers apart without the dropped channels; `surgery` is
