@@ -17,6 +17,7 @@ from shallower.methods.squeeze import squeeze
 from shallower.plan import Plan
 from shallower.recalibration import recalibrate
 from shallower.surgery import apply
+from shallower.sweeping import CalibrationWarning
 
 
 class Mlp(nn.Module):
@@ -362,3 +363,10 @@ def test_the_benchmark_beats_magnitude_on_a_real_language_model(data: Path, tmp_
     lines = [line.split("|") for line in table.splitlines() if line.startswith("| stories260k")]
     perplexity = {cells[3].strip(): float(cells[4].split()[-1]) for cells in lines}
     assert perplexity["dense"] < perplexity["squeeze"] < 0.6 * perplexity["Torch-Pruning"]
+
+
+def test_too_few_calibration_data_are_told_with_how_many_would_do() -> None:
+    model = Mlp(different=96, n=96)
+    sites = find_sites(model, rows_of()[0])
+    with pytest.warns(CalibrationWarning, match=r"is fitted with 5\d numbers on 9 positions.* or more \(12 now"):
+        squeeze(model, sites, rows_of(count=3, rows=4), "params:60%", uniform=True)

@@ -362,7 +362,7 @@ def collect_grams(
         for index, batch in enumerate(tqdm(batches, desc="calibrating", delay=5, leave=False)):
             mask = default_mask_of(batch) if mask_of is None else mask_of(batch)
             inputs = to_device(inputs_of(batch), device)
-            samples += _samples(inputs)
+            samples += samples_in(inputs)
             if target is not None:
                 _walked(target, walk and walk.dense, walk, index, sites, inputs)
             if source is not target:
@@ -797,6 +797,7 @@ def _calls(
     return expected
 
 
-def _samples(inputs: Any) -> int:
+def samples_in(inputs: Any) -> int:
+    """Samples in a batch."""
     first = next(tensors(inputs), None)
     return 0 if first is None else len(first) if first.dim() else 1

@@ -8,6 +8,9 @@ sweep.errors["layer.0"][384]
 from __future__ import annotations
 
 import copy
+import gc
+import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shallower.attachment import detach
-from shallower.calibration import Goals, SiteGrams, Walk, collect_goals, collect_grams
+from shallower.calibration import Goals, SiteGrams, Walk, collect_goals, collect_grams, samples_in
 from shallower.errors import FitError
 from shallower.fingerprints import fingerprint
 from shallower.fisher import OutputOf, default_output_of, output_metrics
@@ -36,8 +39,18 @@ _MEMORY = 1 << 28
 _SENSITIVE = 32
 """Batches, evenly spaced, on which sensitivity is measured."""
 
+_PLENTY = 4
+"""Positions for each number to be fitted that are plenty."""
+
+_SCARCE = 2
+"""Numbers to be fitted for each position that are too many, in spite of the ridge."""
+
 _GOALS = 1 << 28
 """Bytes of the dense network's outputs that are held at a time, where passes run from the inputs."""
+
+
+class CalibrationWarning(UserWarning):
+    """There are too few calibration data for what is fitted to them."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,11 @@ class Calibration:
     def __post_init__(self) -> None:
         if not isinstance(self.batches, (list, tuple)):
             object.__setattr__(self, "batches", list(reiterable(self.batches)))
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return sum(samples_in(self.inputs_of(batch)) for batch in self.batches)
 
     def metrics(self, model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
         """What a change at each consumer's output does to the model's output; empty without sensitivity."""
@@ -170,6 +188,7 @@ class Sweep:
     _errors: dict[str, dict[int, float]] | None = None
     _positions: dict[str, float] = field(default_factory=dict)
     _drafts: dict[str, list[Entry]] = field(default_factory=dict)
+    _shortage: dict[str, float] = field(default_factory=dict)
 
     def without_producers(self) -> Sweep:
         """The same, with the producers left as they are: a draft, of which this sweep repeats what it can."""
@@ -216,6 +235,7 @@ class Sweep:
                     entry = narrowed(site, grams, metric, width, small if producers else None)
             except FitError as error:
                 raise FitError(f"{site.name}: {error}") from error
+            self._shortage[site.name] = _numbers(entry) / max(1.0, grams.fit.count)
             entries.append(entry)
             _operate(small, next(step for step in steps(entries) if step.entry is entry))
             del found, grams, metric
@@ -225,6 +245,24 @@ class Sweep:
         if not self.calibration.producers:
             self._drafts[chosen] = list(entries)
         return Plan(tuple(entries), fingerprint(self.dense, [e.site for e in entries]), "squeeze"), small
+
+    def warn_of_shortage(self, plan: Plan) -> None:
+        """Warn where each of the consumers' outputs has several numbers to fit for each position that was seen."""
+        short = {e.site.name: self._shortage.get(e.site.name, 0.0) for e in plan.entries}
+        name = max(short, key=short.__getitem__, default="")
+        if not name or short[name] <= _SCARCE:
+            return
+        entry = next(e for e in plan.entries if e.site.name == name)
+        numbers, samples = _numbers(entry), self.calibration.samples
+        others = sum(ratio > _SCARCE for ratio in short.values()) - 1
+        warnings.warn(
+            f"{name}: each output of `{entry.site.consumers[0].name}` is fitted with {numbers} numbers on "
+            f"{numbers / short[name]:.0f} positions{f', and {others} more sites have too few' if others else ''}. What "
+            f"was fitted will not hold on other data: calibrate on about {math.ceil(_PLENTY * short[name] * samples)} "
+            f"samples or more ({samples} now), or leave the site out",
+            CalibrationWarning,
+            stacklevel=3,
+        )
 
     def _repeated(self, draft: Sequence[Entry]) -> list[Entry]:
         """The draft's entries up to the first site whose producers may be fitted: a sweep with them makes the same."""
@@ -246,6 +284,7 @@ class Sweep:
         """What the model's output makes of a change at each consumer's output."""
         if self._metrics is None:
             self._metrics = self.calibration.metrics(self.dense, self.sites)
+            gc.collect()  # graphs of passes that were given up
             give_back()
         return self._metrics
 
@@ -271,6 +310,14 @@ class Sweep:
             if self.progress is not None:
                 self.progress.keep_value("errors", self._errors)
         return self._errors
+
+
+def _numbers(entry: Entry) -> int:
+    """Weights that are fitted for each of the consumers' outputs."""
+    site, producer = entry.site, entry.site.producer
+    if len(entry.kept):
+        return len(entry.kept) * site.consumers[0].taps
+    return 0 if producer is None else producer.d_in
 
 
 def _untouched(site: Site, entries: Sequence[Entry]) -> bool:

@@ -117,6 +117,9 @@ def squeeze(
         FitError: the calibration data are too few or not finite; the error names the site.
         MethodError: an option is out of range, or a `drop:` target comes without `score`.
         CheckpointError: the checkpoint is damaged, or of another squeezing.
+
+    Warns:
+        CalibrationWarning: a site has far fewer positions to fit on than numbers to fit; how many samples would do.
     """
     if not 0 <= compensation <= 1 or round_to < 1:
         raise MethodError("compensation is a number from 0 to 1, and round_to at least 1")
@@ -145,7 +148,9 @@ def squeeze(
     inputs = calibrated_on if example_inputs is None else example_inputs
     work = _Squeeze(dense, squeezable, sweep, round_to, uniform, to_device(inputs, model_device(dense)))
     try:
-        return work.within(goal, score) if goal.unit == "drop" and score is not None else work.best(goal, score)
+        plan = work.within(goal, score) if goal.unit == "drop" and score is not None else work.best(goal, score)
+        sweep.warn_of_shortage(plan)
+        return plan
     except FitError as error:
         if name := _first_not_finite(dense, squeezable, calibration):
             raise FitError(
