@@ -80,7 +80,7 @@ class Case:
     def sites(self, model: nn.Module) -> Sites:
         """All that squeezing can narrow, and heads; not the convolution whose average over pixels is classified."""
         found = find_sites(model.eval(), self.example, heads=self.heads)
-        return found.select(lambda s: not s.not_narrow and len({m.kind for m in s.maps}) == 1)
+        return found.select(lambda s: not s.not_narrow and not s.pooled and len({m.kind for m in s.maps}) == 1)
 
     def widths(self, sites: Sites, share: float, heads: bool = True) -> dict[str, int]:
         """The same share of every site's channels; all heads where they are not to be narrowed."""

@@ -225,14 +225,33 @@ def convolutional_networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
             dilation=draw(st.sampled_from([1, 2])),
         )  # fmt: skip
         before = nn.BatchNorm2d(n) if draw(st.booleans()) else nn.Identity()
-        after = nn.BatchNorm2d(n) if draw(st.booleans()) else nn.Identity()
+        after = draw(st.sampled_from([nn.BatchNorm2d(n), nn.Identity(), *_poolings()]))
         f = draw(st.sampled_from([nn.ReLU(), nn.GELU(), F.relu, F.silu, nn.PReLU(n)]))
-        same = stride == 1 and k1 == 1 and (k2 == 1 or (padded and k2 == 3 and down.dilation == (1, 1)))
+        same = (
+            isinstance(after, nn.BatchNorm2d | nn.Identity)
+            and stride == 1
+            and k1 == 1
+            and (k2 == 1 or (padded and k2 == 3 and down.dilation == (1, 1)))
+        )
         blocks.append(Block(up, f, down, before, after, residual=same and draw(st.booleans())))
-    model = _randomised(nn.Sequential(*blocks), torch.float64)
-    least = next(size for size in range(1, 33) if _runs_on(model, torch.randn(1, d, size, size, dtype=torch.float64)))
-    size = draw(st.sampled_from([least, least + 1, 32]))
-    return model, torch.randn(1, d, size, size, dtype=torch.float64)
+    body = _randomised(nn.Sequential(*blocks), torch.float64)
+    least = next(size for size in range(1, 65) if _runs_on(body, torch.randn(1, d, size, size, dtype=torch.float64)))
+    size = draw(st.sampled_from([least, least + 1, max(least, 32)]))
+    x = torch.randn(1, d, size, size, dtype=torch.float64)
+    if not draw(st.booleans()):
+        return body, x
+    n, k = draw(st.integers(2, 6)), draw(st.sampled_from([1, 3]))
+    last = nn.Conv2d(d, n, k, draw(st.integers(1, 2)), padding=draw(st.integers(k // 2, 2)), dtype=torch.float64)
+    pooling = draw(st.sampled_from([nn.Identity(), nn.BatchNorm2d(n), *_poolings()]))
+    if not _runs_on(nn.Sequential(body, last, pooling.double().eval()), x):
+        pooling = nn.Identity()
+    pixels = pooling(last(body(x)))[0].numel()
+    head = [last, nn.ReLU(), nn.Dropout(), pooling, nn.Flatten(), nn.Linear(pixels, 3), nn.ReLU(), nn.Linear(3, 2)]
+    return _randomised(nn.Sequential(*body, *head), torch.float64), x
+
+
+def _poolings() -> list[nn.Module]:
+    return [nn.MaxPool2d(2), nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d((28, 27))]
 
 
 def _runs_on(model: nn.Module, x: Tensor) -> bool:
@@ -292,7 +311,7 @@ def _random_fit(site: Site, kept: int, draw: Any, generator: torch.Generator) ->
     def kernel(m: Any) -> tuple[int, ...]:
         return m.kernel if m.kind == "conv2d" else ()
 
-    path = draw(st.sampled_from(["none", "pair", "full"])) if not site.not_linear else "none"
+    path = "none" if site.not_linear or site.flattened else draw(st.sampled_from(["none", "pair", "full"]))
     convolution = site.producer.kind == "conv2d"
     path = "pair" if path == "full" and convolution and kept else path
     rank = draw(st.integers(1, 5))
@@ -305,7 +324,7 @@ def _random_fit(site: Site, kept: int, draw: Any, generator: torch.Generator) ->
     rows = kept and draw(st.booleans()) and not (site.packed and not site.producer.bias)
     width = (kept, site.producer.d_in, *kernel(site.producer))
     return Fit(
-        consumers=tuple(random(c.d_out, kept, *kernel(c)) for c in site.consumers),
+        consumers=tuple(random(c.d_out, kept * site.block, *kernel(c)) for c in site.consumers),
         biases=tuple(random(c.d_out) for c in site.consumers),
         down=down,
         ups=tuple(random(*shape) for shape in shapes) if path != "none" else (),

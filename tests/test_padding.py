@@ -14,7 +14,7 @@ from shallower.attachment import attach, detached_copy
 from shallower.edits import edits, replay
 from shallower.errors import CheckpointError, PlanError, SiteError
 from shallower.matching import find_sites
-from shallower.padding import border_error, move_padding
+from shallower.padding import as_moved, border_error, move_padding, worth_moving
 from shallower.plan import Entry, Plan
 from shallower.surgery import apply, simulate
 from tests.networks import Block, Inverted, _randomised
@@ -135,3 +135,40 @@ def test_a_site_of_linear_layers_has_no_padding_to_move():
     x: Tensor = torch.randn(2, 4)
     with pytest.raises(SiteError, match="not a convolution"):
         move_padding(model, find_sites(model, x))
+
+
+def narrow_and_wide() -> nn.Module:
+    """Two inverted residuals, of which the first widens so little that one convolution is dearer."""
+    torch.manual_seed(0)
+    blocks = [Inverted(4, 5, 3, 1, 1, nn.ReLU6(), residual=False), Inverted(4, 24, 3, 1, 1, nn.ReLU6(), residual=False)]
+    return _randomised(nn.Sequential(*blocks), torch.float64)
+
+
+def test_padding_is_worth_moving_only_where_something_cheaper_comes_of_it():
+    model = narrow_and_wide()
+    short = find_sites(model, X).select(lambda site: not site.between)
+    chosen = worth_moving(short)
+    assert [site.producer.name for site in chosen] == ["1.layers.0"]
+    moved = move_padding(model, chosen)
+    assert paddings(moved)[:3] == paddings(model)[:3]
+    plan = Plan.collapse(find_sites(moved, X).select(lambda site: not site.between and site.name.startswith("1")))
+    small = apply(moved, plan, X)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_sites_after_a_move_are_described_without_the_model():
+    for model in (narrow_and_wide(), block(), block(stride=2)):
+        short = find_sites(model, X).select(lambda site: not site.between)
+        chosen = [site for site in short if site.consumers[0].padding != (0, 0)]
+        found = find_sites(move_padding(model, chosen), X).select(lambda site: not site.between)
+        assert as_moved(short, chosen) == list(found)
+
+
+def test_padding_that_was_moved_goes_back():
+    model = block()
+    sites = find_sites(model, X)
+    moved = move_padding(model, sites)
+    again = move_padding(moved, sites, back=True)
+    assert paddings(again) == paddings(model)
+    assert torch.equal(again(X), model(X))
+    assert torch.equal(replay(copy.deepcopy(model), edits(again))(X), model(X))

@@ -142,6 +142,11 @@ def conv(producer: str, consumers: str | tuple[str, ...], width: int, f: str = "
     )
 
 
+def pooled(producer: str, consumers: str | tuple[str, ...], width: int, **more: Any) -> Expected:
+    """A site between convolutions with a pooling in it: for keep and drop."""
+    return conv(producer, consumers, width, linear=False, **more)
+
+
 def basic_blocks(widths: dict[int, int]) -> tuple[Expected, ...]:
     """The sites of a ResNet with two basic blocks a stage; all stages but the first begin without a plain skip."""
     return tuple(
@@ -735,11 +740,19 @@ SEEING = (
                 conv("1.convolution", "2.convolution", width, norm_before="1.normalization"),
             )
         ),
+        pooled(
+            "resnet.embedder.embedder.convolution",
+            (
+                "resnet.encoder.stages.0.layers.0.layer.0.convolution",
+                "resnet.encoder.stages.0.layers.0.shortcut.convolution",
+            ),
+            8,
+            norm_before="resnet.embedder.embedder.normalization",
+        ),
         size=32,
         embedding_size=8,
         hidden_sizes=[16, 32],
         depths=[1, 1],
-        skips=(Skip("resnet", "pool"),),
     ),
     picture(
         "segformer",
@@ -927,13 +940,13 @@ OF_TIMM = (
     plain(
         "timm_resnet",
         lambda: resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), channels=(8, 8, 16, 16), stem_width=8, num_classes=10),
+        pooled("conv1", ("layer1.0.conv1", "layer1.0.downsample.0"), 64, norm_before="bn1"),
         *(
             site
             for stage, width in ((1, 8), (2, 8), (3, 16), (4, 16))
             for site in under(f"layer{stage}.0", conv("conv1", "conv2", width, norm_before="bn1"))
         ),
         size=32,
-        skips=(Skip("conv1", "pool"),),
     ),
     plain(
         "timm_mobilenet_v3",
@@ -943,11 +956,11 @@ OF_TIMM = (
         *inverted("blocks.1.0", "conv_pw bn1 conv_dw bn2 conv_pwl", 48, "relu"),
         conv("blocks.2.0.conv_pw", "blocks.2.0.conv_dw", 72, "swish", norm_before="blocks.2.0.bn1", narrow=False),
         conv("blocks.2.0.se.conv_reduce", "blocks.2.0.se.conv_expand", 18, "swish"),
+        head("conv_head", "classifier", 32, "hardswish"),  # behind the average: an image of one pixel is flattened
         size=32,
         skips=(
             Skip("blocks.0.0", "average"),
             Skip("blocks.2.0.conv_dw", "average"),
-            Skip("conv_head", "different dimensions"),
         ),
     ),
 )
@@ -1017,24 +1030,29 @@ OF_TORCHVISION = (
     plain(
         "vgg11_bn",
         tv_vgg11,
+        pooled("features.0", "features.4", 8, norm_before="features.1"),
+        pooled("features.4", "features.8", 8, norm_before="features.5"),
         conv("features.8", "features.11", 16, norm_before="features.9"),
+        pooled("features.11", "features.15", 16, norm_before="features.12"),
         conv("features.15", "features.18", 16, norm_before="features.16"),
+        pooled("features.18", "features.22", 16, norm_before="features.19"),
         conv("features.22", "features.25", 16, norm_before="features.23"),
+        pooled("features.25", "classifier.0", 16, norm_before="features.26"),
         head("classifier.0", "classifier.3", 37, "relu"),
         head("classifier.3", "classifier.6", 41, "relu"),
         size=32,
-        skips=(Skip("features.0", "pool"), Skip("features.4", "pool"), Skip("features.25", "pool|flatten")),
     ),
     plain(
         "resnet18",
         lambda: tv.resnet18(num_classes=10),
         *basic_blocks(RESNET18_WIDTHS),
         size=32,
-        skips=(Skip("conv1", "pool"),),
+        skips=(Skip("conv1", "also read by `add`"),),
     ),
     plain(
         "resnet50",
         lambda: tv.ResNet(tv.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10),
+        pooled("conv1", ("layer1.0.conv1", "layer1.0.downsample.0"), 64, norm_before="bn1"),
         *(
             site
             for stage, width in RESNET18_WIDTHS.items()
@@ -1045,7 +1063,6 @@ OF_TORCHVISION = (
             )
         ),
         size=32,
-        skips=(Skip("conv1", "pool"),),
     ),
     plain(
         "mobilenet_v2",
@@ -1079,6 +1096,7 @@ OF_TORCHVISION = (
     plain(
         "resnext",
         lambda: tv.ResNet(tv.resnet.Bottleneck, [1, 1, 1, 1], groups=4, width_per_group=4, num_classes=10),
+        pooled("conv1", ("layer1.0.conv1", "layer1.0.downsample.0"), 64, norm_before="bn1"),
         *(
             site
             for stage, width in {1: 16, 2: 32, 3: 64, 4: 128}.items()
@@ -1089,7 +1107,6 @@ OF_TORCHVISION = (
             )
         ),
         size=32,
-        skips=(Skip("conv1", "pool"),),
     ),
     plain(
         "densenet",
@@ -1160,13 +1177,14 @@ OF_TORCHVISION = (
     plain(
         "squeezenet",
         lambda: tv.SqueezeNet("1_1", num_classes=10),
+        pooled("features.0", "features.3.squeeze", 64),
         *(
             site
             for fire, width in ((3, 16), (4, 16), (6, 32), (7, 32), (9, 48), (10, 48), (11, 64), (12, 64))
             for site in under(f"features.{fire}", conv("squeeze", ("expand1x1", "expand3x3"), width))
         ),
         size=64,
-        skips=(Skip("features", "pool"), Skip("features.3.expand1x1", "cat")),
+        skips=(Skip("features.3.expand1x1", "cat"),),
     ),
 )
 

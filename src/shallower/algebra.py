@@ -162,7 +162,7 @@ def flattened(weight: Tensor, height: int, width: int) -> Tensor:
 
         y = F.conv2d(picture, flattened(W, height, width))      # equals W @ picture.flatten()
 
-    With `compose`, a convolution in front of it goes into its kernel.
+    With `compose`, a convolution in front of it goes into its kernel; `unrolled` does the same with zero padding.
 
     Args:
         weight: (d_out, n * height * width).
@@ -171,6 +171,37 @@ def flattened(weight: Tensor, height: int, width: int) -> Tensor:
         (d_out, n, height, width).
     """
     return weight.reshape(weight.shape[0], -1, height, width)
+
+
+def unrolled(
+    outer: Tensor,
+    inner: Tensor,
+    size: tuple[int, int],
+    result: tuple[int, int],
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+) -> Tensor:
+    """The linear layer that does a zero-padded convolution of an image and then a linear layer over all its pixels.
+
+        y = unrolled(C, P, (8, 8), (6, 6)) @ picture.flatten()      # equals C @ F.conv2d(picture, P).flatten()
+
+    Args:
+        outer: (d_out, m * h * w).
+        inner: (m, d_in, kh, kw).
+        size: height and width of the image that the convolution reads.
+        result: height h and width w of the image that it gives.
+        stride, padding, dilation: of the convolution.
+
+    Returns:
+        (d_out, d_in * height * width).
+    """
+    shape = (outer.shape[0], inner.shape[1], *size)
+    if inner.shape[0] == 0:
+        return outer.new_zeros(shape).flatten(1)
+    pictures = outer.reshape(outer.shape[0], -1, *result)
+    return torch.nn.grad.conv2d_input(shape, inner, pictures, stride, padding, dilation).flatten(1)
 
 
 def pooled(weight: Tensor, height: int, width: int) -> Tensor:

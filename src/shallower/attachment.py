@@ -17,6 +17,7 @@ from typing import TypeVar
 from torch import nn
 
 from shallower.errors import MethodError, SiteError
+from shallower.offloading import shared_weights
 from shallower.rewriting import externalise, internalise
 from shallower.sites import Place
 
@@ -96,8 +97,11 @@ def detach(model: nn.Module, places: Iterable[Place] | None = None) -> None:
 
 
 def detached_copy(model: M) -> M:
-    """A deep copy of the model with everything attached removed; on any other model, a deep copy."""
-    duplicate = copy.deepcopy(model)
+    """A deep copy of the model with everything attached removed; on any other model, a deep copy.
+
+    Weights that are mapped from files (see `offloading.py`) are shared.
+    """
+    duplicate = copy.deepcopy(model, shared_weights(model))
     detach(duplicate)
     return duplicate
 

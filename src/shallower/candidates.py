@@ -12,12 +12,15 @@ from shallower.pointwise import (
     UNCHANGED,
     averages_all,
     describe,
+    flattens,
     flattens_one_pixel,
     half,
     is_nonlinear,
     is_pointwise,
     moving,
     obstacle,
+    pools,
+    writes_out_features,
 )
 from shallower.tracing import Call, Value
 
@@ -41,6 +44,8 @@ class Found:
         norms_before, norms_after, dropouts: steps met on the way.
         consumers: the maps that read it.
         averaged: the consumers read the average over all pixels.
+        pooled: the calls that pool or resize the image, consumers last.
+        pixels: height and width of the image that is flattened for the consumers, None where none is.
         obstacles: why it cannot be used, first reason first.
     """
 
@@ -58,6 +63,8 @@ class Found:
     dropouts: list[Call] = field(default_factory=list)
     consumers: list[Step] = field(default_factory=list)
     averaged: bool = False
+    pooled: list[Call] = field(default_factory=list)
+    pixels: tuple[int, int] | None = None
     obstacles: list[str] = field(default_factory=list)
 
 
@@ -89,6 +96,8 @@ class Walk:
                     known.obstacles.append(
                         "its average over all pixels and its pixels are both read (squeeze and excitation?)"
                     )
+                if [c.name for c in known.pooled] != [c.name for c in found.pooled] or known.pixels != found.pixels:
+                    known.obstacles.append("its consumers read it through different poolings")
                 if known.norms_after != found.norms_after:
                     known.obstacles.append("its consumers read it through different norms")
                 known.consumers += found.consumers
@@ -165,18 +174,24 @@ class Walk:
         found.values += [read, *mixed]
         for step in after:
             found.values += [step.source] if isinstance(step, Unit) else moving(step)
-            found.averaged |= isinstance(step, Call) and averages_all(step)
+            if isinstance(step, Call):
+                found.averaged |= averages_all(step)
+                found.pixels = flattens(step) or found.pixels
+                if pools(step) and not averages_all(step):
+                    found.pooled.insert(0, step)
             if isinstance(step, Unit) and not step.problem:
                 found.norms_after.append(step)
             if isinstance(step, Call) and step.name in DROPOUT:
                 found.dropouts.append(step)
         found.consumers.append(consumer)
+        if found.averaged:
+            found.pixels = None
         return found
 
     def back(self, value: Value, averaging: bool = False) -> tuple[Value, list[Step], list[str]]:
         """Back through what changes nothing, BatchNorm, and (as obstacles) other norms, reshapes and pooling.
 
-        With `averaging`, the average over all pixels is no obstacle: it goes past every map that has one tap.
+        With `averaging`, what pools or flattens an image is no obstacle.
 
         Returns the value reached, the steps passed (latest first) and the obstacles among them.
         """
@@ -196,10 +211,12 @@ class Walk:
             elif (
                 isinstance(step, Call)
                 and step.inputs
-                and (
-                    step.name in UNCHANGED | DROPOUT or (averaging and (averages_all(step) or flattens_one_pixel(step)))
-                )
+                and (step.name in UNCHANGED | DROPOUT or (averaging and _keeps_channels(step)))
             ):
+                if averaging and flattens(step) and not flattens_one_pixel(step) and writes_out_features(step):
+                    obstacles.append(
+                        f"the reshape {self.graph.title(step)} says how many features there are; flatten(1) would not"
+                    )
                 passed.append(step)
                 value = step.inputs[0]
             elif isinstance(step, Call) and (what := obstacle(step)):
@@ -356,3 +373,8 @@ class Walk:
             if isinstance(step, Call) and step.name in DROPOUT:
                 found.dropouts.append(step)
         found.dropouts += [call for call in calls if call.name in DROPOUT]
+
+
+def _keeps_channels(call: Call) -> bool:
+    """Whether a call pools or flattens an image, and nothing of one channel goes into another."""
+    return averages_all(call) or flattens_one_pixel(call) or pools(call) or flattens(call) is not None

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from shallower.errors import FitError
 from shallower.inputs import InputsOf, call, default_inputs_of, model_device, reiterable, tensors, to_device
 from shallower.memory import in_pieces
+from shallower.offloading import held_bytes
 from shallower.statistics import MaskOf, default_mask_of, evaluating
 
 _ROOM = 1 << 27
@@ -126,7 +127,7 @@ def output_metrics(
         for name in names:
             handle = model.get_submodule(name).register_forward_hook(watch(name))
             stack.callback(handle.remove)
-        room = max(_ROOM, sum(p.nbytes for p in model.parameters()))
+        room = max(_ROOM, held_bytes(model))
         in_pieces(tqdm(batches, desc="measuring sensitivity", delay=5, leave=False), model, room, one)
     if not sums:
         raise FitError("no batches to calibrate on, or no layer that the output depends on")

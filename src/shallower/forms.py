@@ -277,7 +277,10 @@ def form_of(
         "partial" if rank else "narrower",
         _resized(producer, d_out=2 * width if site.packed else width, bias=producer.bias or inside or refitted[0]),
         None if gate is None else _resized(gate, d_out=kept, bias=gate.bias or refitted[1]),
-        tuple(_resized(c, d_in=width, bias=_biased(entry, producer, c, i, inside)) for i, c in enumerate(consumers)),
+        tuple(
+            _resized(c, d_in=width * site.block, bias=_biased(entry, producer, c, i, inside))
+            for i, c in enumerate(consumers)
+        ),
         before,
         kept=kept,
         rank=rank,
@@ -359,7 +362,8 @@ def _merged(
     for i, c in enumerate(consumers):
         bias = _biased(entry, producer, c, i)
         kernel = None if fit is None or not fit.ups or fit.down is not None else kernel_of(fit.ups[i])
-        m = composed(producer, c, bias) if kernel is None else fitted_map(producer, c, kernel, bias)
+        one = composed(producer, c, bias, flattened=site.flattened) if kernel is None else None
+        m = one or fitted_map(producer, c, cast("tuple[int, int]", kernel), bias)
         merged.append(m if fit is None else replace(m, groups=1))
     if not entry.fold_skip:
         return Form("merged", None, None, tuple(merged), before)
@@ -395,14 +399,18 @@ def _two(
         constant = padded(site, consumers) and len(dropped) > 0 and (bool(dropped.ne(0).any()) or bool(site.norm_after))
         rank = path if path or constant else 1
         apart = [
-            _resized(c, d_in=rank + constant, bias=c.bias or (not constant and _biased(entry, producer, c, i, True)))
+            _resized(
+                c,
+                d_in=(rank + constant) * site.block,
+                bias=c.bias or (not constant and _biased(entry, producer, c, i, True)),
+            )
             for i, c in enumerate(consumers)
         ]
         made = _resized(producer, d_out=rank + constant, bias=constants)
         return Form("apart", made, None, tuple(apart), before, rank=rank, constant=constant, inside=True)
     rank = max(1, path)
     pair = [
-        replace(_resized(c, d_in=rank, bias=_biased(entry, producer, c, i, behind)), groups=1)
+        replace(_resized(c, d_in=rank * site.block, bias=_biased(entry, producer, c, i, behind)), groups=1)
         for i, c in enumerate(consumers)
     ]
     made = replace(_resized(producer, d_out=2 * rank if site.packed else rank, bias=behind), groups=1)
@@ -421,7 +429,8 @@ def _is_not_dearer(maps: Iterable[LinearMap], others: Iterable[LinearMap]) -> bo
 
 def padded(site: Site, consumers: Iterable[LinearMap]) -> bool:
     """Whether something is put around what the consumers read, so that a constant in it has a border."""
-    return any(c.padding != (0, 0) for c in consumers) or (bool(site.not_merged) and not site.averaged)
+    passes = site.averaged or bool(site.pooled)  # a constant stays one
+    return any(c.padding != (0, 0) for c in consumers) or (bool(site.not_merged) and not passes)
 
 
 def has_constants(entry: Entry, producer: LinearMap) -> bool:
@@ -496,21 +505,25 @@ def fitted_map(producer: LinearMap, consumer: LinearMap, kernel: tuple[int, int]
     return replace(exact, kernel=kernel, dilation=(1, 1), padding=(padding[0], padding[1]))
 
 
-def composed(producer: LinearMap, consumer: LinearMap, bias: bool) -> LinearMap:
+def composed(producer: LinearMap, consumer: LinearMap, bias: bool, *, flattened: bool = False) -> LinearMap:
     """The one map that is `consumer` after `producer`, at the consumer's name.
 
     Two convolutions give a kernel of d1 (k1 - 1) + s1 d2 (k2 - 1) + 1 with stride s1 s2, padding p1 + s1 p2 and
-    gcd(g1, g2) groups; where one of them has a single tap, the other's dilation stays instead.
+    gcd(g1, g2) groups; where one of them has a single tap, the other's dilation stays instead. With `flattened`, a
+    linear layer over all pixels of what a convolution gives becomes one over all pixels of what that reads.
 
     Raises:
         PlanError: one is a convolution and the other is not.
     """
     merged = _resized(consumer, d_in=producer.d_in, bias=bias)
+    if flattened:
+        return replace(merged, d_in=producer.d_in * producer.size[0] * producer.size[1], size=producer.size)
     pointwise = producer.taps == 1 and _is_plain(producer)
     if producer.kind == "conv2d" and consumer.kind != "conv2d" and pointwise:  # behind an average over all pixels
         return merged
     if (producer.kind == "conv2d") != (consumer.kind == "conv2d"):
         raise PlanError(f"{consumer.name}: a convolution and a linear layer do not merge into one")
+    merged = replace(merged, size=producer.size)
     if producer.kind != "conv2d":
         return merged
     axes = [_axis(producer, consumer, i) for i in (0, 1)]
@@ -564,7 +577,7 @@ def _path(entry: Entry, producer: LinearMap, consumers: tuple[LinearMap, ...]) -
     # A path through all inputs or all outputs is as exact and may be smaller; with kernels on both sides there is none.
     ranks: list[tuple[int, Through]] = [(given, "channels")] if given else []
     inside = padded(site, consumers) and has_constants(entry, producer)
-    if site.averaged:  # what the producer reads is an image, and what the consumers give is not
+    if site.averaged or site.pooled or site.flattened:  # the consumers do not read the producer's pixels one by one
         return given, "channels"
     if not inside and producer.taps == 1 and producer.groups == 1 and _is_plain(producer):
         ranks.append((producer.d_in, "inputs"))

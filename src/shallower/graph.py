@@ -145,9 +145,10 @@ class Graph:
             padding = ((kernel[0] - 1) * dilation[0] // 2, (kernel[1] - 1) * dilation[1] // 2)
         else:
             padding = (0, 0) if isinstance(module.padding, str) else _pair(module.padding)
-        return LinearMap(
-            name, "conv2d", d_in, d_out, bias, positions, kernel, _pair(module.stride), padding, dilation, module.groups
-        )
+        images = {unit.source.shape[-2:] for unit in units}
+        size = (0, 0) if len(images) > 1 else _pair(images.pop())
+        stride, groups = _pair(module.stride), module.groups
+        return LinearMap(name, "conv2d", d_in, d_out, bias, positions, kernel, stride, padding, dilation, groups, size)
 
     def map_problem(self, frame: Frame) -> str:
         """Why a linear map cannot be used."""

@@ -35,6 +35,9 @@ def long_sites(graph: Graph, built: Sequence[Built]) -> list[Built]:
             units = [unit for step in readers for unit in step if isinstance(unit, Unit)]
             if tuple(units) in following:
                 behind, part = following[tuple(units)]
+                if part.pooled or part.flattened:
+                    consumers = ()
+                    break
                 parts.append(part)
                 params += part.norm_params
                 between.append(

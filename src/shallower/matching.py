@@ -18,6 +18,7 @@ from shallower.counting import with_counts
 from shallower.graph import Graph, Step, Unit, channel_dim, sizes
 from shallower.inputs import Inputs
 from shallower.long_sites import long_sites
+from shallower.offloading import mapped
 from shallower.placing import Placing
 from shallower.pointwise import (
     ACTIVATIONS,
@@ -42,7 +43,7 @@ def find_sites(model: nn.Module, example_inputs: Inputs, *, places: bool = False
         print(sites)
 
     The model is run once, in eval mode and without gradients, and is left as it was. Models on the meta device or made
-    of fake tensors are run without data.
+    of fake tensors are run without data, those that Accelerate has offloaded with their weights mapped from files.
 
     Args:
         model: any module that runs in eager mode.
@@ -53,6 +54,7 @@ def find_sites(model: nn.Module, example_inputs: Inputs, *, places: bool = False
     Raises:
         SiteError: `model` is not a module with parameters, or does not run on these inputs.
     """
+    model = mapped(model)
     matcher = Matcher(Graph(trace_forward(model, example_inputs)))
     found, skipped = head_sites(matcher.graph) if heads else ([], {})
     found, refused = with_counts(model, example_inputs, found)
@@ -95,7 +97,7 @@ class Matcher:
         items, reasons = self.named(built, refused)
         reasons |= {name: reason for name, reason in skipped.items() if name not in reasons}
         if places:
-            covered = {call for group, _ in built for found in group for call in found.chain}
+            covered = {call for group, site in built if not site.pooled for found in group for call in found.chain}
             items += self.places(covered, reasons)
         items = sorted([*items, *heads], key=lambda item: item[0])
         model = self.graph.trace.model
@@ -135,15 +137,24 @@ class Matcher:
                     return f"the hidden tensor is also read by {self.graph.title(reader)}"
         producer, consumers = units[0], units[1 + bool(found.gate) :]
         made = [isinstance(unit.module, nn.Conv2d) for unit in units]
-        if len(set(made)) > 1 and not (found.averaged and all(made[: 1 + bool(found.gate)])):
+        brought = found.averaged or found.pixels is not None
+        if len(set(made)) > 1 and not (brought and all(made[: 1 + bool(found.gate)])):
             return "a convolution and a linear layer act on different dimensions"
+        if found.pooled or found.pixels is not None:
+            met = found.pooled[0] if found.pooled else None
+            what = f"the pooling {self.graph.title(met)}" if met else "the reshape to one row of features"
+            if not made[0] or found.gate is not None or found.packed:
+                return f"{what} stands in between"
+            if found.pooled and any(getattr(unit.module, "groups", 1) > 1 for unit in units):
+                return f"{what} stands in between, and a grouped convolution on a side of it"
         if found.averaged and not all(taps(consumer.module) == 1 for consumer in consumers):
             return "the average over all pixels is read by a kernel larger than 1x1"
         width = sizes(producer.module)[1] // (2 if found.packed else 1)
         if found.gate is not None and sizes(units[1].module)[1] != width:
             return "the gate and the up projection have different widths"
         for consumer in consumers:
-            if sizes(consumer.module)[0] != width:
+            block = 1 if found.pixels is None else found.pixels[0] * found.pixels[1]
+            if sizes(consumer.module)[0] != width * block:
                 title = self.graph.title(consumer)
                 return f"{title} reads {sizes(consumer.module)[0]} features of a hidden tensor with {width} channels"
         shape = found.joined.shape
@@ -195,6 +206,8 @@ class Matcher:
             )
             for module in modules
         )
+        if first.pixels is not None:
+            consumers = tuple(replace(m, size=first.pixels) for m in consumers)
         params, shared = self.activation_params(group)
         dropouts = dict.fromkeys(self.placing.dropout_place(call) for found in group for call in found.dropouts)
         return Site(
@@ -217,6 +230,8 @@ class Matcher:
             norm_params=sum(norm_params(norm) for norm in (*first.norms_before, *first.norms_after)),
             not_merged=self.not_merged(first),
             averaged=first.averaged,
+            pooled=", ".join(call.name for call in first.pooled),
+            not_linear=self.pooling(first),
             not_narrow=not_narrow(producer, consumers),
         )
 
@@ -280,10 +295,21 @@ class Matcher:
                     seen.update(onward)
         return False
 
+    def pooling(self, found: Found) -> str:
+        """Why an activation in front of a pooling is not a matter of the site, "" where there is no pooling."""
+        if not found.pooled:
+            return ""
+        return (
+            f"the pooling {self.graph.title(found.pooled[0])} stands between; the activation alone can go, as a place "
+            "(find_sites with places=True)"
+        )
+
     def not_merged(self, found: Found) -> str:
         """Why two maps cannot be composed, "" if they can (zero padding between convolutions is the plan's affair)."""
         if found.averaged:
             return "the average over all pixels stands between producer and consumers"
+        if found.pooled:
+            return f"the pooling {self.graph.title(found.pooled[0])} stands between producer and consumers"
         for unit in (found.producer, *found.consumers):
             if isinstance(unit, Unit) and isinstance(unit.module, nn.Conv2d) and unit.module.padding_mode != "zeros":
                 return f"{unit.frame.name} pads with {unit.module.padding_mode}, not zeros"

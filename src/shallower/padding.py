@@ -2,13 +2,21 @@
 
 moved = sh.move_padding(model, sites["layer1.0"])     # then fine-tune: the border has changed a little
 sites = sh.find_sites(moved, inputs)                  # the pair merges exactly now
+
+Moved padding makes the first of the two dearer as long as they do not merge. So only those sites should have it moved
+that are to become linear and then merge into something cheaper:
+
+chosen = worth_moving([sites[name] for name in linear])
+moved = sh.move_padding(model, chosen)
+model = sh.move_padding(moved, chosen, back=True)     # as it was
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +25,7 @@ from shallower.attachment import detached_copy
 from shallower.edits import perform
 from shallower.errors import SiteError
 from shallower.inputs import Inputs, call, model_device, to_device
+from shallower.paying import Unit, paying
 from shallower.plan import Entry
 from shallower.simulation import fated
 from shallower.sites import Place, Site
@@ -24,7 +33,7 @@ from shallower.sites import Place, Site
 M = TypeVar("M", bound=nn.Module)
 
 
-def move_padding(model: M, sites: Site | Iterable[Site], *, inplace: bool = False) -> M:
+def move_padding(model: M, sites: Site | Iterable[Site], *, inplace: bool = False, back: bool = False) -> M:
     """Let the first convolution of each site put all the zeros around, and the others none.
 
         moved = move_padding(model, sites.select("layer1.*"))
@@ -38,6 +47,8 @@ def move_padding(model: M, sites: Site | Iterable[Site], *, inplace: bool = Fals
         model: perhaps with a method attached.
         sites: of this model, in the order of execution where they overlap.
         inplace: change the model itself, in the middle of a training for instance.
+        back: undo it. The sites are those found before the move, whose padding is put back as they say; without
+            training in between the model then computes what it computed before.
 
     Returns:
         A copy, or the model itself with `inplace`. Sites without padding between are passed over.
@@ -50,7 +61,10 @@ def move_padding(model: M, sites: Site | Iterable[Site], *, inplace: bool = Fals
     moved = model if inplace else copy.deepcopy(model)
     for site in chosen:  # nothing is changed if one of them cannot be
         _convolutions(moved, site)
-    for site in chosen:
+    for m in (m for site in chosen if back for m in site.maps):
+        if zeros_around(chosen[0], cast(nn.Conv2d, moved.get_submodule(m.name))) != m.padding:
+            perform(moved, {"edit": "padding", "name": m.name, "padding": list(m.padding)})
+    for site in [] if back else chosen:
         producer, consumers = _convolutions(moved, site)
         inner, outer = zeros_around(site, producer), zeros_around(site, consumers[0])
         if outer == (0, 0):
@@ -61,6 +75,56 @@ def move_padding(model: M, sites: Site | Iterable[Site], *, inplace: bool = Fals
         for name in names[1:]:
             perform(moved, {"edit": "padding", "name": name, "padding": [0, 0]})
     return moved
+
+
+def as_moved(sites: Iterable[Site], chosen: Iterable[Site]) -> list[Site]:
+    """The descriptions that the sites have once `move_padding` has moved the padding of the chosen ones.
+
+    Args:
+        sites: as they are now.
+        chosen: of these, in the order of execution where they overlap.
+    """
+    given = list(sites)
+    maps = {m.name: m for site in given for m in site.maps}
+    for site in chosen:
+        producer, outer = maps[site.maps[0].name], maps[site.maps[1].name].padding
+        grown = [(size + 2 * p, size) for size, p in zip(maps[site.maps[1].name].size, outer, strict=True)]
+        positions = producer.positions
+        for new, old in grown:
+            positions = positions * new // old if old else positions
+        padding = [p + s * q for p, s, q in zip(producer.padding, producer.stride, outer, strict=True)]
+        maps[producer.name] = replace(producer, padding=(padding[0], padding[1]), positions=positions)
+        for m in site.maps[1:]:
+            maps[m.name] = replace(maps[m.name], padding=(0, 0), size=(grown[0][0], grown[1][0]))
+    return [
+        site
+        if site.producer is None
+        else replace(site, producer=maps[site.producer.name], consumers=tuple(maps[m.name] for m in site.consumers))
+        for site in given
+    ]
+
+
+def worth_moving(sites: Iterable[Site], unit: Unit = "") -> tuple[Site, ...]:
+    """Of sites that are to become linear, those whose padding has to move for layers to merge into something cheaper.
+
+        moved = move_padding(model, worth_moving(sites.select("features.3.*")))
+
+    Args:
+        sites: in order of execution; those of a block together.
+        unit: what has to become less ("params" or "macs"); "" for either.
+    """
+    given = list(sites)
+    movable = [site for site in given if _has_padding_between(site)]
+    pays = {site.name for site in paying(as_moved(given, movable), unit)[0]}
+    return tuple(site for site in movable if site.name in pays)
+
+
+def _has_padding_between(site: Site) -> bool:
+    """Whether there is padding to move, as far as the description tells."""
+    if site.producer is None or site.between or site.pooled or site.not_merged or site.heads is not None:
+        return False
+    paddings = {c.padding for c in site.consumers}
+    return all(m.kind == "conv2d" for m in site.maps) and len(paddings) == 1 and paddings != {(0, 0)}
 
 
 def border_error(model: nn.Module, site: Site | Entry, example_inputs: Inputs) -> float:
@@ -114,7 +178,7 @@ def zeros_around(site: Site, module: nn.Conv2d) -> tuple[int, int]:
 
 def _convolutions(model: nn.Module, site: Site) -> tuple[nn.Conv2d, list[nn.Conv2d]]:
     """The producer and the consumers of a site, if padding can move from these to that."""
-    if site.producer is None or site.between or site.kind == "heads":
+    if site.producer is None or site.between or site.pooled or site.kind == "heads":
         raise SiteError(f"{site.name}: padding moves between a convolution and those that read it directly")
     found = []
     for m in site.maps:

@@ -473,7 +473,7 @@ def _checked_fit(site: Site, fit: Fit, kept: int) -> Fit:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             raise PlanError(f"{site.name}: {name} of the fit is not a tensor of finite floating-point numbers")
     fitted = _with_producers(site, fitted, kept)
-    block = 1 if site.heads is None else site.heads.block
+    block = site.block
     for i, c in enumerate(site.consumers):
         if kept and c.groups > 1:
             raise PlanError(f"{site.name}: `{c.name}` is a grouped convolution, whose kept columns cannot be fitted")
@@ -523,8 +523,8 @@ def _with_path(site: Site, fit: Fit) -> Fit:
         raise PlanError(f"{site.name}: the fit has the first half of a linear path but not the second (ups)")
     if not fit.ups:
         return fit
-    if producer is None or site.averaged:
-        what = "no producer" if producer is None else "an average over all pixels in it"
+    if producer is None or site.averaged or site.pooled or site.flattened:
+        what = "no producer" if producer is None else "an average, a pooling or a reshape in it"
         raise PlanError(f"{site.name}: the site has {what}, so that no fitted linear path could run beside it")
     if down is not None:
         down = _with_kernel(down, producer.kind)

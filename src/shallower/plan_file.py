@@ -28,9 +28,9 @@ from shallower.plan import Entry, Fate, Fit, Plan
 from shallower.sites import Between, Heads, LinearMap, Place, Residual, Site
 
 SCHEMA = "shallower.plan"
-VERSION = 2
-_EARLIER = 1
-"""The version before, whose plans are read too: it had fewer fields."""
+VERSION = 3
+_EARLIER = (1, 2)
+"""The versions before, whose plans are read too: they had fewer fields."""
 
 _MOST_CHANNELS = 2**24
 _MOST_COUNT = 2**53
@@ -94,7 +94,7 @@ def plan_from_json(data: object, tensors: Mapping[str, Tensor]) -> Plan:
     top = _object(data, "the plan", {"schema", "version", "method", "fingerprint", "saves", "entries"}, first="schema")
     if top["schema"] != SCHEMA:
         raise PlanError(f"this is not a plan: its schema is {top['schema']!r:.60}, not {SCHEMA!r}")
-    if type(top["version"]) is not int or top["version"] not in (_EARLIER, VERSION):
+    if type(top["version"]) is not int or top["version"] not in (*_EARLIER, VERSION):
         raise PlanError(
             f"the plan has version {top['version']!r:.20} of the format and this is version {VERSION}; "
             "read it with the release of Shallower that wrote it"
@@ -107,7 +107,7 @@ def plan_from_json(data: object, tensors: Mapping[str, Tensor]) -> Plan:
     if not isinstance(top["entries"], list):
         raise PlanError("the plan's entries are not a list")
     reader = _Reader(tensors)
-    items = [_of_earlier_version(item) if top["version"] == _EARLIER else item for item in top["entries"]]
+    items = [_of_earlier_version(item) if top["version"] in _EARLIER else item for item in top["entries"]]
     plan = Plan(tuple(reader.entry(i, item) for i, item in enumerate(items)), fingerprint, method)
     if left := sorted(set(tensors) - reader.read):
         raise PlanError(f"the plan does not name the tensor {left[0]!r}")
@@ -167,15 +167,25 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _of_earlier_version(entry: object) -> object:
-    """An entry of the version before, with the fields that it did not have yet."""
+    """An entry of an earlier version, with the fields that it did not have yet."""
     if not isinstance(entry, Mapping):
         return entry
     upgraded: dict[str, Any] = {"becomes": "", "fold_skip": False, "note": "", **entry}
     if isinstance(entry.get("fit"), Mapping):
         upgraded["fit"] = dict.fromkeys(_SINGLES) | dict(entry["fit"])
     if isinstance(entry.get("site"), Mapping):
-        upgraded["site"] = asdict(Site("", "head", 0, None, (), None)) | dict(entry["site"])
+        upgraded["site"] = asdict(Site("", "head", 0, None, (), None)) | _with_sizes(entry["site"])
     return upgraded
+
+
+def _with_sizes(data: Any, depth: int = 4) -> Any:
+    """A site's description in which every layer tells the size of images; what has a kernel is a layer."""
+    if depth == 0:
+        return data
+    if isinstance(data, Mapping):
+        parts = {key: _with_sizes(value, depth - 1) for key, value in data.items()}
+        return {"size": [0, 0], **parts} if "kernel" in parts else parts
+    return [_with_sizes(item, depth - 1) for item in data] if isinstance(data, (list, tuple)) else data
 
 
 def _no_constant(text: str) -> float:
@@ -369,7 +379,7 @@ def _check_widths(site: Site, what: str) -> None:
             and not (site.packed and site.gate is not None)
             and site.producer.d_out == site.width * (2 if site.packed else 1)
             and (site.gate is None or (site.gate.d_out, site.gate.d_in) == (site.width, site.producer.d_in))
-            and all(c.d_in == site.width for c in site.consumers)
+            and all(c.d_in == site.width * site.block for c in site.consumers)
             and all((b.map.d_in, b.map.d_out, b.map.groups) == (site.width,) * 3 for b in site.between)
         )
     if not fitting:
@@ -386,12 +396,12 @@ def _heads_fit(site: Site) -> bool:
 
 
 def _check_map(m: Mapping[str, Any], what: str) -> None:
-    pairs = ("kernel", "stride", "padding", "dilation")
+    pairs = ("kernel", "stride", "padding", "dilation", "size")
     valid = isinstance(m["name"], str) and 0 < len(m["name"]) <= 1000 and m["kind"] in ("linear", "conv1d", "conv2d")
     valid = valid and isinstance(m["bias"], bool) and _is_count(m["positions"], 0, _MOST_COUNT)
     valid = valid and all(_is_count(m[key], 1) for key in ("d_in", "d_out", "groups"))
     for key in pairs:
-        least = 0 if key == "padding" else 1
+        least = 0 if key in ("padding", "size") else 1
         pair = m[key]
         valid = valid and isinstance(pair, (list, tuple)) and len(pair) == 2
         valid = valid and all(_is_count(v, least, 2**16) for v in pair)

@@ -135,6 +135,44 @@ def averages_all(call: Call) -> bool:
     return call.name == "adaptive_avg_pool2d"
 
 
+_POOLS_OF_IMAGES = _names("max_pool2d avg_pool2d adaptive_max_pool2d adaptive_avg_pool2d interpolate upsample")
+
+
+def pools(call: Call) -> bool:
+    """Whether a call pools or resizes images, each channel in the same way and constants to themselves."""
+    if call.name not in _POOLS_OF_IMAGES or not call.inputs or len(call.outputs) != 1:
+        return False
+    before, after = call.inputs[0].shape, call.outputs[0].shape
+    if len(before) != 4 or len(after) != 4 or before[:2] != after[:2]:
+        return False
+    if call.name != "avg_pool2d":
+        return True
+    names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+    zeros = given.get("padding", 0) not in (0, (0,), (0, 0), [0], [0, 0]) and given.get("count_include_pad", True)
+    return not zeros and given.get("divisor_override") is None
+
+
+def flattens(call: Call) -> tuple[int, int] | None:
+    """Height and width of the image if a call makes (B, C * height * width) of (B, C, height, width)."""
+    if call.name not in ("flatten", "view", "reshape") or not call.inputs or len(call.outputs) != 1:
+        return None
+    before, after = call.inputs[0].shape, call.outputs[0].shape
+    if len(before) != 4 or after != (before[0], before[1] * before[2] * before[3]):
+        return None
+    return before[2], before[3]
+
+
+def writes_out_features(call: Call) -> bool:
+    """Whether a view or reshape says how many features there are, so that it would not fit other channels."""
+    if call.name not in ("view", "reshape"):
+        return False
+    sizes = [*call.args[1:], *call.kwargs.values()]
+    while sizes and isinstance(sizes[-1], (tuple, list)):
+        sizes = list(sizes[-1])
+    return not sizes or sizes[-1] != -1
+
+
 def flattens_one_pixel(call: Call) -> bool:
     """Whether a call makes (B, C) of (B, C, 1, 1)."""
     if call.name not in RESHAPES or not call.inputs or len(call.outputs) != 1:

@@ -121,7 +121,7 @@ def norms_of(site: Site) -> list[str]:
 
 def columns_each(site: Site) -> int:
     """Input columns of the consumers that one channel owns."""
-    return 1 if site.heads is None else site.heads.block
+    return site.block
 
 
 def _head_blocks(heads: Heads, m: LinearMap) -> tuple[Block, ...]:

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from shallower.attachment import detached_copy
@@ -460,8 +461,13 @@ def _chain(site: Site, modules: Mapping[str, nn.Module], x: Tensor) -> list[Tens
     for b in site.between:
         for name in (b.map.name, b.norm_before, "" if b.activation is None else str(b.activation), b.norm_after):
             z = modules[name](z) if name else z
+    first = site.consumers[0]
     if site.averaged:
-        z = z.mean((2, 3), keepdim=site.consumers[0].kind == "conv2d")
+        z = z.mean((2, 3), keepdim=first.kind == "conv2d")
+    elif site.pooled and first.size != (0, 0):  # whatever pools each channel by itself would do
+        z = F.adaptive_max_pool2d(z, first.size)
+    if site.flattened:
+        z = z.flatten(1)
     return [modules[m.name](z) for m in site.consumers]
 
 

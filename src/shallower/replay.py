@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from shallower.errors import SiteError
 from shallower.inputs import tensors
+from shallower.offloading import held_bytes
 from shallower.sites import Site
 
 _MOST = 1 << 28
@@ -110,7 +111,7 @@ class Replay:
         self.course = course
         self.on = True
         self.reached = True
-        self._most = most if most is not None else max(_MOST, sum(p.nbytes for p in model.parameters())) // 2
+        self._most = most if most is not None else max(_MOST, held_bytes(model)) // 2
         self._given: dict[int, dict[str, Any]] = {}
         self._at: dict[int, str] = {}
         self._bytes: dict[int, int] = {}

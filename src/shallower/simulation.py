@@ -254,7 +254,9 @@ class _Fitted:
         z, fit, i = _input(args, kwargs), self.fit, self.i
         y = torch.zeros_like(output)
         if len(self.kept):
-            y = y + _apply(module, fit.consumers[i], _select(z, self.kept, self.site.channels_first))
+            block = self.site.block
+            columns = (self.kept[:, None] * block + torch.arange(block)).flatten()
+            y = y + _apply(module, fit.consumers[i], _select(z, columns, self.site.channels_first))
         if fit.ups:
             x = self.memory.read(self.site)
             if fit.down is None:

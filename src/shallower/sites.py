@@ -66,6 +66,8 @@ class LinearMap:
         positions: rows it is applied to in one forward pass on the example inputs, all calls together (tokens of
             the batch; for a convolution, output pixels of the batch).
         kernel, stride, padding, dilation, groups: of a convolution; neutral otherwise.
+        size: height and width of the images that a convolution reads, or that were flattened into what a linear layer
+            behind convolutions reads; (0, 0) for other linear layers, and where images of several sizes come.
     """
 
     name: str
@@ -79,6 +81,7 @@ class LinearMap:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    size: tuple[int, int] = (0, 0)
 
     @property
     def taps(self) -> int:
@@ -219,6 +222,8 @@ class Site:
         not_merged: why producer and consumers must stay apart even where all channels are linear ("" where they need
             not): one of them pads, and not with zeros, or the average over all pixels stands between them.
         averaged: the consumers read the average over all pixels of the hidden tensor (an image), not every pixel.
+        pooled: the pooling or resizing of the image between the activation and the consumers, by name ("max_pool2d"),
+            "" where there is none. It does the same to every channel and leaves constants as they are.
         not_narrow: why channels cannot be kept and dropped one by one ("" where they may): a map is a grouped
             convolution, whose channels on both sides belong together.
         between: depthwise convolutions between the activation and the consumers, in order. Such a long site overlaps
@@ -247,6 +252,7 @@ class Site:
     norm_params: int = 0
     not_merged: str = ""
     averaged: bool = False
+    pooled: str = ""
     not_narrow: str = ""
     between: tuple[Between, ...] = ()
     residual: Residual | None = None
@@ -256,6 +262,18 @@ class Site:
     def gated(self) -> bool:
         """Whether z = f(gate x) * (producer x)."""
         return self.gate is not None or self.packed != ""
+
+    @property
+    def flattened(self) -> bool:
+        """Whether the hidden tensor is an image that is flattened, with all its pixels, for linear consumers."""
+        return self.channels_first and any(c.kind != "conv2d" and c.size != (0, 0) for c in self.consumers)
+
+    @property
+    def block(self) -> int:
+        """Columns of a consumer that one channel has: those of a head, or the pixels of a flattened image."""
+        if self.heads is not None:
+            return self.heads.block
+        return self.consumers[0].size[0] * self.consumers[0].size[1] if self.flattened else 1
 
     @property
     def maps(self) -> tuple[LinearMap, ...]:
@@ -286,14 +304,22 @@ class Site:
         """Parameters if the site became one linear map for each consumer; `params` where it cannot."""
         if self.not_linear or self.not_merged or self.producer is None:
             return self.params
-        return sum(self.producer.d_in * c.d_out * self.producer.taps * c.taps + c.d_out for c in self.consumers)
+        return sum(self._merged_inputs * c.d_out * c.taps + c.d_out for c in self.consumers)
 
     @property
     def macs_collapsed(self) -> int:
         """MACs if the site became one linear map for each consumer; `macs` where it cannot."""
         if self.not_linear or self.not_merged or self.producer is None:
             return self.macs
-        return sum(c.positions * self.producer.d_in * c.d_out * self.producer.taps * c.taps for c in self.consumers)
+        return sum(c.positions * self._merged_inputs * c.d_out * c.taps for c in self.consumers)
+
+    @property
+    def _merged_inputs(self) -> int:
+        """Inputs that each output of one merged map has, taps of the consumer apart."""
+        p = self.producer
+        if p is None:
+            return 0
+        return p.d_in * (p.size[0] * p.size[1] if self.flattened else p.taps)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON; `Site.from_json` reads it back."""
@@ -328,8 +354,11 @@ def _linear_map(data: Mapping[str, Any] | None) -> LinearMap | None:
     return None if data is None else _required_map(data)
 
 
+_PAIRS = ("kernel", "stride", "padding", "dilation", "size")
+
+
 def _required_map(data: Mapping[str, Any]) -> LinearMap:
-    pairs = {k: (int(v[0]), int(v[1])) for k, v in data.items() if k in ("kernel", "stride", "padding", "dilation")}
+    pairs = {k: (int(v[0]), int(v[1])) for k, v in data.items() if k in _PAIRS}
     return LinearMap(**{**data, **pairs})
 
 

@@ -19,6 +19,7 @@ from shallower.algebra import (
     response,
     scale_rows,
     ungrouped,
+    unrolled,
     wide,
     with_skip,
 )
@@ -31,7 +32,8 @@ from shallower.fitting import check_fits
 from shallower.forms import Form, Step, padded, steps
 from shallower.inputs import Inputs, InputsOf, default_inputs_of
 from shallower.layers import bias_of, fill_norm, is_the_map, weight_of
-from shallower.padding import border_error
+from shallower.offloading import mapped, own_weights
+from shallower.padding import border_error, zeros_around
 from shallower.plan import Entry, Fate, Fit, Plan
 from shallower.proof import Proof
 from shallower.rewriting import externalise
@@ -62,7 +64,8 @@ def apply(
     a model on the meta device only shapes are compared.
 
     Args:
-        model: perhaps with a method attached; a detached copy is changed.
+        model: perhaps with a method attached; a detached copy is changed. Of an offloaded model the weights are mapped
+            from their files, and those of the result that stay as they are remain so.
         plan: for this model.
         example_inputs: what the model is called with.
         recalibrate: batches over which the BatchNorms that remain measure their statistics again, after the proof. Of
@@ -80,6 +83,7 @@ def apply(
     Warns:
         CostWarning: a site does not become cheaper.
     """
+    model = mapped(model)
     check_fits(model, plan)
     plan.warn_of_cost()
     todo = steps(plan.entries)
@@ -155,7 +159,7 @@ def _path_of(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, co
     if not form.inside and path.shift is not None:
         for i, (m, up) in enumerate(zip(entry.site.consumers, path.ups, strict=True)):
             _check_border(entry.site, m, path.shift)
-            path.biases[i] = path.biases[i] + response(up, path.shift)
+            path.biases[i] = path.biases[i] + _answer(entry.site, up, path.shift)
         path.shift = None
     return path
 
@@ -169,7 +173,7 @@ def _fitted(entry: Entry, producer: nn.Module, consumers: list[nn.Module]) -> _P
     shift = None if fit.down_bias is None else wide(fit.down_bias.to(where))
     if not fit.ups:
         down = torch.zeros((0, *_logical(producer).shape[1:]), dtype=torch.float64, device=where)
-        ups = [wide(_columns(c, torch.zeros(0, dtype=torch.int64))) for c in consumers]
+        ups = [wide(_columns(entry.site, c, torch.zeros(0, dtype=torch.int64))) for c in consumers]
     return _Path(down, shift, ups, [wide(bias.to(where)) for bias in fit.biases])
 
 
@@ -179,13 +183,13 @@ def _chosen(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, con
     down, shift, constants = _as_read(model, entry, producer, linear, dropped)
     ups, biases = [], []
     for m, consumer in zip(site.consumers, consumers, strict=True):
-        ups.append(wide(_columns(consumer, linear)))
-        of_dropped = response(wide(_columns(consumer, dropped)), constants)
+        ups.append(wide(_columns(site, consumer, linear)))
+        of_dropped = _answer(site, wide(_columns(site, consumer, dropped)), constants)
         own = bias_of(consumer)
         bias = of_dropped.new_zeros(len(of_dropped)) if own is None else wide(own)
         if form.constant:
             # in front of padding a constant is an image with a border: one channel of ones carries all of them
-            ups[-1] = torch.cat([ups[-1], _weighted(wide(_columns(consumer, dropped)), constants)], 1)
+            ups[-1] = torch.cat([ups[-1], _weighted(wide(_columns(site, consumer, dropped)), constants)], 1)
         else:
             _check_border(site, m, constants)
             bias = bias + of_dropped
@@ -223,6 +227,11 @@ def _as_read(
     return scale_rows(down, gain), shift, constants
 
 
+def _answer(site: Site, columns: Tensor, constants: Tensor) -> Tensor:
+    """What columns of a consumer give for constant channels."""
+    return response(columns, constants.repeat_interleave(site.block))
+
+
 def _weighted(columns: Tensor, constants: Tensor) -> Tensor:
     """The one column that does with a channel of ones what these columns do with constants."""
     shape = (1, -1, *[1] * (columns.dim() - 2))
@@ -231,7 +240,14 @@ def _weighted(columns: Tensor, constants: Tensor) -> Tensor:
 
 def _merge(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, path: _Path) -> None:
     site = entry.site
-    weights = [_composed(up, path.down, producer, m) for up, m in zip(path.ups, _consumers(model, site), strict=True)]
+    if site.flattened:
+        weights = [
+            _unrolled(site, up, cast(Tensor, path.down), producer, m)
+            for up, m in zip(path.ups, form.consumers, strict=True)
+        ]
+    else:
+        read = zip(path.ups, _consumers(model, site), strict=True)
+        weights = [_composed(up, path.down, producer, m) for up, m in read]
     if entry.fold_skip:
         _take_in_skip(model, cast(Residual, site.residual), weights, path.biases)
     for m, weight, bias in zip(form.consumers, weights, path.biases, strict=True):
@@ -260,7 +276,7 @@ def _pair(model: nn.Module, site: Site, form: Form, path: _Path) -> None:
     if len(down) == 0:  # nothing is left but a constant: a layer needs at least one channel
         down = down.new_zeros(1, *down.shape[1:])
         path.shift = None
-        path.ups = [up.new_zeros(up.shape[0], 1, *up.shape[2:]) for up in path.ups]
+        path.ups = [up.new_zeros(up.shape[0], site.block, *up.shape[2:]) for up in path.ups]
     producer = _become(model, cast(LinearMap, form.producer))
     halves = [torch.zeros_like(down), down] if site.packed == "gate-first" else [down, torch.zeros_like(down)]
     _set(producer, rows=halves if site.packed else [down], bias=[] if path.shift is None else [path.shift])
@@ -325,7 +341,7 @@ def _narrow(model: nn.Module, entry: Entry, form: Form, path: _Path) -> None:
         _set(_become(model, m), rows=[weight], bias=[own_bias])
 
     for i, (m, consumer) in enumerate(zip(form.consumers, consumers, strict=True)):
-        columns = _columns(consumer, kept) if fit is None else fit.consumers[i]
+        columns = _columns(site, consumer, kept) if fit is None else fit.consumers[i]
         _set(_become(model, m), columns=[columns, ups[i]], bias=[path.biases[i]])
 
     behind = [name for b in site.between for name in (b.norm_before, b.norm_after)]
@@ -467,7 +483,7 @@ def _become(model: nn.Module, m: LinearMap) -> nn.Module:
     module = model.get_submodule(m.name)
     if is_the_map(module, m):
         return module
-    sizes = {key: value for key, value in asdict(m).items() if key != "positions"}
+    sizes = {key: value for key, value in asdict(m).items() if key not in ("positions", "size")}
     pairs = {key: list(value) if isinstance(value, tuple) else value for key, value in sizes.items()}
     return perform(model, {"edit": "map", **pairs})
 
@@ -476,6 +492,7 @@ def _set(
     layer: nn.Module, *, columns: Sequence[Tensor] = (), rows: Sequence[Tensor] = (), bias: Sequence[Tensor] = ()
 ) -> None:
     """Set the weight of a layer, given side by side or one above the other, and its bias (zeros if none is given)."""
+    own_weights(layer)
     weight, own = weight_of(layer), bias_of(layer)
     weight.copy_(_joined(columns, weight, 1) if columns else _joined(rows, weight, 0))
     if own is not None:
@@ -507,15 +524,23 @@ def _composed(up: Tensor, down: Tensor | None, producer: nn.Module, consumer: nn
     )
 
 
+def _unrolled(site: Site, up: Tensor, down: Tensor, producer: nn.Module, m: LinearMap) -> Tensor:
+    geometry = {name: getattr(producer, name) for name in ("stride", "dilation")}
+    padding = zeros_around(site, cast(nn.Conv2d, producer))
+    return unrolled(up, down, m.size, site.consumers[0].size, padding=padding, **geometry)
+
+
 def _logical(module: nn.Module) -> Tensor:
     """The weight with all input channels, also of a grouped convolution."""
     weight = weight_of(module)
     return ungrouped(weight, module.groups) if isinstance(module, nn.Conv2d) else weight
 
 
-def _columns(module: nn.Module, channels: Tensor) -> Tensor:
-    weight = _logical(module)
-    return weight[:, channels.to(weight.device)]
+def _columns(site: Site, consumer: nn.Module, channels: Tensor) -> Tensor:
+    """The columns of a consumer that read these channels of its site."""
+    weight = _logical(consumer)
+    columns = (channels.cpu()[:, None] * site.block + torch.arange(site.block)).flatten()
+    return weight[:, columns.to(weight.device)]
 
 
 def _up_rows(site: Site, channels: Tensor) -> Tensor:

@@ -244,6 +244,8 @@ def _why_not(site: Site) -> str:
         return "it has no hidden width"
     if site.averaged:
         return "its consumers read the average over all pixels"
+    if site.pooled or site.flattened:
+        return f"its consumers read it through a {'pooling' if site.pooled else 'reshape'} (narrow it by other means)"
     if site.not_narrow:
         return site.not_narrow
     if any(m.groups > 1 for m in (*site.consumers, site.producer)):
