@@ -28,6 +28,7 @@ from shallower.fisher import OutputOf, default_output_of
 from shallower.inputs import Inputs, InputsOf, call, default_inputs_of, model_device, reiterable, tensors, to_device
 from shallower.latencies import Latency, narrowed_copy, site_latencies, stand_in
 from shallower.measuring import compare
+from shallower.offloading import mapped
 from shallower.plan import Plan
 from shallower.processes import from_first_process, summed_over_processes
 from shallower.progress import Progress, digest
@@ -85,7 +86,8 @@ def squeeze(
         small = sh.apply(model, plan, example_inputs)
 
     Args:
-        model: in the state it is to be used in; it is not changed.
+        model: in the state it is to be used in; it is not changed. It may be offloaded by Accelerate: its weights are
+            then mapped from their files, so that a model may be larger than memory.
         sites: of this model, or a selection of them.
         batches: a few hundred samples of what the model is used on, labels are not needed; iterated several times.
         target: `params:`, `macs:`, `memory:`, `latency:` on this device, or `drop:`, which needs `score`; see
@@ -123,6 +125,7 @@ def squeeze(
     """
     if not 0 <= compensation <= 1 or round_to < 1:
         raise MethodError("compensation is a number from 0 to 1, and round_to at least 1")
+    model = mapped(model)
     goal = Target.parse(target) if isinstance(target, str) else target
     if goal.unit == "drop" and score is None:
         raise MethodError(f"the target {goal} needs score=, a function from a model to its quality")
