@@ -62,7 +62,7 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 # ---------------------------------------------------------------------- the live model and what is written
 
 
-def check_written_equals_live(model: nn.Module, x: Tensor, draw: Callable[[int, int], int], rescale: bool) -> None:
+def check_written_equals_live(model: nn.Module, x: Tensor, draw: Callable[[int, int], int], rescale: float) -> None:
     """At random widths the small model is what the live one was; at the full width nothing has changed."""
     sites = sites_of(model, x)
     if not any(site.width > 1 and not site.not_narrow for site in sites):
@@ -81,9 +81,9 @@ def check_written_equals_live(model: nn.Module, x: Tensor, draw: Callable[[int, 
 
 
 @settings(max_examples=25)
-@given(network=networks(), seed=seeds, rescale=st.booleans())
+@given(network=networks(), seed=seeds, rescale=st.sampled_from([0.0, 0.5, 1.0]))
 def test_the_written_model_answers_as_the_live_one_did(
-    network: tuple[nn.Module, Tensor], seed: int, rescale: bool
+    network: tuple[nn.Module, Tensor], seed: int, rescale: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     check_written_equals_live(
@@ -92,9 +92,9 @@ def test_the_written_model_answers_as_the_live_one_did(
 
 
 @settings(max_examples=20)
-@given(network=convolutional_networks(), seed=seeds, rescale=st.booleans())
+@given(network=convolutional_networks(), seed=seeds, rescale=st.sampled_from([0.0, 0.5, 1.0]))
 def test_written_convolutions_answer_as_the_live_ones_did(
-    network: tuple[nn.Module, Tensor], seed: int, rescale: bool
+    network: tuple[nn.Module, Tensor], seed: int, rescale: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     check_written_equals_live(
@@ -119,15 +119,16 @@ def test_every_architecture_is_written_as_it_ran(specimen: Specimen) -> None:
     check_architecture(specimen)
 
 
-def test_the_scale_of_the_paper_makes_up_for_the_channels_that_are_missing() -> None:
+@pytest.mark.parametrize(("rescale", "scale"), [(1.0, 4.0), (0.5, 2.0), (0.0, 1.0), (True, 4.0), (False, 1.0)])
+def test_the_scale_makes_up_for_the_channels_that_are_missing(rescale: float, scale: float) -> None:
     model = mlp()
     model[4].weight.data.fill_(1.0)
     model[3] = nn.ReLU()
-    method = StructuralDropout(model, sites_of(model), sort=None, rescale=True)
+    method = StructuralDropout(model, sites_of(model), sort=None, rescale=rescale)
     x = torch.randn(4, 6, dtype=torch.float64)
     method.set_width(6, site="2")
     hidden = model[3](model[2](model[1](model[0](x))))
-    torch.testing.assert_close(model(x), hidden.sum(1, keepdim=True) * 24 / 6 + model[4].bias)
+    torch.testing.assert_close(model(x), hidden.sum(1, keepdim=True) * scale + model[4].bias)
 
 
 def test_a_width_is_set_without_copies_and_at_once() -> None:
@@ -237,8 +238,8 @@ def attention_models() -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
-@pytest.mark.parametrize("rescale", [True, False])
-def test_heads_are_nested_like_channels(name: str, rescale: bool) -> None:
+@pytest.mark.parametrize("rescale", [0.0, 0.5])
+def test_heads_are_nested_like_channels(name: str, rescale: float) -> None:
     model = attention_models()[name].double().eval()
     ids = {"input_ids": torch.arange(14).view(2, 7)}
     sites = find_sites(model, ids, heads=True)
@@ -569,7 +570,7 @@ def test_the_curve_spends_channels_where_they_count() -> None:
     x = torch.randn(64, 6, dtype=torch.float64)
     with torch.no_grad():
         wanted = model(x)
-    method = StructuralDropout(model, sites_of(model), lower_bound=4, step=4, rescale=False)
+    method = StructuralDropout(model, sites_of(model), lower_bound=4, step=4, rescale=0.0)
 
     def score(model: nn.Module) -> float:
         return -float((model(x) - wanted).detach().square().mean())
