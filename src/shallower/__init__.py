@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from shallower.methods.squeeze import squeeze
     from shallower.methods.structural_dropout import StructuralDropout
     from shallower.methods.till_layers_collapse import TillLayersCollapse
-    from shallower.padding import border_error, move_padding
+    from shallower.padding import border_error, move_padding, worth_moving
     from shallower.plan import Entry, Fate, Fit, Plan
     from shallower.sites import Between, Heads, LinearMap, Place, Residual, Site, Sites
     from shallower.surgery import apply, simulate
@@ -73,6 +73,7 @@ _HOMES = {
     "simulate": "surgery",
     "squeeze": "methods.squeeze",
     "varied": "varying",
+    "worth_moving": "padding",
 }
 
 __all__ = [
@@ -111,6 +112,7 @@ __all__ = [
     "simulate",
     "squeeze",
     "varied",
+    "worth_moving",
 ]
 
 
