@@ -17,7 +17,7 @@ import statistics
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from shallower.attachment import detached_copy
 from shallower.forms import steps
 from shallower.inputs import Inputs, call, model_device, tensors, to_device
 from shallower.measuring import device_name
-from shallower.plan import Entry
+from shallower.plan import Entry, Fate
+from shallower.refitting import may_have_path
 from shallower.sites import LinearMap, Site
 from shallower.statistics import evaluating
 from shallower.surgery import operate
@@ -147,17 +148,33 @@ def _measured(model: nn.Module, sites: Sequence[Site], inputs: Inputs, round_to:
     ]
 
 
-def narrowed_copy(model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int]) -> nn.Module:
-    """A copy with the sites at these widths (0: one linear map), and whatever weights: good for timing only."""
+def narrowed_copy(
+    model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], *, paths: bool = False
+) -> nn.Module:
+    """A copy with the sites at these widths (0: one linear map), and whatever weights: good for timing only.
+
+    With `paths`, some channels of each site where that can be are a linear path.
+    """
     small = detached_copy(model)
-    for step in steps([stand_in(site, widths[site.name]) for site in sites if widths[site.name] != site.width]):
+    changed = [site for site in sites if widths[site.name] != site.width]
+    for step in steps([stand_in(site, widths[site.name], path=paths) for site in changed]):
         operate(small, step)
     return small
 
 
-def stand_in(site: Site, width: int) -> Entry:
-    """An entry that makes the site so wide, 0 for one linear map: what counts is its size and not its channels."""
-    return Entry.collapse(site) if width == 0 else Entry.narrow(site, torch.arange(width))
+def stand_in(site: Site, width: int, *, path: bool = False) -> Entry:
+    """An entry that makes the site so wide, 0 for one linear map: what counts is its size and not its channels.
+
+    With `path`, an eighth of the channels are a linear path, where the site can have one.
+    """
+    if width == 0:
+        return Entry.collapse(site)
+    entry = Entry.narrow(site, torch.arange(width))
+    if not path or width < PARTS or not may_have_path(site):
+        return entry
+    fates = entry.fates.clone()
+    fates[width - width // PARTS : width] = int(Fate.LINEAR)
+    return replace(entry, fates=fates)
 
 
 def _in_turns(

@@ -190,10 +190,12 @@ def _root(metric: Tensor) -> Tensor:
 
 
 def may_have_path(site: Site) -> bool:
-    """Whether a linear path can stand beside kept channels: both read the same positions, and every map is a matrix."""
+    """Whether a linear path can stand beside kept channels: every map is a matrix, and all see the same positions."""
     if site.not_linear or site.producer is None or site.activation is None or site.kind == "heads":
         return False
-    return not site.between and not site.averaged and all(m.taps == 1 and m.groups == 1 for m in site.maps)
+    if site.between or site.averaged or site.pooled or site.flattened:
+        return False
+    return all(m.taps == 1 and m.groups == 1 and m.stride == (1, 1) and m.padding == (0, 0) for m in site.maps)
 
 
 def price_of_path(site: Site) -> float:

@@ -8,7 +8,6 @@ sweep.errors["layer.0"][384]
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +27,7 @@ from shallower.inputs import InputsOf, call, default_inputs_of, model_device, re
 from shallower.memory import give_back
 from shallower.plan import Entry, Plan
 from shallower.progress import Progress
-from shallower.refitting import collapsed, enough_for_producers, error_curve, metric_of, narrowed
+from shallower.refitting import collapsed, enough_for_producers, error_curve, may_have_path, metric_of, narrowed
 from shallower.sites import Site
 from shallower.statistics import MaskOf, default_mask_of
 from shallower.surgery import operate
@@ -62,6 +61,8 @@ class Calibration:
         compensation: how much of the error of the residual stream a site makes up for, 0 to 1.
         sensitivity: weight a site's outputs by what the model's output makes of them.
         producers: fit the kept rows of the producers too.
+        paths: a site's kept channels may be joined by a linear path; its rank, and the number of channels beside it,
+            are multiples of this. 0 for no paths.
         collapse: whether a site may also become one linear map.
         inputs_of, mask_of, output_of: how to read batches and the model's output.
         logits: see `fisher.output_metrics`.
@@ -78,6 +79,7 @@ class Calibration:
     logits: bool | None = None
     seed: int = 0
     producers: bool = True
+    paths: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.batches, (list, tuple)):
@@ -222,7 +224,9 @@ class Sweep:
             producers = self.calibration.producers and width > 0 and _untouched(site, entries)
             if not enough_for_producers(site, width, self._positions.get(site.name, float("inf"))):
                 producers = False
-            found = self.calibration.grams(self.dense, small, [site], width == 0, producers, goals or None, walk)
+            paths = self._paths(site, widths)
+            with_inputs = width == 0 or paths > 0
+            found = self.calibration.grams(self.dense, small, [site], with_inputs, producers, goals or None, walk)
             grams = found.pop(site.name)
             self._positions[site.name] = grams.positions
             if producers and not enough_for_producers(site, width, grams.positions):
@@ -232,7 +236,7 @@ class Sweep:
                 if width == 0:
                     entry = collapsed(site, grams, metric)
                 else:
-                    entry = narrowed(site, grams, metric, width, small if producers else None)
+                    entry = narrowed(site, grams, metric, width, small if producers else None, paths=paths)
             except FitError as error:
                 raise FitError(f"{site.name}: {error}") from error
             self._shortage[site.name] = _numbers(entry) / max(1.0, grams.fit.count)
@@ -275,6 +279,12 @@ class Sweep:
             same.append(entry)
         return same
 
+    def _paths(self, site: Site, widths: Mapping[str, int] | None = None) -> int:
+        """As in `Calibration`, for one site: what a later site is to be fitted to must not be a linear path itself."""
+        later = [s for s in self.sites if widths is None or widths[s.name] != s.width]
+        made = {m.name for s in later for m in (s.producer, s.gate) if m is not None}
+        return 0 if made & {m.name for m in site.consumers} or not may_have_path(site) else self.calibration.paths
+
     def _walk(self, small: nn.Module | None, sites: Sequence[Site]) -> Walk:
         batches = self.calibration.batches
         return Walk.along(self.dense, small, sites if self.walking else (), batches, self.calibration.inputs_of)
@@ -284,7 +294,6 @@ class Sweep:
         """What the model's output makes of a change at each consumer's output."""
         if self._metrics is None:
             self._metrics = self.calibration.metrics(self.dense, self.sites)
-            gc.collect()  # graphs of passes that were given up
             give_back()
         return self._metrics
 
@@ -300,10 +309,11 @@ class Sweep:
             while waiting:
                 group = waiting[:1] if walk.on else _group(waiting)
                 waiting = waiting[len(group) :]
-                found = self.calibration.grams(self.dense, None, group, self.calibration.collapse, walk=walk)
+                with_inputs = self.calibration.collapse or any(map(self._paths, group))
+                found = self.calibration.grams(self.dense, None, group, with_inputs, walk=walk)
                 for site in group:
                     grams = found.pop(site.name)
-                    curve = error_curve(site, grams, metric_of(site, self.metrics, grams))
+                    curve = error_curve(site, grams, metric_of(site, self.metrics, grams), paths=self._paths(site))
                     positions = sum(m.positions for m in site.consumers) / len(site.consumers)
                     scale = positions if self.calibration.sensitivity else 1.0
                     self._errors[site.name] = {width: scale * error for width, error in curve.items()}

@@ -72,6 +72,7 @@ def squeeze(
     sensitivity: bool = True,
     collapse: bool = True,
     producers: bool = True,
+    linear_path: bool = False,
     example_inputs: Inputs | None = None,
     checkpoint: str | Path | None = None,
     inputs_of: InputsOf = default_inputs_of,
@@ -101,6 +102,10 @@ def squeeze(
         sensitivity: weight outputs by what the model's output makes of them (one backward pass over the batches).
         collapse: allow a site to become one linear map, where that is the better buy; not with `uniform`.
         producers: fit the kept rows of the producers too, not only the consumers: slower, and mostly better.
+        linear_path: where it pays, let a linear map from what a site reads to what it gives stand beside fewer kept
+            channels, of the rank that gives the least error at the same cost (see `linear_paths.py`). The activation
+            becomes a `PartialActivation`, so that no stock class loads the result, but `sh.load` and what was exported.
+            For linear layers and convolutions of 1x1; others stay without.
         example_inputs: what latencies are measured on; by default the inputs of the first batch.
         checkpoint: a file (.safetensors) for what is done so far. Where it exists, an interrupted squeezing of the same
             model on the same batches goes on from it, with the same result.
@@ -137,6 +142,7 @@ def squeeze(
         sensitivity=sensitivity,
         collapse=collapse and not uniform,
         producers=producers,
+        paths=round_to if linear_path else 0,
         inputs_of=inputs_of,
         mask_of=mask_of,
         output_of=output_of,
@@ -403,7 +409,7 @@ class _Squeeze:
 
     def timed(self, widths: Mapping[str, int]) -> float:
         """Seconds of the whole model at these widths, by its ratio to the dense model in turns."""
-        small = narrowed_copy(self.dense, self.sites.items, widths)
+        small = narrowed_copy(self.dense, self.sites.items, widths, paths=self.sweep.calibration.paths > 0)
         models = {"dense": self.dense, "small": small}
         found = compare(models, self.inputs, rounds=_TIMED_ROUNDS)["small"]
         wanted = round((found.ratio_spread / found.ratio / _PRECISION) ** 2)
