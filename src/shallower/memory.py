@@ -7,6 +7,7 @@ give_back()
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -54,21 +55,25 @@ def in_pieces(batches: Iterable[Any], model: nn.Module, room: int, step: Callabl
 
 @contextmanager
 def _at_most(room: int, model: nn.Module) -> Iterator[None]:
-    """Within, no more than so many bytes are kept for a backward pass."""
+    """Within, no more than so many bytes are kept for a backward pass; one that would need more raises."""
     seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept = 0
 
-    def keep(t: Tensor) -> Tensor:
+    def keep(t: Tensor) -> Tensor | None:
         nonlocal kept
         storage = t.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             kept += storage.nbytes()
-        if kept > room:
+        # an error in here would leave the model's own code in the middle of something
+        return None if kept > room else t
+
+    def kept_one(t: Tensor | None) -> Tensor:
+        if t is None:
             raise _TooLarge
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep, kept_one):
         yield
 
 
@@ -89,6 +94,14 @@ def _rows(batch: Any, rows: slice) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(_rows(value, rows) for value in batch)
     return batch
+
+
+def free_bytes() -> int:
+    """Bytes of the machine's memory that nothing uses; 0 where that is not known."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def give_back() -> None:

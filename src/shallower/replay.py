@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from shallower.errors import SiteError
 from shallower.inputs import tensors
+from shallower.memory import free_bytes
 from shallower.offloading import held_bytes
 from shallower.sites import Site
 
 _MOST = 1 << 28
-"""Bytes of finished blocks' outputs that are kept at least; larger models may keep as much as their weights take."""
+"""Bytes of finished blocks that two networks may always keep; of larger models as much as their weights take."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,10 @@ class Replay:
         self.course = course
         self.on = True
         self.reached = True
-        self._most = most if most is not None else max(_MOST, held_bytes(model)) // 2
+        if most is None:
+            weights = sum(p.nbytes for p in model.parameters())
+            most = max(_MOST, held_bytes(model), min(weights, free_bytes() // 2)) // 2
+        self._most = most
         self._given: dict[int, dict[str, Any]] = {}
         self._at: dict[int, str] = {}
         self._bytes: dict[int, int] = {}
