@@ -72,6 +72,16 @@ def test_joined_rows_are_cut_to_the_longest_allowed():
     assert max(len(row) for batch in found for row in unpadded(batch)) == 64
 
 
+def test_joined_rows_may_be_as_long_as_the_longest_one_given():
+    ids = torch.arange(2 * 300).reshape(2, 300)
+    assert max(batch["input_ids"].shape[1] for batch in varied([{"input_ids": ids}])) == 300
+
+
+def test_labels_are_left_out():
+    ids = torch.arange(40).reshape(4, 10)
+    assert all("labels" not in batch for batch in varied([{"input_ids": ids, "labels": torch.zeros(4)}]))
+
+
 def test_the_seed_decides():
     rows = [[1000 + i + j for j in range(5)] for i in range(8)]
     same = [varied(batches(rows), seed=3) for _ in range(2)]
@@ -104,7 +114,7 @@ def test_pairs_of_texts_are_refused():
         [torch.zeros(2, 3)],
         [{"pixel_values": torch.zeros(2, 3)}],
         [{"input_ids": torch.zeros(2, 3)}],
-        [{"input_ids": torch.zeros(2, 3, dtype=torch.int64), "labels": torch.zeros(2)}],
+        [{"input_ids": torch.zeros(2, 3, dtype=torch.int64), "pixel_values": torch.zeros(2)}],
     ],
 )
 def test_other_batches_are_refused(bad):

@@ -11,13 +11,14 @@ makes no sense matters little: a layer is fitted to what the trained network doe
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shallower.errors import FitError
+from shallower.inputs import default_inputs_of
 from shallower.statistics import default_mask_of
 
 TokenBatch = dict[str, Tensor]
@@ -32,7 +33,7 @@ def varied(
     vocabulary: Sequence[int] | None = None,
     replaced: float = 0.15,
     joined: int = 2,
-    longest: int = 128,
+    longest: int | None = None,
     seed: int = 0,
 ) -> list[TokenBatch]:
     """The batches as they are, and four times as many tokens in other arrangements.
@@ -41,24 +42,25 @@ def varied(
     joined. Tokens that begin or end every row, such as [CLS] and [SEP], stay where they are.
 
     Args:
-        batches: dictionaries of `input_ids` (rows, tokens) and, where rows are padded, `attention_mask`;
-            `token_type_ids` may be there if they are 0.
+        batches: mappings of `input_ids` (rows, tokens) and, where rows are padded, `attention_mask`;
+            `token_type_ids` may be there if they are 0, and labels, which are left out.
         vocabulary: tokens that others are replaced by, without special ones; by default those of the batches.
         replaced: which part of the tokens.
         joined: how many rows become one.
-        longest: tokens of a joined row at most.
+        longest: tokens of a joined row at most; by default 128, or those of the longest row given, if it has more.
         seed: of what is drawn.
 
     Raises:
         FitError: there are no batches, or batches of another kind.
     """
-    given = list(batches)
+    given: list[Any] = [default_inputs_of(batch) if isinstance(batch, Mapping) else batch for batch in batches]
     rows = [row for batch in given for row in _rows(batch)]
     if not rows:
         raise FitError("no batches to vary; give a few hundred samples")
     if not 0 <= replaced <= 1 or joined < 1:
         raise FitError("replaced is a part from 0 to 1, and joined at least 1")
     before, after = _frame(rows)
+    room = (longest or max(128, *map(len, rows))) - len(before) - len(after)
     inner = [row[len(before) : len(row) - len(after)] for row in rows]
     draw = random.Random(seed)
     seen = [token for row in inner for token in row]
@@ -72,7 +74,7 @@ def varied(
     def united(count: int) -> list[_Row]:
         order = draw.sample(inner, len(inner))
         groups = [order[i : i + count] for i in range(0, len(order), count)]
-        return [[t for row in group for t in row][: max(1, longest - len(before) - len(after))] for group in groups]
+        return [[t for row in group for t in row][: max(1, room)] for group in groups]
 
     ways = [
         united(joined),
@@ -96,10 +98,10 @@ def _rows(batch: Any) -> list[_Row]:
     Raises:
         FitError: it is not of this kind.
     """
-    ids = batch.get("input_ids") if isinstance(batch, dict) else None
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or set(batch) - _KEYS:
         raise FitError(
-            "only batches of tokens can be varied: dictionaries of `input_ids` (rows, tokens), `attention_mask` and "
+            "only batches of tokens can be varied: mappings of `input_ids` (rows, tokens), `attention_mask` and "
             "`token_type_ids`, and nothing else"
         )
     if _TYPES in batch and bool(batch[_TYPES].any()):
