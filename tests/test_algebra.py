@@ -24,6 +24,7 @@ from shallower.algebra import (
     scale_columns,
     scale_rows,
     ungrouped,
+    unrolled,
     wide,
     with_skip,
 )
@@ -136,6 +137,23 @@ def test_a_linear_layer_over_flattened_channels_goes_into_the_convolution_before
     merged = compose(flattened(linear, *h.shape[2:]), inner, stride=(stride, stride))
     found = F.conv2d(x, merged, stride=stride, dilation=stride if k == 1 and h.shape[2] > 1 else 1).flatten(1)
     assert torch.allclose(found, F.linear(h.flatten(1), linear), rtol=1e-10)
+
+
+@settings(max_examples=20)
+@given(
+    k=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    size=st.tuples(st.integers(5, 8), st.integers(5, 8)),
+)
+def test_a_padded_convolution_goes_into_the_linear_layer_over_all_its_pixels(k, stride, padding, dilation, size):
+    inner, x = double(3, 2, k, k), double(2, 2, *size, seed=2)
+    h = F.conv2d(x, inner, None, stride, padding, dilation)
+    linear = double(4, h[0].numel(), seed=1)
+    steps = {"stride": (stride, stride), "padding": (padding, padding), "dilation": (dilation, dilation)}
+    merged = unrolled(linear, inner, size, tuple(h.shape[2:]), **steps)
+    assert torch.allclose(F.linear(x.flatten(1), merged), F.linear(h.flatten(1), linear), rtol=1e-10)
 
 
 @pytest.mark.parametrize("k", [1, 3])

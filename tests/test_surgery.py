@@ -485,3 +485,67 @@ def test_generating_with_and_without_a_cache_agrees_after_surgery():
     assert torch.equal(
         cached, small.generate(prompt, attention_mask=torch.ones_like(prompt), use_cache=False, **options)
     )
+
+
+# ------------------------------------------------------------------------------------ through poolings and reshapes
+
+
+class LeNet(nn.Module):
+    """Two convolutions with poolings behind them, and three linear layers over the flattened image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 4, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.AvgPool2d(2)
+        )
+        self.classifier = nn.Sequential(nn.Linear(54, 12), nn.ReLU(), nn.Linear(12, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_lenet_is_narrowed_with_its_dropped_channels_as_constants(dtype):
+    model, x = LeNet().to(dtype).eval(), torch.randn(2, 1, 16, 16, dtype=dtype)
+    sites = find_sites(model, x)
+    constants = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    plan = Plan(tuple(Entry.narrow(s, torch.arange(s.width)[::2], constants[: s.width]) for s in sites))
+    small = apply(model, plan, x)
+    assert small.features[0].weight.shape == (2, 1, 5, 5)
+    assert small.classifier[0].weight.shape == (6, 27)
+    if dtype == torch.float64:
+        assert_equal_outputs(small, simulate(model, plan), torch.randn_like(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_convolution_merges_with_the_linear_layer_over_its_pixels(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).to(dtype)
+    x = torch.randn(3, 2, 6, 6, dtype=dtype)
+    plan = Plan.collapse(find_sites(model, x))
+    small = apply(model, plan, x)
+    assert small[3].weight.shape == (5, 72)
+    assert params(small) == params(model) - plan.params_saved
+    if dtype == torch.float64:
+        assert_equal_outputs(small, simulate(model, plan), torch.randn_like(x))
+
+
+def test_a_chain_that_ends_in_a_flattened_image_becomes_one_linear_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 9), nn.ReLU(),
+        nn.Linear(9, 2),
+    ).double()  # fmt: skip
+    x = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    plan = Plan(tuple(Entry.collapse(site, becomes="merged") for site in find_sites(model, x)))
+    small = apply(model, plan, x)
+    assert [tuple(p.shape) for p in small.parameters()] == [(2, 64), (2,)]
+    assert_equal_outputs(small, simulate(model, plan), torch.randn_like(x))
+
+
+def test_a_linear_path_beside_a_pooling_is_refused():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 2, 3))
+    (site,) = find_sites(model, torch.randn(1, 1, 16, 16))
+    with pytest.raises(PlanError, match=r"the pooling .* stands between"):
+        Entry.collapse(site)

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 
 from shallower.errors import FitError
 
@@ -201,7 +202,8 @@ def unrolled(
     if inner.shape[0] == 0:
         return outer.new_zeros(shape).flatten(1)
     pictures = outer.reshape(outer.shape[0], -1, *result)
-    return torch.nn.grad.conv2d_input(shape, inner, pictures, stride, padding, dilation).flatten(1)
+    weight: Tensor = conv2d_input(shape, inner, pictures, stride, padding, dilation)  # type: ignore[no-untyped-call]
+    return weight.flatten(1)
 
 
 def pooled(weight: Tensor, height: int, width: int) -> Tensor:
