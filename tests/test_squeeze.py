@@ -17,7 +17,7 @@ from shallower.methods.squeeze import squeeze
 from shallower.plan import Plan
 from shallower.recalibration import recalibrate
 from shallower.surgery import apply
-from shallower.sweeping import CalibrationWarning
+from shallower.sweeping import Calibration, CalibrationWarning, Sweep
 
 
 class Mlp(nn.Module):
@@ -370,3 +370,38 @@ def test_too_few_calibration_data_are_told_with_how_many_would_do() -> None:
     sites = find_sites(model, rows_of()[0])
     with pytest.warns(CalibrationWarning, match=r"is fitted with 5\d numbers on 9 positions.* or more \(12 now"):
         squeeze(model, sites, rows_of(count=3, rows=4), "params:60%", uniform=True)
+
+
+class Pooled(nn.Module):
+    """Convolutions whose hidden channels are copies of few, read through a pooling and through their average."""
+
+    def __init__(self, different: int = 6) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2 = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 8, 1)
+        self.conv3, self.head = nn.Conv2d(8, 32, 1), nn.Linear(32, 5)
+        with torch.no_grad():
+            for conv in (self.conv1, self.conv3):
+                copies = torch.arange(conv.out_channels) % different
+                conv.weight.copy_(conv.weight[copies])
+                conv.bias.copy_(conv.bias[copies])  # type: ignore[index, union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(nn.functional.max_pool2d(torch.relu(self.conv1(x)), 2))
+        x = torch.relu(self.conv3(x))
+        out: Tensor = self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+        return out
+
+
+def test_channels_that_are_read_through_a_pooling_are_squeezed() -> None:
+    model = Pooled().eval()
+    batches = [torch.randn(16, 3, 8, 8) for _ in range(8)]
+    sites = find_sites(model, batches[0])
+    assert {"conv1", "conv3"} <= {site.producer.name for site in sites if site.producer is not None}
+    widths = {"conv1": 8, "conv3": 8}
+    chosen = [s for s in sites if s.producer is not None and s.producer.name in widths]
+    plan, small = Sweep(model, chosen, Calibration(batches)).plan({s.name: 8 for s in chosen})
+    found = apply(model, plan, batches[0])
+    with torch.no_grad():
+        torch.testing.assert_close(found(batches[0]), small(batches[0]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found(batches[0]), model(batches[0]), rtol=1e-2, atol=1e-2)

@@ -704,8 +704,8 @@ class _Rows:
             wanted: what its consumers should give.
             seen: how many parts were taken before.
         """
-        if site.producer is None:
-            return
+        if site.producer is None or site.averaged or site.pooled or site.flattened:
+            return  # a pooling stands between what is read and what is given
         for i, ys in enumerate(wanted):
             x = source.inputs[site.producer.name][i]
             if ys.dim() == 4 and site.consumers[0].kind == "conv2d":
@@ -727,7 +727,7 @@ class _Rows:
 
 def _read_alike(site: Site) -> bool:
     """Whether what the producer reads at a position is what the consumers give there comes from, and nothing else."""
-    if site.between or site.averaged:
+    if site.between or site.averaged or site.pooled or site.flattened:
         return False
     if all(m.kind != "conv2d" for m in site.maps):
         return True

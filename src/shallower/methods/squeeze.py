@@ -251,10 +251,8 @@ def narrowable(sites: Sites) -> Sites:
 def _why_not(site: Site) -> str:
     if site.producer is None or site.kind in ("activation", "heads"):
         return "it has no hidden width"
-    if site.averaged:
-        return "its consumers read the average over all pixels"
-    if site.pooled or site.flattened:
-        return f"its consumers read it through a {'pooling' if site.pooled else 'reshape'} (narrow it by other means)"
+    if site.flattened:
+        return "its consumers read its pixels one by one (narrow it by other means)"
     if site.not_narrow:
         return site.not_narrow
     if any(m.groups > 1 for m in (*site.consumers, site.producer)):
