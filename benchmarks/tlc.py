@@ -14,8 +14,10 @@ noise, among one layer, one kernel fitted on 250 images, and the layers apart wi
 the relative error of the merged network against the same plan simulated on the original layers, before it was trained
 on. `depth` is the longest chain of layers with weights. Times are of one image or sentence on one thread, of 40 blocks
 of 15 passes in which the networks take turns, other copies of them in each block: the least, the median ratio to the
-dense network's, and that to the row before with the interval that holds it at 95 %. The forms were chosen by times
-on 8. Accuracies are those of all 10,000 test images for ResNet-20, and else of the first 4,000 (all 1,821 sentences).
+dense network's, and that to the row before with the interval that holds it at 95 %; `of itself` is the ratio to the
+network before its merge, with the same weights and all activations in place. (GELU's time depends on the numbers that it
+is given: a Swin that was trained on is slower than the dense one before anything is taken away from it.) The forms were
+chosen by times on 8. Accuracies are those of all 10,000 test images for ResNet-20, and else of the first 4,000 (all 1,821 sentences).
 
 MobileNet is a small network of inverted residuals, trained here on CIFAR-10; the padding of its depthwise convolutions
 was moved in all blocks before the training of the rounds (which costs MACs where a block then keeps its activations),
@@ -611,8 +613,8 @@ def point(subject: Subject, model: nn.Module, plan: Plan, path: Path, finish: Fi
     The merged network is kept beside `path` as a plan and weights, so that it can be timed with the others later.
     """
     if path.exists():
-        kept: dict[str, Any] = json.loads(path.read_text())
-        return kept
+        row: dict[str, Any] = json.loads(path.read_text())
+        return row
     chosen = choose_forms(model, plan, subject.example, batches=subject.calibration)
     small = apply(model, chosen, subject.example)
     merged = subject.score(small)
@@ -665,17 +667,8 @@ def timed(subject: Subject, paths: Sequence[Path]) -> list[dict[str, Any]]:
     `seconds` is the least time; `of_dense` and `of_before` are (median, low, high) of the part of the dense network's
     time, and of that of the point before.
     """
-    models = {"dense": subject.dense.eval()}
-    for path in paths:
-        model = subject.fresh
-        model.load_state_dict(read_state(path.with_suffix(".safetensors"))["model"])
-        small = apply(model.eval(), Plan.load(path.with_suffix(".plan")), subject.example)
-        if path.with_suffix(".finished.safetensors").exists():
-            small.load_state_dict(read_state(path.with_suffix(".finished.safetensors"))["model"])
-        models[str(path)] = small
-    example = subject.example
-    one = {key: value[:1] for key, value in example.items()} if isinstance(example, dict) else example[:1]
-    times = list(times_in_turn(models, one, blocks=BLOCKS, passes=PASSES, copies=True).values())
+    models = {"dense": subject.dense.eval()} | {str(path): kept(subject, path)[1] for path in paths}
+    times = list(times_in_turn(models, one_of(subject.example), blocks=BLOCKS, passes=PASSES, copies=True).values())
     return [
         {
             "seconds": min(own),
@@ -684,6 +677,29 @@ def timed(subject: Subject, paths: Sequence[Path]) -> list[dict[str, Any]]:
         }
         for own, before in zip(times, [times[0], *times], strict=False)
     ]
+
+
+def against_itself(subject: Subject, path: Path) -> dict[str, Any]:
+    """What part of the time a merged network takes of what it is without the merge, all its activations in place."""
+    whole, small = kept(subject, path)
+    models = {"whole": whole, "merged": small}
+    times = times_in_turn(models, one_of(subject.example), blocks=BLOCKS, passes=PASSES // 3, copies=True)
+    return {"of_itself": dataclasses.astuple(Ratio.of(times["merged"], times["whole"]))}
+
+
+def kept(subject: Subject, path: Path) -> tuple[nn.Module, nn.Module]:
+    """The network that a point was made from, and the merged one, as `point` kept them."""
+    model = subject.fresh
+    model.load_state_dict(read_state(path.with_suffix(".safetensors"))["model"])
+    small = apply(model.eval(), Plan.load(path.with_suffix(".plan")), subject.example)
+    if path.with_suffix(".finished.safetensors").exists():
+        small.load_state_dict(read_state(path.with_suffix(".finished.safetensors"))["model"])
+    return model, small.eval()
+
+
+def one_of(example: Any) -> Any:
+    """The first image or sentence of several."""
+    return {key: value[:1] for key, value in example.items()} if isinstance(example, dict) else example[:1]
 
 
 class _Depth(TorchFunctionMode):
@@ -723,7 +739,8 @@ def curve(
         rows.append(point(subject, model, plan, paths[-1], (finishes or {}).get(number)))
     name = "-".join(map(str, points))
     times = remembered(folder / f"turns-{name}.json", lambda: {"rows": timed(subject, paths)})["rows"]
-    return [{**row, **own} for row, own in zip(rows, times, strict=True)]
+    itself = [remembered(path.with_suffix(".itself.json"), partial(against_itself, subject, path)) for path in paths]
+    return [{**row, **own, **other} for row, own, other in zip(rows, times, [{}, *itself], strict=True)]
 
 
 def resnet_subject(work: Work, data: Path, blocks: int, inner: bool = False) -> Subject:
@@ -1015,12 +1032,13 @@ def table(results: dict[str, Any]) -> str:
                     f"{row['seconds'] * 1e3:.2f} ms",
                     "" if first else f"{1 / row['of_dense'][0]:.2f}x",
                     "" if first else str(Ratio(*row["of_before"])),
+                    str(Ratio(*row["of_itself"])) if "of_itself" in row else "",
                     "" if row["surgery"] is None else f"{row['surgery']:.1e}",
                 )
             )
     header = ("", "removed", "accuracy", "merged", "trained on", "depth", "params", "MACs")
     image = "![accuracy over activations removed and over depth](results/tlc.png)"
-    parts = [image, markdown((*header, "time", "speed", "of the row before", "surgery"), lines)]
+    parts = [image, markdown((*header, "time", "speed", "of the row before", "of itself", "surgery"), lines)]
     after = [(name, row) for name, rows in results["curves"].items() for row in rows[1:] if "of_before" in row]
     slower = [f"{name}, {len(row['removed'])} removed" for name, row in after if Ratio(*row["of_before"]).is_slower]
     parts.append(
