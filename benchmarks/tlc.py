@@ -15,9 +15,9 @@ the relative error of the merged network against the same plan simulated on the 
 on. `depth` is the longest chain of layers with weights. Times are of one image or sentence on one thread, of 40 blocks
 of 15 passes in which the networks take turns, other copies of them in each block: the least, the median ratio to the
 dense network's, and that to the row before with the interval that holds it at 95 %; `of itself` is the ratio to the
-network before its merge, with the same weights and all activations in place. (GELU's time depends on the numbers that it
-is given: a Swin that was trained on is slower than the dense one before anything is taken away from it.) The forms were
-chosen by times on 8. Accuracies are those of all 10,000 test images for ResNet-20, and else of the first 4,000 (all 1,821 sentences).
+network before its merge, with the same weights and all activations in place. (GELU's time depends on its inputs: a Swin
+that was trained on is slower than the dense one before anything is taken away from it.) The forms were chosen by times
+on 8. Accuracies are those of all 10,000 test images for ResNet-20, and else of the first 4,000 (all 1,821 sentences).
 
 MobileNet is a small network of inverted residuals, trained here on CIFAR-10; the padding of its depthwise convolutions
 was moved in all blocks before the training of the rounds (which costs MACs where a block then keeps its activations),
