@@ -28,7 +28,7 @@ from shallower.methods.squeeze import squeeze
 from shallower.surgery import apply
 from shallower.vision import repair_torchvision
 
-WAYS = ("in memory", "offloaded")
+WAYS = ("offloaded", "in memory")
 
 
 def run(data: Path, quick: bool, cache: Path) -> dict[str, Any]:  # noqa: ARG001

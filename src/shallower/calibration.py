@@ -364,9 +364,9 @@ def collect_grams(
             inputs = to_device(inputs_of(batch), device)
             samples += samples_in(inputs)
             if target is not None:
-                _walked(target, walk and walk.dense, walk, index, sites, inputs)
+                _walked(target, walk, index, sites, inputs)
             if source is not target:
-                _walked(source, walk and walk.small, walk, index, sites, inputs)
+                _walked(source, walk, index, sites, inputs)
             rows = _Rows(None if mask is None else mask.to(device).bool().flatten(), share)
             for site in sites:
                 if target is not None:
@@ -471,10 +471,9 @@ class Walk:
         return len(reads) == len(self.reads[site.name]) and all(map(_same, reads, self.reads[site.name]))
 
 
-def _walked(
-    watch: _Watch, replay: Replay | None, walk: Walk | None, index: int, sites: Sequence[Site], inputs: Any
-) -> None:
+def _walked(watch: _Watch, walk: Walk | None, index: int, sites: Sequence[Site], inputs: Any) -> None:
     """One pass of a network over a batch, from its finished blocks where that can be done."""
+    replay = None if walk is None else walk.dense if watch.model is walk.dense.model else walk.small
     if walk is not None and replay is not None and replay.on and len(sites) == 1:
         to = (walk.course.ahead if replay is walk.dense else walk.course.before)[sites[0].name]
         try:

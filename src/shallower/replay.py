@@ -172,7 +172,7 @@ class Replay:
             self._bytes[batch] = sum(t.nbytes for t in tensors(seen[to]))
         if to != self._at.get(batch) or sum(self._bytes.values()) > self._most:
             for kept in (self._given, self._at, self._bytes):
-                kept.pop(batch, None)  # type: ignore[attr-defined]
+                kept.pop(batch, None)
 
 
 def mapped(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
