@@ -135,13 +135,13 @@ def test_bad_usage_exits_with_2(shallower: Shallower) -> None:
 def test_inspect_prints_the_table_of_sites(shallower: Shallower) -> None:
     finished = shallower("inspect", NET, "--shape", "1,6,6", "--batch", 2)
     assert finished.status == 0
-    assert "2 sites; the model has 11.3K params" in finished.out
+    assert "3 sites; the model has 11.3K params" in finished.out
     assert "skipped:" in finished.out
 
 
 def test_inspect_prints_json(shallower: Shallower) -> None:
     told = json.loads(shallower("inspect", NET, "--shape", "1,6,6", "--json").out)
-    assert [site["width"] for site in told["sites"]] == [96, 96]
+    assert [site["width"] for site in told["sites"]] == [4, 96, 96]
     assert told["params"] == sum(p.numel() for p in make_net().parameters())
     assert told["sites"][0]["params_collapsed"] < told["sites"][0]["params"]
 
@@ -496,6 +496,30 @@ def test_a_new_head_has_the_classes_of_the_data(shallower: Shallower, tmp_path: 
     small = load(tmp_path / "out")
     assert isinstance(small, transformers.PreTrainedModel)
     assert small.config.id2label == {0: "maybe", 1: "no", 2: "yes"}
+
+
+def test_text_is_varied_and_linear_paths_are_allowed(shallower: Shallower, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    save_small_bert(tmp_path / "bert")
+    (tmp_path / "films.csv").write_text("text\n" + "good film\nbad film film\ngood bad good\n" * 10)
+    finished = shallower(
+        *("compress", tmp_path / "bert", "--data", tmp_path / "films.csv", "--task", "feature-extraction"),
+        *("--target", "params:80%", "--vary", "--linear-path", "--device", "cpu", "--output", tmp_path / "out"),
+    )
+    assert finished.status == 0, finished.err
+    assert load(tmp_path / "out").num_parameters() <= 0.8 * load_dense(tmp_path / "bert")
+
+
+def load_dense(folder: Path) -> int:
+    """Parameters of a saved model."""
+    import transformers
+
+    return int(transformers.AutoModel.from_pretrained(folder).num_parameters())
+
+
+def test_pictures_cannot_be_varied(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    told = error_line(squeeze(shallower, pictures, tmp_path / "out", "--target", "params:80%", "--vary"))
+    assert "only batches of tokens can be varied" in told
 
 
 def save_small_bert(folder: Path) -> None:

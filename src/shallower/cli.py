@@ -222,6 +222,13 @@ def compress(
         bool, typer.Option("--uniform", help="The same share of every site is kept.", rich_help_panel=_SQUEEZE)
     ] = False,
     round_to: Annotated[int, typer.Option(min=1, help="Widths are multiples of it.", rich_help_panel=_SQUEEZE)] = 1,
+    linear_path: Annotated[
+        bool,
+        typer.Option("--linear-path", help="A linear map beside kept channels, if it pays.", rich_help_panel=_SQUEEZE),
+    ] = False,
+    vary: Annotated[
+        bool, typer.Option("--vary", help="Calibrate on rearranged text, too.", rich_help_panel=_SQUEEZE)
+    ] = False,
     heal: Annotated[int, typer.Option(min=0, help="Passes of distillation afterwards.", rich_help_panel=_SQUEEZE)] = 0,
     strength: Annotated[float, typer.Option(min=0, help="Of the pull on the slopes.", rich_help_panel=_COLLAPSE)] = 0.5,
     tolerance: Annotated[
@@ -237,9 +244,7 @@ def compress(
         CriterionOption, typer.Option(help="Which activations go first.", rich_help_panel=_TLC)
     ] = CriterionOption.batchnorm,
     per_round: Annotated[int | None, typer.Option(min=1, help="So many go at a time.", rich_help_panel=_TLC)] = None,
-    lower_bound: Annotated[
-        str, typer.Option(help="Smallest width that is trained.", rich_help_panel=_DROPOUT)
-    ] = "25%",
+    lower_bound: Annotated[str, typer.Option(help="Smallest width that is trained.", rich_help_panel=_DROPOUT)] = "25%",
     points: Annotated[int, typer.Option(min=2, help="Of the curve.", rich_help_panel=_DROPOUT)] = 8,
     heads: Annotated[bool, typer.Option("--heads", help="Attention heads, too.", rich_help_panel=_DROPOUT)] = False,
     epochs: Annotated[
@@ -293,6 +298,8 @@ def compress(
         "samples": samples,
         "uniform": uniform,
         "round_to": round_to,
+        "linear_path": linear_path,
+        "vary": vary,
         "heal": heal,
         "strength": strength,
         "tolerance": tolerance,

@@ -19,6 +19,7 @@ from shallower.plan import Plan
 from shallower.recalibration import recalibrate
 from shallower.sites import Sites
 from shallower.surgery import apply
+from shallower.varying import varied
 
 if TYPE_CHECKING:
     from shallower.training import History
@@ -35,12 +36,16 @@ class SqueezeRun:
         samples: rows of the training part to calibrate on.
         uniform: keep the same share of every site, so that a stock class can express the result.
         round_to: widths are multiples of this.
+        linear_path: let a linear map stand beside fewer kept channels where that pays.
+        vary: calibrate on rearranged text too, see `varying.py`: for few rows, and other text than theirs.
         heal: passes of distillation from the original over the training part, afterwards.
     """
 
     samples: int = 512
     uniform: bool = False
     round_to: int = 1
+    linear_path: bool = False
+    vary: bool = False
     heal: int = 0
 
     name: ClassVar[str] = "squeeze"
@@ -93,7 +98,8 @@ class SqueezeRun:
         rows: Any = work.batches.train.dataset
         if len(rows) < FEWEST:
             raise DataError(f"{len(rows)} rows are too few to calibrate on; give a few hundred")
-        return work.probe(self.samples)
+        given = work.probe(self.samples)
+        return list(varied(given, seed=work.recipe.seed)) if self.vary else given
 
     def _plan(self, work: Work, calibration: list[Any]) -> Plan:
         target, score = work.target, None
@@ -108,6 +114,7 @@ class SqueezeRun:
             score=score,
             uniform=self.uniform,
             round_to=self.round_to,
+            linear_path=self.linear_path,
             example_inputs=work.example,
             checkpoint=work.checkpoints and work.checkpoints / "squeeze.safetensors",
             logits=work.logits,
