@@ -549,3 +549,22 @@ def test_a_linear_path_beside_a_pooling_is_refused():
     (site,) = find_sites(model, torch.randn(1, 1, 16, 16))
     with pytest.raises(PlanError, match=r"the pooling .* stands between"):
         Entry.collapse(site)
+
+
+def test_a_linear_channel_with_slope_zero_is_an_exact_constant_in_front_of_zero_padding():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1)).double()
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    (site,) = find_sites(model, x)
+    fates = torch.tensor([Fate.KEEP, Fate.KEEP, Fate.DROP, Fate.DROP])
+    constants = torch.tensor([0, 0, 0, 0.7], dtype=torch.float64)
+    with pytest.raises(PlanError, match="linear with slope 0"):
+        Entry(site, fates, torch.ones(4), constants)
+    fates[3] = Fate.LINEAR
+    plan = Plan((Entry(site, fates, torch.tensor([1.0, 1.0, 1.0, 0.0]), constants),))
+    small = apply(model, plan, x)
+    assert small[0].out_channels == 3
+    expected = model[2].weight[:, :2], torch.relu(model[0](x))[:, :2], torch.full((2, 1, 6, 6), 0.7).double()
+    by_hand = torch.nn.functional.conv2d(expected[1], expected[0], model[2].bias, padding=1)
+    by_hand = by_hand + torch.nn.functional.conv2d(expected[2], model[2].weight[:, 3:], padding=1)
+    assert torch.allclose(small(x), by_hand)

@@ -27,6 +27,7 @@ from shallower.errors import SiteError
 from shallower.inputs import Inputs, call, model_device, to_device
 from shallower.paying import Unit, paying
 from shallower.plan import Entry
+from shallower.proof import doubled
 from shallower.simulation import fated
 from shallower.sites import Place, Site
 
@@ -207,7 +208,7 @@ def _input_of(model: nn.Module, site: Site, inputs: Inputs) -> Tensor:
     device = model_device(model)
     try:
         with torch.no_grad():
-            call(model, to_device(_double(inputs), device))
+            call(model, to_device(doubled(inputs), device))
     finally:
         handle.remove()
     if not seen:
@@ -233,13 +234,3 @@ def _norm(model: nn.Module, site: Site, name: str) -> nn.Module:
         norm = copy.deepcopy(norm)
         norm.set_submodule(inner, nn.Identity())
     return norm
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _double(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_double(item) for item in value)
-    return value

@@ -128,7 +128,7 @@ class _Whole(Proof):
         The same surgery in float64 must agree with the simulation, and the result must be its rounding.
         """
         self.expected = _Observed()
-        inputs = _doubled(self.inputs)
+        inputs = doubled(self.inputs)
         try:
             double = detached_copy(self.model).double()
             impose(double, self.plan)
@@ -488,11 +488,12 @@ def _cloned(value: Any) -> Any:
     return value
 
 
-def _doubled(value: Any) -> Any:
+def doubled(value: Any) -> Any:
+    """Inputs in float64, where they are floating-point numbers."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, Mapping):
-        return {key: _doubled(item) for key, item in value.items()}
+        return {key: doubled(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_doubled(item) for item in value)
+        return type(value)(doubled(item) for item in value)
     return value
