@@ -1,18 +1,20 @@
 """A linear path beside the channels that stay: y = C z_kept + U D x, of the rank that pays.
 
+    elimination = eliminate_beyond(moments, n, root, ridge=1e-4)
     gains = path_gains(moments, elimination, root, ridge=1e-4)
     k, rank, error = gains.best(width)                  # together they cost what `width` kept channels cost
     kept = elimination.kept(k)
     down = path(moments, n, kept, rank, root, ridge=1e-4)
     gram = seen_through(gram, n, kept, down)            # of [z_kept, D x] and y: what the consumers are fitted to
 
-Pure functions of second moments of v = [z, x] and y: z is what a site's consumers read, x what its producer reads, y
+Pure functions of second moments of [z, x] and y: z is what a site's consumers read, x what its producer reads, y
 what the consumers should give. A channel of the path costs what a kept channel costs (less where a gate is a layer of
 its own), so that at a given cost each direction of x competes with the least important channel.
 
 For given kept channels the best path is the reduced-rank regression of what they leave of y on what they leave of x:
 the leading left singular vectors of L^-1 S_xy R, where S are second moments given z_kept, S_xx = L L^T, and R is the
-root of the weight of errors; the squared singular values are the errors that its directions take away.
+root of the weight of errors; the squared singular values are the errors that its directions take away. The channels
+beside a path are chosen by what they tell beyond all of x: what is linear of them need not stay.
 
 Reference: Izenman, Reduced-rank regression for the multivariate linear model, 1975, theorem 1; Davies and Tso,
 Procedures for reduced-rank regression, 1982.
@@ -27,11 +29,13 @@ from torch import Tensor
 
 from shallower.calibration import Centred, Gram
 from shallower.errors import FitError
-from shallower.selection import Elimination, ridged
+from shallower.selection import Elimination, eliminate, ridged
 
 _DENSE = 16
 """From this part of all channels on, the gains of a path are computed at every half octave of their number; below, at
 every octave, since the first channels may take away nearly all of the error."""
+
+_TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class PathGains:
     """By how much a linear path lowers the error beside channels that stay.
 
     Attributes:
-        errors: (n + 1,) float64, the error with k channels kept and no path, from k = 0.
+        errors: (n + 1,) float64, the error with k channels kept and no path, from k = 0, beyond that with all channels.
         widths: (m,) int64, ascending, from 1 to n: numbers of kept channels.
         shares: (m, q + 1) float64: what part of that error the best path of rank 0 .. q takes away beside so many.
         price: what a channel of the path costs, where a kept channel costs 1.
@@ -80,6 +84,29 @@ class PathGains:
         return torch.lerp(self.shares[above - 1, ranks], self.shares[above, ranks], part.to(self.shares))
 
 
+def eliminate_beyond(moments: Centred, channels: int, root: Tensor, *, ridge: float) -> Elimination:
+    """Backward elimination of all channels of z by what they tell about y beyond what x tells.
+
+    Args:
+        moments: of [z, x] and y.
+        channels: n, how many columns z has.
+        root: (d_out, d_out), the square root of the weight of errors.
+        ridge: added to the diagonal, relative to its mean, for z and x apart.
+
+    Returns:
+        The order, and the errors beside all of x.
+
+    Raises:
+        FitError: the moments are not finite or not positive definite.
+    """
+    zz, cross, xx = _blocks(moments, channels, torch.arange(channels, device=root.device), ridge)
+    told = torch.cat([cross.T, moments.zy[channels:] @ root], 1)
+    left = torch.linalg.solve_triangular(_factor(xx), told, upper=False)
+    known = left[:, :channels].T @ left
+    # the ridge is in already; a little more keeps what rounding leaves positive
+    return eliminate(zz - known[:, :channels], moments.zy[:channels] @ root - known[:, channels:], ridge=_TINY, keep=0)
+
+
 def path_gains(
     moments: Centred, elimination: Elimination, root: Tensor, *, ridge: float, price: float = 1.0
 ) -> PathGains:
@@ -90,7 +117,7 @@ def path_gains(
 
     Args:
         moments: of [z, x] and y.
-        elimination: of all channels of z, by the same moments.
+        elimination: of all channels of z, whichever way.
         root: (d_out, d_out), the square root of the weight of errors.
         ridge: added to the diagonal, relative to its mean, for z and x apart.
         price: what a channel of the path costs, where a kept channel costs 1.
@@ -107,7 +134,8 @@ def path_gains(
     xy, zy = moments.zy[n:] @ root, moments.zy[:n][order] @ root
     left = torch.linalg.solve_triangular(_factor(zz), torch.cat([cross, zy], 1), upper=False)
     widths = _widths(n)
-    errors = elimination.errors.flip(0)
+    told = left[:, d_in:].square().sum(1)
+    errors = torch.cat([told, told.new_zeros(1)]).flip(0).cumsum(0).flip(0)
     known = xx.new_zeros(d_in, d_in + len(root))
     shares: list[Tensor] = []
     before = 0
@@ -117,8 +145,8 @@ def path_gains(
         if k == n:  # there is no error, and whatever the path tells is beyond it
             shares.append(shares[-1])
             break
-        told = torch.linalg.solve_triangular(_factor(xx - known[:, :d_in]), xy - known[:, d_in:], upper=False)
-        small = told.T @ told if told.shape[0] > told.shape[1] else told @ told.T
+        beyond = torch.linalg.solve_triangular(_factor(xx - known[:, :d_in]), xy - known[:, d_in:], upper=False)
+        small = beyond.T @ beyond if beyond.shape[0] > beyond.shape[1] else beyond @ beyond.T
         each = torch.linalg.eigvalsh(small).flip(0).clamp_min(0)
         gains = torch.cat([each.new_zeros(1), each.cumsum(0)])
         shares.append(gains / errors[k].clamp_min(torch.finfo(torch.float64).tiny))

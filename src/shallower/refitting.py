@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shallower.calibration import Centred, Gram, SiteGrams, may_collapse
 from shallower.errors import FitError
-from shallower.linear_paths import path, path_gains, seen_through
+from shallower.linear_paths import PathGains, eliminate_beyond, path, path_gains, seen_through
 from shallower.plan import Entry, Fate, Fit
 from shallower.reconstruction import Layers, Reconstruction, over_processes, reconstruct
 from shallower.selection import Elimination, columns_of, eliminate, fit_error, ridge_fit
@@ -106,11 +106,9 @@ def narrowed(
     moments = _moments(site, grams)
     taps = site.consumers[0].taps
     root = _root(metric)
-    beside = bool(paths) and grams.joint is not None and may_have_path(site)
-    keep = 0 if beside else width
-    elimination = eliminate(moments.zz, moments.zy @ root, ridge=_SELECTION_RIDGE, keep=keep, taps=taps)
-    choices = [_Choice.of(site, grams, metric, elimination.kept(width))]
-    if beside and (other := _with_path(site, grams, metric, elimination, width, paths)) is not None:
+    kept = eliminate(moments.zz, moments.zy @ root, ridge=_SELECTION_RIDGE, keep=width, taps=taps).kept(width)
+    choices = [_Choice.of(site, grams, metric, kept)]
+    if paths and (other := _with_path(site, grams, metric, width, paths)) is not None:
         choices.append(other)
     found = [None if small is None else _reconstructed(small, site, grams, choice, root) for choice in choices]
     errors = [c.error if f is None else c.error * f.after / f.before for c, f in zip(choices, found, strict=True)]
@@ -147,10 +145,8 @@ def error_curve(site: Site, grams: SiteGrams, metric: Tensor, *, paths: int = 0)
     elimination = eliminate(moments.zz, moments.zy @ root, ridge=_SELECTION_RIDGE, keep=0, taps=site.consumers[0].taps)
     whole = elimination.error(0)
     errors = [elimination.error(k) for k in range(site.width + 1)]
-    if paths and grams.joint is not None and may_have_path(site):
-        joint = (grams.joint[0] + grams.joint[1]).centred(_intercept(site))
-        gains = path_gains(joint, elimination, root, ridge=_SELECTION_RIDGE, price=price_of_path(site))
-        errors[1:] = [max(0.0, gains.best(k, paths)[2]) for k in range(1, site.width + 1)]
+    if paths and (found := _paths(site, grams, metric)) is not None:
+        errors[1:] = [max(0.0, min(errors[k], found[1].best(k, paths)[2])) for k in range(1, site.width + 1)]
     curve = {k: _damage(errors[k], whole) for k in range(1, site.width + 1)}
     if grams.inputs is not None and may_collapse(site):
         _, error = _best_ridge(site, grams.inputs, metric)
@@ -208,18 +204,17 @@ def price_of_path(site: Site) -> float:
     return max(weights, params)
 
 
-def _with_path(
-    site: Site, grams: SiteGrams, metric: Tensor, elimination: Elimination, width: int, paths: int
-) -> _Choice | None:
+def _with_path(site: Site, grams: SiteGrams, metric: Tensor, width: int, paths: int) -> _Choice | None:
     """The best of some splits into channels and a path by held-out error; None where no rank takes error away.
 
     The rank that is best by all rows, and the best that is at most half of it, since a path fits more numbers than the
     channels in whose place it stands. For the comparison paths are found without the held-out rows.
     """
-    assert grams.joint is not None
-    root, intercept = _root(metric), _intercept(site)
-    whole, fit = (grams.joint[0] + grams.joint[1]).centred(intercept), grams.joint[0].centred(intercept)
-    gains = path_gains(whole, elimination, root, ridge=_SELECTION_RIDGE, price=price_of_path(site))
+    found = _paths(site, grams, metric)
+    if found is None or grams.joint is None:
+        return None
+    elimination, gains = found
+    n, root, intercept = elimination.channels, _root(metric), _intercept(site)
     best: _Choice | None = None
     most = len(root)
     for _ in range(_TRIALS):
@@ -227,14 +222,24 @@ def _with_path(
         if rank == 0:
             break
         kept, most = elimination.kept(k), rank // 2
-        down = path(fit, elimination.channels, kept, rank, root, ridge=_SELECTION_RIDGE)
+        down = path(grams.joint[0].centred(intercept), n, kept, rank, root, ridge=_SELECTION_RIDGE)
         trial = _Choice.of(site, grams, metric, kept, down)
         best = trial if best is None or trial.error < best.error else best
     if best is None or best.down is None:
         return None
-    down = path(whole, elimination.channels, best.kept, len(best.down), root, ridge=_SELECTION_RIDGE)
-    seen = tuple(seen_through(part, elimination.channels, best.kept, down) for part in grams.joint)
+    whole = (grams.joint[0] + grams.joint[1]).centred(intercept)
+    down = path(whole, n, best.kept, len(best.down), root, ridge=_SELECTION_RIDGE)
+    seen = tuple(seen_through(part, n, best.kept, down) for part in grams.joint)
     return replace(best, down=down, seen=(seen[0], seen[1]))
+
+
+def _paths(site: Site, grams: SiteGrams, metric: Tensor) -> tuple[Elimination, PathGains] | None:
+    """Which channels stay beside a path, and what a path does then; None where there can be none."""
+    if grams.joint is None or not may_have_path(site):
+        return None
+    moments, root = (grams.joint[0] + grams.joint[1]).centred(_intercept(site)), _root(metric)
+    elimination = eliminate_beyond(moments, site.width, root, ridge=_SELECTION_RIDGE)
+    return elimination, path_gains(moments, elimination, root, ridge=_SELECTION_RIDGE, price=price_of_path(site))
 
 
 def enough_for_producers(site: Site, kept: int, positions: float) -> bool:
