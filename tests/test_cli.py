@@ -52,6 +52,12 @@ def make_flat() -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), torch.zeros(2, 1, 6, 6)
 
 
+def make_normed() -> nn.Module:
+    """A norm stands between an activation and the next layer."""
+    head = [nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)]
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.LayerNorm(16), *head)
+
+
 class Finished(NamedTuple):
     status: int
     out: str
@@ -136,14 +142,19 @@ def test_inspect_prints_the_table_of_sites(shallower: Shallower) -> None:
     finished = shallower("inspect", NET, "--shape", "1,6,6", "--batch", 2)
     assert finished.status == 0
     assert "3 sites; the model has 11.3K params" in finished.out
-    assert "skipped:" in finished.out
+
+
+def test_inspect_tells_what_is_skipped_and_why(shallower: Shallower) -> None:
+    out = shallower("inspect", f"{__name__}:make_normed", "--shape", "8").out
+    assert "skipped:" in out
+    assert "(LayerNorm)" in out
 
 
 def test_inspect_prints_json(shallower: Shallower) -> None:
     told = json.loads(shallower("inspect", NET, "--shape", "1,6,6", "--json").out)
     assert [site["width"] for site in told["sites"]] == [4, 96, 96]
     assert told["params"] == sum(p.numel() for p in make_net().parameters())
-    assert told["sites"][0]["params_collapsed"] < told["sites"][0]["params"]
+    assert told["sites"][1]["params_collapsed"] < told["sites"][1]["params"]
 
 
 def test_inspect_reads_no_weights_with_meta(shallower: Shallower, tmp_path: Path) -> None:
