@@ -82,6 +82,11 @@ def head_sites(graph: Graph) -> tuple[list[tuple[int, Site]], dict[str, str]]:
             skipped.setdefault(name, str(error))
             continue
         groups.setdefault(tuple(unit.module for unit in attention.units), []).append(attention)
+    for call in graph.trace.calls:
+        if call.name == "softmax" and call.outputs and _weighs(call) and _written_out(call) is None:
+            skipped.setdefault(
+                call.frame.name or "model", "its scores are not a product of queries and keys with steps of their own"
+            )
     items = []
     for group in groups.values():
         first = group[0]
@@ -127,7 +132,7 @@ def _written_out(softmax: Call) -> Attention | None:
         if call.name in _PRODUCTS:
             break
         onward = [v for v in moving(call) if v.shape == value.shape] if is_pointwise(call) else call.inputs[:1]
-        if not (is_pointwise(call) or call.name in _REARRANGED) or not onward:
+        if not (is_pointwise(call) or call.name in _REARRANGED or call.name == "masked_fill") or not onward:
             return None
         mixed += [v for v in call.inputs if v is not onward[0] and v.elements > 1]
         value = onward[0]
@@ -152,6 +157,20 @@ def _written_out(softmax: Call) -> Attention | None:
         inside.append(passing[0])
         value = passing[0].outputs[0]
     return None
+
+
+def _weighs(softmax: Call) -> bool:
+    """Whether what a softmax gives weighs something in a product, as in an attention."""
+    value = softmax.outputs[0]
+    for _ in range(8):
+        readers = [r for r in value.readers if r.outputs]
+        if any(r.name in _PRODUCTS and len([v for v in r.inputs if v.fed]) > 1 for r in readers):
+            return True
+        onward = next((r for r in readers if r.name in UNCHANGED | DROPOUT), None)
+        if onward is None:
+            return False
+        value = onward.outputs[0]
+    return False
 
 
 def _upright(key: Value) -> tuple[Value, list[Call]]:
@@ -345,6 +364,8 @@ def _replayed(call: Call, value: Value, following: Value, numbers: Tensor) -> Te
             raise _NotHeadsError(f"`{call.name}` rearranges a head by another tensor")
         return item
 
+    if call.name == "view":  # where the tensor itself allowed it, this only saves a copy
+        numbers = numbers.contiguous()
     args, kwargs = tree_map(given, (call.args, dict(call.kwargs)), is_leaf=lambda item: isinstance(item, Value))
     try:
         with torch.no_grad():

@@ -179,8 +179,8 @@ class Entry:
             consumer = next(c for c in site.consumers if padded(site, [c]))
             raise PlanError(
                 f"{site.name}: `{consumer.name}` pads with zeros, so that a constant in its input would be wrong along "
-                "the border. Set the offsets to 0 and correct the consumer's bias instead (a fit with biases); move the "
-                "padding first (move_padding); or make one channel linear with slope 0, which keeps its constant exactly"
+                "the border. Set the offsets to 0 and correct the consumer's bias instead (a fit with biases); move "
+                "the padding first (move_padding); or make the channel linear with slope 0, which is exact"
             )
 
     @classmethod
