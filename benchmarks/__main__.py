@@ -14,7 +14,7 @@ from benchmarks import results
 from benchmarks.record import circumstances, write_json
 from shallower.errors import ShallowerError
 
-NAMES = ("vgg", "sst2", "vit", "slope_overhead", "squeeze", "selection", "structural_dropout", "tlc")
+NAMES = ("vgg", "sst2", "vit", "slope_overhead", "squeeze", "selection", "structural_dropout", "tlc", "offloaded")
 ROOT = Path(__file__).parents[1]
 
 

@@ -60,6 +60,13 @@ def test_vit_compares_two_collapses_of_the_same_network(data: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_an_offloaded_model_is_squeezed_beside_one_in_memory(tmp_path: Path) -> None:
+    found, table = quick("offloaded", tmp_path, tmp_path)
+    assert [row["way"] for row in rows(found)] == ["offloaded", "in memory"]
+    assert "memory growth" in table
+
+
+@pytest.mark.slow
 def test_slope_overhead_times_both_models(tmp_path: Path) -> None:
     found, table = quick("slope_overhead", tmp_path, tmp_path)
     assert [row["sites"] for row in rows(found)] == [5, 4]
