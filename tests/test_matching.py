@@ -546,6 +546,7 @@ POOLED: list[tuple[str, nn.Module, str, tuple[int, int]]] = [
     ("two poolings", Averaged(lambda z: F.avg_pool2d(F.max_pool2d(z, 2), 3, 1, 1, count_include_pad=False).flatten(1),
                               nn.Linear(108, 5)), "max_pool2d, avg_pool2d", (3, 3)),
     ("a convolution", Averaged(lambda z: F.max_pool2d(z, 2), nn.Conv2d(12, 5, 3, padding=1)), "max_pool2d", (0, 0)),
+    ("a module that keeps the size", Averaged(nn.MaxPool2d(3, 1, 1), nn.Conv2d(12, 5, 3)), "max_pool2d", (0, 0)),
     ("a larger image", Averaged(lambda z: F.interpolate(z, scale_factor=2), nn.Conv2d(12, 5, 3)), "interpolate",
      (0, 0)),
 ]  # fmt: skip

@@ -199,7 +199,8 @@ class Walk:
         obstacles: list[str] = []
         while len(passed) < MOST_STEPS:
             step = self.graph.source(value)
-            if value in self.graph.opaque and not isinstance(step, Unit):
+            plain = averaging and isinstance(step, Call) and pools(step)
+            if value in self.graph.opaque and not isinstance(step, Unit) and not plain:
                 frame, value = self.graph.opaque[value]
                 obstacles.append(f"{self.graph.title(frame)} reads the hidden tensor as a whole and stands in between")
                 passed += list(dict.fromkeys(self.graph.step(call) for call in frame.calls()))
