@@ -7,22 +7,39 @@ the same share at every site, `squeeze` also tries widths allocated by the sites
 changes the output less. MiniLM is calibrated on 1,000 STS-B training sentences and reported on the STS-B validation set
 (Spearman correlation) and on the rank correlation of the pairwise similarities of 300 WikiText-2 test sentences with
 the dense model's; the language model of 260K parameters on stories of the training set, reported on the test stories;
-ResNet-56 on 800 training images of CIFAR-10, reported on the first 4,000 test images, as squeezed and with BatchNorm
-recalibrated. `aim` is what was asked for before the method was made. Time is that of one thread, memory what the
-process grows by at most. In the second table MiniLM's MLPs are collapsed to one linear map each by least squares, those
-first that lose least, or all are narrowed alike until the model is as fast.
+ResNet-56 on 800 training images of CIFAR-10 and their mirror images, reported on the first 4,000 test images, as
+squeezed and with BatchNorm recalibrated. `varied text` calibrates MiniLM on the same 1,000 sentences and on what
+`varied` makes of them (joined, and a part of the tokens replaced by others of the vocabulary): 5 times as many tokens,
+and no other text. `WikiText-2 text` stands beside, not instead: it calibrates on 1,000 sentences of WikiText-2's
+validation part, as one would whose text is of that kind. `aim` is what was asked for before the method was made. Time
+is that of one thread, memory what the process grows by at most. In the second table MiniLM's MLPs are collapsed to one
+linear map each by least squares, those first that lose least, or all are narrowed alike until the model is as fast. On
+8 sentences width is the better buy at every latency (at the mildest both lose nothing on STS-B); on one short sentence,
+where a layer's call costs more than its arithmetic, no width is as fast as the collapse of all MLPs.
 
-Settings were chosen on training data that were not calibrated on (stories, images, STS-B pairs) and on WikiText-2's
-validation part, not on what is reported, with one exception: that MiniLM's producers stay as they are was decided on
-held-out data and with the reported figures at three quarters in view. Kept, because it helped there: weighing a site's
-errors by what the model's output makes of them (MiniLM, the language model) or by the BatchNorm behind them
-(ResNet-56), making up for the error that earlier sites left in the residual stream, and Gauss-Newton steps on the kept
-rows of the producers, where there are many equations for each unknown: by far the largest gain for the language model
-and for half of ResNet-56. At MiniLM these steps bring the embeddings nearer and their ranks hardly, at three quarters
-they make the ranks worse, and they double the time, so that there the consumers alone are fitted. Tried and left out:
-no weighting, weighting damped towards equal weights, sensitivity from a few batches, larger ridges, targets that ask
-nothing where the ReLU behind a residual sum is closed, calibrating without compensation, and more steps. An aim that is
-missed stays in its row: what remains there did not yield to any of these.
+No setting was chosen on what is reported, with one exception: that MiniLM's producers stay as they are on 1,000
+sentences was first decided on held-out data and with the reported figures at three quarters in view. Settings were
+chosen on stories and STS-B pairs of the training sets that were not calibrated on, on WikiText-2's validation part
+(lately 900 sentences in three places of it, which the sentences of `WikiText-2 text` may overlap), and on 3,000 other
+training images, shifted, mirrored, and made noisy, covered in part or blurred, so that the dense network errs on 10.8 %
+of them. Kept, because it helped there: weighing a site's errors by what the model's output makes of them (MiniLM, the
+language model) or by the BatchNorm behind them (ResNet-56); making up for the error that earlier sites left in the
+residual stream; Gauss-Newton steps on the kept rows of the producers, where there are many equations for each unknown:
+by far the largest gain for the language model and for half of ResNet-56; mirrored images and more positions of each
+(KL divergence from the dense network at a quarter 0.082 to 0.078). At MiniLM the steps on the producers bring the
+embeddings nearer and their ranks hardly or not, so that there the consumers alone are fitted.
+
+What keeps MiniLM from the aim on WikiText-2 is the text it is calibrated on. On the 900 held-out sentences, at half:
+0.952 to 0.956 from the 1,000 STS-B sentences (the ridge decides), 0.963 from them varied, 0.978 from as many sentences
+of WikiText-2. Tried there and left out, because they gave less or nothing: a ridge towards the weights as they were
+instead of towards 0 (3 strengths), weighing what all tokens of a sentence share 3 or 10 times, tokens exchanged between
+all sentences, more replaced tokens (30 % and all), producers fitted to varied text (0.960, though the squared error of
+the embeddings falls by a tenth), and channels chosen by WikiText itself (0.963). Tried and left out before: no
+weighting, weighting damped towards equal weights, sensitivity from a few batches (worse held out; the 300 test
+sentences had 0.948 with it, which tells how far that figure moves), larger ridges, and for ResNet-56 targets that ask
+nothing where the ReLU behind a residual sum is closed, calibrating without or with half the compensation, weighing by
+BatchNorm alone, shifted images, and more steps. An aim that is missed stays in its row; for ResNet-56 0.05 % are 2
+images.
 """
 
 from __future__ import annotations
@@ -62,7 +79,7 @@ from shallower.vision import repair_torchvision
 METHODS = ("Torch-Pruning", "squeeze, equal", "squeeze")
 VARIED = "squeeze, equal, varied text"
 ELSEWHERE = "squeeze, equal, WikiText-2 text"
-POINTS = ((8, 32, (1, 2, 3, 4, 6)), (1, 16, (3, 6)))
+POINTS = ((8, 32, (1, 2, 3, 4, 6)), (1, 16, (6,)))
 """Sentences, tokens of each, and how many MLPs are collapsed there."""
 
 FLOORS = [
@@ -175,8 +192,17 @@ def depth_or_width(subject: Subject, cache: Path) -> list[dict[str, Any]]:
     """MLPs collapsed by least squares, those first that lose least; and all narrowed until the model is as fast."""
     model, sites = subject.model, subject.sites
     sweep = Sweep(model, sites.items, Calibration(subject.batches))
+    made: dict[int, tuple[nn.Module, dict[str, float]]] = {}
 
-    def row(way: str, small: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    def collapsed(count: int) -> tuple[nn.Module, dict[str, float]]:
+        if count not in made:
+            order = sorted(sites, key=lambda site: sweep.errors[site.name][0])
+            widths = {site.name: site.width for site in sites} | {site.name: 0 for site in order[:count]}
+            small = sweep.plan(widths)[1]
+            made[count] = small, subject.score(small)
+        return made[count]
+
+    def row(way: str, small: nn.Module, scores: dict[str, float], inputs: dict[str, Tensor]) -> dict[str, Any]:
         found = compare({"dense": model, "small": small}, inputs, rounds=100)["small"]
         return {
             "way": way,
@@ -185,13 +211,11 @@ def depth_or_width(subject: Subject, cache: Path) -> list[dict[str, Any]]:
             "latency": found.ratio,
             "spread": found.ratio_spread,
             "params": count_params(small),
-            "scores": subject.score(small),
+            "scores": scores,
         }
 
     def depth(count: int, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        order = sorted(sites, key=lambda site: sweep.errors[site.name][0])
-        widths = {site.name: site.width for site in sites} | {site.name: 0 for site in order[:count]}
-        return row(f"{count} of {len(sites)} MLPs collapsed", sweep.plan(widths)[1], inputs)
+        return row(f"{count} of {len(sites)} MLPs collapsed", *collapsed(count), inputs)
 
     def width(latency: float, inputs: dict[str, Tensor]) -> dict[str, Any]:
         target = f"latency:{100 * latency:.1f}%"
@@ -201,7 +225,7 @@ def depth_or_width(subject: Subject, cache: Path) -> list[dict[str, Any]]:
             return {"way": "no width of all is as fast", "latency": None}
         kept = {len(entry.kept) for entry in plan.entries}
         small = apply(model, plan, _first(subject.batches[0]))
-        return row(f"{max(kept)} of {sites[0].width} channels of each", small, inputs)
+        return row(f"{max(kept)} of {sites[0].width} channels of each", small, subject.score(small), inputs)
 
     rows = []
     for sentences, tokens, counts in POINTS:
