@@ -67,7 +67,7 @@ class Case:
     calibration: list[Any]
     example: Any
     anchors: Sequence[float] = QUARTERS
-    shares: Sequence[float] = (1.0, *QUARTERS, 0.125)
+    shares: Sequence[float] = (1.0, *QUARTERS)
     heads: bool = False
     start: Literal["anew", "first", "largest"] = "anew"
     search: int = 2
