@@ -15,15 +15,13 @@ the relative error of the merged network against the same plan simulated on the 
 on. `depth` is the longest chain of layers with weights. Times are of one image or sentence on one thread, of 40 blocks
 of 15 passes in which the networks take turns, other copies of them in each block: the least, the median ratio to the
 dense network's, and that to the row before with the interval that holds it at 95 %; `of itself` is the ratio to the
-network before its merge, with the same weights and all activations in place, of 12 blocks of 5. (GELU's time depends on
-its inputs: a Swin that was trained on is slower than the dense one before anything is taken away from it.) The forms
-were chosen by times on 8. Accuracies are those of all 10,000 test images for ResNet-20, and else of the first 4,000
-(all 1,821 sentences).
+network before its merge, with the same weights and all activations in place, of 12 blocks of 5. The forms were chosen
+by times on 8. Accuracies are those of all 10,000 test images for ResNet-20, and else of the first 4,000 (all 1,821
+sentences).
 
 MobileNet is a small network of inverted residuals, trained here on CIFAR-10; the padding of its depthwise convolutions
 was moved in all blocks before the training of the rounds, so that a block without activations merges exactly into one
-dense convolution with the skip inside. That costs MACs where a block then keeps its activations, which is why the first
-round is slower than the dense network. Swin is a small Swin Transformer, trained here, for four epochs only; MiniLM is
+dense convolution with the skip inside. That costs MACs where a block then keeps its activations. Swin is a small Swin Transformer, trained here, for four epochs only; MiniLM is
 fine-tuned on 3,000 sentences of SST-2. Neither has BatchNorm: their lines are the best ones by measured statistics.
 MobileNet's and MiniLM's forms were chosen by the least time, before the noise was asked; they merge exactly, in less
 than half of the time. The dense networks are not trained on as the others are. Test sets are only reported on. One seed
