@@ -20,14 +20,14 @@ by times on 8. Accuracies are those of all 10,000 test images for ResNet-20, and
 sentences).
 
 MobileNet is a small network of inverted residuals, trained here on CIFAR-10; the padding of its depthwise convolutions
-was moved in all blocks before the training of the rounds, so that a block without activations merges exactly into one
-dense convolution with the skip inside. That costs MACs where a block then keeps its activations. Swin is a small Swin Transformer, trained here, for four epochs only; MiniLM is
-fine-tuned on 3,000 sentences of SST-2. Neither has BatchNorm: their lines are the best ones by measured statistics.
-MobileNet's and MiniLM's forms were chosen by the least time, before the noise was asked; they merge exactly, in less
-than half of the time. The dense networks are not trained on as the others are. Test sets are only reported on. One seed
-of each was trained, and one setting but for ResNet-20. There an earlier recipe, towards labels and answers by halves
-from a learning rate of 0.02, had given 90.3 % with four activations gone and merged, and 90.8 % after another epoch
-from 0.003.
+was moved in all blocks before the training of the rounds (which costs MACs where a block then keeps its activations),
+so that a block without activations merges exactly into one dense convolution with the skip inside. Swin is a small Swin
+Transformer, trained here, for four epochs only; MiniLM is fine-tuned on 3,000 sentences of SST-2. Neither has
+BatchNorm: their lines are the best ones by measured statistics. MobileNet's and MiniLM's forms were chosen by the least
+time, before the noise was asked; they merge exactly, in less than half of the time. The dense networks are not trained
+on as the others are. Test sets are only reported on. One seed of each was trained, and one setting but for ResNet-20.
+There an earlier recipe, towards labels and answers by halves from a learning rate of 0.02, had given 90.3 % with four
+activations gone and merged, and 90.8 % after another epoch from 0.003.
 """
 
 from __future__ import annotations
