@@ -12,7 +12,7 @@ squeezed and with BatchNorm recalibrated. `varied text` calibrates MiniLM on the
 `varied` makes of them (joined, and a part of the tokens replaced by others of the vocabulary): 5 times as many tokens,
 and no other text. `WikiText-2 text` stands beside, not instead: it calibrates on 1,000 sentences of WikiText-2's
 validation part, as one would whose text is of that kind. `aim` is what was asked for before the method was made. Time
-is that of one thread, memory what the process grows by at most; it was to stay below twice the model and the statistics,
+is that of one thread, memory what the process grows by at most; it was to stay below two models and the statistics,
 172 and about 60 MiB for MiniLM, and does not: what finished blocks gave, the backward pass for sensitivity and the copy
 that is proven come on top. In the second table MiniLM's MLPs are collapsed to one linear map each by least squares,
 those first that lose least, or all are narrowed alike until the model is as fast. On 8 sentences width is the better
