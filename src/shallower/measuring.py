@@ -151,8 +151,8 @@ def compare(
 
         sh.compare({"dense": model, "small": small}, inputs)["small"].ratio
 
-    Every round times each model once and every other round goes backwards, so that what the machine does meanwhile
-    falls on all of them alike; the ratios are taken within a round.
+    Every round times each model once, so that what the machine does meanwhile falls on all of them alike; the ratios
+    are taken within a round. The order stays the same: a model that followed itself would find its weights in the cache.
 
     Raises:
         ShallowerError: there is no model, a model is on the meta device, or `rounds` or `warmup` is not positive.
@@ -170,13 +170,13 @@ def compare(
         stack.enter_context(torch.inference_mode())
         numbers = {name: _block(run, warmup)[0] for name, run in passes.items()}
         times: dict[str, list[float]] = {name: [] for name in passes}
-        names = list(passes)
-        for i in range(rounds):
-            for name in names if i % 2 == 0 else reversed(names):
-                times[name].append(_seconds(passes[name], numbers[name]))
+        for _ in range(rounds):
+            for name, run in passes.items():
+                times[name].append(_seconds(run, numbers[name]))
     result = {}
-    for name in names:
-        ratios = [own / first for own, first in zip(times[name], times[names[0]], strict=True)]
+    firsts = next(iter(times.values()))
+    for name in times:
+        ratios = [own / first for own, first in zip(times[name], firsts, strict=True)]
         result[name] = Comparison(
             latency=statistics.median(times[name]),
             spread=_interquartile(times[name]),
