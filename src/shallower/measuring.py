@@ -152,7 +152,7 @@ def compare(
         sh.compare({"dense": model, "small": small}, inputs)["small"].ratio
 
     Every round times each model once, so that what the machine does meanwhile falls on all of them alike; the ratios
-    are taken within a round. The order stays the same: a model that followed itself would find its weights in the cache.
+    are taken within a round. The order stays the same: a model that follows itself finds its weights in the cache.
 
     Raises:
         ShallowerError: there is no model, a model is on the meta device, or `rounds` or `warmup` is not positive.
