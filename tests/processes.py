@@ -1,8 +1,9 @@
-"""A script in two processes of `torch.distributed`, for tests."""
+"""Processes of their own, for tests."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,11 @@ if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 os._exit(0)
 """
+
+
+def listen_to_ctrl_c() -> None:
+    """For `preexec_fn`: what was started in the background hands down to its children that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def in_two_processes(script: str, folder: Path, *arguments: str | Path) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from shallower import cli, compression, load
 from shallower.jobs import task_of
+from tests.processes import listen_to_ctrl_c
 
 pytest.importorskip("datasets")
 
@@ -566,7 +567,13 @@ def test_ctrl_c_leaves_a_state_that_resumes(shallower: Shallower, pictures: Path
     paths = ("--data", str(pictures), "--output", str(tmp_path / "out"))
     command = ["compress", NET, *paths, *options, "--epochs", "300", "--target", "params:5%", "--dense-epochs", "4"]
     program = [sys.executable, "-c", "from shallower.cli import main; main()"]
-    with subprocess.Popen([*program, *command], stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
+    with subprocess.Popen(
+        [*program, *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=listen_to_ctrl_c,
+    ) as running:
         stage = tmp_path / ".out.progress" / "stage-1.safetensors"
         until = time.monotonic() + 120
         while not stage.exists() and running.poll() is None and time.monotonic() < until:

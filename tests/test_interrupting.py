@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.processes import listen_to_ctrl_c
+
 pytest.importorskip("datasets")
 
 DEEP = f"{__name__}:make_deep"
@@ -38,7 +40,14 @@ def make_deep() -> nn.Module:
 def shallower(*arguments: object) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     program = [sys.executable, "-c", "from shallower.cli import main; main()", *map(str, arguments)]
-    return subprocess.Popen(program, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT)
+    return subprocess.Popen(
+        program,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=listen_to_ctrl_c,
+    )
 
 
 @pytest.mark.slow

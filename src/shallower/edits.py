@@ -7,6 +7,7 @@ keeps the list; `replay` performs a list from a file, which may be hostile.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -40,6 +41,12 @@ def perform(model: nn.Module, edit: Edit) -> nn.Module:
     module = _PERFORM[edit["edit"]](model, edit)
     vars(model).setdefault(_RECORD, []).append(edit)
     return module
+
+
+def resize(model: nn.Module, m: LinearMap) -> nn.Module:
+    """Exchange the layer at `m.name` for one of the sizes of `m`, and record it; its weights are not set."""
+    given = {key: value for key, value in asdict(m).items() if key in _FIELDS["map"]}
+    return perform(model, {"edit": "map"} | {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()})
 
 
 def replay(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Module:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shallower.edits import perform
+from shallower.edits import perform, resize
 from shallower.errors import PlanError
 from shallower.layers import bias_of, check_shape, weight_of
 from shallower.plan import Entry
@@ -180,9 +180,7 @@ def _heads_of(site: Site) -> Heads:
 
 def _set(model: nn.Module, m: LinearMap, weight: Tensor, bias: Tensor | None) -> None:
     """Exchange the layer at `m.name` for one of the sizes of `m`, with these weights."""
-    sizes = {key: value for key, value in asdict(m).items() if key != "positions"}
-    pairs = {key: list(value) if isinstance(value, tuple) else value for key, value in sizes.items()}
-    layer = perform(model, {"edit": "map", **pairs})
+    layer = resize(model, m)
     with torch.no_grad():
         own = weight_of(layer)
         own.copy_(weight.to(own.dtype).to(own.device))

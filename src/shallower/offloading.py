@@ -32,7 +32,7 @@ _WRAPPED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "hf_device_map")
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether Accelerate keeps weights of this model elsewhere and loads them while it runs."""
-    return any(True for module in model.modules() for _ in _weights_of(module))
+    return isinstance(model, nn.Module) and any(True for module in model.modules() for _ in _weights_of(module))
 
 
 def mapped(model: M) -> M:

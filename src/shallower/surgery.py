@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,7 +25,7 @@ from shallower.algebra import (
 )
 from shallower.attachment import detached_copy
 from shallower.config import update_configs
-from shallower.edits import edits, perform, replay
+from shallower.edits import edits, perform, replay, resize
 from shallower.errors import PlanError, SurgeryError
 from shallower.fingerprints import has_no_numbers
 from shallower.fitting import check_fits
@@ -483,9 +483,7 @@ def _become(model: nn.Module, m: LinearMap) -> nn.Module:
     module = model.get_submodule(m.name)
     if is_the_map(module, m):
         return module
-    sizes = {key: value for key, value in asdict(m).items() if key not in ("positions", "size")}
-    pairs = {key: list(value) if isinstance(value, tuple) else value for key, value in sizes.items()}
-    return perform(model, {"edit": "map", **pairs})
+    return resize(model, m)
 
 
 def _set(
