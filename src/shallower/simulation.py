@@ -20,6 +20,7 @@ from shallower.fitting import check_fits
 from shallower.forms import steps
 from shallower.plan import Entry, Fate, Fit, Plan
 from shallower.rewriting import externalise
+from shallower.selection import columns_of
 from shallower.sites import Site
 
 M = TypeVar("M", bound=nn.Module)
@@ -141,7 +142,7 @@ def _source(entry: Entry, plan: Mapping[str, Any]) -> tuple[str, Tensor | None]:
             if step.form.kind == "merged":
                 return _source(step.entry, plan)
             if step.form.kind == "narrower":
-                return producer.name, step.entry.kept
+                return producer.name, columns_of(step.entry.kept, step.entry.site.block)
             raise PlanError(
                 f"{entry.site.name}: its linear path reads what `{step.entry.site.name}` becomes, a linear path "
                 "itself. Apply that entry first, and fit this site on the result"
@@ -254,8 +255,7 @@ class _Fitted:
         z, fit, i = _input(args, kwargs), self.fit, self.i
         y = torch.zeros_like(output)
         if len(self.kept):
-            block = self.site.block
-            columns = (self.kept[:, None] * block + torch.arange(block)).flatten()
+            columns = columns_of(self.kept, self.site.block)
             y = y + _apply(module, fit.consumers[i], _select(z, columns, self.site.channels_first))
         if fit.ups:
             x = self.memory.read(self.site)
