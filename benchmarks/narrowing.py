@@ -21,16 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import stage, write_json
-from shallower.matching import find_sites
-from shallower.measuring import count_params
-from shallower.methods.squeeze import squeeze
-from shallower.methods.structural_dropout import StructuralDropout
-from shallower.ordering import by_magnitude
-from shallower.plan import Entry, Plan
-from shallower.recalibration import recalibrate
-from shallower.sites import Site, Sites
-from shallower.surgery import apply
-from shallower.training import Recipe, train
+from shallower.calibrating.recalibration import recalibrate
+from shallower.finding.matching import find_sites
+from shallower.measuring.measurement import count_params
+from shallower.methods.dropout.ordering import by_magnitude
+from shallower.methods.dropout.structural_dropout import StructuralDropout
+from shallower.methods.squeezing.squeeze import squeeze
+from shallower.planning.entries import Entry
+from shallower.planning.plan import Plan
+from shallower.sites.site import Site, Sites
+from shallower.surgery.applying import apply
+from shallower.training.loop import Recipe, train
 
 QUARTERS = (0.75, 0.5, 0.25)
 Accuracies = dict[float, float]

@@ -20,13 +20,13 @@ import torch
 
 from benchmarks.record import markdown
 from benchmarks.squeeze import remembered
-from shallower.checkpoint import save
-from shallower.matching import find_sites
-from shallower.measuring import count_params
-from shallower.memory import give_back
-from shallower.methods.squeeze import squeeze
-from shallower.surgery import apply
-from shallower.vision import repair_torchvision
+from shallower.core.memory import give_back
+from shallower.finding.matching import find_sites
+from shallower.measuring.measurement import count_params
+from shallower.methods.squeezing.squeeze import squeeze
+from shallower.saving.checkpoint import save
+from shallower.saving.vision import repair_torchvision
+from shallower.surgery.applying import apply
 
 WAYS = ("offloaded", "in memory")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import markdown
-from shallower.selection import eliminate
+from shallower.calibrating.selection import eliminate
 
 SIZES = ((1536, 384), (4096, 1024), (14336, 4096))
 """Hidden width and model width: MiniLM, a BERT-large, a language model of eight billion parameters."""

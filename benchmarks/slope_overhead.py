@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shallower.inputs import call
-from shallower.matching import find_sites
-from shallower.methods.layer_collapse import LayerCollapse
-from shallower.vision import repair_torchvision
+from shallower.core.inputs import call
+from shallower.finding.matching import find_sites
+from shallower.methods.collapsing.layer_collapse import LayerCollapse
+from shallower.saving.vision import repair_torchvision
 
 PAIRS = 40
 WARM_UP = 3

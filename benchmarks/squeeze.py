@@ -67,17 +67,17 @@ from torch.nn import functional as F
 
 from benchmarks.images import Images, cifar10
 from benchmarks.record import markdown, required, write_json
+from shallower.calibrating.recalibration import recalibrate
+from shallower.calibrating.varying import varied
+from shallower.core.inputs import call
 from shallower.errors import ModelError, TargetError
-from shallower.inputs import call
-from shallower.matching import find_sites
-from shallower.measuring import compare, count_macs, count_params
-from shallower.methods.squeeze import squeeze
-from shallower.recalibration import recalibrate
-from shallower.sites import Sites
-from shallower.surgery import apply
-from shallower.sweeping import Calibration, Sweep
-from shallower.varying import varied
-from shallower.vision import repair_torchvision
+from shallower.finding.matching import find_sites
+from shallower.measuring.measurement import compare, count_macs, count_params
+from shallower.methods.squeezing.squeeze import squeeze
+from shallower.methods.squeezing.sweeping import Calibration, Sweep
+from shallower.saving.vision import repair_torchvision
+from shallower.sites.site import Sites
+from shallower.surgery.applying import apply
 
 METHODS = ("Torch-Pruning", "squeeze, equal", "squeeze")
 VARIED = "squeeze, equal, varied text"

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import markdown, required, stage
-from shallower.matching import find_sites
-from shallower.measuring import compare, measure
-from shallower.methods.layer_collapse import LayerCollapse, Stage
-from shallower.sites import Sites, amount
-from shallower.surgery import apply
-from shallower.training import History, Recipe, train
-from shallower.vision import repair_torchvision
+from shallower.core.text import amount
+from shallower.finding.matching import find_sites
+from shallower.measuring.measurement import compare, measure
+from shallower.methods.collapsing.layer_collapse import LayerCollapse, Stage
+from shallower.saving.vision import repair_torchvision
+from shallower.sites.site import Sites
+from shallower.surgery.applying import apply
+from shallower.training.loop import History, Recipe, train
 
 SENTENCES = 12_000
 BATCH = 32

@@ -52,20 +52,23 @@ from benchmarks import sst2
 from benchmarks.images import Images, cifar10, cropped_and_flipped
 from benchmarks.record import markdown, required, stage, write_json
 from benchmarks.squeeze import RESNET_MEAN, RESNET_STD, ResNet, remembered
-from shallower.forms import steps
-from shallower.inputs import call, tensors
-from shallower.matching import find_sites
-from shallower.measuring import count_macs, count_params
-from shallower.merging import choose_forms
-from shallower.methods.layer_collapse import LayerCollapse
-from shallower.methods.till_layers_collapse import Round, TillLayersCollapse
-from shallower.padding import move_padding
-from shallower.plan import Entry, Plan
-from shallower.simulation import simulate
-from shallower.sites import Sites, amount
-from shallower.surgery import apply
-from shallower.timing import Ratio, times_in_turn
-from shallower.training import Recipe, read_state, train, write_state
+from shallower.core.inputs import call, tensors
+from shallower.core.state_file import read_state, write_state
+from shallower.core.text import amount
+from shallower.finding.matching import find_sites
+from shallower.measuring.measurement import count_macs, count_params
+from shallower.measuring.timing import Ratio, times_in_turn
+from shallower.methods.collapsing.layer_collapse import LayerCollapse
+from shallower.methods.tlc.choosing import choose_forms
+from shallower.methods.tlc.till_layers_collapse import Round, TillLayersCollapse
+from shallower.planning.entries import Entry
+from shallower.planning.forms import steps
+from shallower.planning.plan import Plan
+from shallower.sites.site import Sites
+from shallower.surgery.applying import apply
+from shallower.surgery.padding import move_padding
+from shallower.surgery.simulation import simulate
+from shallower.training.loop import Recipe, train
 
 TRAINED = 14_000
 GAPS = 500
@@ -294,7 +297,7 @@ class MobileNet(nn.Module):
 
 def swin() -> nn.Module:
     """A small Swin Transformer for images of 32x32: 8x8 tokens of 48, then 4x4 of 96, two blocks each."""
-    from shallower.vision import repair_torchvision
+    from shallower.saving.vision import repair_torchvision
 
     repair_torchvision()
     from timm.models.swin_transformer import SwinTransformer
@@ -450,7 +453,7 @@ def places_of(model: nn.Module, inner: bool = False) -> Sites:
 
 def detached_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's own weights, without what is attached."""
-    from shallower.attachment import detached_copy
+    from shallower.modules.attachment import detached_copy
 
     return dict(detached_copy(model).state_dict())
 

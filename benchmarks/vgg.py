@@ -19,14 +19,14 @@ from torch import nn
 
 from benchmarks.images import Batches, accuracy, cifar10, cross_entropy, normalised
 from benchmarks.record import markdown, stage
-from shallower.matching import find_sites
-from shallower.measuring import compare, count_params, measure
-from shallower.methods.layer_collapse import LayerCollapse, Stage
-from shallower.plan import Plan
-from shallower.sites import amount
-from shallower.surgery import apply
-from shallower.training import History, Recipe, train
-from shallower.vision import import_torchvision
+from shallower.core.text import amount
+from shallower.finding.matching import find_sites
+from shallower.measuring.measurement import compare, count_params, measure
+from shallower.methods.collapsing.layer_collapse import LayerCollapse, Stage
+from shallower.planning.plan import Plan
+from shallower.saving.vision import import_torchvision
+from shallower.surgery.applying import apply
+from shallower.training.loop import History, Recipe, train
 
 HELD_OUT = 1500
 BATCH = 96

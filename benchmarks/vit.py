@@ -20,15 +20,16 @@ from torch import nn
 
 from benchmarks.images import Batches, accuracy, cifar10, cross_entropy, normalised
 from benchmarks.record import markdown, stage, write_json
-from shallower.matching import find_sites
-from shallower.measuring import compare, measure
-from shallower.methods.layer_collapse import Affine, LayerCollapse
-from shallower.plan import Plan
-from shallower.sites import Sites, amount
-from shallower.statistics import collect
-from shallower.surgery import apply
-from shallower.training import History, Recipe, train
-from shallower.vision import repair_torchvision
+from shallower.calibrating.moments import collect
+from shallower.core.text import amount
+from shallower.finding.matching import find_sites
+from shallower.measuring.measurement import compare, measure
+from shallower.methods.collapsing.layer_collapse import Affine, LayerCollapse
+from shallower.planning.plan import Plan
+from shallower.saving.vision import repair_torchvision
+from shallower.sites.site import Sites
+from shallower.surgery.applying import apply
+from shallower.training.loop import History, Recipe, train
 
 HELD_OUT = 1500
 BATCH = 64

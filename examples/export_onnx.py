@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import shallower as sh
-from shallower.demo import ViT, digits
+from shallower.app.demo import ViT, digits
 
 
 def main():

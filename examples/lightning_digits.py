@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import shallower as sh
-from shallower.demo import VGG, digits
+from shallower.app.demo import VGG, digits
 from shallower.integrations.lightning import ShallowerCallback
 
 from lightning.pytorch import LightningModule, Trainer  # isort: skip - after shallower, which mends torchvision

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import shallower as sh
-from shallower.demo import ViT, digits
+from shallower.app.demo import ViT, digits
 
 
 def accuracy(model, loader):

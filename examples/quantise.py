@@ -11,9 +11,9 @@ from torch import nn
 from torch.ao.quantization import quantize_dynamic
 
 import shallower as sh
-from shallower.demo import VGG, digits
-from shallower.tasks import Classification
-from shallower.training import Recipe, train
+from shallower.app.demo import VGG, digits
+from shallower.app.tasks import Classification
+from shallower.training.loop import Recipe, train
 
 
 def size(model):

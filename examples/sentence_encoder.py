@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import shallower as sh
-from shallower.models import load_model
+from shallower.app.models import load_model
 
 
 def default_sentences():

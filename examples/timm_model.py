@@ -8,10 +8,10 @@ import argparse
 import torch
 
 import shallower as sh
-from shallower.demo import digits
-from shallower.models import load_model
-from shallower.tasks import Classification
-from shallower.training import Recipe, train
+from shallower.app.demo import digits
+from shallower.app.models import load_model
+from shallower.app.tasks import Classification
+from shallower.training.loop import Recipe, train
 
 
 def main():

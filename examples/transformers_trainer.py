@@ -8,7 +8,7 @@ import argparse
 import torch
 
 import shallower as sh
-from shallower.demo import digits
+from shallower.app.demo import digits
 from shallower.integrations.transformers import ShallowerCallback
 
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification  # isort: skip

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from shallower.vision import repair_torchvision
+from shallower.saving.vision import repair_torchvision
 
 repair_torchvision()
 torch.set_num_threads(1)

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from shallower.errors import PlanError
-from shallower.forms import composed, fitted_map
-from shallower.plan import Entry, Fate, Fit, Plan
-from shallower.sites import Site
+from shallower.planning.entries import Entry, Fate, Fit
+from shallower.planning.geometry import composed, fitted_map
+from shallower.planning.plan import Plan
+from shallower.sites.site import Site
 
 MODULES = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.LeakyReLU, nn.PReLU)
 FUNCTIONS = (F.relu, F.gelu, F.silu, torch.tanh, F.softplus)

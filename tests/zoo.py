@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torchvision.models import swin_transformer as tv_swin
 from torchvision.models import vgg as tv_vgg
 
-from shallower.inputs import Inputs
+from shallower.core.inputs import Inputs
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from shallower.checkpoint import load, save
 from shallower.errors import CheckpointError
-from shallower.matching import find_sites
-from shallower.plan import Plan
-from shallower.surgery import apply
+from shallower.finding.matching import find_sites
+from shallower.planning.plan import Plan
+from shallower.saving.checkpoint import load, save
+from shallower.surgery.applying import apply
 
 IDS = torch.arange(3, 23).view(2, 10)
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from shallower.checkpoint import save
+from shallower.core.inputs import Inputs, default_inputs_of, model_device, to_device
 from shallower.errors import MethodError
-from shallower.inputs import Inputs, default_inputs_of, model_device, to_device
 from shallower.methods.base import Method
-from shallower.plan import Plan
-from shallower.surgery import apply
+from shallower.planning.plan import Plan
+from shallower.saving.checkpoint import save
+from shallower.surgery.applying import apply
 
 
 @dataclass

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shallower.inputs import Inputs
+from shallower.core.inputs import Inputs
 from shallower.integrations.following import Following
 from shallower.methods.base import Method
-from shallower.plan import Plan
-from shallower.vision import repair_torchvision
+from shallower.planning.plan import Plan
+from shallower.saving.vision import repair_torchvision
 
 repair_torchvision()
 

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shallower import attachment
+from shallower.core.inputs import model_device
 from shallower.errors import MethodError
-from shallower.inputs import model_device
-from shallower.paying import cannot_be_linear
-from shallower.plan import Plan
-from shallower.sites import Sites
+from shallower.modules import attachment
+from shallower.planning.paying import cannot_be_linear
+from shallower.planning.plan import Plan
+from shallower.sites.site import Sites
 
 
 class Method:

@@ -1,0 +1,385 @@
+"""Batches of the rows that data.py reads, as a model takes them.
+
+    reader = TextReader(tokenizer, rows.columns.text, rows.columns.label, rows.labels, length=256)
+    loader(rows.train, reader, batch_size=32, seed=0)
+
+A reader turns a handful of rows into one batch and is the loader's `collate_fn`, so that text is padded and pictures
+are decoded batch by batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from shallower.app.data import Labels, Rows
+from shallower.app.tasks import IGNORED, TaskName, logits_of
+from shallower.core.inputs import Inputs, call, default_inputs_of, model_device, to_device
+from shallower.errors import DataError
+
+Row = Mapping[str, Any]
+Reader = Callable[[Sequence[Row]], Any]
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Rows of text and class -> a Transformers batch, padded to its longest row.
+
+    Attributes:
+        tokenizer: of the model.
+        text: one column, or two for pairs.
+        label: the column of the class.
+        labels: the classes; None where there are none.
+        length: tokens a row at most; longer ones are cut.
+    """
+
+    tokenizer: Callable[..., Any]
+    text: tuple[str, ...]
+    label: str
+    labels: Labels | None
+    length: int
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """input_ids, attention_mask (rows, tokens) and labels (rows,), if there are any."""
+        texts = [[row[column] for row in rows] for column in self.text]
+        encoded = self.tokenizer(*texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
+        if self.labels is None:
+            return dict(encoded)
+        return {**encoded, "labels": torch.tensor([self.labels(row[self.label]) for row in rows])}
+
+
+@dataclass(frozen=True)
+class TokenReader:
+    """Rows of token numbers -> a batch for a language model, padded at the end.
+
+    Attributes:
+        column: of the token numbers.
+        length: tokens a row at most; longer ones are cut.
+        pad: the token that fills shorter rows; no position there counts.
+        mapping: whether the model takes a Transformers batch, not the token numbers as its one argument.
+    """
+
+    column: str
+    length: int
+    pad: int = 0
+    mapping: bool = True
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor] | tuple[Tensor, Tensor]:
+        """input_ids, attention_mask and labels, each (rows, tokens); labels are -100 where a row is padded."""
+        tokens = [torch.as_tensor(row[self.column][: self.length]) for row in rows]
+        lengths = torch.tensor([len(row) for row in tokens])
+        ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self.pad)
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        labels = ids.masked_fill(~mask, IGNORED)
+        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels} if self.mapping else (ids, labels)
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What a model wants its pictures to look like.
+
+    Attributes:
+        channels: 1 for grey, 3 for colour, None for what the picture has.
+        size: (height, width), or None to leave the pictures as they are.
+        crop: pictures are resized so that this part of them, cut out of the middle, fills `size`.
+        mean, std: of each channel, of pixels between 0 and 1; for another number of channels 0.5.
+        interpolation: "bilinear" or "bicubic".
+    """
+
+    channels: int | None = 3
+    size: tuple[int, int] | None = None
+    crop: float = 1.0
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+
+    @classmethod
+    def of(cls, model: nn.Module, size: int | None = None) -> ImageFormat:
+        """What is known about a model's pictures: timm's configuration, a fixed `image_size`, its first convolution.
+
+        Where nothing is known: pictures of their own size, those in colour with ImageNet's mean and standard deviation.
+        """
+        known = getattr(model, "pretrained_cfg", None)
+        config: Mapping[str, Any] = known if isinstance(known, Mapping) else {}
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        channels = first.in_channels if first is not None else (config.get("input_size") or (None,))[0]
+        mean, std = tuple(config.get("mean") or cls.mean), tuple(config.get("std") or cls.std)
+        fixed = (size,) if size else _fixed_size(model) or tuple(config.get("input_size") or ())[1:]
+        return cls(
+            channels,
+            (int(fixed[0]), int(fixed[-1])) if fixed else None,
+            float(config.get("crop_pct") or 1.0) if not _fixed_size(model) and not size else 1.0,
+            mean,
+            std,
+            "bicubic" if config.get("interpolation") == "bicubic" else "bilinear",
+        )
+
+    def __call__(self, picture: Any) -> Tensor:
+        """One picture, of Pillow or an array, as (channels, height, width) float32.
+
+        An array of numbers that is no picture (one dimension) is returned as it is.
+
+        Raises:
+            DataError: the array has other channels than the model.
+        """
+        if hasattr(picture, "convert"):
+            grey = self.channels == 1 or (self.channels is None and picture.mode in ("1", "L"))
+            picture = picture.convert("L" if grey else "RGB")
+        array = np.asarray(picture)
+        pixels = torch.from_numpy(array.astype(np.float32))
+        if array.dtype == np.uint8:
+            pixels = pixels / 255
+        if pixels.ndim < 2:
+            return pixels
+        wanted = (1, 3) if self.channels is None else (self.channels,)
+        if pixels.ndim == 2:
+            pixels = pixels[None]
+        elif pixels.shape[0] not in wanted and pixels.shape[-1] in wanted:
+            pixels = pixels.permute(2, 0, 1)
+        if pixels.ndim != 3 or pixels.shape[0] not in wanted:
+            channels = " or ".join(map(str, wanted))
+            raise DataError(f"a picture of shape {array.shape} does not fit a model with {channels} channels")
+        if self.size is not None and tuple(pixels.shape[1:]) != self.size:
+            pixels = self._resized(pixels, self.size)
+        if array.dtype != np.uint8:
+            return pixels.contiguous()
+        count = len(pixels)
+        mean, std = (self.mean, self.std) if len(self.mean) == count else ((0.5,) * count, (0.5,) * count)
+        return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+    def _resized(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        height, width = pixels.shape[1:]
+        scale = max(size[0] / height, size[1] / width) / self.crop
+        whole = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+        if whole != (height, width):
+            pixels = F.interpolate(pixels[None], whole, mode=self.interpolation, antialias=True)[0].clamp(
+                pixels.min(), pixels.max()
+            )
+        top, left = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
+        return pixels[:, top : top + size[0], left : left + size[1]]
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Rows of picture and class -> a batch.
+
+    Attributes:
+        image: column of the picture.
+        label: column of the class.
+        labels: the classes; None where there are none.
+        format: how a picture becomes a tensor.
+        processor: a Transformers image processor, which then takes the place of `format`.
+        mapping: whether the model takes a Transformers batch, not the pictures as its one argument.
+    """
+
+    image: str
+    label: str
+    labels: Labels | None
+    format: ImageFormat = ImageFormat()
+    processor: Callable[..., Any] | None = None
+    mapping: bool = False
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor] | tuple[Tensor, Tensor] | Tensor:
+        """pixel_values (rows, channels, height, width) and labels (rows,), if there are any.
+
+        Raises:
+            DataError: the pictures differ in size, and nothing says which one the model wants.
+        """
+        pictures = [row[self.image] for row in rows]
+        if self.processor is not None:
+            pictures = [p.convert("RGB") if hasattr(p, "convert") else p for p in pictures]
+            values = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        else:
+            tensors = [self.format(picture) for picture in pictures]
+            shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+            if len(shapes) > 1:
+                raise DataError(f"the pictures have sizes such as {shapes[0]} and {shapes[-1]}: give one --image-size")
+            values = torch.stack(tensors)
+        if self.labels is None:
+            return {"pixel_values": values} if self.mapping else values
+        labels = torch.tensor([self.labels(row[self.label]) for row in rows])
+        return {"pixel_values": values, "labels": labels} if self.mapping else (values, labels)
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """A reader of pictures whose batches are moved by up to an eighth of their size and mirrored at random.
+
+    Attributes:
+        reader: of the pictures.
+        flip: mirror half of them, left to right.
+    """
+
+    reader: ImageReader
+    flip: bool = True
+
+    def __call__(self, rows: Sequence[Row]) -> Any:
+        """As the reader gives it, other pixels."""
+        batch = self.reader(rows)
+        if isinstance(batch, Mapping):
+            return {**batch, "pixel_values": self._moved(batch["pixel_values"])}
+        return self._moved(batch) if isinstance(batch, Tensor) else (self._moved(batch[0]), *batch[1:])
+
+    def _moved(self, pictures: Tensor) -> Tensor:
+        """Crops of the same size out of (rows, channels, height, width) pictures with a border of zeros."""
+        rows, _, height, width = pictures.shape
+        border = max(height, width) // 8
+        padded = F.pad(pictures, (border,) * 4)
+        tops, lefts = (torch.randint(2 * border + 1, (rows,)).tolist() for _ in range(2))
+        crops = [padded[i, :, tops[i] : tops[i] + height, lefts[i] : lefts[i] + width] for i in range(rows)]
+        mirrored = torch.rand(rows) < 0.5
+        moved = torch.stack([crop.flip(-1) if self.flip and mirrored[i] else crop for i, crop in enumerate(crops)])
+        return moved.contiguous()
+
+
+def packed(rows: Iterable[Row], column: str, tokenizer: Any, length: int) -> list[dict[str, list[int]]]:
+    """The texts of a column as token numbers, one after another, cut into blocks of equal length.
+
+    An end-of-text token, where the tokenizer has one, stands between two texts. The last block may be shorter.
+
+    Raises:
+        DataError: there are fewer than two tokens.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[int] = []
+    texts = [text for text in (row[column] for row in rows) if text.strip()]
+    for encoded in tokenizer(texts)["input_ids"] if texts else []:
+        tokens += encoded if encoded[-1:] == end else [*encoded, *end]
+    blocks = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+    blocks = [block for block in blocks if len(block) > 1]
+    if not blocks:
+        raise DataError(f"column {column!r} holds fewer than two tokens of text")
+    return [{"input_ids": block} for block in blocks]
+
+
+def loader(rows: Any, reader: Reader, batch_size: int, seed: int | None = None) -> DataLoader[Any]:
+    """A loader of the batches that `reader` makes of `rows`; with a seed, shuffled anew in each pass."""
+    shuffle = seed is not None
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    return DataLoader(rows, batch_size=batch_size, shuffle=shuffle, generator=generator, collate_fn=reader)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What a model is trained on, chosen by and reported on.
+
+    Attributes:
+        train: shuffled anew in each pass.
+        validation: to choose on.
+        test: to report on; `validation` where the data has no test part.
+        example: the model's inputs of the first batch of `validation`.
+    """
+
+    train: DataLoader[Any]
+    validation: DataLoader[Any]
+    test: DataLoader[Any]
+    example: Inputs
+
+    @property
+    def parts(self) -> dict[str, DataLoader[Any]]:
+        """The three loaders by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+def make_batches(
+    rows: Rows,
+    task: TaskName,
+    model: nn.Module,
+    processor: Any | None = None,
+    *,
+    batch_size: int = 32,
+    length: int | None = None,
+    image_size: int | None = None,
+    augment: bool = False,
+    seed: int = 0,
+) -> Batches:
+    """The batches of `rows` that `model` takes.
+
+    Args:
+        rows: as `read_rows` gives them.
+        task: what the rows are for.
+        model: a Transformers model gets mappings, any other model pairs (inputs, labels).
+        processor: its tokenizer or image processor.
+        batch_size: rows in a batch.
+        length: tokens in a row at most; by default what the model has positions for, at most 256, and 512 for the
+            blocks of a language model.
+        image_size: height and width of pictures; by default what the model is known to want.
+        augment: move and mirror the pictures of the training part at random.
+        seed: of the order of the training rows.
+
+    Raises:
+        DataError: the classes do not fit the model, text has no tokenizer, or what is not pictures is to be augmented.
+    """
+    if augment and "image" not in task:
+        raise DataError("only pictures can be augmented (--augment)")
+    parts = rows.parts
+    mapping = hasattr(model, "main_input_name")
+    reader: Reader
+    if "image" in task:
+        form = ImageFormat.of(model, image_size)
+        reader = ImageReader(rows.columns.image, rows.columns.label, rows.labels, form, processor, mapping)
+    elif task != "causal-lm":
+        limit = length or _positions(model, processor, 256)
+        reader = TextReader(_tokenizer(processor), rows.columns.text, rows.columns.label, rows.labels, limit)
+    else:
+        limit = length or _positions(model, processor, 512)
+        pad = getattr(processor, "pad_token_id", None)
+        reader = TokenReader("input_ids", limit, 0 if pad is None else pad, mapping)
+        if rows.columns.tokens:
+            reader = replace(reader, column=rows.columns.tokens)
+        else:
+            tokenizer = _tokenizer(processor)
+            parts = {k: part and packed(part, rows.columns.text[0], tokenizer, limit) for k, part in parts.items()}
+    example = default_inputs_of(
+        reader([parts["validation"][i] for i in range(min(batch_size, len(parts["validation"])))])
+    )
+    if isinstance(reader, TextReader | ImageReader) and reader.labels is not None:
+        reader = replace(reader, labels=reader.labels.fitted(_outputs(model, example), _class_names(model)))
+    validation = loader(parts["validation"], reader, batch_size)
+    test = validation if parts["test"] is None else loader(parts["test"], reader, batch_size)
+    moving = Augmented(reader) if augment and isinstance(reader, ImageReader) else reader
+    return Batches(loader(parts["train"], moving, batch_size, seed), validation, test, example)
+
+
+def _tokenizer(processor: Any | None) -> Any:
+    if processor is None or not hasattr(processor, "eos_token_id"):
+        raise DataError("text needs the model's tokenizer: save it beside the model, or give rows of input_ids")
+    return processor
+
+
+def _positions(model: nn.Module, tokenizer: Any | None, most: int) -> int:
+    """Tokens a row may have: the model's positions and the tokenizer's limit, at most `most`."""
+    config = getattr(model, "config", None)
+    limits = [most, getattr(tokenizer, "model_max_length", None)]
+    if config is not None and hasattr(config, "get_text_config"):
+        limits.append(getattr(config.get_text_config(), "max_position_embeddings", None))
+    return min(limit for limit in limits if isinstance(limit, int) and limit > 0)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, example: Inputs) -> int:
+    return logits_of(call(model, to_device(example, model_device(model)))).shape[-1]
+
+
+def _class_names(model: nn.Module) -> tuple[str, ...]:
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    return tuple(str(names[number]) for number in sorted(names)) if names else ()
+
+
+def _fixed_size(model: nn.Module) -> tuple[int, ...]:
+    """The picture size that a model was built for, where it has an attribute that says so."""
+    owners = (getattr(model, "config", None), model, getattr(model, "patch_embed", None))
+    for size in chain.from_iterable((getattr(o, "image_size", None), getattr(o, "img_size", None)) for o in owners):
+        if isinstance(size, int):
+            return (size,)
+        if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) for n in size):
+            return tuple(size)
+    return ()

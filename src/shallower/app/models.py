@@ -1,0 +1,292 @@
+"""Models by name: what a MODEL on the command line may be, and how a saved model's architecture is built again.
+
+    loaded = load_model("timm:vit_tiny_patch16_224?num_classes=10", pretrained=False)
+    loaded.model, loaded.source, loaded.make_example_inputs(batch=2)
+
+A *spec* is what a person writes. A *source* is what a saved file says; it names library code only, so that reading
+a file runs nobody's code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shallower.app.tasks import TaskName
+from shallower.core.inputs import Inputs
+from shallower.errors import ModelError, ShallowerError
+from shallower.saving.description import DESCRIPTION
+from shallower.saving.sources import (
+    first_line,
+    format_options,
+    import_transformers,
+    model_class,
+    parse_options,
+    source_of,
+    timm,
+    torchvision,
+)
+from shallower.saving.vision import import_torchvision
+
+"""The file that tells a directory written by `save`."""
+_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\?.*)?")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_AUTO_CLASSES: Mapping[TaskName, str] = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "feature-extraction": "AutoModel",
+    "image-feature-extraction": "AutoModel",
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, and what its description says about it.
+
+    Attributes:
+        model: in eval mode.
+        source: how `save` may say what it is; "" where nothing can rebuild it (a factory).
+        processor: its tokenizer or image processor, from Transformers; None where there is none.
+        example: inputs that a factory gave along with the model.
+    """
+
+    model: nn.Module
+    source: str
+    processor: Any | None = None
+    example: Inputs | None = None
+
+    def make_example_inputs(self, *, batch: int = 1, length: int = 32, seed: int = 0) -> Inputs:
+        """Random inputs that fit the model.
+
+        Token ids come from the vocabulary without its special tokens, with an attention mask of ones; images have the
+        size that the model is configured for. What a factory gave is returned as it is.
+
+        Args:
+            batch: first dimension.
+            length: tokens in a row, at most what the model has positions for.
+            seed: of the random values.
+
+        Raises:
+            ModelError: the model does not say what it takes.
+        """
+        if self.example is not None:
+            return self.example
+        generator = torch.Generator().manual_seed(seed)
+        library, _, rest = self.source.partition(":")
+        if library in ("timm", "torchvision"):
+            size = _timm_size(self.model, rest) if library == "timm" else _torchvision_size(rest)
+            return torch.randn(batch, *size, generator=generator)
+        if library == "transformers":
+            return _transformers_inputs(self.model, batch, length, generator)
+        raise ModelError(
+            "nothing says what this model takes: let the factory return (model, example_inputs), or give the inputs"
+        )
+
+
+def load_model(
+    spec: str, *, task: TaskName | None = None, num_labels: int | None = None, pretrained: bool = True
+) -> LoadedModel:
+    """The model that `spec` describes, in eval mode.
+
+        load_model("out/")                                       # written by sh.save
+        load_model("bert-base-uncased", task="text-classification", num_labels=2)
+        load_model("torchvision:vgg16_bn?num_classes=10", pretrained=False)
+        load_model("my.models:make_net?width=64")                # called; returns a model or (model, example_inputs)
+
+    Args:
+        spec: a directory written by `save`, a Transformers directory or hub name, `timm:NAME`, `torchvision:NAME` or
+            `package.module:factory`; the last three with options, as in `NAME?option=value&option=value`. The
+            factory's module is imported, also from the current directory.
+        task: which head a Transformers model gets; by default the one it was saved with.
+        num_labels: classes of that head, or of the classifier in timm and torchvision.
+        pretrained: False for random weights. As an option of the spec, `?pretrained=false` says the same.
+
+    Raises:
+        ModelError: there is no such model, its library is not installed, or an option does not fit.
+        CheckpointError: a directory written by `save` cannot be trusted.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        if (path / DESCRIPTION).exists():
+            return _saved(path)
+        if not (path / "config.json").exists():
+            raise ModelError(f"{spec}: neither a Transformers directory (config.json) nor one that save wrote")
+        return _transformers(str(path), task, num_labels, pretrained)
+    library, _, rest = spec.partition(":")
+    if rest and library in ("timm", "torchvision"):
+        name, options = parse_options(rest)
+        pretrained = bool(options.pop("pretrained", pretrained))
+        if num_labels is not None:
+            options.setdefault("num_classes", num_labels)
+        model = timm(name, options, pretrained) if library == "timm" else torchvision(name, options, pretrained)
+        return LoadedModel(model.eval(), f"{library}:{format_options(name, options)}")
+    if _FACTORY.fullmatch(spec):
+        return _factory(spec)
+    if _HUB_NAME.fullmatch(spec):
+        return _transformers(spec, task, num_labels, pretrained)
+    raise ModelError(
+        f"{spec}: no such directory, and not a model name either: give a Transformers directory or hub name, "
+        "timm:NAME, torchvision:NAME or package.module:factory"
+    )
+
+
+def _timm_size(model: nn.Module, description: str) -> tuple[int, ...]:
+    resolve = importlib.import_module("timm.data").resolve_data_config
+    sizes = {key: value for key, value in parse_options(description)[1].items() if key in ("in_chans", "img_size")}
+    given: tuple[int, ...] = resolve(sizes, model=model)["input_size"]
+    return (int(sizes.get("in_chans", given[0])), *given[1:])
+
+
+def _torchvision_size(description: str) -> tuple[int, int, int]:
+    name, options = parse_options(description)
+    preset = import_torchvision().models.get_model_weights(name).DEFAULT.transforms
+    size = options.get("image_size", preset.keywords["crop_size"])
+    return 3, int(size), int(size)
+
+
+# ------------------------------------------------------------------------------------------------------- factory
+
+
+def _factory(spec: str) -> LoadedModel:
+    path, options = parse_options(spec)
+    package, _, name = path.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(package), name)
+        made = factory(**options)
+    except ShallowerError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{spec}: {first_line(error)}") from error
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{spec}: returned a {type(model).__name__}, not a torch.nn.Module")
+    return LoadedModel(model.eval(), source_of(model), None, example)
+
+
+def _transformers(spec: str, task: TaskName | None, num_labels: int | None, pretrained: bool) -> LoadedModel:
+    library = import_transformers()
+    local = Path(spec).is_dir()
+    where: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    model: Any
+    try:
+        config = library.AutoConfig.from_pretrained(spec, **where, **labels)
+        architecture = _architecture(library, task, config)
+        if not pretrained:
+            of_config = getattr(architecture, "from_config", None) or architecture._from_config
+            model = of_config(config)
+        else:
+            model = architecture.from_pretrained(
+                spec, config=config, ignore_mismatched_sizes=num_labels is not None, **where
+            )
+    except Exception as error:
+        known = "" if local else "; there is no such directory, and the hub does not have it or cannot be reached"
+        raise ModelError(f"{spec}: {first_line(error)}{known}") from error
+    processor = _processor(library, spec, model, where)
+    if task == "text-classification" and processor is not None:
+        # GPT-like models have no padding token, and cannot tell a row's last token without one.
+        if processor.pad_token is None:
+            processor.pad_token = processor.eos_token
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = processor.pad_token_id
+    return LoadedModel(model.eval(), source_of(model), processor)
+
+
+def _architecture(library: ModuleType, task: TaskName | None, config: Any) -> Any:
+    if task is not None:
+        return getattr(library, _AUTO_CLASSES[task])
+    for name in config.architectures or ():
+        architecture = model_class(library, name)
+        if architecture is not None:
+            return architecture
+    return library.AutoModel
+
+
+def _processor(library: ModuleType, spec: str, model: Any, where: Mapping[str, Any]) -> Any | None:
+    """The tokenizer or image processor that lies beside the weights, or None."""
+    images = model.main_input_name == "pixel_values"
+    auto = library.AutoImageProcessor if images else library.AutoTokenizer
+    if Path(spec).is_dir():
+        beside = ("preprocessor_config.json", "processor_config.json") if images else ("tokenizer_config.json",)
+        if not any((Path(spec) / name).exists() for name in (*beside, *(() if images else ("tokenizer.json",)))):
+            return None
+    try:
+        return auto.from_pretrained(spec, **where)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def _saved(path: Path) -> LoadedModel:
+    from shallower.saving.checkpoint import load, read_source
+
+    model = load(path)
+    source = read_source(path)
+    if not source.startswith("transformers:"):
+        return LoadedModel(model, source)
+    where = {"trust_remote_code": False, "local_files_only": True}
+    return LoadedModel(model, source, _processor(import_transformers(), str(path), model, where))
+
+
+def _transformers_inputs(model: Any, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    config = model.config
+    takes = inspect.signature(model.forward).parameters
+    main = model.main_input_name
+    inputs: dict[str, Tensor] = {}
+    if "input_ids" in takes and (main == "input_ids" or hasattr(config, "text_config")):
+        ids = _token_ids(config, batch, length, generator)
+        inputs["input_ids"] = ids
+        if "attention_mask" in takes:
+            inputs["attention_mask"] = torch.ones_like(ids)
+    if main == "pixel_values" or ("pixel_values" in takes and not model.can_generate()):
+        inputs["pixel_values"] = torch.randn(
+            batch, *_image_size(getattr(config, "vision_config", config)), generator=generator
+        )
+    if main == "input_features":
+        frames = 2 * config.max_source_positions
+        inputs["input_features"] = torch.randn(batch, config.num_mel_bins, frames, generator=generator)
+    if main == "input_values":
+        mels = getattr(config, "num_mel_bins", None)
+        shape = (config.max_length, mels) if mels else (16000,)
+        inputs["input_values"] = torch.randn(batch, *shape, generator=generator)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
+        inputs["decoder_input_ids"] = _token_ids(config, batch, length, generator)
+    if main not in inputs:
+        raise ModelError(f"{type(model).__name__} takes {main}, for which no example is known: give the inputs")
+    return inputs
+
+
+def _token_ids(config: Any, batch: int, length: int, generator: torch.Generator) -> Tensor:
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    # RoBERTa's positions start after its padding index.
+    length = min(length, positions - 2) if isinstance(positions, int) and positions > 2 else length
+    special: set[int] = set()
+    for owner in (config, text):
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id"):
+            value = getattr(owner, name, None)
+            special.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
+    ordinary = torch.tensor([token for token in range(text.vocab_size) if token not in special])
+    ids = ordinary[torch.randint(len(ordinary), (batch, length), generator=generator)]
+    if getattr(config, "is_encoder_decoder", False) and isinstance(text.eos_token_id, int):
+        # Classifiers of this kind read the position of the end token.
+        ids[:, -1] = text.eos_token_id
+    return ids
+
+
+def _image_size(config: Any) -> tuple[int, int, int]:
+    size = getattr(config, "image_size", 224)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return int(getattr(config, "num_channels", 3)), int(height), int(width)

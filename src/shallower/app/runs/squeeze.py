@@ -1,0 +1,132 @@
+"""`shallower compress --method squeeze`: a few hundred rows, no labels, no training unless `--heal` asks for it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from shallower.app.compression import Made, Work
+from shallower.calibrating.recalibration import recalibrate
+from shallower.calibrating.varying import varied
+from shallower.core.inputs import Inputs
+from shallower.errors import DataError
+from shallower.finding.matching import find_sites
+from shallower.methods.squeezing.squeeze import narrowable, squeeze
+from shallower.planning.plan import Plan
+from shallower.planning.targets import Target
+from shallower.sites.site import Sites
+from shallower.surgery.applying import apply
+
+if TYPE_CHECKING:
+    from shallower.training.loop import History
+
+FEWEST = 16
+"""Rows below which nothing can be fitted."""
+
+
+@dataclass(frozen=True)
+class SqueezeRun:
+    """Squeezing by calibration, with its options.
+
+    Attributes:
+        samples: rows of the training part to calibrate on.
+        uniform: keep the same share of every site, so that a stock class can express the result.
+        round_to: widths are multiples of this.
+        linear_path: let a linear map stand beside fewer kept channels where that pays.
+        vary: calibrate on rearranged text too, see `varying.py`: for few rows, and other text than theirs.
+        heal: passes of distillation from the original over the training part, afterwards.
+    """
+
+    samples: int = 512
+    uniform: bool = False
+    round_to: int = 1
+    linear_path: bool = False
+    vary: bool = False
+    heal: int = 0
+
+    name: ClassVar[str] = "squeeze"
+    needs_labels: ClassVar[bool] = False
+    needs_target: ClassVar[bool] = True
+
+    def find(self, model: nn.Module, example: Inputs) -> Sites:
+        """All sites but attention heads and activation places."""
+        return find_sites(model, example)
+
+    def usable(self, sites: Sites, target: Target | None) -> Sites:  # noqa: ARG002 - narrowing pays in every unit
+        """The sites whose channels can be kept one by one."""
+        return narrowable(sites)
+
+    def preview(self, work: Work) -> Plan:
+        """The very plan."""
+        return self._plan(work, self._calibration(work))
+
+    def make(self, work: Work) -> Made:
+        """Calibrate, squeeze, measure BatchNorm again where that helps, and heal if asked to.
+
+        Raises:
+            DataError: there are too few rows to calibrate on.
+        """
+        calibration = self._calibration(work)
+        plan = self._plan(work, calibration)
+        small = apply(work.model, plan, work.example).eval()
+        small, recalibrated = _recalibrated(small, work, calibration)
+        details: dict[str, Any] = {"batchnorm_recalibrated": recalibrated}
+        if self.heal:
+            details["healing"] = asdict(self._healed(small, work))
+        healing = "" if self.heal else ", heal (--heal 1)"
+        advice = f"ask for less{healing}, or calibrate on more (--samples, {self.samples} now)"
+        return Made(small, plan, "healed" if self.heal else "squeezed", advice, details=details)
+
+    def _healed(self, small: nn.Module, work: Work) -> History:
+        from shallower.training.healing import heal
+
+        return heal(
+            small,
+            work.model,
+            work.batches.train,
+            replace(work.recipe, epochs=self.heal),
+            checkpoint=work.checkpoints and work.checkpoints / "healing.safetensors",
+            cpu=work.cpu,
+            logits=work.logits,
+        )
+
+    def _calibration(self, work: Work) -> list[Any]:
+        rows: Any = work.batches.train.dataset
+        if len(rows) < FEWEST:
+            raise DataError(f"{len(rows)} rows are too few to calibrate on; give a few hundred")
+        given = work.probe(self.samples)
+        return list(varied(given, seed=work.recipe.seed)) if self.vary else given
+
+    def _plan(self, work: Work, calibration: list[Any]) -> Plan:
+        target, score = work.target, None
+        if target.unit == "drop":
+            assert work.floor is not None
+            target, score = Target("drop", "absolute", max(0.0, work.score(work.model) - work.floor)), work.score
+        return squeeze(
+            work.model,
+            work.sites,
+            calibration,
+            target,
+            score=score,
+            uniform=self.uniform,
+            round_to=self.round_to,
+            linear_path=self.linear_path,
+            example_inputs=work.example,
+            checkpoint=work.checkpoints and work.checkpoints / "squeeze.safetensors",
+            logits=work.logits,
+            seed=work.recipe.seed,
+        )
+
+
+def _recalibrated(small: nn.Module, work: Work, calibration: list[Any]) -> tuple[nn.Module, bool]:
+    """With BatchNorm statistics measured again, where the score on the rows to choose by is better so."""
+    if not any(isinstance(module, _BatchNorm) for module in small.modules()):
+        return small, False
+    other = copy.deepcopy(small)
+    recalibrate(other, calibration)
+    better = work.score(other) > work.score(small)
+    return (other if better else small), better

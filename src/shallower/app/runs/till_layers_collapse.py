@@ -1,0 +1,156 @@
+"""`shallower compress --method tlc`: activations are taken away a few at a time, with training in between."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from shallower.app.compression import Made, Work, cost_of
+from shallower.core.inputs import Inputs, model_device
+from shallower.errors import SiteError, TargetError
+from shallower.finding.matching import find_sites
+from shallower.measuring.measurement import compare
+from shallower.methods.tlc.choosing import choose_forms
+from shallower.methods.tlc.till_layers_collapse import Round, TillLayersCollapse
+from shallower.modules.attachment import detached_copy
+from shallower.planning.plan import Plan
+from shallower.planning.targets import Target
+from shallower.sites.site import Sites
+from shallower.surgery.applying import apply
+
+PROBE = 256
+"""Rows of the training data on which statistics are taken where no BatchNorm tells them."""
+
+KEEP_EVERY = 200
+"""Steps of the training after which its state is kept."""
+
+_TIMED = 10
+
+
+@dataclass(frozen=True)
+class TillLayersCollapseRun:
+    """TLC, with its options.
+
+    Attributes:
+        criterion: what tells which activation goes next.
+        per_round: how many go at a time; None: as many as leave the validation loss no higher, for a `drop` target.
+    """
+
+    criterion: Literal["batchnorm", "loss", "entropy", "random"] = "batchnorm"
+    per_round: int | None = None
+
+    name: ClassVar[str] = "tlc"
+    needs_labels: ClassVar[bool] = True
+    needs_target: ClassVar[bool] = True
+
+    def find(self, model: nn.Module, example: Inputs) -> Sites:
+        """All sites, and the activations outside of them."""
+        return find_sites(model, example, places=True)
+
+    def usable(self, sites: Sites, target: Target | None) -> Sites:  # noqa: ARG002 - what pays is told after merging
+        """Those that may become linear.
+
+        Raises:
+            SiteError: there is none; the error says why.
+        """
+        found = sites.select(lambda site: site.activation is not None and not site.not_linear)
+        if not found.items:
+            reasons = [f"{site.name}: {site.not_linear or 'it has no activation'}" for site in sites][:3]
+            raise SiteError(f"there is no activation that can be taken away: {'; '.join(reasons) or 'no site at all'}")
+        return found
+
+    def preview(self, work: Work) -> Plan:
+        """The activations that would go now, without training in between."""
+        method = self._method(work)
+        try:
+            return self._one_shot(method, work)
+        finally:
+            method.detach()
+
+    def make(self, work: Work) -> Made:
+        """Take activations away round by round, merge what becomes cheaper so.
+
+        Raises:
+            TargetError: the first round already took the score under the floor.
+        """
+        method, device = self._method(work), model_device(work.model)
+        points = _Points(work)
+        drop = work.target.unit == "drop"
+        each = self.per_round or (None if drop else 1)
+        try:
+            rounds = method.fit(
+                work.batches.train,
+                work.task.loss,
+                work.recipe,
+                validation=work.batches.validation if self.criterion == "loss" or each is None else None,
+                per_round=each,
+                rounds=None if drop else -(-len(self._one_shot(method, work)) // (each or 1)),
+                score=work.score,
+                floor=work.floor,
+                on_round=lambda round_: points.add(round_, method),
+                checkpoint=work.checkpoints,
+                checkpoint_every=KEEP_EVERY,
+                cpu=work.cpu,
+            )
+            work.model.to(device)
+            removed = method.linear
+            last = rounds[-1]
+            if not removed:
+                score = work.task.show(last.score if last.score is not None else float("nan"))
+                raise TargetError(
+                    f"no activation could go: without {', '.join(last.linearised)} the {work.task.quality} is {score}. "
+                    "Allow more loss, or train longer (--epochs)"
+                )
+            plain = detached_copy(work.model).eval()
+            plan = choose_forms(plain, method.plan(), work.example)
+            small = apply(plain, plan, work.example).eval()
+        finally:
+            method.detach()
+        return Made(
+            small,
+            plan,
+            f"{len(removed)} removed",
+            f"{len(removed)} activations are gone. Allow more loss, train longer (--epochs), or ask for less",
+            details={"removed": list(removed), "rounds": [asdict(round_) for round_ in rounds]},
+            points=points.found,
+        )
+
+    def _method(self, work: Work) -> TillLayersCollapse:
+        return TillLayersCollapse(
+            work.model, work.sites, criterion=self.criterion, batches=work.probe(PROBE), seed=work.recipe.seed
+        )
+
+    def _one_shot(self, method: TillLayersCollapse, work: Work) -> Plan:
+        return method.plan(
+            target=work.target,
+            score=work.score,
+            example_inputs=work.example,
+            validation=work.batches.validation if self.criterion == "loss" else None,
+            loss=work.task.loss if self.criterion == "loss" else None,
+        )
+
+
+class _Points:
+    """The curve of score against removed activations, kept beside the state of the training."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.path: Path | None = work.checkpoints and work.checkpoints / "points.json"
+        self.found: list[dict[str, Any]] = []
+        if self.path is not None and self.path.exists():
+            self.found = json.loads(self.path.read_text())
+
+    def add(self, round_: Round, method: TillLayersCollapse) -> None:
+        plain = detached_copy(self.work.model).eval()
+        small = apply(plain, method.plan(), self.work.example).eval()
+        cost, times = cost_of(small, self.work.example), compare({"": small}, self.work.example, rounds=_TIMED)
+        count = len(round_.removed)
+        self.found = [point for point in self.found if point["removed"] < count]
+        point = {"label": f"{count} removed", "removed": count, "score": round_.score, **asdict(cost)}
+        self.found.append({**point, "latency": times[""].latency})
+        if self.path is not None:
+            self.path.write_text(json.dumps(self.found))

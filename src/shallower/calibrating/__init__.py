@@ -1,0 +1,1 @@
+"""Statistics of a model on data: second moments, gradients, passes over batches."""

@@ -1,0 +1,241 @@
+"""A model that goes on from a block that is finished, instead of from its inputs.
+
+    course = course_of(model, sites, lambda: model(**first))
+    replay = Replay(model, course)
+    with replay.going_on(batch=0, to=course.before["layer.2"]):
+        model(**first)                      # the blocks before the last one that was kept give something at once
+
+A block is an element of an `nn.ModuleList` or `nn.Sequential` that runs once in a pass. The model's own forward runs,
+so that it makes masks and position embeddings as ever, but the forward of each finished block returns what was kept:
+the last one what it gave, the earlier ones tensors of the right shape that hold nothing but NaN. Where a model reads
+more than its last finished block (skip connections over blocks, a state on the side), NaN comes out, or something else
+than in a pass from the inputs: whoever replays has to compare (see `calibration.py`), and to `give_up`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shallower.core.inputs import tensors
+from shallower.core.memory import free_bytes
+from shallower.errors import SiteError
+from shallower.modules.offloading import held_bytes
+from shallower.sites.site import Site
+
+_MOST = 1 << 28
+"""Bytes of finished blocks that two networks may always keep; of larger models as much as their weights take."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """When the blocks of a model run in a pass.
+
+    Attributes:
+        finished: by dotted name, the place of each block that runs once in the order in which they finish.
+        before: by site, the block that finishes last before the site begins; "" where there is none.
+        ahead: by site, `before` of the next site, where that is later; else of the site itself.
+    """
+
+    finished: Mapping[str, int]
+    before: Mapping[str, str]
+    ahead: Mapping[str, str]
+
+
+def course_of(model: nn.Module, sites: Sequence[Site], run: Callable[[], object]) -> Course:
+    """Which blocks finish before which site, seen in one pass.
+
+    Args:
+        model: runs as it is.
+        sites: in the order in which they will be visited.
+        run: calls the model once.
+    """
+    blocks = [name for name, _ in _blocks(model)]
+    inside = {site.name: _around(site, blocks) for site in sites}
+    clock = 0
+    began: dict[str, int] = {}
+    finished: dict[str, list[int]] = {name: [] for name in blocks}
+
+    def begins(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal clock
+            clock += 1
+            began.setdefault(name, clock)
+
+        return hook
+
+    def finishes(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal clock
+            clock += 1
+            finished[name].append(clock)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in {*blocks, *(name for names in inside.values() for name in names)}:
+            module = model.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(begins(name)).remove)
+            if name in finished:
+                stack.callback(module.register_forward_hook(finishes(name)).remove)
+        run()
+    once = {name: ticks[0] for name, ticks in finished.items() if len(ticks) == 1}
+    again = {name for name, ticks in finished.items() if len(ticks) > 1}
+    before = {}
+    for site in sites:
+        start = min((began[name] for name in inside[site.name] if name in began), default=0)
+        tied = any(_within(m.name, name) for m in site.maps for name in again)
+        earlier = {} if tied else {name: tick for name, tick in once.items() if tick < start}
+        before[site.name] = max(earlier, key=earlier.__getitem__, default="")
+    ahead = {}
+    for site, following in zip(sites, [*sites[1:], *sites[-1:]], strict=True):
+        here, there = before[site.name], before[following.name]
+        ahead[site.name] = there if once.get(there, 0) > once.get(here, 0) else here
+    return Course(once, before, ahead)
+
+
+class Replay:
+    """What the finished blocks of a model gave, batch by batch.
+
+    Attributes:
+        on: whether it still goes on; where not, every pass runs from the inputs.
+        reached: whether the pass that runs now has come to the block that it was to keep.
+    """
+
+    def __init__(self, model: nn.Module, course: Course, most: int | None = None) -> None:
+        self.model = model
+        self.course = course
+        self.on = True
+        self.reached = True
+        if most is None:
+            weights = sum(p.nbytes for p in model.parameters())
+            most = max(_MOST, held_bytes(model), min(weights, free_bytes() // 2)) // 2
+        self._most = most
+        self._given: dict[int, dict[str, Any]] = {}
+        self._at: dict[int, str] = {}
+        self._bytes: dict[int, int] = {}
+
+    def give_up(self) -> None:
+        """Forget everything: from now on every pass runs from the inputs."""
+        self.on = False
+        self.reached = True
+        self._given, self._at, self._bytes = {}, {}, {}
+
+    @contextmanager
+    def going_on(self, batch: int, to: str) -> Iterator[None]:
+        """For one pass over this batch: from the block that was kept last, and keep what block `to` gives.
+
+        Nothing is kept where there is no room; the next pass over this batch then runs from the inputs.
+
+        Raises:
+            SiteError: a block gives something that cannot be kept.
+        """
+        place = self.course.finished
+        given, at = self._given.get(batch, {}), self._at.get(batch, "")
+        if not to or (at and place[at] > place[to]):
+            given, at = {}, ""
+        seen: dict[str, Any] = {}
+        self.reached = not to or at == to
+
+        def keeps(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                output = forward(*args, **kwargs)
+                seen[name] = mapped(output, _copy if name == to else _nothing)
+                self.reached = self.reached or name == to
+                return output
+
+            return run
+
+        since = place.get(at, 0)
+        with ExitStack() as stack:
+            for name, value in given.items():
+                stack.enter_context(_forward(self.model.get_submodule(name), _giving(value)))
+            for name, tick in place.items():
+                if since < tick <= place.get(to, 0) and not any(_within(name, done) for done in given):
+                    module = self.model.get_submodule(name)
+                    stack.enter_context(_forward(module, keeps(name, module.forward)))
+            yield
+        if to and at != to and to in seen:
+            old = {name: mapped(value, _nothing) for name, value in given.items()}
+            everything = {**old, **seen}
+            self._given[batch] = {
+                name: value
+                for name, value in everything.items()
+                if not any(name != outer and _within(name, outer) for outer in everything)
+            }
+            self._at[batch] = to
+            self._bytes[batch] = sum(t.nbytes for t in tensors(seen[to]))
+        if to != self._at.get(batch) or sum(self._bytes.values()) > self._most:
+            for kept in (self._given, self._at, self._bytes):
+                kept.pop(batch, None)
+
+
+def mapped(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
+    """What a module gave, with each tensor exchanged.
+
+    Raises:
+        SiteError: there is something in it that may hold tensors in a way that is not known.
+    """
+    if isinstance(value, Tensor):
+        return of(value)
+    if value is None or isinstance(value, (bool, int, float, str, torch.Size)):
+        return value
+    if isinstance(value, tuple):
+        items = [mapped(item, of) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [mapped(item, of) for item in value]
+    if isinstance(value, Mapping):
+        entries = {key: mapped(item, of) for key, item in value.items()}
+        return entries if type(value) is dict else type(value)(**entries)
+    raise SiteError(f"a block gives a {type(value).__name__}")
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.detach().clone()
+
+
+def _nothing(t: Tensor) -> Tensor:
+    """A tensor of this shape that takes no memory."""
+    return t.new_full((), torch.nan if t.is_floating_point() else 0).expand(t.shape)
+
+
+def _giving(value: Any) -> Callable[..., Any]:
+    # what follows may work in place; on the tensors that take no memory it cannot, and that is an error
+    return lambda *_args, **_kwargs: mapped(value, lambda t: t.clone() if 0 not in t.stride() else t)
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for this one module."""
+    own = vars(module).get("forward")
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = own
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for container, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            for name, child in module.named_children():
+                yield f"{container}.{name}" if container else name, child
+
+
+def _around(site: Site, blocks: Sequence[str]) -> list[str]:
+    """The smallest block that the whole site is in, or else its maps: before these nothing of the site runs."""
+    whole = [name for name in blocks if all(_within(m.name, name) for m in site.maps)]
+    return [max(whole, key=len)] if whole else [m.name for m in site.maps]
+
+
+def _within(name: str, block: str) -> bool:
+    return name == block or name.startswith(f"{block}.")

@@ -1,0 +1,1 @@
+"""What knows tensors and processes but no model of ours: batches, memory, files, text, linear algebra."""

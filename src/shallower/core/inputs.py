@@ -1,0 +1,112 @@
+"""How a batch is handed to a model.
+
+A batch is what the model takes: one tensor, a tuple of positional arguments, or a mapping of keyword
+arguments (a Transformers batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shallower.errors import SiteError
+
+Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""What a model is called with."""
+
+InputsOf = Callable[[Any], Inputs]
+"""Picks the model's inputs out of a batch of the user's data."""
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Call `model` on a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    raise SiteError(
+        f"a model is called with a tensor, a tuple or a dict of its arguments, not with a {type(inputs).__name__}"
+    )
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in `value`, in a fixed order: nested tuples, lists, mappings and Transformers outputs are entered."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
+        for item in vars(value).values():
+            if isinstance(item, (Tensor, tuple, list, Mapping)):
+                yield from tensors(item)
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """`value` with every tensor in nested tuples, lists and mappings moved to `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(to_device(item, device) for item in value)
+    if isinstance(value, list):
+        return [to_device(item, device) for item in value]
+    return value
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU where it has none."""
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def default_inputs_of(batch: Any) -> Inputs:
+    """The inputs in a batch: of `(inputs, labels)` the inputs, a mapping without its labels, a tensor itself."""
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key not in ("labels", "label")}
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        first: Inputs = batch[0]
+        return first
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch)
+    if isinstance(batch, Tensor):
+        return batch
+    raise SiteError(
+        f"a batch is a tensor, a tuple, a dict or (inputs, labels), not a {type(batch).__name__}; "
+        "say with inputs_of= how to read yours"
+    )
+
+
+def reiterable(batches: Iterable[Any]) -> Iterable[Any]:
+    """`batches` itself, if it can be iterated more than once.
+
+    Raises:
+        SiteError: `batches` is a one-shot iterator; the error names the remedy.
+    """
+    if isinstance(batches, Iterator):
+        raise SiteError(
+            "the batches are a one-shot iterator, and they are read several times: "
+            "pass a list (list(batches)), a DataLoader or a data set"
+        )
+    return batches
+
+
+MaskOf = Callable[[Any], Tensor | None]
+
+
+def default_mask_of(batch: Any) -> Tensor | None:
+    """The two-dimensional `attention_mask` of a batch that is a mapping or (mapping, labels), if there is one."""
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -1,0 +1,111 @@
+"""Less memory than one would need at once: batches in pieces, and what was freed given back.
+
+in_pieces(batches, model, room=1 << 27, step=lambda batch: loss(model(batch)).backward())
+give_back()
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shallower.core.inputs import tensors
+
+
+class _TooLarge(Exception):  # noqa: N818 (it is no error)
+    """A pass wants to keep more for its backward pass than there is room."""
+
+
+def in_pieces(batches: Iterable[Any], model: nn.Module, room: int, step: Callable[[Any], None]) -> None:
+    """Call `step` on each batch, or on halves of it, and of these again, until its backward pass has room.
+
+    Args:
+        batches: what is read.
+        model: whose weights do not count.
+        room: bytes that may be kept for a backward pass; a single sample may take more.
+        step: a forward and a backward pass. It may be called again on a part of a batch for which it did not get to
+            its backward pass.
+    """
+    smallest: float = torch.inf
+    for whole in batches:
+        waiting = [whole]
+        while waiting:
+            batch = waiting.pop(0)
+            give_back()
+            parts, size = halves(batch), sum(t.numel() for t in tensors(batch))
+            if len(parts) == 1:
+                step(batch)
+                continue
+            try:
+                if size >= smallest:
+                    raise _TooLarge
+                with _at_most(room, model):
+                    step(batch)
+            except _TooLarge:
+                smallest = min(smallest, size)
+                waiting = [*parts, *waiting]
+
+
+@contextmanager
+def _at_most(room: int, model: nn.Module) -> Iterator[None]:
+    """Within, no more than so many bytes are kept for a backward pass; one that would need more raises."""
+    seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = 0
+
+    def keep(t: Tensor) -> Tensor | None:
+        nonlocal kept
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            kept += storage.nbytes()
+        # an error in here would leave the model's own code in the middle of something
+        return None if kept > room else t
+
+    def kept_one(t: Tensor | None) -> Tensor:
+        if t is None:
+            raise _TooLarge
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, kept_one):
+        yield
+
+
+def halves(batch: Any) -> list[Any]:
+    """The two halves of a batch along dimension 0; the batch alone where its tensors are not of one length, over 1."""
+    lengths = {len(t) if t.dim() else 0 for t in tensors(batch)}
+    if len(lengths) != 1 or not (length := lengths.pop()) > 1:
+        return [batch]
+    cut = length // 2
+    return [_rows(batch, slice(0, cut)), _rows(batch, slice(cut, None))]
+
+
+def _rows(batch: Any, rows: slice) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[rows]
+    if isinstance(batch, Mapping):
+        return {key: _rows(value, rows) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_rows(value, rows) for value in batch)
+    return batch
+
+
+def free_bytes() -> int:
+    """Bytes of the machine's memory that nothing uses; 0 where that is not known."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system, where the allocator (glibc's) keeps it."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,335 @@
+"""What a model costs: parameters, MACs, latency and peak memory.
+
+    print(sh.measure(model, example_inputs))
+    print(sh.compare({"dense": model, "small": small}, example_inputs)["small"].speedup)
+
+Latencies of two models are worth comparing only when they were taken in turn on the same machine: `compare` does that.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import timer
+
+from shallower.core.inputs import Inputs, call, model_device, tensors, to_device
+from shallower.core.text import amount
+from shallower.errors import ShallowerError
+from shallower.recording.macs import mac_counter
+
+_BLOCK_SECONDS = 2e-3
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a model costs on given inputs.
+
+    Attributes:
+        params: parameters; tied ones count once.
+        macs: multiply-accumulates of one forward pass: `FlopCounterMode` total // 2 (matrix products, convolutions and
+            attention; pointwise work does not count).
+        latency: median seconds of one forward pass; nan on the meta device.
+        spread: interquartile range of it, seconds.
+        runs: how many timed blocks the two are taken from.
+        memory: peak bytes of one forward pass, see `peak_memory`.
+        threads: of torch, within an operator.
+        batch: first dimension of the first input.
+        dtype: of the first floating-point parameter.
+        device: where it ran, with the name of the processor.
+        torch_version: which torch.
+    """
+
+    params: int
+    macs: int
+    latency: float
+    spread: float
+    runs: int
+    memory: int
+    threads: int
+    batch: int
+    dtype: str
+    device: str
+    torch_version: str
+
+    def __str__(self) -> str:
+        """All of it in one line."""
+        return (
+            f"{amount(self.params)} params, {amount(self.macs)} MACs, {_milliseconds(self.latency, self.spread)}, "
+            f"peak {amount(self.memory)}B (batch {self.batch}, {self.dtype}, {self.threads} threads, {self.device}, "
+            f"torch {self.torch_version})"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The latency of one of several models that were timed in turn.
+
+    Attributes:
+        latency: median seconds of one forward pass.
+        spread: interquartile range of it, seconds.
+        ratio: median, over the rounds, of this model's time over the first model's time in the same round.
+        ratio_spread: interquartile range of the ratio.
+        rounds: how many.
+    """
+
+    latency: float
+    spread: float
+    ratio: float
+    ratio_spread: float
+    rounds: int
+
+    @property
+    def speedup(self) -> float:
+        """How many times faster than the first model."""
+        return 1 / self.ratio
+
+    def __str__(self) -> str:
+        """All of it in one line."""
+        return (
+            f"{_milliseconds(self.latency, self.spread)}, {self.speedup:.2f}x as fast "
+            f"(ratio {self.ratio:.3f} ± {self.ratio_spread / 2:.3f}, {self.rounds} rounds)"
+        )
+
+
+def measure(
+    model: nn.Module, example_inputs: Inputs, *, repeats: int = 30, warmup: int = 3, seconds: float = 1.0
+) -> Measurement:
+    """What `model` costs on the example inputs, in eval and inference mode.
+
+        sh.measure(model, torch.randn(1, 3, 224, 224))
+
+    The inputs are moved to the model's device. On the meta device counts and memory are right and nothing is timed. Of
+    a compiled model the compiled passes are timed; what counts and memory are taken from is the module inside.
+
+    Args:
+        repeats: at least so many timed blocks of forward passes.
+        warmup: forward passes before the first timed one.
+        seconds: at least so long in total.
+
+    Raises:
+        ShallowerError: `repeats` or `warmup` is not positive.
+    """
+    if repeats < 1 or warmup < 1:
+        raise ShallowerError(f"measure: repeats and warmup are at least 1, not {repeats} and {warmup}")
+    device = model_device(model)
+    inputs: Inputs = to_device(example_inputs, device)
+    with _ready(model) as plain:
+        eager: nn.Module = getattr(plain, "_orig_mod", plain)
+        macs = count_macs(eager, inputs)
+        memory = peak_memory(eager, inputs)
+        times = [] if device.type == "meta" else _times(plain, inputs, repeats, warmup, seconds)
+    first = next(tensors(inputs), None)
+    return Measurement(
+        params=count_params(plain),
+        macs=macs,
+        latency=statistics.median(times) if times else math.nan,
+        spread=_interquartile(times),
+        runs=len(times),
+        memory=memory,
+        threads=torch.get_num_threads(),
+        batch=len(first) if first is not None and first.dim() else 1,
+        dtype=_dtype(plain),
+        device=device_name(device),
+        torch_version=torch.__version__,
+    )
+
+
+def compare(
+    models: Mapping[str, nn.Module], example_inputs: Inputs, *, rounds: int = 30, warmup: int = 3
+) -> dict[str, Comparison]:
+    """Latencies of several models, timed in turn, and each one's ratio to the first.
+
+        sh.compare({"dense": model, "small": small}, inputs)["small"].ratio
+
+    Every round times each model once, so that what the machine does meanwhile falls on all of them alike; the ratios
+    are taken within a round. The order stays the same: a model that follows itself finds its weights in the cache.
+
+    Raises:
+        ShallowerError: there is no model, a model is on the meta device, or `rounds` or `warmup` is not positive.
+    """
+    if not models or rounds < 1 or warmup < 1:
+        raise ShallowerError("compare: give at least one model, one round and one warm-up pass")
+    meta = [name for name, model in models.items() if model_device(model).type == "meta"]
+    if meta:
+        raise ShallowerError(f"{meta[0]}: a model on the meta device cannot be timed")
+    with ExitStack() as stack:
+        passes: dict[str, Callable[[], Any]] = {}
+        for name, model in models.items():
+            plain = stack.enter_context(_ready(model))
+            passes[name] = _forward_pass(plain, to_device(example_inputs, model_device(model)))
+        stack.enter_context(torch.inference_mode())
+        numbers = {name: _block(run, warmup)[0] for name, run in passes.items()}
+        times: dict[str, list[float]] = {name: [] for name in passes}
+        for _ in range(rounds):
+            for name, run in passes.items():
+                times[name].append(_seconds(run, numbers[name]))
+    result = {}
+    firsts = next(iter(times.values()))
+    for name in times:
+        ratios = [own / first for own, first in zip(times[name], firsts, strict=True)]
+        result[name] = Comparison(
+            latency=statistics.median(times[name]),
+            spread=_interquartile(times[name]),
+            ratio=statistics.median(ratios),
+            ratio_spread=_interquartile(ratios),
+            rounds=rounds,
+        )
+    return result
+
+
+def count_params(model: nn.Module) -> int:
+    """Parameters of a model; a parameter that stands at several places counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
+    """Multiply-accumulates of one forward pass, in the mode the model is in: half of what `mac_counter` counts."""
+    with _composed_transformers(), torch.no_grad(), mac_counter() as counter:
+        call(model, example_inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def peak_memory(model: nn.Module, example_inputs: Inputs) -> int:
+    """Peak bytes that one forward pass needs: parameters, buffers, inputs, and the most that is alive besides them.
+
+    On CUDA the part besides is what the caching allocator reports, with the kernels' workspaces. Elsewhere it is the
+    sum over the live storages of all tensors that operators return, which leaves out what an operator allocates
+    inside itself, the allocator's own slack and the Python process. Gradients are off in both.
+    """
+    given = [*model.parameters(), *model.buffers(), *tensors(example_inputs)]
+    storages = {id(storage): storage for storage in map(_storage, given) if storage is not None}
+    return sum(storage.nbytes() for storage in storages.values()) + _peak_beside(model, example_inputs, given)
+
+
+def _peak_beside(model: nn.Module, example_inputs: Inputs, given: list[Tensor]) -> int:
+    device = model_device(model)
+    if device.type == "cuda":
+        with torch.no_grad():
+            call(model, example_inputs)
+            torch.cuda.synchronize(device)
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            call(model, example_inputs)
+            torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    live = _LiveStorages(given)
+    with torch.no_grad(), live:
+        call(model, example_inputs)
+    return live.peak
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    return tensor.untyped_storage() if tensor.layout == torch.strided else None
+
+
+class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the storages that operators create, from their creation to their release."""
+
+    def __init__(self, given: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peak = 0
+        self._known = weakref.WeakSet(storage for storage in map(_storage, given) if storage is not None)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors(result):
+            storage = _storage(tensor)
+            if storage is not None and storage not in self._known:
+                self._known.add(storage)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._released, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _released(self, size: int) -> None:
+        self.live -= size
+
+
+@contextmanager
+def _ready(model: nn.Module) -> Iterator[nn.Module]:
+    """The model without what is attached to it, in eval mode; every module's mode is put back at the end."""
+    from shallower.modules.attachment import attached_places, detached_copy
+
+    plain = detached_copy(model) if any(attached_places(module) for module in model.modules()) else model
+    modes = [(module, module.training) for module in plain.modules()]
+    plain.eval()
+    try:
+        yield plain
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _composed_transformers() -> Iterator[None]:
+    """`nn.TransformerEncoder` without its fused path, whose products no counter sees."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _times(model: nn.Module, inputs: Inputs, repeats: int, warmup: int, seconds: float) -> list[float]:
+    run = _forward_pass(model, inputs)
+    with torch.inference_mode():
+        number, block = _block(run, warmup)
+        return [_seconds(run, number) for _ in range(max(repeats, math.ceil(seconds / block)))]
+
+
+def _block(run: Callable[[], Any], warmup: int) -> tuple[int, float]:
+    """How many passes make a block so long that reading the clock does not matter, and its seconds; warms up first."""
+    _seconds(run, warmup)
+    single = _seconds(run, 1)
+    number = max(1, math.ceil(_BLOCK_SECONDS / single))
+    return number, number * single
+
+
+def _forward_pass(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
+    return lambda: call(model, inputs)
+
+
+def _seconds(run: Callable[[], Any], number: int) -> float:
+    start = timer()
+    for _ in range(number):
+        run()
+    return (timer() - start) / number
+
+
+def _interquartile(values: list[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def _milliseconds(latency: float, spread: float) -> str:
+    if math.isnan(latency):
+        return "not timed"
+    return f"{latency * 1e3:.3g} ms" + ("" if math.isnan(spread) else f" ± {spread * 5e2:.2g}")
+
+
+def _dtype(model: nn.Module) -> str:
+    found = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return str(found).removeprefix("torch.")
+
+
+def device_name(device: torch.device) -> str:
+    """A device for people and for files: where, and the name of the processor."""
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    return f"{device} {platform.processor() or platform.machine()}" if device.type == "cpu" else str(device)

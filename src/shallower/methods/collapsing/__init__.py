@@ -1,0 +1,1 @@
+"""LayerCollapse and Layer Folding: activations trained to be linear."""

@@ -1,0 +1,1 @@
+"""Structural Dropout: one training, every width."""

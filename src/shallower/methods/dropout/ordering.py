@@ -1,0 +1,203 @@
+"""Which channels of a site matter most, and the network with its channels in that order.
+
+    orders = by_elimination(model, sites, batches)
+    permute(model, site, orders[site.name])         # computes what it computed
+
+A prefix of the channels is then the best choice of so many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from shallower.calibrating.selection import eliminate
+from shallower.core.inputs import (
+    InputsOf,
+    MaskOf,
+    call,
+    default_inputs_of,
+    default_mask_of,
+    model_device,
+    reiterable,
+    to_device,
+)
+from shallower.core.modes import evaluating
+from shallower.errors import FitError
+from shallower.methods.dropout.prefix import Block, columns_each, norms_of, prefix, produced
+from shallower.modules import attachment
+from shallower.modules.layers import weight_of
+from shallower.sites.site import Place, Site, Sites
+
+_RIDGE = 1e-4
+
+
+def by_magnitude(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
+    """For each site, (n,) int64: its channels, those with the largest weights first.
+
+    The size of a channel is the product of the norms of its rows, of a BatchNorm's scale and of its columns.
+    """
+    orders = {}
+    for site in sites:
+        size = torch.ones(site.width, dtype=torch.float64)
+        for m, blocks in produced(site):
+            weight = weight_of(model.get_submodule(m.name)).double().cpu()
+            size *= torch.stack([_norms_of_rows(weight, block, site.width) for block in blocks]).norm(dim=0)
+        for between in site.between:
+            size *= weight_of(model.get_submodule(between.map.name)).double().cpu().flatten(1).norm(dim=1)
+        for name in norms_of(site):
+            norm: Any = model.get_submodule(name)
+            scale, var = norm.weight, cast("Tensor | None", norm.running_var)
+            if scale is not None and var is not None:
+                size *= cast("Tensor", scale).detach().double().cpu().abs() / (var.double().cpu() + norm.eps).sqrt()
+        size *= _norms_of_columns(model, site)
+        orders[site.name] = size.argsort(descending=True, stable=True)
+    return orders
+
+
+def by_elimination(
+    model: nn.Module,
+    sites: Sites,
+    batches: Iterable[Any],
+    *,
+    inputs_of: InputsOf = default_inputs_of,
+    mask_of: MaskOf | None = None,
+) -> dict[str, Tensor]:
+    """For each site, (n,) int64: its channels, the one that would be missed most first.
+
+    Where the consumers are linear layers, channels are eliminated one after another: the one without which least
+    squares predicts the consumers' outputs hardly worse goes first, and stands last. Behind convolutions and for heads
+    a channel counts by the energy of what it gives to the consumers, E[z^2] |C|^2.
+
+    Args:
+        model: left as it was.
+        sites: of this model.
+        batches: a few hundred samples; read once.
+        inputs_of: picks the model's inputs out of a batch.
+        mask_of: picks the mask of padding out of a batch; by default a two-dimensional `attention_mask`.
+
+    Raises:
+        FitError: there are no batches, or an activation is not finite.
+    """
+    grams = _grams(model, sites, reiterable(batches), inputs_of, mask_of or default_mask_of)
+    orders = {}
+    for site in sites:
+        gram = grams[site.name]
+        if not bool(gram.isfinite().all()):
+            raise FitError(f"{site.name}: the channels are not finite on these batches")
+        if gram.dim() == 2:
+            columns = torch.cat([_columns(model, m.name) for m in site.consumers]).to(gram)
+            gone = eliminate(gram, gram @ columns.t(), ridge=_RIDGE, keep=1).order
+            left = torch.ones(site.width, dtype=torch.bool)
+            left[gone.cpu()] = False
+            orders[site.name] = torch.cat([left.nonzero().flatten(), gone.cpu().flip(0)])
+        else:
+            each = columns_each(site)
+            energy = (gram.cpu() * _column_squares(model, site)).view(site.width, each).sum(1)
+            orders[site.name] = energy.argsort(descending=True, stable=True)
+    return orders
+
+
+@torch.no_grad()
+def permute(model: nn.Module, site: Site, order: Tensor) -> None:
+    """Reorder the channels of a site in place; the model computes what it computed.
+
+    Args:
+        model: whose weights are changed.
+        site: of this model.
+        order: (n,) int64; channel j of the result is channel order[j].
+
+    Raises:
+        FitError: `order` does not name every channel once.
+    """
+    if order.dim() != 1 or not torch.equal(order.cpu().sort().values, torch.arange(site.width)):
+        raise FitError(f"{site.name}: an order names each of the {site.width} channels once")
+    for m, blocks in produced(site):
+        module = model.get_submodule(m.name)
+        for start, step in blocks:
+            rows = start + _expanded(order, step)
+            for tensor in (weight_of(module), cast("Tensor | None", module.bias)):
+                if tensor is not None:
+                    tensor.detach()[start : start + site.width * step] = tensor.detach()[rows.to(tensor.device)]
+    for between in site.between:
+        _reorder(model.get_submodule(between.map.name), site.width, order)
+    for name in norms_of(site):
+        _reorder(model.get_submodule(name), site.width, order)
+    for place in (site.activation, *(between.activation for between in site.between)):
+        if place is not None and not place.calls:
+            _reorder(model.get_submodule(place.module), site.width, order)
+    columns = _expanded(order, columns_each(site))
+    for m in site.consumers:
+        weight = weight_of(model.get_submodule(m.name))
+        weight.copy_(weight[:, columns.to(weight.device)].clone())
+
+
+def _reorder(module: nn.Module, width: int, order: Tensor) -> None:
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dim() and tensor.shape[0] == width > 1:
+            tensor.detach().copy_(tensor.detach()[order.to(tensor.device)].clone())
+
+
+def _expanded(order: Tensor, each: int) -> Tensor:
+    """Indices of the rows, `each` for a channel."""
+    return (order.cpu()[:, None] * each + torch.arange(each)).flatten()
+
+
+def _norms_of_rows(weight: Tensor, block: Block, width: int) -> Tensor:
+    rows = prefix(weight, [block], width).reshape(width, -1)
+    return rows.square().sum(1).sqrt()
+
+
+def _columns(model: nn.Module, name: str) -> Tensor:
+    return weight_of(model.get_submodule(name)).double()
+
+
+def _column_squares(model: nn.Module, site: Site) -> Tensor:
+    """For each column of the consumers, the sum of its squares, (n * columns_each,)."""
+    squares = [_columns(model, m.name).square().transpose(0, 1).flatten(1).sum(1).cpu() for m in site.consumers]
+    return torch.stack(squares).sum(0)
+
+
+def _norms_of_columns(model: nn.Module, site: Site) -> Tensor:
+    return _column_squares(model, site).view(site.width, columns_each(site)).sum(1).sqrt()
+
+
+def _grams(
+    model: nn.Module, sites: Sites, batches: Iterable[Any], inputs_of: InputsOf, mask_of: MaskOf
+) -> Mapping[str, Tensor]:
+    """For each site (n, n), the second moments of what its consumers read; (columns,) their diagonal for others."""
+    sums: dict[str, Tensor] = {}
+    mask: list[Tensor | None] = [None]
+
+    def watch(site: Site) -> Any:
+        full = site.heads is None and not site.channels_first
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            z = args[0].detach()
+            if site.channels_first:
+                z = z.transpose(1, -1).flatten(0, -2)
+            elif mask[0] is not None and z.dim() == 3 and mask[0].shape == z.shape[:2]:
+                z = z[mask[0].bool()]
+            z = z.flatten(0, -2).double()
+            found = z.t() @ z if full else z.square().sum(0)
+            sums[site.name] = sums[site.name] + found if site.name in sums else found
+
+        return hook
+
+    device = model_device(model)
+    consumers = [(site, Place(site.consumers[0].name)) for site in sites]
+    with attachment.exposed(model, [place for _, place in consumers]) as modules, evaluating(model):
+        handles = [modules[place].register_forward_pre_hook(watch(site)) for site, place in consumers]
+        try:
+            for batch in batches:
+                mask[0] = to_device(mask_of(batch), device)
+                call(model, to_device(inputs_of(batch), device))
+        finally:
+            for handle in handles:
+                handle.remove()
+    if len(sums) < len(sites):
+        raise FitError("there are no batches to order the channels on")
+    return sums

@@ -1,0 +1,323 @@
+"""Layers that compute with the first channels of a site only, and leave the rest of their weights alone.
+
+    widths = {site.name: Width(site.width) for site in sites}
+    places = attach_prefix(model, sites, widths)
+    widths["head"].live = 128           # the next forward pass in eval mode computes 128 channels
+
+What is attached shares its parameters, buffers and hooks with the layer that stood there: names in the `state_dict`
+stay, and detaching gives back the layer with the weights as they are. Only the maps that produce the channels know
+the width; everything behind them follows the shape of its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from shallower.errors import MethodError
+from shallower.modules import attachment
+from shallower.modules.layers import is_conv1d
+from shallower.sites.site import Heads, LinearMap, Place, Site
+
+Block = tuple[int, int]
+"""(start, step): k channels are the rows start, ..., start + k step - 1 of a map."""
+
+
+class Width:
+    """How many channels of a site are computed: `drawn` while training, `live` in eval mode."""
+
+    def __init__(self, full: int) -> None:
+        self.full = self.live = self.drawn = full
+
+    def now(self, training: bool) -> int:
+        """The width in this mode."""
+        return self.drawn if training else self.live
+
+
+def attach_prefix(
+    model: nn.Module, sites: Iterable[Site], widths: Mapping[str, Width], *, rescale: float = 1.0
+) -> list[Place]:
+    """Make the layers of some sites compute with the first channels only.
+
+    Args:
+        model: to attach to.
+        sites: whose channels may be kept one by one.
+        widths: say how many, by the name of the site; shared by all layers of a site.
+        rescale: multiply what the consumers read by (n / k) to this power, behind the BatchNorms.
+
+    Returns:
+        Where something was attached.
+
+    Raises:
+        MethodError: a BatchNorm is synchronised between processes, it is not known how the channels of an activation
+            are counted, or something is attached there already.
+    """
+    places: list[Place] = []
+    try:
+        for site in sites:
+            _attach(model, site, widths[site.name], rescale, places)
+    except Exception:
+        attachment.detach(model, places)
+        raise
+    return places
+
+
+def _attach(model: nn.Module, site: Site, width: Width, rescale: float, places: list[Place]) -> None:
+    def put(place: Place, make: Callable[[nn.Module], nn.Module]) -> None:
+        attachment.attach(model, place, make)
+        places.append(place)
+
+    def map_at(name: str) -> PrefixMap:
+        place = Place(name)
+        if place not in places:
+            put(place, lambda layer: _view(layer, PrefixMap))
+        return cast("PrefixMap", model.get_submodule(name))
+
+    if site.heads is not None and site.heads.counts:
+        heads = site.heads
+        put(Place(heads.module), lambda module: _counting(module, heads, width))
+    for m, blocks in produced(site):
+        module = map_at(m.name)
+        if module.prefix_rows is not None:
+            raise MethodError(f"{site.name}: `{m.name}` gives another site's channels too; leave one of the two out")
+        module.prefix_rows = _Rows(width, blocks)
+    for between in site.between:
+        put(Place(between.map.name), lambda layer: _view(layer, _PrefixDepthwise))
+    for name in norms_of(site):
+        put(Place(name), partial(_norm, name=name))
+    for place in (site.activation, *(between.activation for between in site.between)):
+        if place is not None and _stands_in_the_way(model, place, site):
+            put(place, lambda f: _activation(f, site))
+    for m in site.consumers:
+        map_at(m.name).rescale = rescale
+
+
+def produced(site: Site) -> list[tuple[LinearMap, tuple[Block, ...]]]:
+    """The maps that give a site's channels, each with the rows that belong to them."""
+    if site.heads is not None:
+        return [(m, _head_blocks(site.heads, m)) for m in site.heads.maps]
+    maps: list[tuple[LinearMap, tuple[Block, ...]]] = []
+    if site.gate is not None:
+        maps.append((site.gate, ((0, 1),)))
+    if site.producer is not None:
+        maps.append((site.producer, ((0, 1), (site.width, 1)) if site.packed else ((0, 1),)))
+    return maps
+
+
+def norms_of(site: Site) -> list[str]:
+    """The BatchNorms between a site's producer and its consumers, by name."""
+    names = [site.norm_before, site.norm_after]
+    names += [name for between in site.between for name in (between.norm_before, between.norm_after)]
+    return [name for name in names if name]
+
+
+def columns_each(site: Site) -> int:
+    """Input columns of the consumers that one channel owns."""
+    return site.block
+
+
+def _head_blocks(heads: Heads, m: LinearMap) -> tuple[Block, ...]:
+    rows = [
+        own
+        for projection, own in (
+            (heads.query, heads.query_rows),
+            (heads.key, heads.key_rows),
+            (heads.value, heads.value_rows),
+        )
+        if projection.name == m.name
+    ]
+    if all(step == length for _, step, length in rows):
+        return tuple((start, step) for start, step, _ in sorted(rows))
+    # query, key and value of one head stand together: the rows of the first k heads are one block
+    return ((min(start for start, _, _ in rows), rows[0][1]),)
+
+
+# ---------------------------------------------------------------------- linear maps
+
+
+@dataclass
+class _Rows:
+    width: Width
+    blocks: tuple[Block, ...]
+
+
+class PrefixMap(nn.Module):
+    """A linear map of which the first output channels, or input channels, are computed.
+
+    It may be the producer of one site and the consumer of another.
+    """
+
+    prefix_rows: _Rows | None = None
+    rescale = 0.0
+
+    @property
+    def logical_weight(self) -> Tensor:
+        """(d_out, d_in), or (d_out, d_in, kh, kw)."""
+        weight = cast("Tensor", self.weight)
+        return weight.t() if is_conv1d(self) else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x with any number of the input channels from the first; the result has the site's width."""
+        weight = self.logical_weight
+        bias = cast("Tensor | None", self.bias)
+        if self.prefix_rows is not None:
+            k = self.prefix_rows.width.now(self.training)
+            if k < self.prefix_rows.width.full:
+                weight = prefix(weight, self.prefix_rows.blocks, k)
+                bias = None if bias is None else prefix(bias, self.prefix_rows.blocks, k)
+        channels = x.shape[1 if weight.dim() == 4 else -1]
+        full = weight.shape[1]
+        if channels < full:
+            weight = weight[:, :channels]
+            weight = weight * (full / channels) ** self.rescale if self.rescale else weight
+        if weight.dim() == 2:
+            return F.linear(x, weight, bias)
+        return F.conv2d(x, weight, bias, **_geometry(self), groups=cast("int", self.groups))
+
+
+class _PrefixDepthwise(nn.Module):
+    """A depthwise convolution of as many channels as come in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        weight, bias = _first(self.weight, channels), _first(self.bias, channels)
+        return F.conv2d(x, cast("Tensor", weight), bias, **_geometry(self), groups=channels)
+
+
+def _geometry(module: nn.Module) -> dict[str, Any]:
+    return {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+
+
+def prefix(tensor: Tensor, blocks: Sequence[Block], k: int) -> Tensor:
+    """The rows of the first k channels: a view where they are one block."""
+    parts = [tensor[start : start + k * step] for start, step in blocks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# ---------------------------------------------------------------------- norms, activations, attention
+
+
+class _PrefixNorm(nn.Module):
+    """A BatchNorm of as many channels as come in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        mean: Any = self.running_mean
+        var: Any = self.running_var
+        batch = self.training or (mean is None and var is None)
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            cast("Tensor", self.num_batches_tracked).add_(1)
+        momentum = cast("float | None", self.momentum)
+        if momentum is None:
+            momentum = (
+                1.0 / float(cast("Tensor", self.num_batches_tracked)) if batch and self.track_running_stats else 0.0
+            )
+        kept = not self.training or self.track_running_stats
+        return F.batch_norm(
+            x,
+            _first(mean if kept else None, channels),
+            _first(var if kept else None, channels),
+            _first(self.weight, channels),
+            _first(self.bias, channels),
+            batch,
+            momentum,
+            cast("float", self.eps),
+        )
+
+
+class _PrefixVectors(nn.Module):
+    """A module with vectors of one number for each channel, on as many channels as come in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (original,), full, dim = cast("tuple[list[nn.Module], int, int]", self.prefix_of)
+        channels = x.shape[dim]
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        own = {name: t[:channels] if t.dim() and t.shape[0] == full else t for name, t in tensors.items()}
+        original.training = self.training
+        if "momentum" in vars(self):
+            original.momentum = self.momentum
+        return cast("Tensor", functional_call(original, own, (x,)))
+
+
+def _first(vector: Any, channels: int) -> Tensor | None:
+    return None if vector is None else cast("Tensor", vector)[:channels]
+
+
+def _norm(norm: nn.Module, name: str) -> nn.Module:
+    if isinstance(norm, nn.SyncBatchNorm) or not isinstance(norm, _BatchNorm):
+        raise MethodError(
+            f"`{name}` is a {type(norm).__name__}, of which the first channels alone are not computed here; train with "
+            "nn.BatchNorm (each process on its own statistics), or leave the site out"
+        )
+    # a norm that does more (timm's, with an activation inside) keeps its own forward
+    plain = type(norm).forward is _BatchNorm.forward
+    return _view(norm, _PrefixNorm) if plain else _with_vectors(norm, norm.num_features, 1)
+
+
+def _stands_in_the_way(model: nn.Module, place: Place, site: Site) -> bool:
+    """Whether something has to stand at the activation: parameters of its own, or a fused path that would be taken."""
+    owner = model.get_submodule(place.module if place.calls else place.module.rpartition(".")[0])
+    if isinstance(owner, nn.TransformerEncoderLayer):
+        return True
+    if place.calls:
+        return False
+    return any(p.numel() == site.width > 1 for p in model.get_submodule(place.module).parameters())
+
+
+def _activation(f: nn.Module, site: Site) -> nn.Module:
+    if not any(p.numel() == site.width > 1 for p in f.parameters()):
+        return f
+    if not isinstance(f, nn.PReLU) and not hasattr(f, "slope"):
+        raise MethodError(f"{site.name}: it is not known how the channels of a {type(f).__name__} are counted")
+    return _with_vectors(f, site.width, 1 if site.channels_first else -1)
+
+
+def _with_vectors(original: nn.Module, width: int, dim: int) -> nn.Module:
+    view = _view(original, _PrefixVectors)
+    # in a list: it shares its parameters with the view, and is no child of it
+    vars(view)["prefix_of"] = ([original], width, dim)
+    return view
+
+
+def _counting(module: nn.Module, heads: Heads, width: Width) -> nn.Module:
+    """The attention module, whose forward finds as many heads as are computed in its own attributes."""
+    if "forward" in vars(module):
+        raise MethodError(
+            f"`{heads.module}`: its forward has been replaced on the instance, and the number of heads cannot change "
+            "under it; leave the site out"
+        )
+    view = _view(module, _PrefixAttention)
+    vars(view)["prefix_counts"] = (width, heads.counts)
+    return view
+
+
+class _PrefixAttention(nn.Module):
+    """An attention module whose forward finds as many heads as are computed in its own attributes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        width, counts = cast("tuple[Width, tuple[tuple[str, int], ...]]", self.prefix_counts)
+        k = width.now(self.training)
+        for name, each in counts:
+            setattr(self, name, each * k)
+        return super().forward(*args, **kwargs)  # of the class that it is a view of
+
+
+def _view(original: nn.Module, behaviour: type[nn.Module]) -> nn.Module:
+    """The same layer with another forward: of its class, and with its parameters, buffers, children and hooks."""
+    kinds: tuple[type[nn.Module], type[nn.Module]] = (behaviour, type(original))
+    if kinds not in _CLASSES:
+        _CLASSES[kinds] = type(f"Prefix{kinds[1].__name__}", kinds, {})
+    view = object.__new__(_CLASSES[kinds])
+    vars(view).update(vars(original))
+    return view
+
+
+_CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}

@@ -1,0 +1,1 @@
+"""Calibrated squeezing: channels chosen and layers refitted from second moments, without training."""

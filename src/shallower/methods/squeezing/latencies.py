@@ -1,0 +1,293 @@
+"""How long each site takes at each width, measured on this machine, as part of what the whole model takes.
+
+    found = site_latencies(model, sites, example_inputs)
+    found["encoder.layer.0"].at(384)        # part of the model's time; .at(0) for one linear map in its place
+
+All sites are narrowed alike, for a few widths, and the narrowed model runs in turns with the model as it is: what the
+machine does meanwhile falls on both, and a site is timed where it stands, between its first layer and its last. Widths
+in between are interpolated. What was measured is kept on disk for the next time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.benchmark import timer
+from tqdm.auto import tqdm
+
+from shallower.core.inputs import Inputs, call, model_device, tensors, to_device
+from shallower.core.modes import evaluating
+from shallower.measuring.measurement import device_name
+from shallower.methods.squeezing.refitting import may_have_path
+from shallower.modules.attachment import detached_copy
+from shallower.planning.entries import Entry, Fate
+from shallower.planning.forms import steps
+from shallower.sites.site import LinearMap, Site
+from shallower.surgery.operating import operate
+
+PARTS = 8
+"""Widths that are measured: so many equal parts of a site's own."""
+
+_Timed = tuple[float, dict[int, float]]
+"""A site's part of the model's time, and for each measured width the part of the site's own."""
+
+_ROUNDS = 15
+_SECONDS = 1.0
+"""At most about so long for each measured width, but never fewer than three rounds."""
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one site, by width.
+
+    Attributes:
+        width: of the site as it is.
+        part: of the whole model's time that the site takes as it is.
+        shares: width -> part of the site's own time, measured; 0 stands for one linear map in the site's place.
+    """
+
+    width: int
+    part: float
+    shares: Mapping[int, float]
+
+    def at(self, width: int) -> float:
+        """Part of the model's time as it is that the site takes at this width, 0 for one linear map.
+
+        Between two measured widths it is interpolated, below the least it is taken to go on as above it.
+        """
+        if width == 0 and 0 in self.shares:
+            return self.part * self.shares[0]
+        known = sorted((w, share) for w, share in {**self.shares, self.width: 1.0}.items() if w > 0)
+        if len(known) == 1:
+            return self.part
+        i = min(max(bisect_left([w for w, _ in known], width), 1), len(known) - 1)
+        (low, there), (high, here) = known[i - 1], known[i]
+        return self.part * max(there + (here - there) * (width - low) / (high - low), 0.0)
+
+
+def site_latencies(
+    model: nn.Module,
+    sites: Sequence[Site],
+    example_inputs: Inputs,
+    *,
+    round_to: int = 1,
+    collapse: Iterable[str] = (),
+    cache: Path | None = None,
+) -> dict[str, Latency]:
+    """Measured latencies of the sites, by name.
+
+    Args:
+        model: with nothing attached to it; it is not changed.
+        sites: of this model, whose channels can be kept one by one.
+        example_inputs: what it is timed on; batch and shape matter.
+        round_to: widths that are measured are multiples of this.
+        collapse: sites (by name) that are also measured as one linear map.
+        cache: the file for what was measured; by default `cache_file()`. One that cannot be read is written anew.
+    """
+    path = cache_file() if cache is None else cache
+    inputs = to_device(example_inputs, model_device(model))
+    merged = set(collapse)
+    shapes = {site.name: _shape(site, site.name in merged) for site in sites}
+    key = _key(model, shapes.values(), inputs, round_to)
+    known = _read(path)
+    if len(known.get(key, ())) != len(sites):
+        known[key] = _by_shape(_measured(model, sites, inputs, round_to, merged), shapes)
+        _write(path, known)
+    found = zip(sites, known[key], strict=True)
+    return {site.name: Latency(site.width, part, shares) for site, (part, shares) in found}
+
+
+def candidates(width: int, round_to: int = 1) -> list[int]:
+    """Widths that are measured, ascending, without the site's own."""
+    found = {max(round_to, width * part // PARTS // round_to * round_to) for part in range(1, PARTS)}
+    return sorted(w for w in found if 0 < w < width)
+
+
+def cache_file() -> Path:
+    """Where measured latencies are kept: in $SHALLOWER_CACHE, or the user's cache folder."""
+    base = os.environ.get("SHALLOWER_CACHE")
+    folder = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shallower"
+    return folder / "latencies.json"
+
+
+def _measured(model: nn.Module, sites: Sequence[Site], inputs: Inputs, round_to: int, merged: set[str]) -> list[_Timed]:
+    """For each site: its part of the model's time, and for each width the part of its own."""
+    ladders = {site.name: candidates(site.width, round_to) for site in sites}
+    levels = [*range(max(map(len, ladders.values()), default=0)), *([-1] if merged else [])]
+    ratios: dict[str, dict[int, list[float]]] = {site.name: {} for site in sites}
+    spent = {site.name: [0.0, 0.0] for site in sites}
+    for level in tqdm(levels, desc="measuring latencies", delay=2, leave=False):
+        widths = dict.fromkeys(merged, 0)
+        if level >= 0:
+            widths = {name: ladder[level] for name, ladder in ladders.items() if level < len(ladder)}
+        chosen = [site for site in sites if site.name in widths]
+        small = narrowed_copy(model, chosen, widths)
+        for dense, narrow in _in_turns(model, small, chosen, inputs):
+            for name, width in widths.items():
+                ratios[name].setdefault(width, []).append(narrow[name] / dense[name])
+                # Sums, not medians: other work on the machine interrupts long passes oftener than short sites.
+                spent[name][0] += dense[name]
+                spent[name][1] += dense[""]
+    return [
+        (
+            spent[site.name][0] / spent[site.name][1] if spent[site.name][1] else 0.0,
+            {width: statistics.median(found) for width, found in ratios[site.name].items()},
+        )
+        for site in sites
+    ]
+
+
+def narrowed_copy(
+    model: nn.Module, sites: Sequence[Site], widths: Mapping[str, int], *, paths: bool = False
+) -> nn.Module:
+    """A copy with the sites at these widths (0: one linear map), and whatever weights: good for timing only.
+
+    With `paths`, some channels of each site where that can be are a linear path.
+    """
+    small = detached_copy(model)
+    changed = [site for site in sites if widths[site.name] != site.width]
+    for step in steps([stand_in(site, widths[site.name], path=paths) for site in changed]):
+        operate(small, step)
+    return small
+
+
+def stand_in(site: Site, width: int, *, path: bool = False) -> Entry:
+    """An entry that makes the site so wide, 0 for one linear map: what counts is its size and not its channels.
+
+    With `path`, an eighth of the channels are a linear path, where the site can have one.
+    """
+    if width == 0:
+        return Entry.collapse(site)
+    entry = Entry.narrow(site, torch.arange(width))
+    if not path or width < PARTS or not may_have_path(site):
+        return entry
+    fates = entry.fates.clone()
+    fates[width - width // PARTS : width] = int(Fate.LINEAR)
+    return replace(entry, fates=fates)
+
+
+def _in_turns(
+    model: nn.Module, small: nn.Module, sites: Sequence[Site], inputs: Inputs
+) -> Iterable[tuple[dict[str, float], dict[str, float]]]:
+    """Seconds of each site in both models, round by round, after a pass to warm up."""
+    rounds: list[tuple[dict[str, float], dict[str, float]]] = []
+    with evaluating(model), evaluating(small), torch.inference_mode():
+        clocks = (_Clock(model, sites), _Clock(small, sites))
+        try:
+            for clock in clocks:
+                clock.run(inputs)
+            start = timer()
+            while len(rounds) < _ROUNDS and (len(rounds) < 3 or timer() - start < _SECONDS):
+                order = (0, 1) if len(rounds) % 2 else (1, 0)
+                found = {i: clocks[i].run(inputs) for i in order}
+                rounds.append((found[0], found[1]))
+        finally:
+            for clock in clocks:
+                clock.remove()
+    return rounds
+
+
+class _Clock:
+    """Times sites where they stand: from the first of their layers to the end of the last consumer."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        self.model = model
+        self.started: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self._handles: list[Any] = []
+        for site in sites:
+            for m in site.maps:
+                before, after = self._hooks(site, m)
+                module = model.get_submodule(m.name)
+                self._handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+    def _hooks(self, site: Site, m: LinearMap) -> tuple[Any, Any]:
+        last = m.name == site.consumers[-1].name
+
+        def before(*_: object) -> None:
+            self.started.setdefault(site.name, timer())
+
+        def after(*_: object) -> None:
+            if last:
+                self.seconds[site.name] = self.seconds.get(site.name, 0.0) + timer() - self.started.pop(site.name)
+
+        return before, after
+
+    def run(self, inputs: Inputs) -> dict[str, float]:
+        """Seconds of each site in one forward pass, and of all of it under the name ""."""
+        self.started, self.seconds = {}, {}
+        start = timer()
+        call(self.model, inputs)
+        self.seconds[""] = timer() - start
+        return self.seconds
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _by_shape(found: Sequence[_Timed], shapes: Mapping[str, str]) -> list[_Timed]:
+    """Medians over the sites of the same shape, since these differ by noise alone; wider is never faster."""
+    groups: dict[str, list[_Timed]] = {}
+    for shape, timed in zip(shapes.values(), found, strict=True):
+        groups.setdefault(shape, []).append(timed)
+    result = {}
+    for shape, group in groups.items():
+        shares = {w: statistics.median(each[1][w] for each in group) for w in group[0][1]}
+        most = 0.0
+        for width in sorted(w for w in shares if w > 0):
+            shares[width] = most = max(most, shares[width])
+        result[shape] = (statistics.fmean(part for part, _ in group), shares)
+    return [result[shape] for shape in shapes.values()]
+
+
+def _shape(site: Site, merged: bool) -> str:
+    """What a site's latency depends on."""
+    maps = [
+        [m.kind, m.d_in, m.d_out, m.bias, m.positions, m.kernel, m.stride, m.padding, m.dilation, m.groups]
+        for m in site.maps
+    ]
+    return json.dumps([maps, site.width, site.calls, site.activation_name, site.packed, bool(site.norm_before), merged])
+
+
+def _key(model: nn.Module, shapes: Iterable[str], inputs: Inputs, round_to: int) -> str:
+    """What latencies depend on, as a hash: the model's and the inputs' shapes, the device, and how it is used."""
+    given = [(str(t.dtype), list(t.shape)) for t in tensors(inputs)]
+    weight = next(model.parameters())
+    size = [type(model).__name__, sum(p.numel() for p in model.parameters()), sum(1 for _ in model.modules())]
+    device = [device_name(weight.device), torch.get_num_threads(), str(weight.dtype), torch.__version__]
+    text = json.dumps([list(shapes), size, given, device, round_to])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> dict[str, list[_Timed]]:
+    """What was measured before; nothing where the file is missing or damaged."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        known = {
+            str(key): [(float(part), {int(w): float(share) for w, share in shares.items()}) for part, shares in found]
+            for key, found in json.loads(path.read_text()).items()
+        }
+        timed = [each for found in known.values() for each in found]
+        if all(0 <= part <= 1 and all(0 <= share < 100 for share in shares.values()) for part, shares in timed):
+            return known
+    return {}
+
+
+def _write(path: Path, known: Mapping[str, list[_Timed]]) -> None:
+    """Keep what was measured, if the file can be written."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(known))
+        partial.replace(path)

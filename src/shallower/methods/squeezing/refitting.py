@@ -1,0 +1,316 @@
+"""One site squeezed: which channels stay, and what its consumers become, from Gram matrices alone.
+
+entry = narrowed(site, grams, metric, width=384)
+curve = error_curve(site, grams, metric)                # {width: error}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from shallower.calibrating.grams import Centred, Gram, SiteGrams, may_collapse
+from shallower.calibrating.selection import Elimination, columns_of, eliminate, fit_error, ridge_fit
+from shallower.errors import FitError
+from shallower.methods.squeezing.linear_paths import PathGains, eliminate_beyond, path, path_gains, seen_through
+from shallower.methods.squeezing.reconstruction import Layers, Reconstruction, over_processes, reconstruct
+from shallower.planning.entries import Entry, Fate, Fit
+from shallower.sites.site import Site
+
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+"""Ridges that held-out rows choose from, relative to the mean diagonal."""
+
+_SELECTION_RIDGE = 1e-4
+_DAMPING = 1e-2
+_DAMPING_OF_IMAGES = 1.0
+"""Shares of plain size in the weight of errors; large where positions tell nearly the same, and the rest is noisy."""
+
+_LEAST = 1e-4
+
+_TRIALS = 2
+"""Splits into channels and a linear path that are tried on held-out rows."""
+
+_EQUATIONS = 16
+"""Outputs seen for each number to be fitted, below which producers stay as they are: what fits the calibration data
+better, and held-out data like them, then takes other data farther from the dense network."""
+
+
+def metric_of(site: Site, metrics: Mapping[str, Tensor], grams: SiteGrams) -> Tensor:
+    """(d, d) float64, positive definite: the weight of errors at the consumers' outputs, one beside the other.
+
+    What the model's output makes of them (see `fisher.py`), and to a part their size in the residual stream.
+    """
+    found = [metrics[m.name] for m in site.consumers if m.name in metrics]
+    d = len(grams.fit.yy)
+    units = torch.ones(d) if grams.units is None else grams.units
+    plain = torch.diag(units.to(grams.fit.yy).square())
+    plain += _LEAST * plain.diagonal().mean().clamp_min(_LEAST) * torch.eye(d).to(plain)
+    if len(found) < len(site.consumers) or all(bool((t == 0).all()) for t in found):
+        moments = _moments(site, grams)
+        scale = 1.0 / (moments.yy * plain.diagonal()).sum().clamp_min(torch.finfo(torch.float64).tiny)
+        return scale * plain
+    metric: Tensor = torch.block_diag(*found)  # type: ignore[no-untyped-call]
+    damping = _DAMPING_OF_IMAGES if site.consumers[0].taps > 1 else _DAMPING
+    return metric + damping * metric.diagonal().mean() / plain.diagonal().mean() * plain
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What the consumers are to read: channels that stay, and perhaps a linear path beside them.
+
+    Attributes:
+        kept: (k,) int64.
+        down: (rank, d_in), or None.
+        seen: Gram matrices of these columns, for fitting and held out.
+        ridge: with the least error on held-out rows.
+        error: that error, as a part of the variance there.
+    """
+
+    kept: Tensor
+    down: Tensor | None
+    seen: tuple[Gram, Gram]
+    ridge: float
+    error: float
+
+    @classmethod
+    def of(cls, site: Site, grams: SiteGrams, metric: Tensor, kept: Tensor, down: Tensor | None = None) -> _Choice:
+        """With the ridge that held-out rows choose."""
+        pair = (grams.fit, grams.held) if grams.joint is None or down is None else grams.joint
+        columns, n = columns_of(kept, site.consumers[0].taps), len(grams.fit.z)
+        seen = (seen_through(pair[0], n, columns, down), seen_through(pair[1], n, columns, down))
+        return cls(kept, down, seen, *_best_ridge(site, seen, metric))
+
+
+def narrowed(
+    site: Site, grams: SiteGrams, metric: Tensor, width: int, small: nn.Module | None = None, *, paths: int = 0
+) -> Entry:
+    """Keep this many channels, and fit the consumers to them; with `small`, the producers too where that helps.
+
+    With `paths`, fewer channels stay and a linear path stands beside them, together at no higher cost, where held-out
+    rows say that this is better.
+
+    Args:
+        site: to be narrowed.
+        grams: with rows, if the producers are to be fitted; with `joint`, if there may be a path.
+        metric: weight of errors, see `metric_of`.
+        width: channels that stay, or what costs as much.
+        small: the model with the earlier sites squeezed and this one as it was.
+        paths: the rank of a path, and the number of channels beside it, are multiples of this; 0 for no path.
+
+    Raises:
+        FitError: the calibration data are too few or not finite.
+    """
+    moments = _moments(site, grams)
+    taps = site.consumers[0].taps
+    root = _root(metric)
+    kept = eliminate(moments.zz, moments.zy @ root, ridge=_SELECTION_RIDGE, keep=width, taps=taps).kept(width)
+    choices = [_Choice.of(site, grams, metric, kept)]
+    if paths and (other := _with_path(site, grams, metric, width, paths)) is not None:
+        choices.append(other)
+    found = [None if small is None else _reconstructed(small, site, grams, choice, root) for choice in choices]
+    errors = [c.error if f is None else c.error * f.after / f.before for c, f in zip(choices, found, strict=True)]
+    best = errors.index(min(errors))
+    fit = _fit(site, choices[best], found[best])
+    return Entry.narrow(site, choices[best].kept.cpu(), fit=fit, note=_note(errors[best]))
+
+
+def collapsed(site: Site, grams: SiteGrams, metric: Tensor) -> Entry:
+    """One linear map from what the producer reads to what the consumers should give."""
+    if grams.inputs is None:
+        raise FitError("a full collapse needs Gram matrices of what the producer reads")
+    ridge, error = _best_ridge(site, grams.inputs, metric)
+    moments = (grams.inputs[0] + grams.inputs[1]).centred(_intercept(site))
+    weight = ridge_fit(moments.zz, moments.zy, ridge)
+    weights, biases = _by_consumer(site, weight, moments.mean_y - weight @ moments.mean_z, 0)
+    n = site.width
+    return Entry(
+        site,
+        torch.full((n,), int(Fate.LINEAR), dtype=torch.int8),
+        torch.ones(n, dtype=torch.float64),
+        torch.zeros(n, dtype=torch.float64),
+        fit=Fit((), biases, None, weights),
+        note=_note(error),
+    )
+
+
+def error_curve(site: Site, grams: SiteGrams, metric: Tensor, *, paths: int = 0) -> dict[int, float]:
+    """The error at every width, in units of `metric`; at width 0, of a full collapse, where `grams` has the inputs.
+
+    With `paths` (see `narrowed`), at each width the error of the best split into channels and a linear path.
+    """
+    moments, root = _moments(site, grams), _root(metric)
+    elimination = eliminate(moments.zz, moments.zy @ root, ridge=_SELECTION_RIDGE, keep=0, taps=site.consumers[0].taps)
+    whole = elimination.error(0)
+    errors = [elimination.error(k) for k in range(site.width + 1)]
+    if paths and (found := _paths(site, grams, metric)) is not None:
+        errors[1:] = [max(0.0, min(errors[k], found[1].best(k, paths)[2])) for k in range(1, site.width + 1)]
+    curve = {k: _damage(errors[k], whole) for k in range(1, site.width + 1)}
+    if grams.inputs is not None and may_collapse(site):
+        _, error = _best_ridge(site, grams.inputs, metric)
+        curve[0] = _damage(error * whole, whole)
+    return curve
+
+
+def _damage(error: float, whole: float) -> float:
+    """An error as the sites' budgets see it: for small ones the error itself, without bound where all is lost.
+
+    The second-order estimate is right for small errors only: a site that loses most of what it says costs more, and
+    without this the knapsack takes all from a few sites.
+    """
+    return error / max(1 - error / whole, 1e-6) if whole > 0 else 0.0
+
+
+def _intercept(site: Site) -> bool:
+    """Whether the fit has an intercept: always at convolutions; elsewhere where the consumer has a bias to hold it.
+
+    A bias that was not there would keep the stock class from loading the result.
+    """
+    return all(c.bias or c.kind != "linear" for c in site.consumers)
+
+
+def _moments(site: Site, grams: SiteGrams) -> Centred:
+    try:
+        return grams.all.centred(_intercept(site))
+    except FitError as error:
+        raise FitError(f"{site.name}: {error}") from error
+
+
+def _root(metric: Tensor) -> Tensor:
+    """Its symmetric square root."""
+    values, vectors = torch.linalg.eigh(metric)
+    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    return root
+
+
+def may_have_path(site: Site) -> bool:
+    """Whether a linear path can stand beside kept channels: every map is a matrix, and all see the same positions."""
+    if site.not_linear or site.producer is None or site.activation is None or site.kind == "heads":
+        return False
+    if site.between or site.averaged or site.pooled or site.flattened:
+        return False
+    return all(m.taps == 1 and m.groups == 1 and m.stride == (1, 1) and m.padding == (0, 0) for m in site.maps)
+
+
+def price_of_path(site: Site) -> float:
+    """What a channel of a linear path costs, where a kept channel costs 1: less beside a gate that is its own layer."""
+    if site.gate is None or site.producer is None:
+        return 1.0
+    others = site.producer.d_in + sum(c.d_out for c in site.consumers)
+    weights = others / (others + site.gate.d_in)
+    params = (others + site.producer.bias) / (others + site.producer.bias + site.gate.d_in + site.gate.bias)
+    return max(weights, params)
+
+
+def _with_path(site: Site, grams: SiteGrams, metric: Tensor, width: int, paths: int) -> _Choice | None:
+    """The best of some splits into channels and a path by held-out error; None where no rank takes error away.
+
+    The rank that is best by all rows, and the best that is at most half of it, since a path fits more numbers than the
+    channels in whose place it stands. For the comparison paths are found without the held-out rows.
+    """
+    found = _paths(site, grams, metric)
+    if found is None or grams.joint is None:
+        return None
+    elimination, gains = found
+    n, root, intercept = elimination.channels, _root(metric), _intercept(site)
+    best: _Choice | None = None
+    most = len(root)
+    for _ in range(_TRIALS):
+        k, rank, _ = gains.best(width, paths, most)
+        if rank == 0:
+            break
+        kept, most = elimination.kept(k), rank // 2
+        down = path(grams.joint[0].centred(intercept), n, kept, rank, root, ridge=_SELECTION_RIDGE)
+        trial = _Choice.of(site, grams, metric, kept, down)
+        best = trial if best is None or trial.error < best.error else best
+    if best is None or best.down is None:
+        return None
+    whole = (grams.joint[0] + grams.joint[1]).centred(intercept)
+    down = path(whole, n, best.kept, len(best.down), root, ridge=_SELECTION_RIDGE)
+    seen = tuple(seen_through(part, n, best.kept, down) for part in grams.joint)
+    return replace(best, down=down, seen=(seen[0], seen[1]))
+
+
+def _paths(site: Site, grams: SiteGrams, metric: Tensor) -> tuple[Elimination, PathGains] | None:
+    """Which channels stay beside a path, and what a path does then; None where there can be none."""
+    if grams.joint is None or not may_have_path(site):
+        return None
+    moments, root = (grams.joint[0] + grams.joint[1]).centred(_intercept(site)), _root(metric)
+    elimination = eliminate_beyond(moments, site.width, root, ridge=_SELECTION_RIDGE)
+    return elimination, path_gains(moments, elimination, root, ridge=_SELECTION_RIDGE, price=price_of_path(site))
+
+
+def enough_for_producers(site: Site, kept: int, positions: float) -> bool:
+    """Whether so many rows are enough to fit the producers' rows of so many channels too."""
+    made = [m for m in (site.producer, site.gate) if m is not None]
+    columns = sum(m.d_in * m.taps * (2 if site.packed else 1) for m in made)
+    d = sum(m.d_out for m in site.consumers)
+    return positions * d >= _EQUATIONS * kept * (columns + d * site.consumers[0].taps)
+
+
+def _reconstructed(
+    small: nn.Module, site: Site, grams: SiteGrams, choice: _Choice, root: Tensor
+) -> Reconstruction | None:
+    """The site with its producers fitted too; None where that cannot be done, is not to be trusted or does not help."""
+    fit, held = grams.rows
+    layers = Layers.of(small, site, choice.kept, choice.down) if fit and held else None
+    if layers is None:
+        return None
+    positions = over_processes(torch.tensor(float(sum(rows.positions for rows in fit)), device=root.device))
+    if not enough_for_producers(site, len(choice.kept), float(positions)):
+        return None
+    found = reconstruct(layers, fit, held, root, ridge=choice.ridge, intercept=_intercept(site))
+    return found if found.after < found.before else None
+
+
+def _fit(site: Site, choice: _Choice, found: Reconstruction | None) -> Fit:
+    """Consumers fitted to what a choice lets them read; or what was found with the producers fitted too."""
+    if found is None:
+        read = (choice.seen[0] + choice.seen[1]).centred(_intercept(site))
+        weight = ridge_fit(read.zz, read.zy, choice.ridge)
+        bias = read.mean_y - weight @ read.mean_z
+    else:
+        weight, bias = found.weight, found.bias
+    kept, taps, down = len(choice.kept), site.consumers[0].taps, choice.down
+    fit = Fit(*_by_consumer(site, weight[:, : kept * taps], bias, kept))
+    if down is not None:
+        ups, _ = _by_consumer(site, weight[:, kept * taps :], bias, len(down))
+        pointwise = site.consumers[0].kind == "conv2d"
+        fit = replace(fit, down=down.cpu()[:, :, None, None] if pointwise else down.cpu(), ups=ups)
+    return fit if found is None else found.added_to(fit)
+
+
+def _note(error: float) -> str:
+    """What the held-out rows say, as a part of the weighted variance of what the consumers should give."""
+    return f"held-out error {error:.2%}" if error < float("inf") else ""
+
+
+def _best_ridge(site: Site, pair: tuple[Gram, Gram], metric: Tensor) -> tuple[float, float]:
+    """The ridge with the least error on held-out rows, and that error as a part of the variance there."""
+    intercept = _intercept(site)
+    if pair[0].count < 2 or pair[1].count < 2:
+        return RIDGES[-1], float("inf")
+    fit, held = pair[0].centred(intercept), pair[1].centred(intercept)
+    scale = metric.diagonal().sqrt()
+    yy = float((held.yy * scale.square()).sum())
+    best = (RIDGES[-1], float("inf"))
+    for ridge in RIDGES:
+        try:
+            weight = ridge_fit(fit.zz, fit.zy, ridge)
+        except FitError:
+            continue
+        error = fit_error(held.zz, held.zy * scale, yy, scale[:, None] * weight)
+        if error < best[1]:
+            best = (ridge, error)
+    return best[0], best[1] / yy if yy > 0 else 0.0
+
+
+def _by_consumer(site: Site, weight: Tensor, bias: Tensor, width: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    sizes = [c.d_out for c in site.consumers]
+    weights = []
+    for c, part in zip(site.consumers, torch.split(weight.cpu(), sizes), strict=True):
+        weights.append(part.reshape(c.d_out, width, *c.kernel) if c.kind == "conv2d" and width else part)
+    biases = torch.split(bias.cpu(), sizes)
+    return tuple(weights), tuple(b.clone() for b in biases)

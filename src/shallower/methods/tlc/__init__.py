@@ -1,0 +1,1 @@
+"""Till the Layers Collapse: activations removed one after another, and layers merged."""

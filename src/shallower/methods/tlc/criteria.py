@@ -1,0 +1,251 @@
+"""Which activations a network can do without: what their inputs are like, and orders made of that.
+
+    normals = input_statistics(model, sites, batches)       # BatchNorm's own word, or measured
+    expected_change(normals["layer1.0"], slope, offset)     # of putting a line in the place of a ReLU
+
+References: TLC, arXiv 2412.15077, for BatchNorm's word; EASIER, arXiv 2404.18949, and NEPENTHE, arXiv 2404.16890, for
+the entropy.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import tqdm
+
+from shallower.calibrating.moments import Moments, collect
+from shallower.core.inputs import (
+    InputsOf,
+    MaskOf,
+    call,
+    default_inputs_of,
+    default_mask_of,
+    model_device,
+    reiterable,
+    tensors,
+    to_device,
+)
+from shallower.core.modes import evaluating
+from shallower.errors import MethodError
+from shallower.modules import attachment
+from shallower.sites.site import Site
+
+Line = Literal["auto", "unit", "best"]
+
+
+@dataclass(frozen=True)
+class Normal:
+    """What an activation's input is like: h_j ~ N(mean_j, std_j^2).
+
+    Attributes:
+        mean, std: (n,) float64, std >= 0.
+        source: BatchNorm's shift and scale, or measured on calibration batches.
+        moments: with those of f(h): measured, or under the normal distribution.
+    """
+
+    mean: Tensor
+    std: Tensor
+    source: Literal["batchnorm", "measured"]
+    moments: Moments
+
+
+def input_statistics(
+    model: nn.Module,
+    sites: Iterable[Site],
+    batches: Iterable[Any] | None = None,
+    *,
+    inputs_of: InputsOf = default_inputs_of,
+    mask_of: MaskOf | None = None,
+) -> dict[str, Normal]:
+    """What each site's activation is fed with: from the BatchNorm in front of it, without data; measured where none is.
+
+    A BatchNorm counts only if its output is the activation's input: behind a residual sum it says nothing.
+
+    Args:
+        model: what stands at a site's place now is taken for f.
+        sites: that have an activation.
+        batches: read only where a site has no BatchNorm; see `shallower.statistics.collect`, also for the rest.
+
+    Raises:
+        MethodError: a site has no BatchNorm, and there are no batches.
+    """
+    sites = tuple(sites)
+    told = {site.name: batchnorm_statistics(model, site) for site in sites}
+    silent = [site for site in sites if told[site.name] is None]
+    if silent and batches is None:
+        names = ", ".join(site.name for site in silent[:4]) + (" and more" if len(silent) > 4 else "")
+        raise MethodError(
+            f"no BatchNorm feeds the activation of {names}: give batches= to measure on, a few hundred samples"
+        )
+    measured = {}
+    if silent and batches is not None:
+        measured = collect(model, silent, batches, inputs_of=inputs_of, mask_of=mask_of)
+    found = {}
+    for site in sites:
+        normal = told[site.name]
+        if normal is None:
+            moments = measured[site.name]
+            normal = Normal(moments.mean.cpu(), moments.std.cpu(), "measured", moments)
+        found[site.name] = normal
+    return found
+
+
+def batchnorm_statistics(model: nn.Module, site: Site) -> Normal | None:
+    """Mean beta and deviation |gamma|, if a BatchNorm feeds the site's activation; of a gated site nothing is known."""
+    if not site.norm_before or site.gated or site.activation is None:
+        return None
+    norm = model.get_submodule(site.norm_before)
+    if not isinstance(norm, _BatchNorm):
+        return None
+    mean, std = torch.zeros(norm.num_features, dtype=torch.float64), torch.ones(norm.num_features, dtype=torch.float64)
+    if norm.affine:
+        mean, std = norm.bias.detach().cpu().double(), norm.weight.detach().cpu().double().abs()
+    with attachment.exposed(model, [site.activation]) as modules, torch.no_grad():
+        f = copy.deepcopy(modules[site.activation]).cpu().double().eval()
+        return Normal(mean, std, "batchnorm", Moments.gaussian(mean, std, f))
+
+
+def lines(site: Site, normal: Normal, rule: Line) -> tuple[Tensor, Tensor]:
+    """The line slope * h + offset that takes the place of f, channel by channel, (n,) float64 each.
+
+    "unit" is TLC's: channels whose input is positive on average pass as they are, the others become 0. (Where the mean
+    is 0 and the input varies both are as wrong, and the channel passes: a BatchNorm that was never trained would lose
+    all of them otherwise.) "best" is nearest to f in the mean square; in front of zero padding, where no constant may
+    stand, the nearest through the origin. At an activation place the only line is the identity. A gate becomes a
+    constant: slope is its value. "auto" is "unit" where a BatchNorm tells how the input lies, and "best" where it was
+    measured: of a GELU's inputs nearly all means are negative, and "unit" would drop the whole site.
+    """
+    ones = torch.ones_like(normal.mean)
+    if site.kind == "activation":
+        return ones, torch.zeros_like(ones)
+    unit = rule == "unit" or (rule == "auto" and normal.source == "batchnorm")
+    if unit and not site.gated:
+        passes = (normal.mean > 0) | ((normal.mean == 0) & (normal.std > 0))
+        return passes.double(), torch.zeros_like(ones)
+    slope, offset = (t.cpu() for t in normal.moments.best_affine())
+    if all(c.padding == (0, 0) for c in site.consumers) or site.gated:
+        return slope, offset
+    hh, hf = normal.moments.hh.cpu(), normal.moments.hf.cpu()
+    return torch.where(hh > 0, hf / hh.clamp_min(torch.finfo(hh.dtype).tiny), 0.0), torch.zeros_like(offset)
+
+
+def sign_probability(normal: Normal) -> Tensor:
+    """(n,) P(h <= 0) under the normal distribution: Phi(-mean / std), and 1[mean <= 0] where std is 0."""
+    varies = normal.std > 0
+    standard = normal.mean / torch.where(varies, normal.std, 1.0)
+    return torch.where(varies, torch.special.ndtr(-standard), (normal.mean <= 0).double())
+
+
+def expected_change(normal: Normal, slope: Tensor, offset: Tensor, f: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """(n,) E |f(h) - slope h - offset| under the normal distribution.
+
+    Of a ReLU (f is None) with slope 1 or 0 and no offset in closed form: |gamma| phi(b) - beta Phi(-b) where it
+    becomes the identity and |gamma| phi(b) + beta Phi(b) where it becomes 0, with b = beta / |gamma|. Otherwise by the
+    trapezoid rule.
+
+    Reference: TLC, arXiv 2412.15077, section 3, for the distribution.
+    """
+    plain = bool(((slope == 0) | (slope == 1)).all()) and not bool(offset.any())
+    if f is None and plain:
+        varies = normal.std > 0
+        b = normal.mean / torch.where(varies, normal.std, 1.0)
+        density = torch.where(varies, torch.exp(-b.square() / 2) / math.sqrt(2 * math.pi), 0.0)
+        above = 1 - sign_probability(normal)
+        positive = normal.std * density + normal.mean * above
+        return torch.where(slope == 1, positive - normal.mean, positive)
+    points = torch.linspace(-10, 10, 2001, dtype=torch.float64)[:, None]
+    weights = torch.exp(-points.square() / 2)
+    h = normal.mean + normal.std * points
+    change = ((torch.relu(h) if f is None else f(h)) - slope * h - offset).abs()
+    mean: Tensor = (weights / weights.sum() * change).sum(0)
+    return mean
+
+
+@torch.no_grad()
+def relative_change(site: Site, normal: Normal, rule: Line, f: Callable[[Tensor], Tensor] | None) -> float:
+    """Expected change of a site's activation if the line takes its place, relative to the activation's expected size.
+
+    Summed over the channels; f as `expected_change` takes it. In a gated site it is the gate's.
+    """
+    slope, offset = lines(site, normal, rule)
+    nothing = torch.zeros_like(slope)
+    if site.gated:
+        slope, offset = nothing, slope
+    change = expected_change(normal, slope, offset, f).sum()
+    size = expected_change(normal, nothing, nothing, f).sum()
+    return float(change / size.clamp_min(torch.finfo(size.dtype).tiny))
+
+
+def binary_entropy(probability: Tensor) -> Tensor:
+    """-p log2 p - (1 - p) log2 (1 - p), between 0 and 1; 0 at both ends."""
+    both = torch.stack([probability, 1 - probability]).double()
+    entropy: Tensor = -torch.special.xlogy(both, both).sum(0) / math.log(2)
+    return entropy
+
+
+def sign_entropies(
+    model: nn.Module,
+    sites: Iterable[Site],
+    batches: Iterable[Any],
+    *,
+    inputs_of: InputsOf = default_inputs_of,
+    mask_of: MaskOf | None = None,
+) -> dict[str, float]:
+    """Mean binary entropy of the sign of each site's h over its channels, measured on the batches.
+
+    0 where every channel is always on one side of zero, so that a ReLU does nothing that a line would not do.
+
+    Args:
+        model, sites, batches, inputs_of, mask_of: as `shallower.statistics.collect` takes them.
+
+    Raises:
+        MethodError: there are no batches.
+
+    Reference: EASIER, arXiv 2404.18949, and NEPENTHE, arXiv 2404.16890.
+    """
+    sites = [site for site in sites if site.activation is not None]
+    places = [site.activation for site in sites if site.activation is not None]
+    counts = {site.name: _Signs(site.channels_first) for site in sites}
+    device = model_device(model)
+    with attachment.exposed(model, places) as modules, ExitStack() as hooks, evaluating(model):
+        for site, place in zip(sites, places, strict=True):
+            handle = modules[place].register_forward_pre_hook(counts[site.name], with_kwargs=True)
+            hooks.callback(handle.remove)
+        for batch in tqdm(reiterable(batches), desc="entropies", delay=2):
+            mask = default_mask_of(batch) if mask_of is None else mask_of(batch)
+            for count in counts.values():
+                count.mask = None if mask is None else mask.to(device).bool().reshape(-1)
+            call(model, to_device(inputs_of(batch), device))
+    if any(count.total == 0 for count in counts.values()):
+        raise MethodError("there are no batches to measure the entropy on")
+    return {name: float(binary_entropy(count.rate).mean()) for name, count in counts.items()}
+
+
+class _Signs:
+    """Counts, channel by channel, how often an activation's input is positive."""
+
+    def __init__(self, channels_first: bool) -> None:
+        self.channels_first = channels_first
+        self.mask: Tensor | None = None
+        self.positive: Tensor | float = 0.0
+        self.total = 0
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        h = next(tensors((args, kwargs))).detach()
+        h = h.movedim(1, -1) if self.channels_first and h.dim() > 2 else h
+        h = h.reshape(-1, h.shape[-1])
+        h = h[self.mask] if self.mask is not None and len(self.mask) == len(h) else h
+        self.positive = self.positive + (h > 0).sum(0, dtype=torch.float64)
+        self.total += len(h)
+
+    @property
+    def rate(self) -> Tensor:
+        return torch.as_tensor(self.positive) / self.total

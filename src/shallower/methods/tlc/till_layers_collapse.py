@@ -1,0 +1,617 @@
+"""Till the Layers Collapse: whole sites become linear, a few at a time, where their activation does least.
+
+    method = sh.TillLayersCollapse(model, find_sites(model, inputs, places=True), batches=calibration)
+    method.fit(loader, task_loss, recipe, validation=held_out, score=score, floor=0.90, checkpoint="run/")
+    plan = method.plan()                            # what is linear now
+    plan = method.plan(count=4)                     # or at once, without training
+
+A channel whose input is positive on average passes as it is, the others become 0, as in the paper. What tells how the
+inputs lie is the BatchNorm in front of the activation, without data. Where there is none, statistics are measured, and
+the line nearest to the activation takes its place.
+
+Reference: TLC, arXiv 2412.15077. EASIER (arXiv 2404.18949) and NEPENTHE (arXiv 2404.16890) differ in the order: theirs
+is that of the entropy of the signs of h, `criterion="entropy"`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from shallower.core.inputs import Inputs, InputsOf, MaskOf, default_inputs_of, model_device, reiterable, to_device
+from shallower.core.modes import evaluating
+from shallower.errors import MethodError
+from shallower.methods.base import Method, linearisable
+from shallower.methods.tlc.criteria import Line, Normal, input_statistics, lines, relative_change, sign_entropies
+from shallower.modules import attachment
+from shallower.modules.activations import recognise
+from shallower.planning.entries import Entry, Fate
+from shallower.planning.fingerprints import fingerprint
+from shallower.planning.plan import Plan
+from shallower.planning.targets import Cost, Target, shortest_prefix
+from shallower.sites.site import Place, Site, Sites
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from shallower.training.loop import History, Recipe
+
+Criterion = Literal["loss", "batchnorm", "entropy", "random"]
+Loss = Callable[[nn.Module, Any], Tensor]
+Score = Callable[[nn.Module], float]
+T = TypeVar("T")
+
+SCHEMA = 1
+"""Version of the file that `fit` keeps its rounds in."""
+
+
+class Linearised(nn.Module):
+    """An activation f, or, once `set` has been called, a line in its place; which of the two is in its state.
+
+    Args:
+        f: the activation.
+        width: channels; None for one line for all.
+        gated: f is a gate: what takes its place is the constant `slope`, not slope * h.
+        channels_first: the channels are dimension 1, not the last.
+    """
+
+    slope: Tensor
+    offset: Tensor
+    linear: Tensor
+
+    def __init__(self, f: nn.Module, width: int | None, gated: bool, channels_first: bool) -> None:
+        super().__init__()
+        self.f = f
+        self.gated = gated
+        self.channels_first = channels_first
+        self.is_linear = False
+        self.register_buffer("slope", torch.ones(width or 1))
+        self.register_buffer("offset", torch.zeros(width or 1))
+        self.register_buffer("linear", torch.zeros(1, dtype=torch.bool))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h of any shape that has its channels where `channels_first` says."""
+        if not self.is_linear:
+            result: Tensor = self.f(h)
+            return result
+        slope, offset = (self.aligned(t, h) for t in (self.slope, self.offset))
+        if self.gated:
+            return slope.expand_as(h)
+        return slope * h + offset if self.slope.numel() > 1 else h
+
+    def aligned(self, values: Tensor, like: Tensor) -> Tensor:
+        """(n,) in the dtype of `like`, shaped to broadcast over it."""
+        values = values.to(like.dtype)
+        return values.view(-1, *[1] * (like.dim() - 2)) if self.channels_first and values.numel() > 1 else values
+
+    def set(self, slope: Tensor, offset: Tensor) -> None:
+        """Put the line slope * h + offset, (n,) each, in the place of f."""
+        self.slope.copy_(slope)
+        self.offset.copy_(offset)
+        self.linear.fill_(True)
+        self.is_linear = True
+
+    def unset(self) -> None:
+        """f again."""
+        self.linear.fill_(False)
+        self.is_linear = False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.is_linear = bool(self.linear.item())
+
+    def extra_repr(self) -> str:
+        return f"linear={self.is_linear}"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of `TillLayersCollapse.fit`.
+
+    Attributes:
+        linearised: names of the sites whose activation went in this round.
+        removed: names of all sites that are linear after it.
+        costs: what each site was taken to cost at the start of the round, cheapest first; in the unit of the criterion.
+        base: validation loss at the start of the round; None without validation batches.
+        joint: validation loss with the round's sites linear, before the training; None likewise.
+        score: of the model at its end; None without `score`.
+        taken_back: the score was under the floor, so that the model is as it was before the round.
+        history: of the training.
+    """
+
+    linearised: tuple[str, ...]
+    removed: tuple[str, ...]
+    costs: Mapping[str, float]
+    base: float | None
+    joint: float | None
+    score: float | None
+    taken_back: bool
+    history: History
+
+
+class TillLayersCollapse(Method):
+    """Takes activations away, whole sites at a time, and trains the network again in between.
+
+    Attaches to the model at once; as long as no site is linear the model computes what it computed. Sites that cannot
+    become linear are left alone, and told in `method.sites.skipped`. Each activation is either as it was or a fixed
+    line, which is part of the model's `state_dict`.
+
+    Args:
+        model: trained.
+        sites: from `find_sites(..., places=True)`, so that activations after residual sums count too.
+        criterion: in which order activations go.
+            "loss": the validation loss with that site alone linear, minus the loss now; the paper's loop.
+            "batchnorm": the expected change of the activation's output, relative to its expected size, under the normal
+                distribution that the BatchNorm in front of it tells, or under measured statistics; needs no labels.
+            "entropy": mean binary entropy of the signs of h, measured on `batches` (EASIER, NEPENTHE).
+            "random": any, from `seed`.
+        line: what takes the place of f. "unit", the paper's: h where its mean is positive, 0 where it is not; the
+            channels that are 0 go away entirely in surgery. "best": the line nearest to f in the mean square. "auto":
+            "unit" behind a BatchNorm, "best" where statistics are measured (the inputs of a GELU have negative means
+            nearly everywhere, so that "unit" would drop most of the site).
+        batches: to measure statistics on where no BatchNorm feeds the activation, and entropies; a few hundred
+            samples.
+        inputs_of, mask_of: see `shallower.statistics.collect`.
+        seed: of the random order.
+
+    Raises:
+        MethodError: a value is none of these, no site can become linear, batches are needed and missing, or a method
+            is attached already.
+        SiteError: an activation cannot be exchanged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sites,
+        *,
+        criterion: Criterion = "batchnorm",
+        line: Line = "auto",
+        batches: Iterable[Any] | None = None,
+        inputs_of: InputsOf = default_inputs_of,
+        mask_of: MaskOf | None = None,
+        seed: int = 0,
+    ) -> None:
+        if criterion not in ("loss", "batchnorm", "entropy", "random") or line not in ("auto", "unit", "best"):
+            raise MethodError(
+                f"criterion={criterion!r}, line={line!r}: the criteria are 'loss', 'batchnorm', 'entropy' and "
+                "'random', the lines 'auto', 'unit' and 'best'"
+            )
+        if criterion == "entropy" and batches is None:
+            raise MethodError("criterion='entropy' needs batches= to measure the signs on, a few hundred samples")
+        super().__init__(model, linearisable(sites))
+        self.criterion = criterion
+        self.line = line
+        self.batches = None if batches is None else reiterable(batches)
+        self.inputs_of = inputs_of
+        self.mask_of = mask_of
+        self.seed = seed
+        self.activations: dict[str, Linearised] = {}
+        try:
+            for site in self.sites:
+                self.activations[site.name] = self._attach(site)
+            if self.batches is None:  # say now what is missing
+                self._statistics(s for s in self.sites if criterion == "batchnorm" or s.kind != "activation")
+        except Exception:
+            self.detach()
+            raise
+
+    def _attach(self, site: Site) -> Linearised:
+        device = model_device(self.model)
+
+        def linearised(f: nn.Module) -> Linearised:
+            return Linearised(f, site.width or None, site.gated, site.channels_first).to(device)
+
+        module = attachment.attach(self.model, _place(site), linearised)
+        assert isinstance(module, Linearised)
+        return module
+
+    def detach(self) -> None:
+        """Puts every activation back; the trained weights stay as they are."""
+        attachment.detach(self.model, [_place(site) for site in self.sites if site.name in self.activations])
+        self.activations = {}
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        """Names of the sites that are linear now, in the network's order."""
+        return tuple(name for name, module in self.activations.items() if module.is_linear)
+
+    def linearise(self, names: Iterable[str]) -> None:
+        """Take the activations of these sites away, by the statistics as they are now.
+
+        Raises:
+            MethodError: there is no such site, or it is linear already.
+        """
+        for name, (slope, offset) in self._lines(self._named(names)).items():
+            self.activations[name].set(slope, offset)
+
+    def restore(self, names: Iterable[str]) -> None:
+        """Put the activations of these sites back."""
+        for name in names:
+            self._known(name).unset()
+
+    def rank(self, validation: Iterable[Any] | None = None, loss: Loss | None = None) -> dict[str, float]:
+        """What each site that is not linear would cost by the criterion, cheapest first.
+
+        Args:
+            validation, loss: for the criterion "loss": batches, and a function of the model and a batch.
+
+        Raises:
+            MethodError: the criterion needs something that is not given.
+        """
+        open_ = self._open()
+        if self.criterion == "loss":
+            if validation is None or loss is None:
+                raise MethodError("criterion='loss' needs validation batches and the loss to measure on them")
+            costs = self._gaps(open_, validation, loss)
+        elif self.criterion == "entropy":
+            assert self.batches is not None
+            sites = [self.sites[name] for name in open_]
+            costs = sign_entropies(self.model, sites, self.batches, inputs_of=self.inputs_of, mask_of=self.mask_of)
+        elif self.criterion == "random":
+            order = sorted(site.name for site in self.sites)
+            random.Random(self.seed).shuffle(order)
+            costs = {name: float(order.index(name)) for name in open_}
+        else:
+            costs = self._expected(open_)
+        return dict(sorted(_agreed(costs).items(), key=lambda item: item[1]))
+
+    def _expected(self, names: Sequence[str]) -> dict[str, float]:
+        costs = {}
+        for name, normal in self._statistics([self.sites[name] for name in names]).items():
+            plain = self.activations[name].f
+            f = None if recognise(plain) == "relu" else copy.deepcopy(plain).cpu().double().eval()
+            costs[name] = relative_change(self.sites[name], normal, self.line, f)
+        return costs
+
+    def _gaps(self, names: Sequence[str], validation: Iterable[Any], loss: Loss) -> dict[str, float]:
+        base = self._loss(validation, loss)
+        planned = self._lines([self.sites[name] for name in names])
+        gaps = {}
+        for name in tqdm(names, desc="gaps", delay=2):
+            with self._tried({name: planned[name]}):
+                gaps[name] = self._loss(validation, loss) - base
+        return gaps
+
+    @contextmanager
+    def _tried(self, planned: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """These sites linear for the length of the context."""
+        try:
+            for name, (slope, offset) in planned.items():
+                self.activations[name].set(slope, offset)
+            yield
+        finally:
+            self.restore(planned)
+
+    def _loss(self, validation: Iterable[Any], loss: Loss) -> float:
+        """Mean loss over the validation batches, in eval mode; the main process's where there are several."""
+        device = model_device(self.model)
+        with evaluating(self.model):
+            values = [float(loss(self.model, to_device(batch, device))) for batch in reiterable(validation)]
+        if not values:
+            raise MethodError("there are no validation batches")
+        return _agreed(sum(values) / len(values))
+
+    def _statistics(self, sites: Iterable[Site]) -> dict[str, Normal]:
+        return input_statistics(self.model, sites, self.batches, inputs_of=self.inputs_of, mask_of=self.mask_of)
+
+    def _lines(self, sites: Iterable[Site]) -> dict[str, tuple[Tensor, Tensor]]:
+        sites = list(sites)
+        normals = self._statistics([site for site in sites if site.kind != "activation"])
+        unit = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        return {s.name: lines(s, normals[s.name], self.line) if s.name in normals else unit for s in sites}
+
+    def _open(self) -> list[str]:
+        return [name for name, module in self.activations.items() if not module.is_linear]
+
+    def _known(self, name: str) -> Linearised:
+        if name not in self.activations:
+            raise MethodError(f"there is no site {name!r}; the sites are {', '.join(self.activations)}")
+        return self.activations[name]
+
+    def _named(self, names: Iterable[str]) -> list[Site]:
+        sites = []
+        for name in names:
+            if self._known(name).is_linear:
+                raise MethodError(f"{name}: it is linear already")
+            sites.append(self.sites[name])
+        return sites
+
+    def plan(
+        self,
+        *,
+        count: int | None = None,
+        target: str | Target | None = None,
+        score: Score | None = None,
+        example_inputs: Inputs | None = None,
+        validation: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+    ) -> Plan:
+        """What is linear now; with `count` or `target` also the next ones in order, at once and without training.
+
+        The model stays as it is.
+
+        Args:
+            count: activations removed, those that are linear now included.
+            target: the fewest that make the model as cheap ("macs:80%", "latency:1.1x", for which it is measured); or
+                the most that `score` allows, added one by one ("drop:1%").
+            score: of the model, higher is better; for a "drop" target.
+            example_inputs: for the other targets.
+            validation, loss: for the criterion "loss"; see `rank`.
+
+        Raises:
+            MethodError: both are given, the count is out of range, or something needed is missing.
+            TargetError: the target cannot be read, or all activations together do not reach it.
+        """
+        if count is not None and target is not None:
+            raise MethodError("give count= or target=, not both")
+        now = {name: (self.activations[name].slope, self.activations[name].offset) for name in self.linear}
+        if count is None and target is None:
+            return self._plan(now)
+        if count is not None and not len(now) <= count <= len(self.activations):
+            raise MethodError(
+                f"count={count}: {len(now)} activations are linear already, and there are {len(self.activations)} sites"
+            )
+        order = list(self.rank(validation, loss))
+        following = self._lines([self.sites[name] for name in order])
+        if count is not None:
+            return self._plan(now | {name: following[name] for name in order[: count - len(now)]})
+        target = Target.parse(target) if isinstance(target, str) else target
+        assert target is not None
+        if target.unit == "drop":
+            if score is None:
+                raise MethodError(f"the target {target} needs score=, a function of the model")
+            chosen = self._affordable(order, following, target, score)
+        else:
+            if example_inputs is None:
+                raise MethodError(f"the target {target} needs example_inputs= to measure what the model costs")
+
+            def plan_of(names: Sequence[str]) -> Plan:
+                return self._plan(now | {name: following[name] for name in names})
+
+            chosen = self._cheap(order, plan_of, target, example_inputs)
+        return self._plan(now | {name: following[name] for name in chosen})
+
+    def _affordable(
+        self, order: Sequence[str], following: Mapping[str, tuple[Tensor, Tensor]], target: Target, score: Score
+    ) -> Sequence[str]:
+        with evaluating(self.model):
+            floor = target.floor(_agreed(float(score(self.model))))
+            taken: list[str] = []
+            for name in tqdm(order, desc=str(target), delay=2):
+                with self._tried({n: following[n] for n in [*taken, name]}):
+                    if _agreed(float(score(self.model))) < floor:
+                        break
+                taken.append(name)
+        return taken
+
+    def _cheap(
+        self, order: Sequence[str], plan_of: Callable[[Sequence[str]], Plan], target: Target, example_inputs: Inputs
+    ) -> Sequence[str]:
+        from shallower.measuring.measurement import compare, count_macs, count_params
+        from shallower.surgery.applying import apply
+
+        dense = attachment.detached_copy(self.model).eval()
+        inputs = to_device(example_inputs, model_device(dense))
+        weight = next(dense.parameters()).element_size()
+
+        seconds = compare({"dense": dense}, inputs)["dense"].latency if target.unit == "latency" else None
+
+        def cost(model: nn.Module) -> Cost:
+            params, latency = count_params(model), seconds
+            if seconds is not None and model is not dense:
+                latency = seconds * compare({"dense": dense, "this": model}, inputs)["this"].ratio
+            return Cost(params, count_macs(model, inputs), params * weight, latency)
+
+        return shortest_prefix(order, target, cost(dense), lambda names: cost(apply(dense, plan_of(names), inputs)))
+
+    def _plan(self, planned: Mapping[str, tuple[Tensor, Tensor]]) -> Plan:
+        entries = tuple(_entry(site, *planned[site.name]) for site in self.sites if site.name in planned)
+        return Plan(entries, fingerprint(self.model, [entry.site for entry in entries]), "till-layers-collapse")
+
+    def fit(
+        self,
+        batches: Iterable[Any],
+        loss: Loss,
+        recipe: Recipe,
+        *,
+        validation: Iterable[Any] | None = None,
+        per_round: int | None = None,
+        rounds: int | None = None,
+        score: Score | None = None,
+        floor: float | None = None,
+        on_round: Callable[[Round], object] | None = None,
+        checkpoint: Path | str | None = None,
+        checkpoint_every: int = 0,
+        cpu: bool = False,
+    ) -> list[Round]:
+        """Takes activations away and trains, round after round.
+
+        In each round the sites are ordered by the criterion. From the first on, as many go together as leave the
+        validation loss no higher than it was; the first alone where there is none of these (`per_round` sets a fixed
+        number instead). Then the network is trained by the recipe. It ends when no activation is left, after
+        `rounds`, or with a round whose score is under the floor, which is taken back.
+
+        Args:
+            batches, loss, recipe: as `shallower.training.train` takes them; the recipe is that of every round.
+            validation: batches to measure losses on; not those that are trained on.
+            per_round: so many a round, at most; 1 where there are no validation batches.
+            rounds: at most so many.
+            score: of the model, higher is better, taken after each round.
+            floor: lowest score accepted.
+            on_round: called after each round that was trained and kept, while the model is in its state.
+            checkpoint: a folder. After an interruption the same call goes on where it was, with the same result.
+            checkpoint_every: also within a round, after so many steps.
+            cpu: stay on the CPU.
+
+        Returns:
+            The rounds, in order.
+
+        Raises:
+            MethodError: a number is out of range, floor is given without score, the criterion needs validation
+                batches, or the checkpoint is of another run.
+            TrainingError: see `train`.
+        """
+        from shallower.core.state_file import read_state, write_state
+        from shallower.training.loop import train
+
+        if floor is not None and score is None:
+            raise MethodError("floor= needs score=, a function of the model, to compare with")
+        if (per_round is not None and per_round < 1) or (rounds is not None and rounds < 1):
+            raise MethodError("per_round and rounds are at least 1")
+        if self.criterion == "loss" and validation is None:
+            raise MethodError("criterion='loss' needs validation= batches, which are not trained on")
+        record = None if checkpoint is None else Path(checkpoint) / "rounds.safetensors"
+        finished: list[Round] = []
+        pending: dict[str, Any] = {}
+        if record is not None and record.exists():
+            finished, pending = self._resume(read_state(record), record, recipe)
+
+        def keep(pending: Mapping[str, Any]) -> None:
+            if record is not None:
+                if _is_main():
+                    write_state(record, self._state(finished, pending, recipe))
+                _wait()
+
+        while (
+            not (finished and finished[-1].taken_back) and self._open() and (rounds is None or len(finished) < rounds)
+        ):
+            number = len(finished) + 1
+            if not pending:
+                pending = self._choose(validation, loss, per_round)
+                keep(pending)
+            before = {} if floor is None else {k: v.cpu().clone() for k, v in self.model.state_dict().items()}
+            for name, (slope, offset) in pending["lines"].items():
+                self.activations[name].set(slope, offset)
+            part = None if record is None else record.with_name(f"round-{number}.safetensors")
+            history = train(
+                self.model,
+                batches,
+                loss,
+                dataclasses.replace(recipe, seed=recipe.seed + number - 1),
+                method=self,
+                checkpoint=part,
+                checkpoint_every=checkpoint_every,
+                label=f"round {number}, {len(self.linear)} of {len(self.activations)} linear",
+                cpu=cpu,
+            )
+            value = None
+            if score is not None:
+                with evaluating(self.model):
+                    value = _agreed(float(score(self.model)))
+            taken_back = floor is not None and value is not None and value < floor
+            if taken_back:
+                self.model.load_state_dict(before)
+            chosen = tuple(pending["lines"])
+            seen = {key: pending[key] for key in ("costs", "base", "joint")}
+            finished.append(Round(chosen, self.linear, **seen, score=value, taken_back=taken_back, history=history))
+            if on_round is not None and not taken_back:
+                on_round(finished[-1])
+            pending = {}
+            keep(pending)
+            if part is not None and _is_main():
+                part.unlink(missing_ok=True)
+        return finished
+
+    def _choose(self, validation: Iterable[Any] | None, loss: Loss, per_round: int | None) -> dict[str, Any]:
+        """Which sites go in a round, the lines that take their place, and what was measured."""
+        costs = self.rank(validation, loss)
+        order = list(costs)
+        planned = self._lines([self.sites[name] for name in order])
+        if validation is None:
+            chosen = order[: per_round or 1]
+            return {"lines": {n: planned[n] for n in chosen}, "costs": costs, "base": None, "joint": None}
+        base = self._loss(validation, loss)
+
+        def joint_loss(names: Sequence[str]) -> float:
+            with self._tried({name: planned[name] for name in names}):
+                return self._loss(validation, loss)
+
+        chosen = order[: per_round or 1]
+        joint = joint_loss(chosen)
+        if per_round is None and joint <= base:
+            for k in tqdm(range(2, len(order) + 1), desc="joint", delay=2):
+                value = joint_loss(order[:k])
+                if value > base:
+                    break
+                chosen, joint = order[:k], value
+        return {"lines": {n: planned[n] for n in chosen}, "costs": costs, "base": base, "joint": joint}
+
+    def _state(self, finished: list[Round], pending: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "settings": self._settings(recipe),
+            "rounds": [dataclasses.asdict(round_) for round_ in finished],
+            "pending": dict(pending),
+            "model": dict(self.model.state_dict()),
+        }
+
+    def _settings(self, recipe: Recipe) -> dict[str, Any]:
+        return {
+            "recipe": dataclasses.asdict(recipe),
+            "criterion": self.criterion,
+            "line": self.line,
+            "seed": self.seed,
+            "sites": list(self.activations),
+        }
+
+    def _resume(self, state: Any, record: Path, recipe: Recipe) -> tuple[list[Round], dict[str, Any]]:
+        from shallower.training.loop import History
+
+        try:
+            if state["schema"] != SCHEMA:
+                raise MethodError(f"{record} has schema {state['schema']}, this version reads {SCHEMA}")
+            own = self._settings(recipe)
+            other = [name for name in own if state["settings"].get(name) != own[name]]
+            if other:
+                raise MethodError(f"{record} is of another run ({', '.join(other)} differ); give another folder")
+            self.model.load_state_dict(state["model"])
+            finished = [Round(**{**round_, "history": History(**round_["history"])}) for round_ in state["rounds"]]
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise MethodError(f"{record} does not fit this run ({error}); give another folder") from error
+        return finished, dict(state["pending"])
+
+
+def _entry(site: Site, slope: Tensor, offset: Tensor) -> Entry:
+    if site.kind == "activation":
+        return Entry.collapse(site)
+    slope, offset = slope.detach().cpu().double(), offset.detach().cpu().double()
+    gone = (slope == 0) & (not site.gated)
+    fates = torch.where(gone, int(Fate.DROP), int(Fate.LINEAR)).to(torch.int8)
+    return Entry(site, fates, torch.where(gone, torch.ones_like(slope), slope), offset)
+
+
+def _place(site: Site) -> Place:
+    if site.activation is None:
+        raise MethodError(f"{site.name}: it has no activation")
+    return site.activation
+
+
+def _agreed(value: T) -> T:
+    """The main process's value, so that all take the same decision."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0 if not dist.is_initialized() else dist.get_rank() == 0
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,1 @@
+"""What stands in a model: layers, activations, and how they are exchanged."""

@@ -1,0 +1,199 @@
+"""The layers that are linear maps, read and rebuilt: `nn.Linear`, Transformers' transposed `Conv1D`, `nn.Conv2d`.
+
+Weights are given in the logical orientation, (d_out, d_in) and for a convolution (d_out, d_in / groups, kh, kw).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from shallower.errors import PlanError
+from shallower.sites.site import LinearMap
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is Transformers' `Conv1D`, a linear layer with a transposed weight."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def kind_of(module: nn.Module) -> str:
+    """The `LinearMap.kind` of a module; "" if it is no linear map."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Conv2d):
+        return "conv2d"
+    return "conv1d" if is_conv1d(module) else ""
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight in logical orientation: a view of the module's own."""
+    weight = cast("Tensor", module.weight)
+    return weight.detach().t() if is_conv1d(module) else weight.detach()
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias (d_out,), or None."""
+    bias = cast("Tensor | None", module.bias)
+    return None if bias is None else bias.detach()
+
+
+def check_shape(name: str, module: nn.Module, m: LinearMap) -> None:
+    """Check that `module` is the map `m`.
+
+    Raises:
+        PlanError: it is another kind of layer, or has other sizes.
+    """
+    kind = kind_of(module)
+    if kind != m.kind:
+        raise PlanError(
+            f"{name}: `{m.name}` is a {type(module).__name__}, and the plan was made for a {m.kind} layer. "
+            "Is this the model that the plan was made for?"
+        )
+    weight = weight_of(module)
+    for what, planned, found in (
+        ("input", m.d_in // m.groups, weight.shape[1]),
+        ("output", m.d_out, weight.shape[0]),
+        ("kernel", m.kernel if m.kind == "conv2d" else (), tuple(weight.shape[2:])),
+    ):
+        if planned != found:
+            raise PlanError(
+                f"the plan was made for {what} width {planned} at `{m.name}` of `{name}`, the model has {found}. "
+                "Is this the model that the plan was made for?"
+            )
+    if isinstance(module, nn.Conv2d) and (wanted := _geometry(m)) != (present := geometry_of(module)):
+        odd = [f"{key} {wanted[key]}, and it is {present[key]}" for key in wanted if wanted[key] != present[key]]
+        raise PlanError(
+            f"{name}: the plan was made for `{m.name}` with {'; '.join(odd)}. Find the sites again after moving padding"
+        )
+    if m.bias != (module.bias is not None):
+        raise PlanError(
+            f"{name}: the plan was made for `{m.name}` {'with' if m.bias else 'without'} a bias, the model has it "
+            f"{'without' if m.bias else 'with'}. Is this the model that the plan was made for?"
+        )
+
+
+def _geometry(m: LinearMap) -> dict[str, object]:
+    return {"stride": m.stride, "padding": m.padding, "dilation": m.dilation, "groups": m.groups}
+
+
+def geometry_of(module: nn.Conv2d) -> dict[str, object]:
+    """Stride, padding, dilation and groups of a convolution; padding as zeros (or what else it pads with) on each side.
+
+    With padding "same" and an even kernel, one side has one more.
+    """
+    padding: object = module.padding
+    if isinstance(padding, str):
+        extents = [d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        padding = tuple(extents) if padding == "same" else (0, 0)
+    return {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
+
+
+def _pads_alike(module: nn.Conv2d, m: LinearMap) -> bool:
+    """Whether `module` pads as `m` does; then it may stay in words ("same"), which say more for an even kernel."""
+    window = (module.kernel_size, module.dilation) == (m.kernel, m.dilation)
+    return window and geometry_of(module)["padding"] == m.padding
+
+
+def resized(module: nn.Module, m: LinearMap) -> nn.Module:
+    """A new layer with the sizes of `m` and unset weights; all else (dtype, device, requires_grad) is `module`'s.
+
+    A subclass stays itself if its forward is the stock one, so that its class and attributes survive; else the result
+    is the stock class.
+    """
+    weight = cast("Tensor", module.weight)
+    shape: tuple[int, ...] = (m.d_out, m.d_in // m.groups)
+    if isinstance(module, nn.Conv2d):
+        layer: nn.Module = _bare(module, nn.Conv2d)
+        shape = (*shape, *m.kernel)
+        settings = {
+            "in_channels": m.d_in,
+            "out_channels": m.d_out,
+            "kernel_size": m.kernel,
+            "stride": m.stride,
+            "padding": module.padding if _pads_alike(module, m) else m.padding,
+            "dilation": m.dilation,
+            "groups": m.groups,
+            # of nn.Conv2d itself; read for padding modes other than zeros, which sites do not have
+            "_reversed_padding_repeated_twice": module._reversed_padding_repeated_twice
+            if _pads_alike(module, m)
+            else [m.padding[1]] * 2 + [m.padding[0]] * 2,
+        }
+    elif isinstance(module, nn.Linear):
+        layer = _bare(module, nn.Linear)
+        settings = {"in_features": m.d_in, "out_features": m.d_out}
+    else:
+        layer = copy.copy(module)
+        shape = shape[::-1]
+        settings = {"nf": m.d_out, "nx": m.d_in}
+    for name, value in settings.items():
+        setattr(layer, name, value)
+    layer._parameters = dict(module._parameters)
+    layer.weight = nn.Parameter(weight.new_empty(shape), requires_grad=weight.requires_grad)
+    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
+        layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+    bias = cast("Tensor | None", module.bias)
+    requires_grad = weight.requires_grad if bias is None else bias.requires_grad
+    layer.register_parameter(
+        "bias", nn.Parameter(weight.new_empty(m.d_out), requires_grad=requires_grad) if m.bias else None
+    )
+    return layer
+
+
+def resized_norm(norm: nn.Module, channels: int) -> _BatchNorm:
+    """A BatchNorm like `norm` with unset vectors of another width.
+
+    Raises:
+        PlanError: `norm` is no BatchNorm.
+    """
+    if not isinstance(norm, _BatchNorm):
+        raise PlanError(f"a {type(norm).__name__} is not a BatchNorm and cannot be narrowed")
+    layer = copy.copy(norm)
+    layer.num_features = channels
+    layer._parameters = {
+        name: None if p is None else nn.Parameter(p.new_empty(channels), requires_grad=p.requires_grad)
+        for name, p in norm._parameters.items()
+    }
+    layer._buffers = {
+        name: None if b is None else b.new_empty(channels) if b.dim() else b.clone()
+        for name, b in norm._buffers.items()
+    }
+    return layer
+
+
+def fill_norm(layer: _BatchNorm, norm: _BatchNorm, kept: Tensor) -> None:
+    """The vectors of `norm` at `kept`, followed by channels that pass unchanged (mean 0, variance 1 - eps)."""
+    with torch.no_grad():
+        for name, neutral in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0 - norm.eps)):
+            target, source = getattr(layer, name), getattr(norm, name)
+            if target is not None:
+                target.fill_(neutral)
+                target[: len(kept)] = source[kept.to(source.device)]
+
+
+def _bare(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
+    """A copy of `module` that shares nothing it could change; of the stock class if its forward is another."""
+    if type(module).forward is stock.forward and "forward" not in vars(module):
+        return copy.copy(module)
+    layer = stock.__new__(stock)
+    nn.Module.__init__(layer)
+    layer.training = module.training
+    for name in ("padding_mode", "transposed", "output_padding"):
+        if name in vars(module):
+            setattr(layer, name, vars(module)[name])
+    return layer
+
+
+def is_the_map(module: nn.Module, m: LinearMap) -> bool:
+    """Whether a layer has exactly the sizes of `m` already."""
+    weight = weight_of(module)
+    kernel = m.kernel if m.kind == "conv2d" else ()
+    if tuple(weight.shape) != (m.d_out, m.d_in // m.groups, *kernel) or m.bias != (module.bias is not None):
+        return False
+    if not isinstance(module, nn.Conv2d):
+        return True
+    return geometry_of(module) == _geometry(m)

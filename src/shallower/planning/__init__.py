@@ -1,0 +1,1 @@
+"""What is to happen to a model, as data: plans, forms, costs, targets."""

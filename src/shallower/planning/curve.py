@@ -1,0 +1,266 @@
+"""What each choice costs and how good it is: a curve to pick a point from.
+
+curve = method.curve(score, points=8)
+print(curve.front())                    # the choices that no other one beats
+point = curve.best("memory:50%")
+curve.save("curve.json");  curve.save("curve.csv");  curve.plot("curve.png")
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shallower.core.text import amount
+from shallower.errors import MethodError, TargetError
+from shallower.planning.targets import Cost, Target
+
+SCHEMA = 1
+"""Version of curve.json."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice.
+
+    Attributes:
+        label: for people: "50%", "searched 3".
+        widths: channels of every site, by its name.
+        score: of the model at this choice, higher is better.
+        cost: params, MACs on the example inputs, bytes, and the measured latency (seconds; None where not measured).
+        spread: interquartile range of the latency, seconds.
+    """
+
+    label: str
+    widths: Mapping[str, int]
+    score: float
+    cost: Cost
+    spread: float | None = None
+
+    def beats(self, other: Point) -> bool:
+        """Whether it is nowhere worse - in score, params, MACs and memory - and somewhere better."""
+        own, theirs = self._goods(), other._goods()
+        return all(a >= b for a, b in zip(own, theirs, strict=True)) and own != theirs
+
+    def _goods(self) -> tuple[float, ...]:
+        return self.score, -self.cost.params, -self.cost.macs, -self.cost.memory
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        cost = self.cost
+        return {
+            "label": self.label,
+            "score": self.score,
+            "params": cost.params,
+            "macs": cost.macs,
+            "memory": cost.memory,
+            "latency": cost.latency,
+            "spread": self.spread,
+            "widths": dict(self.widths),
+        }
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points, the whole model among them.
+
+    Attributes:
+        points: in the order of falling params.
+        name: of what was scored, for the axis: "accuracy".
+    """
+
+    points: tuple[Point, ...]
+    name: str = field(default="score")
+
+    def __post_init__(self) -> None:
+        """Order the points.
+
+        Raises:
+            MethodError: there is none, or a score is not a number.
+        """
+        if not self.points or any(math.isnan(p.score) for p in self.points):
+            raise MethodError("a curve has at least one point, and every score is a number")
+        ordered = sorted(self.points, key=lambda p: (-p.cost.params, -p.cost.macs, -p.score))
+        object.__setattr__(self, "points", tuple(ordered))
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __iter__(self) -> Iterator[Point]:
+        return iter(self.points)
+
+    @property
+    def full(self) -> Point:
+        """The whole model: the point with the most parameters."""
+        return self.points[0]
+
+    def front(self) -> Curve:
+        """The points that no other one beats (the Pareto front over score, params, MACs and memory)."""
+        return Curve(tuple(p for p in self.points if not any(q.beats(p) for q in self.points)), self.name)
+
+    def best(self, target: str | Target) -> Point:
+        """The best point for a target.
+
+        Args:
+            target: of a cost ("memory:50%", "latency:1.5x"): the highest score that meets it, the cheaper one of two
+                equals. "drop:1%": the point with the fewest parameters whose score is high enough.
+
+        Raises:
+            TargetError: no point meets it; the error says how far they go.
+        """
+        goal = Target.parse(target) if isinstance(target, str) else target
+        if goal.unit == "drop":
+            floor = goal.floor(self.full.score)
+            good = [p for p in self.points if p.score >= floor]
+            return min(good, key=lambda p: (p.cost.params, p.cost.macs, -p.score))
+        if goal.unit == "latency" and self.full.cost.latency is None:
+            raise TargetError(f"the target {goal} needs measured latencies: curve(..., example_inputs=...)")
+        timed = [p for p in self.points if goal.unit != "latency" or p.cost.latency is not None]
+        met = [p for p in timed if goal.met(self.full.cost, p.cost)]
+        if not met:
+            before = goal.amount_of(self.full.cost)
+            least = min(goal.amount_of(p.cost) for p in timed)
+            raise TargetError(
+                f"the target {goal} asks for {goal.limit(self.full.cost) / before:.1%} of the model's {goal.unit}; the "
+                f"smallest point of the curve has {least / before:.1%}. Ask for less, or train with a smaller lower "
+                "bound or at more sites"
+            )
+        return max(met, key=lambda p: (p.score, -goal.amount_of(p.cost)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON; `Curve.from_json` reads it back."""
+        return {"schema": SCHEMA, "name": self.name, "points": [p.to_json() for p in self.points]}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Curve:
+        """The curve that `to_json` described; keys that it does not know are passed over.
+
+        Raises:
+            MethodError: it is not the description of a curve.
+        """
+        try:
+            if data["schema"] != SCHEMA:
+                raise MethodError(f"a curve of schema {data['schema']}; this version reads {SCHEMA}")
+            return cls(tuple(_point(item) for item in data["points"]), str(data.get("name", "score")))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise MethodError(f"this is not the description of a curve: {error!r}") from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write the points as JSON, or as CSV where the name ends in .csv, at once or not at all.
+
+        Raises:
+            MethodError: the name ends in something else, or the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix not in (".json", ".csv"):
+            raise MethodError(f"{path}: a curve is saved as .json or .csv")
+        text = self._csv() if path.suffix == ".csv" else json.dumps(self.to_json(), indent=1) + "\n"
+        partial = path.with_name(path.name + ".partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text)
+            partial.replace(path)
+        except OSError as error:
+            raise MethodError(f"{path} cannot be written: {error}") from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Curve:
+        """Read the JSON that `save` wrote.
+
+        Raises:
+            MethodError: there is no such file, or it holds something else.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise MethodError(f"{path} cannot be read: {error}") from error
+        return cls.from_json(data)
+
+    def plot(self, path: str | Path, by: str = "params") -> Path:
+        """Draw score against cost, all points and the front, with matplotlib (an optional extra).
+
+        Args:
+            path: of the picture; its ending says which kind (.png, .svg, .pdf).
+            by: "params", "macs", "memory" or "latency".
+
+        Raises:
+            MethodError: matplotlib is not installed, or the cost is unknown or was not measured.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MethodError("plotting needs matplotlib: pip install shallower[plot]") from error
+        if by not in ("params", "macs", "memory", "latency"):
+            raise MethodError(f"by={by!r}: choose params, macs, memory or latency")
+        shown = [(p, getattr(p.cost, by)) for p in self.points if getattr(p.cost, by) is not None]
+        if not shown:
+            raise MethodError("no latency was measured: curve(..., example_inputs=...)")
+        best = {id(p) for p in self.front()}
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.scatter(
+            [c for p, c in shown if id(p) not in best], [p.score for p, _ in shown if id(p) not in best], c="0.7"
+        )
+        front = sorted(((c, p.score) for p, c in shown if id(p) in best))
+        axes.plot([c for c, _ in front], [s for _, s in front], "o-")
+        axes.set_xlabel({"latency": "seconds for one pass", "memory": "bytes", "macs": "MACs"}.get(by, by))
+        axes.set_ylabel(self.name)
+        axes.grid(alpha=0.3)
+        path = Path(path)
+        try:
+            figure.savefig(path, dpi=150)
+        except (OSError, ValueError) as error:
+            raise MethodError(f"{path} cannot be written: {error}") from error
+        return path
+
+    def __str__(self) -> str:
+        """A table."""
+        rows = [("", self.name, "params", "MACs", "memory", "latency", "widths")]
+        for p in self.points:
+            latency = "" if p.cost.latency is None else f"{p.cost.latency * 1e3:.2f} ms"
+            counts = (amount(p.cost.params), amount(p.cost.macs), f"{amount(p.cost.memory)}B", latency)
+            rows.append((p.label, f"{p.score:.4g}", *counts, _listing(p.widths.values())))
+        sizes = [max(len(row[i]) for row in rows) for i in range(7)]
+        return "\n".join(
+            "  ".join(
+                c.ljust(w) if i in (0, 6) else c.rjust(w) for i, (c, w) in enumerate(zip(row, sizes, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+
+    __repr__ = __str__
+
+    def _csv(self) -> str:
+        names = list(self.full.widths)
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["label", "score", "params", "macs", "memory", "latency", *names])
+        for p in self.points:
+            cost = p.cost
+            latency = "" if cost.latency is None else cost.latency
+            widths = [p.widths[name] for name in names]
+            writer.writerow([p.label, p.score, cost.params, cost.macs, cost.memory, latency, *widths])
+        return out.getvalue()
+
+
+def _point(data: Mapping[str, Any]) -> Point:
+    latency, spread = data.get("latency"), data.get("spread")
+    cost = Cost(
+        int(data["params"]), int(data["macs"]), int(data["memory"]), None if latency is None else float(latency)
+    )
+    widths = {str(name): int(k) for name, k in data["widths"].items()}
+    return Point(str(data["label"]), widths, float(data["score"]), cost, None if spread is None else float(spread))
+
+
+def _listing(widths: Iterable[int], most: int = 8) -> str:
+    shown = [str(k) for k in widths]
+    return " ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

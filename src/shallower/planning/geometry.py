@@ -1,0 +1,126 @@
+"""How kernels, strides and paddings of linear maps fit together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import Tensor
+
+from shallower.errors import PlanError
+from shallower.sites.site import LinearMap, Site
+
+
+def padded(site: Site, consumers: Iterable[LinearMap]) -> bool:
+    """Whether something is put around what the consumers read, so that a constant in it has a border."""
+    passes = site.averaged or bool(site.pooled)  # a constant stays one
+    return any(c.padding != (0, 0) for c in consumers) or (bool(site.not_merged) and not passes)
+
+
+def not_foldable(m: LinearMap) -> str:
+    """Why the identity is not one of the maps of this geometry, "" where it is."""
+    if m.d_in != m.d_out or m.stride != (1, 1):
+        return "the merged map changes the shape of its input"
+    centred = all(k % 2 and 2 * p == d * (k - 1) for k, p, d in zip(m.kernel, m.padding, m.dilation, strict=True))
+    return "" if centred else "the merged kernel has no centre over its output (an odd kernel with padding of its half)"
+
+
+def kernel_of(weight: Tensor) -> tuple[int, int]:
+    """The kernel size of a weight; (1, 1) of a matrix."""
+    return (1, 1) if weight.dim() == 2 else (weight.shape[2], weight.shape[3])
+
+
+def fitted_map(producer: LinearMap, consumer: LinearMap, kernel: tuple[int, int], bias: bool = True) -> LinearMap:
+    """One map with a kernel of any size in the place of two convolutions, so that the output keeps its size.
+
+    A kernel of the size of the exact composition has its geometry. Any other has the stride s1 s2, no dilation and the
+    padding p1 + s1 p2 - (K - k) / 2, with K = d1 (k1 - 1) + s1 d2 (k2 - 1) + 1.
+
+    Raises:
+        PlanError: no padding keeps the size.
+    """
+    exact = replace(composed(producer, consumer, bias), groups=1)
+    if kernel == exact.kernel:
+        return exact
+    if exact.kind != "conv2d":
+        raise PlanError(f"{consumer.name}: a linear layer has no kernel of {kernel[0]}x{kernel[1]}")
+    padding = []
+    for k, whole, dilation, p in zip(kernel, exact.kernel, exact.dilation, exact.padding, strict=True):
+        extent = dilation * (whole - 1) + 1
+        twice = 2 * p - extent + k
+        if twice < 0 or twice % 2:
+            raise PlanError(
+                f"{consumer.name}: no padding lets a kernel of {kernel[0]}x{kernel[1]} give the size that "
+                f"`{producer.name}` and `{consumer.name}` give"
+            )
+        padding.append(twice // 2)
+    return replace(exact, kernel=kernel, dilation=(1, 1), padding=(padding[0], padding[1]))
+
+
+def composed(producer: LinearMap, consumer: LinearMap, bias: bool, *, flattened: bool = False) -> LinearMap:
+    """The one map that is `consumer` after `producer`, at the consumer's name.
+
+    Two convolutions give a kernel of d1 (k1 - 1) + s1 d2 (k2 - 1) + 1 with stride s1 s2, padding p1 + s1 p2 and
+    gcd(g1, g2) groups; where one of them has a single tap, the other's dilation stays instead. With `flattened`, a
+    linear layer over all pixels of what a convolution gives becomes one over all pixels of what that reads.
+
+    Raises:
+        PlanError: one is a convolution and the other is not.
+    """
+    merged = resized(consumer, d_in=producer.d_in, bias=bias)
+    if flattened:
+        return replace(merged, d_in=producer.d_in * producer.size[0] * producer.size[1], size=producer.size)
+    pointwise = producer.taps == 1 and is_plain(producer)
+    if producer.kind == "conv2d" and consumer.kind != "conv2d" and pointwise:  # behind an average over all pixels
+        return merged
+    if (producer.kind == "conv2d") != (consumer.kind == "conv2d"):
+        raise PlanError(f"{consumer.name}: a convolution and a linear layer do not merge into one")
+    merged = replace(merged, size=producer.size)
+    if producer.kind != "conv2d":
+        return merged
+    axes = [_axis(producer, consumer, i) for i in (0, 1)]
+    return replace(
+        merged,
+        kernel=(axes[0][0], axes[1][0]),
+        dilation=(axes[0][1], axes[1][1]),
+        stride=(producer.stride[0] * consumer.stride[0], producer.stride[1] * consumer.stride[1]),
+        padding=(
+            producer.padding[0] + producer.stride[0] * consumer.padding[0],
+            producer.padding[1] + producer.stride[1] * consumer.padding[1],
+        ),
+        groups=math.gcd(producer.groups, consumer.groups),
+    )
+
+
+def _axis(producer: LinearMap, consumer: LinearMap, i: int) -> tuple[int, int]:
+    """Kernel size and dilation along one axis of two convolutions in a row."""
+    k1, d1, k2 = producer.kernel[i], producer.dilation[i], consumer.kernel[i]
+    d2 = producer.stride[i] * consumer.dilation[i]
+    if k1 == 1:
+        return k2, d2 if k2 > 1 else 1
+    if k2 == 1:
+        return k1, d1
+    return d1 * (k1 - 1) + d2 * (k2 - 1) + 1, 1
+
+
+def is_plain(m: LinearMap) -> bool:
+    return m.stride == (1, 1) and m.padding == (0, 0)
+
+
+def geometry(m: LinearMap) -> tuple[tuple[int, int], ...]:
+    return m.kernel, m.stride, m.padding, m.dilation
+
+
+def same_stride(consumers: tuple[LinearMap, ...]) -> bool:
+    return len({c.stride for c in consumers}) == 1
+
+
+def resized(m: LinearMap, *, d_in: int | None = None, d_out: int | None = None, bias: bool | None = None) -> LinearMap:
+    bias = m.bias if bias is None else bias
+    return replace(
+        m,
+        d_in=m.d_in if d_in is None else d_in,
+        d_out=m.d_out if d_out is None else d_out,
+        bias=bias or m.kind == "conv1d",
+    )

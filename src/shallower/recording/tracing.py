@@ -1,0 +1,544 @@
+"""One recorded eager forward pass of a model, as a graph of calls.
+
+Every torch function that the forward pass calls becomes a `Call` between `Value`s, and belongs to the `Frame`
+(module invocation) whose `forward` made it. No symbolic tracing: what is recorded is what ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.nn.modules import module as global_hooks
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from shallower.core.inputs import Inputs, call, model_device, tensors, to_device
+from shallower.errors import SiteError
+from shallower.recording.macs import mac_counter
+
+Origin = Literal["input", "parameter", "buffer", "unknown", "computed"]
+
+
+@dataclass(eq=False)
+class Value:
+    """One version of a tensor; an in-place operation makes a new version.
+
+    Attributes:
+        origin: where it comes from; "computed" values have a `call`, "unknown" ones were made out of sight.
+        call: the call that made it.
+        readers: the calls that read it, each once.
+        shape: of the tensor.
+        fed: depends on the example inputs, or on an unknown tensor.
+        dynamic: is fed, or was computed from a parameter.
+        output: the model returns it, or keeps it.
+        name: dotted name, of a parameter or buffer; owner: the module that holds it.
+        tensor: identity of the tensor, shared by its versions.
+        storage: identity of the memory it lies in.
+        clobbered: another tensor in the same memory was written in place later.
+    """
+
+    origin: Origin
+    shape: tuple[int, ...]
+    call: Call | None = None
+    readers: list[Call] = field(default_factory=list)
+    fed: bool = False
+    dynamic: bool = False
+    output: bool = False
+    name: str = ""
+    owner: nn.Module | None = None
+    tensor: int = 0
+    storage: int = 0
+    clobbered: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a torch function.
+
+    Attributes:
+        name: canonical: "relu" for F.relu, torch.relu, Tensor.relu_; "mul" for `x * y`.
+        function: what was called.
+        args, kwargs: its arguments, each tensor replaced by its `Value`.
+        inputs: the values among them, in order.
+        outputs: the values it made.
+        frame: the module invocation whose own forward made the call.
+        ordinal: how many calls of this name that frame made before it.
+        inplace: it wrote into its first argument.
+    """
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    inputs: list[Value]
+    outputs: list[Value]
+    frame: Frame
+    ordinal: int
+    inplace: bool
+
+
+@dataclass(eq=False)
+class Frame:
+    """One invocation of a module.
+
+    Attributes:
+        module: what was called.
+        name: its dotted name, the first where it has several; None for the caller of the model.
+        parent: the frame that called it; None for the model itself.
+        ordinal: how many times the parent frame had called this module before.
+        steps: the calls and module invocations of its own forward, in order.
+        args, kwargs: what it was called with, each tensor replaced by its value.
+        outputs: tensors it returned.
+    """
+
+    module: nn.Module
+    name: str | None
+    parent: Frame | None
+    ordinal: int = 0
+    steps: list[Call | Frame] = field(default_factory=list)
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    outputs: list[Value] = field(default_factory=list)
+    counts: Counter[Any] = field(default_factory=Counter)
+
+    def calls(self) -> Iterator[Call]:
+        """All calls made during this invocation, by the module or by modules it calls."""
+        for step in self.steps:
+            if isinstance(step, Call):
+                yield step
+            else:
+                yield from step.calls()
+
+    def ancestors(self) -> Iterator[Frame]:
+        """This frame and those around it, innermost first."""
+        frame: Frame | None = self
+        while frame is not None:
+            yield frame
+            frame = frame.parent
+
+
+@dataclass(eq=False)
+class Trace:
+    """A recorded forward pass.
+
+    Attributes:
+        model: the model.
+        root: the outermost frame.
+        calls: all calls in order of execution.
+        frames: all frames in order of entry.
+        weights: the value of each parameter, by the module and the attribute that hold it.
+        macs: multiply-accumulate operations of the pass.
+    """
+
+    model: nn.Module
+    root: Frame
+    calls: list[Call] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
+    weights: dict[tuple[nn.Module, str], Value] = field(default_factory=dict)
+    macs: int = 0
+
+
+_ALIASES = {
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "rdiv": "div",
+    "rtruediv": "div",
+    "idiv": "div",
+    "itruediv": "div",
+    "multiply": "mul",
+    "rmul": "mul",
+    "imul": "mul",
+    "radd": "add",
+    "iadd": "add",
+    "rsub": "sub",
+    "isub": "sub",
+    "subtract": "sub",
+    "rpow": "pow",
+    "ipow": "pow",
+    "negative": "neg",
+    "clip": "clamp",
+    "absolute": "abs",
+    "special_erf": "erf",
+    "special_expit": "sigmoid",
+    "expit": "sigmoid",
+    "matmul": "matmul",
+    "rmatmul": "matmul",
+    "getitem": "getitem",
+    "setitem": "setitem",
+}
+
+_INPLACE_OPERATORS = {"__imul__", "__iadd__", "__isub__", "__itruediv__", "__idiv__", "__ipow__", "__setitem__"}
+
+_METADATA = {
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_floating_point", "is_complex",
+    "is_contiguous", "get_device", "element_size", "data_ptr", "len", "is_inference", "is_signed", "is_pinned",
+    "is_shared", "has_names", "is_same_size", "hash", "is_conj", "is_neg", "untyped_storage", "is_set_to",
+    "dtype", "is_tensor", "is_nonzero_static", "broadcast_shapes", "result_type", "can_cast",
+}  # fmt: skip
+
+
+def canonical(function: Any) -> str:
+    """The name under which a function is known, however it is called: "relu" for F.relu, torch.relu and Tensor.relu_.
+
+    A property is "get." and its name.
+    """
+    if isinstance(function, str):
+        name = function
+    else:
+        name = getattr(function, "__name__", None) or type(function).__name__
+        if name == "__get__":
+            return "get." + str(getattr(getattr(function, "__self__", None), "__name__", "?"))
+        if name == "__set__":
+            return "set." + str(getattr(getattr(function, "__self__", None), "__name__", "?"))
+        if isinstance(function, torch._ops.OpOverload):
+            name = str(name).split(".")[0]
+    name = str(name)
+    if name.startswith("__") and name.endswith("__"):
+        name = name.strip("_")
+    name = name.strip("_") or name
+    return _ALIASES.get(name, name)
+
+
+def is_metadata(name: str) -> bool:
+    """Whether a function of this canonical name looks at a tensor's form only, where it returns no tensor."""
+    return name in _METADATA or name.startswith(("get.", "set."))
+
+
+def _writes(function: Any, name: str, kwargs: Mapping[str, Any]) -> bool:
+    raw = str(getattr(function, "__name__", ""))
+    if raw in _INPLACE_OPERATORS or kwargs.get("inplace") is True:
+        return True
+    return raw.endswith("_") and not raw.endswith("__") and name != "requires_grad"
+
+
+class _Recorder(TorchFunctionMode):
+    """Turns torch functions into calls of the current frame."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+        self.frame = trace.root
+        self.known: dict[int, Value] = {}
+        self.alive: list[Any] = []
+        self.by_storage: dict[int, list[Value]] = {}
+        self.depth = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.depth += 1
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.depth -= 1
+        self.record(func, args, kwargs, result)
+        return result
+
+    def adopt(self, tensor: Tensor, origin: Origin, name: str = "", fed: bool = False) -> Value:
+        """The value of a tensor that no recorded call made."""
+        value = Value(
+            origin, tuple(tensor.shape), name=name, fed=fed, dynamic=fed, tensor=id(tensor), storage=_storage(tensor)
+        )
+        self.alive.append(tensor)
+        self.known[id(tensor)] = value
+        self.by_storage.setdefault(value.storage, []).append(value)
+        return value
+
+    def value(self, tensor: Tensor) -> Value:
+        """The current version of a tensor."""
+        known = self.known.get(id(tensor))
+        return known if known is not None else self.adopt(tensor, "unknown", fed=True)
+
+    def record(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Add a call that has just run."""
+        name = canonical(function)
+        inplace = _writes(function, name, kwargs)
+        written = [t for t in _flat(args[:1]) if inplace] + list(_flat(kwargs.get("out")))
+        returned = list(_flat(result))
+        if not returned and not written and is_metadata(name):
+            return
+        inputs = list(dict.fromkeys(self.value(tensor) for tensor in _flat((args, kwargs))))
+        produced = list({id(t): t for t in [*written, *returned]}.values())
+        frame = self.frame
+        counted = bool(produced) and bool(inputs)
+        made = Call(
+            name=name,
+            function=function,
+            args=self.described(args),
+            kwargs=self.described(dict(kwargs)),
+            inputs=inputs,
+            outputs=[],
+            frame=frame,
+            ordinal=frame.counts[name],
+            inplace=bool(written),
+        )
+        if counted:
+            frame.counts[name] += 1
+        for value in inputs:
+            value.readers.append(made)
+        fed = any(value.fed for value in inputs)
+        dynamic = fed or any(value.dynamic or value.origin == "parameter" for value in inputs)
+        for tensor in produced:
+            before = self.known.get(id(tensor))
+            if before is not None and before.origin in ("parameter", "buffer") and not written:
+                continue
+            value = Value("computed", tuple(tensor.shape), call=made, fed=fed, dynamic=dynamic)
+            value.tensor, value.storage = id(tensor), _storage(tensor)
+            if before is None:
+                self.alive.append(tensor)
+            self.known[id(tensor)] = value
+            if written and "dropout" not in name:  # which changes nothing in eval mode
+                for other in self.by_storage.get(value.storage, ()):
+                    other.clobbered |= other.tensor != value.tensor
+            self.by_storage.setdefault(value.storage, []).append(value)
+            made.outputs.append(value)
+        frame.steps.append(made)
+        self.trace.calls.append(made)
+
+    def described(self, value: Any) -> Any:
+        """`value` with each tensor in it replaced by its current version."""
+        if isinstance(value, Tensor):
+            return self.value(value)
+        if type(value) in (list, tuple):
+            return type(value)(self.described(item) for item in value)
+        if type(value) is dict:
+            return {key: self.described(item) for key, item in value.items()}
+        return value
+
+
+class _Unseen(TorchDispatchMode):
+    """Reports operators that run outside of any recorded function: scripted code, extensions written in C++."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.recorder.depth == 0:
+            self.recorder.record(func, args, kwargs or {}, result)
+        return result
+
+
+def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
+    """Run `model` once on `example_inputs`, in eval mode without gradients, and record it.
+
+    The model's mode, the random state and the inputs are as before afterwards. Inputs go to the device of the
+    model's parameters. A model on the meta device runs on fake tensors, so it needs no memory and no data.
+
+    Raises:
+        SiteError: `model` is not a module, has no parameters, or does not run on these inputs.
+    """
+    if not isinstance(model, nn.Module):
+        raise SiteError(f"sites are found in a torch.nn.Module, not in a {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise SiteError(f"{type(model).__name__} has no parameters, so there is nothing in it to squeeze")
+    if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
+        raise SiteError(
+            f"{type(model).__name__} has parameters without a shape yet (lazy modules); run it once on real inputs"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SiteError("a scripted model cannot be looked into; pass the torch.nn.Module it was made from")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        inputs = stack.enter_context(_placed(model, example_inputs))
+        names: dict[nn.Module, str] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            names.setdefault(module, name)
+        trace = Trace(model, Frame(nn.Module(), None, None))
+        recorder = _Recorder(trace)
+        for module in names:
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None:
+                    if id(parameter) not in recorder.known:
+                        prefix = names[module] + "." if names[module] else ""
+                        recorder.adopt(parameter, "parameter", prefix + attribute)
+                    trace.weights[module, attribute] = recorder.value(parameter)
+            for attribute, buffer in module._buffers.items():
+                if buffer is not None and id(buffer) not in recorder.known:
+                    recorder.adopt(buffer, "buffer", attribute).owner = module
+        for tensor in tensors(inputs):
+            recorder.known.pop(id(tensor), None)
+            recorder.adopt(tensor, "input", fed=True)
+
+        # Modules made on the fly, not part of the model, are seen through: their calls are the caller's.
+        def enter(module: nn.Module, _: Any) -> None:
+            if module not in names:
+                return
+            parent = recorder.frame
+            frame = Frame(module, names.get(module), parent, ordinal=parent.counts[module])
+            parent.counts[module] += 1
+            parent.steps.append(frame)
+            trace.frames.append(frame)
+            recorder.frame = frame
+
+        def leave(module: nn.Module, args: Any, *rest: Any) -> None:
+            if module not in names:
+                return
+            # After an error in the forward the hook is called without the keyword arguments.
+            kwargs, output = rest if len(rest) == 2 else ({}, rest[0])
+            frame = recorder.frame
+            while frame.module is not module and frame.parent is not None:
+                frame = frame.parent
+            frame.args, frame.kwargs = recorder.described(args), recorder.described(kwargs)
+            frame.outputs = [recorder.value(t) for t in tensors(output)]
+            if frame.parent is not None:
+                recorder.frame = frame.parent
+
+        stack.callback(register_module_forward_pre_hook(enter).remove)
+        handle = register_module_forward_hook(leave, with_kwargs=True, always_call=True)
+        stack.callback(handle.remove)
+        # PyTorch forgets this entry when the handle is removed, and torch.compile then warns of global hooks for good.
+        stack.callback(global_hooks._global_forward_hooks_with_kwargs.pop, handle.id, None)
+        counter = mac_counter()
+        try:
+            with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+                warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)`")
+                with counter, _Unseen(recorder), recorder:
+                    output = call(model, inputs)
+        except Exception as error:
+            raise SiteError(
+                f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}\n"
+                "Example inputs are what the model is called with: a tensor, a tuple of its positional arguments or a "
+                "dict of its keyword arguments."
+            ) from error
+        for tensor in tensors(output):
+            recorder.value(tensor).output = True
+        for module in names:
+            for item in vars(module).values():
+                if isinstance(item, Tensor) and id(item) in recorder.known:
+                    recorder.known[id(item)].output = True
+        trace.macs = counter.get_total_flops() // 2
+        trace.root = trace.frames[0]
+        trace.root.parent = None
+    return trace
+
+
+def _flat(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _flat(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _flat(item)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return -id(tensor)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients; modes, attributes and hooks of all modules and the random state are restored."""
+    before = {module: dict(vars(module)) for module in model.modules()}
+    hooks = [
+        (table, dict(table)) for state in before.values() for key, table in state.items() if key.endswith("_hooks")
+    ]
+    device = model_device(model)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, state in before.items():
+                vars(module).clear()
+                vars(module).update(state)
+            for table, entries in hooks:
+                if isinstance(table, dict) and dict(table) != entries:
+                    table.clear()
+                    table.update(entries)
+
+
+@contextlib.contextmanager
+def _placed(model: nn.Module, example_inputs: Inputs) -> Iterator[Inputs]:
+    """The inputs where the model can take them.
+
+    Where weights have no data (meta device, fake tensors), whatever is computed from the inputs alone still runs on
+    real values, so that code which looks at them (masks, lengths, padding) takes its usual way.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    if not any(weight.is_meta or isinstance(weight, FakeTensor) for weight in weights):
+        yield to_device(example_inputs, model_device(model))
+        return
+    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
+    blanks: dict[int, Tensor] = {}
+    with unset_fake_temporarily():
+        inputs = _filled(example_inputs)
+        try:
+            for module in model.modules():
+                tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                for table in tables:
+                    for name, tensor in table.items():
+                        if isinstance(tensor, FakeTensor):
+                            if id(tensor) not in blanks:
+                                blanks[id(tensor)] = _blank(tensor)
+                            swapped.append((table, name, tensor))
+            for table, name, tensor in swapped:
+                table[name] = blanks[id(tensor)]
+            with _DataIsOptional():  # type: ignore[no-untyped-call]
+                yield inputs
+        finally:
+            for table, name, tensor in swapped:
+                table[name] = tensor
+
+
+def _blank(tensor: Tensor) -> Tensor:
+    """A tensor on the meta device, or a parameter there, like a fake one."""
+    blank = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
+
+
+def _filled(value: Any) -> Any:
+    """Inputs with every tensor that has no data replaced by one full of ones."""
+    if isinstance(value, Tensor):
+        missing = value.is_meta or isinstance(value, FakeTensor)
+        return torch.ones(value.shape, dtype=value.dtype) if missing else value
+    if isinstance(value, Mapping):
+        return {key: _filled(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_filled(item) for item in value)
+    return value
+
+
+class _DataIsOptional(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets tensors with and without data meet: what reads one without has none, and everything else has."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        missing = any(tensor.is_meta for tensor in _flat((args, named)))
+        if missing:
+            args, named = tree_map(lambda item: item.to("meta") if isinstance(item, Tensor) else item, (args, named))
+        if named.get("device") is not None:
+            named["device"] = torch.device("meta" if missing else "cpu")
+        return func(*args, **named)

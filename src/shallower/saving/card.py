@@ -1,0 +1,29 @@
+"""The model card of a directory of which nothing more is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+NAME = "README.md"
+
+
+def plain_card(name: str, source: str) -> str:
+    """The card of a directory that holds no numbers."""
+    library = source.partition(":")[0] in ("timm", "torchvision", "transformers")
+    again = "" if library else ", model=make_model()"
+    hint = "" if library else "# make_model: a fresh instance of the original,\n# whatever its weights\n"
+    made = f"The architecture before surgery is `{source}`.\n" if source else ""
+    return f"""---
+library_name: shallower
+tags:
+- shallower
+---
+# {Path(name).name}
+
+A PyTorch model, squeezed and saved by Shallower. {made}
+```python
+import shallower as sh
+
+{hint}model = sh.load({name!r}{again})
+```
+"""

@@ -1,0 +1,71 @@
+"""What a run leaves of numbers, read again and compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shallower.app.results import CURVE, RESULT, comparison, read_points, read_result, show
+from shallower.errors import CheckpointError
+
+
+def result(model: str, score: float, params: int, method: str = "squeeze") -> dict[str, Any]:
+    dense = {"score": 0.9, "params": 1000, "macs": 5000, "memory": 4000, "latency": 0.01}
+    small = {**dense, "score": score, "params": params}
+    options = {"model": model, "data": "rows.csv", "method": method}
+    speed = {"measured": 1.25, "spread": 0.01, "predicted": 2.0}
+    return {"schema": 2, "options": options, "quality": "accuracy", "dense": dense, "small": small, "speed": speed}
+
+
+def folder(path: Path, numbers: Any) -> Path:
+    path.mkdir()
+    (path / RESULT).write_text(json.dumps(numbers))
+    return path
+
+
+def test_each_original_stands_once_before_what_was_made_of_it(tmp_path: Path) -> None:
+    folders = [
+        folder(tmp_path / "a", result("one", 0.89, 500)),
+        folder(tmp_path / "b", result("two", 0.88, 400)),
+        folder(tmp_path / "c", result("one", 0.87, 300, "tlc")),
+    ]
+    lines = comparison(folders).splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["one", *map(str, (folders[0], folders[2])), "two", str(folders[1])]
+    assert lines[2].split()[1:4] == ["tlc", "87.00", "%"]
+    assert lines[2].split()[-2:] == ["-70%", "1.25x"]
+
+
+def test_different_machines_are_told(tmp_path: Path) -> None:
+    numbers = result("one", 0.89, 500)
+    folders = [folder(tmp_path / name, {**numbers, "machine": {"threads": name}}) for name in "ab"]
+    assert "different machines" in comparison(folders)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [[], {}, {**result("one", 0.9, 5), "schema": 99}, {**result("one", 0.9, 5), "small": {"score": "high"}}],
+    ids=["list", "empty", "schema", "text for a number"],
+)
+def test_a_damaged_result_is_refused(tmp_path: Path, numbers: Any) -> None:
+    with pytest.raises(CheckpointError, match=RESULT):
+        read_result(folder(tmp_path / "a", numbers))
+
+
+def test_a_damaged_curve_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no"):
+        read_points(tmp_path)
+    for text in ("{", "{}", '{"points": [{"score": 1}]}', "[1]"):
+        (tmp_path / CURVE).write_text(text)
+        with pytest.raises(CheckpointError, match="not a curve"):
+            read_points(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("quality", "score", "text"),
+    [("accuracy", 0.934, "93.40 %"), ("perplexity", -2.0, "7.389"), ("cosine", 0.9876, "0.9876")],
+)
+def test_scores_are_shown_as_people_say_them(quality: str, score: float, text: str) -> None:
+    assert show(quality, score) == text

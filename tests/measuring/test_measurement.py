@@ -1,0 +1,169 @@
+"""What a model costs: counts that can be worked out by hand, and latencies that can be told apart."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shallower.errors import ShallowerError
+from shallower.measuring.measurement import compare, count_macs, count_params, measure, peak_memory
+from shallower.modules.attachment import attach, detach
+from shallower.sites.site import Place
+
+
+def network(width: int = 32) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, width), nn.GELU(), nn.Linear(width, 4))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4)
+        self.head = nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids))
+
+
+class Attention(nn.Module):
+    def __init__(self, kv_heads: int = 2) -> None:
+        super().__init__()
+        self.kv_heads = kv_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = x.view(3, 5, 2, 4).transpose(1, 2)
+        keys = queries[:, : self.kv_heads]
+        return nn.functional.scaled_dot_product_attention(queries, keys, keys, enable_gqa=True)
+
+
+def test_a_linear_network_costs_its_matrix_products():
+    measured = measure(network(), torch.randn(2, 8), repeats=3, seconds=0)
+    assert measured.params == 8 * 32 + 32 + 32 * 4 + 4
+    assert measured.macs == 2 * (8 * 32 + 32 * 4)
+
+
+def test_latency_has_a_median_and_a_spread_over_the_runs():
+    measured = measure(network(), torch.randn(2, 8), repeats=5, seconds=0)
+    assert measured.runs >= 5
+    assert 0 < measured.latency < 1
+    assert 0 <= measured.spread < 1
+
+
+def test_the_conditions_of_a_measurement_are_named():
+    measured = measure(network().bfloat16(), torch.randn(7, 8).bfloat16(), repeats=3, seconds=0)
+    assert (measured.batch, measured.dtype, measured.threads) == (7, "bfloat16", torch.get_num_threads())
+    assert measured.device.startswith("cpu")
+    assert measured.torch_version == torch.__version__
+
+
+def test_a_measurement_reads_as_one_line():
+    text = str(measure(network(), torch.randn(2, 8), repeats=3, seconds=0))
+    assert "\n" not in text
+    for part in ("420 params", "768 MACs", "ms", "batch 2", "float32", "cpu"):
+        assert part in text
+
+
+def test_tied_weights_count_once():
+    assert count_params(Tied()) == 40
+
+
+def test_attention_counts_on_the_cpu_as_on_the_meta_device():
+    x = torch.randn(3, 5, 8)
+    assert count_macs(Attention(), x) == count_macs(Attention(), x.to("meta")) == 2 * 3 * 2 * 5 * 5 * 4
+
+
+def test_attention_with_shared_keys_counts_every_query_head():
+    assert count_macs(Attention(kv_heads=1), torch.randn(3, 5, 8)) == 2 * 3 * 2 * 5 * 5 * 4
+
+
+def test_the_fused_transformer_encoder_counts_as_its_parts():
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    x = torch.randn(3, 5, 8)
+    assert count_macs(encoder.eval(), x) == count_macs(encoder.train(), x) > 0
+
+
+def test_nothing_is_timed_on_the_meta_device():
+    measured = measure(network().to("meta"), torch.randn(2, 8))
+    assert math.isnan(measured.latency)
+    assert measured.macs == 768
+    assert "not timed" in str(measured)
+
+
+def test_peak_memory_is_the_weights_the_inputs_and_the_largest_live_activations():
+    x = torch.randn(2, 8)
+    weights = 4 * count_params(network())
+    assert peak_memory(network(), x) == weights + x.nbytes + 2 * (2 * 32 * 4)
+
+
+def test_peak_memory_releases_what_is_no_longer_alive():
+    deep = nn.Sequential(*[nn.Linear(16, 16) for _ in range(20)])
+    x = torch.randn(64, 16)
+    assert peak_memory(deep, x) == 4 * count_params(deep) + 3 * x.nbytes
+
+
+def test_the_mode_of_every_module_is_put_back():
+    model = network()
+    model[1].eval()
+    measure(model, torch.randn(2, 8), repeats=1, seconds=0)
+    assert [module.training for module in model] == [True, False, True]
+
+
+def test_a_dropout_is_measured_as_at_inference():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
+    assert peak_memory(model.eval(), torch.ones(1, 8)) == measure(model.train(), torch.ones(1, 8), repeats=1).memory
+
+
+def test_an_attached_model_is_measured_as_if_nothing_were_attached():
+    model = network()
+    attach(model, Place("1"), nn.Sequential(nn.Linear(32, 32), nn.GELU()))
+    x = torch.randn(2, 8)
+    attached = measure(model, x, repeats=1, seconds=0)
+    assert (attached.params, attached.macs) == (420, 768)
+    assert isinstance(model[1], nn.Sequential)
+    detach(model)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_counted_as_the_module_inside():
+    model, x = network(), torch.randn(2, 8)
+    compiled = measure(torch.compile(model, backend="eager"), x, repeats=2, seconds=0)
+    eager = measure(model, x, repeats=2, seconds=0)
+    assert (compiled.params, compiled.macs, compiled.memory) == (eager.params, eager.macs, eager.memory)
+    assert compiled.latency > 0
+
+
+def test_a_larger_network_compares_as_slower():
+    models = {"small": network(16), "large": network(1 << 15)}
+    timed = compare(models, torch.randn(64, 8), rounds=5)
+    assert timed["small"].ratio == 1
+    assert timed["large"].ratio > 2
+    assert timed["large"].speedup == 1 / timed["large"].ratio
+    assert timed["large"].rounds == 5
+
+
+def test_a_comparison_reads_as_one_line():
+    text = str(compare({"one": network()}, torch.randn(2, 8), rounds=2)["one"])
+    assert "1.00x as fast" in text
+    assert "\n" not in text
+
+
+def test_a_model_on_the_meta_device_cannot_be_compared():
+    with pytest.raises(ShallowerError, match="small: a model on the meta device"):
+        compare({"small": network().to("meta")}, torch.randn(2, 8))
+
+
+def test_measuring_without_a_run_is_an_error():
+    with pytest.raises(ShallowerError, match="repeats and warmup are at least 1"):
+        measure(network(), torch.randn(2, 8), repeats=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_peak_memory_on_cuda_holds_the_weights_and_activations():
+    model, x = network(1024).cuda(), torch.randn(512, 8, device="cuda")
+    least = 4 * count_params(model) + x.nbytes + 2 * 512 * 1024 * 4
+    assert least <= peak_memory(model, x) < 2 * least + (32 << 20)
+    assert "cuda" in measure(model, x, repeats=3, seconds=0).device

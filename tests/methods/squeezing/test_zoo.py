@@ -1,0 +1,35 @@
+"""Every architecture of the zoo squeezed: calibrated, planned, and applied."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shallower.core.inputs import call, tensors
+from shallower.errors import SiteError
+from shallower.finding.matching import find_sites
+from shallower.methods.squeezing.squeeze import narrowable
+from shallower.methods.squeezing.sweeping import Calibration, Sweep
+from shallower.surgery.applying import apply
+from tests.zoo import ZOO, Specimen
+
+DISTINCT = {"albert", "gpt2", "phi3", "llama", "mobilenet_v2", "prelu_of_channels", "convolutions_with_norm_after"}
+"""Tied calls, transposed weights, packed gates, separate gates, depthwise convolutions, slopes, norms behind."""
+
+
+@pytest.mark.parametrize(
+    "specimen", [pytest.param(s, id=s.name, marks=() if s.name in DISTINCT else pytest.mark.slow) for s in ZOO]
+)
+def test_the_plan_is_exact(specimen: Specimen) -> None:
+    model, inputs = specimen.build()
+    try:
+        sites = narrowable(find_sites(model, inputs))
+    except SiteError:
+        pytest.skip("nothing to squeeze")
+    calibration = Calibration([inputs] * 4)
+    widths = {site.name: max(1, site.width // 2) for site in sites}
+    plan, small = Sweep(model, sites.items, calibration).plan(widths)
+    with torch.no_grad():
+        found = [next(tensors(call(m, inputs))) for m in (apply(model, plan, inputs), small)]
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-3)
+    assert len(plan) == len(sites)

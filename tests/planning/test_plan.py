@@ -1,0 +1,453 @@
+"""Plans: what they check, what they cost, and how they are written and read."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from shallower.errors import PlanError
+from shallower.planning.entries import Entry, Fate, Fit
+from shallower.planning.fingerprints import fingerprint
+from shallower.planning.plan import CostWarning, Plan
+from shallower.sites.site import LinearMap, Place, Site
+from shallower.surgery.applying import apply
+
+N = 12
+
+
+def linear(name: str, d_in: int, d_out: int, bias: bool = True) -> LinearMap:
+    return LinearMap(name, "linear", d_in, d_out, bias, positions=4)
+
+
+def site(name: str = "mlp", **changes: Any) -> Site:
+    whole = Site(name, "feed-forward", N, linear("0", 6, N), (linear("2", N, 5),), Place("1"), "gelu")
+    return dataclasses.replace(whole, **changes)
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, N), nn.GELU(), nn.Linear(N, 5))
+
+
+def fitted_plan() -> Plan:
+    torch.manual_seed(1)
+    fates = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 0, 1, 2])
+    fit = Fit((torch.randn(5, 4),), (torch.randn(5),), torch.randn(3, 6), (torch.randn(5, 3),))
+    entry = Entry(site(), fates, torch.randn(N), torch.randn(N), torch.rand(N), "prelu", fit)
+    return Plan((entry,), "ab" * 32, "test")
+
+
+def same(a: Plan, b: Plan) -> bool:
+    def numbers(plan: Plan) -> list[torch.Tensor]:
+        found = []
+        for e in plan.entries:
+            found += [e.fates, e.slopes, e.offsets, *([] if e.alphas is None else [e.alphas])]
+            found += [] if e.fit is None else list(e.fit.tensors.values())
+        return found
+
+    texts = [(p.method, p.fingerprint, [(e.site, e.family) for e in p.entries]) for p in (a, b)]
+    x, y = numbers(a), numbers(b)
+    return texts[0] == texts[1] and len(x) == len(y) and all(torch.equal(s, t) for s, t in zip(x, y, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------- what is said
+
+
+def test_a_collapse_makes_every_channel_linear_with_slope_one():
+    (entry,) = Plan.collapse([site()]).entries
+    assert len(entry.linear) == N
+    assert torch.equal(entry.slopes, torch.ones(N, dtype=torch.float64))
+    assert not entry.offsets.any()
+
+
+def test_a_collapse_can_be_of_some_names_only():
+    second = site("other", producer=linear("4", 6, N), consumers=(linear("6", N, 5),))
+    assert [e.site.name for e in Plan.collapse([site(), second], names=["other"]).entries] == ["other"]
+
+
+def test_a_collapse_of_an_unknown_name_is_refused():
+    with pytest.raises(PlanError, match="no site 'encoder'"):
+        Plan.collapse([site()], names=["encoder"])
+
+
+def test_a_site_that_cannot_be_linear_is_refused_with_its_reason():
+    with pytest.raises(PlanError, match=r"mlp: no channel may become linear: the consumer pads"):
+        Plan.collapse([site(not_linear="the consumer pads")])
+
+
+def test_two_entries_for_a_site_are_refused():
+    with pytest.raises(PlanError, match="mlp: the plan has two entries"):
+        Plan((Entry.collapse(site()), Entry.collapse(site())))
+
+
+def test_two_entries_for_a_layer_are_refused():
+    with pytest.raises(PlanError, match="`0` is already changed by the entry of `mlp`"):
+        Plan((Entry.collapse(site()), Entry.collapse(site("other"))))
+
+
+def test_sites_in_a_circle_are_refused():
+    back = site("back", producer=linear("2", N, N), consumers=(linear("0", N, N),))
+    there = site("there", producer=linear("0", N, N), consumers=(linear("2", N, N),))
+    with pytest.raises(PlanError, match="circle"):
+        Plan((Entry.collapse(there), Entry.collapse(back)))
+
+
+ONES = torch.ones(N)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"fates": torch.ones(N + 1)}, "fates has shape"),
+        ({"fates": torch.full((N,), 3)}, "fates are the integers"),
+        ({"fates": ONES}, "fates are the integers"),
+        ({"fates": [1] * N}, "fates is a tensor"),
+        ({"slopes": ONES[:3]}, "slopes has shape"),
+        ({"slopes": ONES * float("nan")}, "slopes has a number that is not finite"),
+        ({"offsets": ONES * float("inf")}, "offsets has a number that is not finite"),
+        ({"alphas": ONES[:2]}, "alphas has shape"),
+        ({"family": "cubic"}, "family of slopes"),
+        ({"fit": Fit((torch.zeros(5, 3),), (torch.zeros(5),))}, r"consumers.0 of the fit has shape \(5, 3\)"),
+        ({"fit": Fit((), (torch.zeros(4),))}, r"biases.0 of the fit has shape \(4,\)"),
+        ({"fit": Fit((), ())}, "0 biases for 1 consumers"),
+        ({"fit": Fit((), (torch.zeros(5),), torch.zeros(2, 6))}, "not the second"),
+        ({"fit": Fit((), (torch.zeros(5),), torch.zeros(2, 6), (torch.zeros(5, 3),))}, "ups.0 of the fit has shape"),
+        ({"fit": Fit((), (torch.zeros(5),), torch.zeros(2, 7), (torch.zeros(5, 2),))}, "fitted for 7 inputs"),
+        ({"fit": Fit((), (torch.zeros(5) / 0,))}, "biases.0 of the fit is not a tensor of finite"),
+    ],
+)
+def test_an_entry_that_does_not_fit_its_site_is_refused(fields, reason):
+    good = {"fates": torch.ones(N, dtype=torch.int8), "slopes": ONES, "offsets": torch.zeros(N)}
+    with pytest.raises(PlanError, match=reason):
+        Plan((Entry(site(), **{**good, **fields}),))
+
+
+def test_a_constant_before_a_padded_convolution_is_refused():
+    padded = LinearMap("2", "conv2d", N, 5, True, 4, kernel=(3, 3), padding=(1, 1))
+    convolution = site(producer=LinearMap("0", "conv2d", 6, N, True, 4), consumers=(padded,), channels_first=True)
+    with pytest.raises(PlanError, match="wrong along the border"):
+        Entry.narrow(convolution, torch.arange(3), constants=torch.ones(N))
+
+
+def test_attention_heads_cannot_be_linear():
+    with pytest.raises(PlanError, match="an attention head is kept or dropped"):
+        Entry.collapse(site(kind="heads"))
+
+
+# ------------------------------------------------------------------------------------------------------------- costs
+
+
+def test_costs_of_a_collapse_are_those_of_the_merged_layer():
+    entry = Entry.collapse(site())
+    assert (entry.params_after, entry.macs_after) == (6 * 5 + 5, 4 * 6 * 5)
+    assert Plan((entry,)).params_saved == site().params - 35
+
+
+def test_a_plan_that_does_not_pay_is_warned_of():
+    square = site(width=N, producer=linear("0", 24, N, bias=False), consumers=(linear("2", N, 24),))
+    with pytest.warns(CostWarning, match="mlp: as planned it has 600 parameters"):
+        Plan.collapse([square])
+
+
+def test_the_table_says_what_becomes_of_each_site():
+    text = str(fitted_plan())
+    assert "plan by test for 1 sites" in text
+    assert "partial + path of 3" in text
+
+
+# ------------------------------------------------------------------------------------------------------- fingerprints
+
+
+def test_a_plan_for_other_weights_is_refused():
+    original, other = model(), model()
+    plan = Plan((Entry.collapse(site()),), fingerprint(original, [site()]))
+    apply(original, plan, torch.randn(4, 6))
+    with torch.no_grad():
+        other[2].weight[0, 0] += 1
+    with pytest.raises(PlanError, match="made for other weights"):
+        apply(other, plan, torch.randn(4, 6))
+
+
+def test_weights_elsewhere_do_not_matter_to_a_plan():
+    longer = model().append(nn.Linear(5, 5))
+    before = fingerprint(longer, [site()])
+    nn.init.zeros_(longer[3].weight)
+    assert fingerprint(longer, [site()]) == before != ""
+
+
+def test_a_meta_model_has_no_fingerprint():
+    assert fingerprint(model().to("meta"), [site()]) == ""
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_saved_plan_is_read_back_exactly(tmp_path):
+    plan = fitted_plan()
+    plan.save(tmp_path / "a" / "plan")
+    assert same(Plan.load(tmp_path / "a" / "plan"), plan)
+    assert sorted(p.name for p in (tmp_path / "a" / "plan").iterdir()) == ["plan.json", "plan.safetensors"]
+
+
+@settings(max_examples=25)
+@given(
+    fates=st.lists(st.sampled_from(list(Fate)), min_size=N, max_size=N),
+    slopes=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=N, max_size=N),
+)
+def test_any_plan_survives_its_description(fates, slopes):
+    numbers = torch.tensor(slopes, dtype=torch.float64)
+    plan = Plan((Entry(site(), torch.tensor(fates), numbers, -numbers),))
+    tensors = {"0.slopes": numbers, "0.offsets": -numbers}
+    assert same(Plan.from_json(json.loads(json.dumps(plan.to_json())), tensors), plan)
+
+
+def test_every_part_of_a_fit_and_the_reasons_are_read_back(tmp_path):
+    torch.manual_seed(2)
+    kept, gate = 3, linear("gate", 6, N)
+    fit = Fit(
+        (torch.randn(5, kept),), (torch.randn(5),), torch.randn(2, 6), (torch.randn(5, 2),), torch.randn(2),
+        torch.randn(kept, 6), torch.randn(kept), torch.randn(kept, 6), torch.randn(kept),
+    )  # fmt: skip
+    gated = Entry.narrow(site(kind="gated", gate=gate), torch.arange(kept), fit=fit, note="held-out error 3 %")
+    square = site("other", producer=linear("3", 6, N), consumers=(linear("4", N, 5),))
+    plan = Plan((gated, Entry.collapse(square, becomes="merged", note="measured")))
+    plan.save(tmp_path)
+    read = Plan.load(tmp_path)
+    assert same(read, plan)
+    assert [(e.becomes, e.fold_skip, e.note) for e in read.entries] == [
+        ("", False, "held-out error 3 %"),
+        ("merged", False, "measured"),
+    ]
+    assert "held-out error 3 %" in str(read)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_plan_of_an_earlier_version_is_read(tmp_path, version):
+    plan = fitted_plan()
+    plan.save(tmp_path)
+    data = json.loads((tmp_path / "plan.json").read_text())
+    data["version"] = version
+    for entry in data["entries"]:
+        site = entry["site"]
+        for layer in (site["producer"], *site["consumers"]):
+            del layer["size"]
+        del site["pooled"]
+        if version == 2:
+            continue
+        for key in ("becomes", "fold_skip", "note"):
+            del entry[key]
+        for key in ("down_bias", "producer", "producer_bias", "gate", "gate_bias"):
+            del entry["fit"][key]
+        for key in ("not_narrow", "not_merged", "between", "residual", "heads", "norm_params", "activation_shared"):
+            del site[key]
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    assert same(Plan.load(tmp_path), plan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"down_bias": torch.zeros(2)}, "down_bias of the fit belongs to down"),
+        ({"producer": torch.zeros(3, 6)}, r"producer of the fit has shape \(3, 6\)"),
+        ({"producer_bias": torch.zeros(4)}, "producer_bias of the fit belongs to producer"),
+        ({"producer": torch.zeros(4, 6), "producer_bias": torch.zeros(3)}, r"has shape \(4,\)"),
+        ({"producer": torch.zeros(4, 7)}, "fitted for 7 inputs"),
+        ({"gate": torch.zeros(4, 6)}, "no gate whose kept rows"),
+        ({"producer": torch.zeros(4, 6) / 0}, "producer of the fit is not a tensor of finite"),
+    ],
+)
+def test_fitted_rows_that_do_not_fit_their_layer_are_refused(changes, reason):
+    fit = Fit((torch.zeros(5, 4),), (torch.zeros(5),), **changes)
+    with pytest.raises(PlanError, match=reason):
+        Plan((Entry.narrow(site(), torch.arange(4), fit=fit),))
+
+
+def test_a_description_without_its_tensors_is_refused():
+    with pytest.raises(PlanError, match=r"the tensor '0\.slopes' is missing"):
+        Plan.from_json(fitted_plan().to_json())
+
+
+def test_saving_again_replaces_the_plan(tmp_path):
+    fitted_plan().save(tmp_path)
+    Plan.collapse([site()]).save(tmp_path)
+    assert Plan.load(tmp_path).method == "collapse"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="everything is writable")
+def test_a_directory_that_cannot_be_written_is_an_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PlanError, match="cannot be written"):
+        fitted_plan().save(tmp_path)
+
+
+def test_a_file_in_the_place_of_the_directory_is_an_error(tmp_path):
+    (tmp_path / "plan").write_text("")
+    with pytest.raises(PlanError, match="cannot be written"):
+        fitted_plan().save(tmp_path / "plan")
+
+
+@pytest.mark.parametrize("missing", ["plan.json", "plan.safetensors"])
+def test_a_missing_file_is_an_error(tmp_path, missing):
+    fitted_plan().save(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(PlanError, match=r"missing|No such file"):
+        Plan.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "plan.safetensors"])
+@pytest.mark.parametrize("damage", ["cut in half", "empty", "noise"])
+def test_a_damaged_file_is_an_error(tmp_path, name, damage):
+    fitted_plan().save(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    damaged = {"cut in half": content[: len(content) // 2], "empty": b"", "noise": b"\xff" * 64}
+    (tmp_path / name).write_bytes(damaged[damage])
+    with pytest.raises(PlanError, match="cannot be read"):
+        Plan.load(tmp_path)
+
+
+def _set(*keys: Any, to: Any) -> Callable[[Any], None]:
+    def change(data: Any) -> None:
+        for key in keys[:-1]:
+            data = data[key]
+        data[keys[-1]] = to
+
+    return change
+
+
+SITE = ("entries", 0, "site")
+ATTACKS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "another schema": (_set("schema", to="pickle"), "not a plan: its schema"),
+    "a later version": (_set("version", to=4), "version 4 of the format"),
+    "a version that is no number": (_set("version", to=[1]), "version"),
+    "an unknown key": (_set("code", to="import os"), "unknown keys: code"),
+    "an unknown key in an entry": (_set("entries", 0, "code", to=1), "unknown keys: code"),
+    "an unknown key in a site": (_set(*SITE, "code", to=1), "unknown keys: code"),
+    "an unknown key in a layer": (_set(*SITE, "producer", "code", to=1), "unknown keys: code"),
+    "entries that are no list": (_set("entries", to={}), "not a list"),
+    "an entry that is no object": (_set("entries", 0, to=3), "not an object"),
+    "a fingerprint that is none": (_set("fingerprint", to="x"), "fingerprint"),
+    "a method that is no text": (_set("method", to=3), "method"),
+    "a width without end": (_set(*SITE, "width", to=10**30), "width"),
+    "a negative width": (_set(*SITE, "width", to=-1), "width"),
+    "a width that does not fit": (_set(*SITE, "width", to=13), "do not fit its width"),
+    "a layer without end": (_set(*SITE, "producer", "d_in", to=10**12), "not the description of a layer"),
+    "a layer with half a feature": (_set(*SITE, "producer", "d_in", to=0.5), "not the description of a layer"),
+    "a layer of another kind": (_set(*SITE, "producer", "kind", to="eval"), "not the description of a layer"),
+    "a kernel that is none": (_set(*SITE, "producer", "kernel", to=[0, 0]), "not the description of a layer"),
+    "groups of nothing": (_set(*SITE, "producer", "groups", to=0), "not the description of a layer"),
+    "a site without consumers": (_set(*SITE, "consumers", to=[]), "do not fit"),
+    "consumers that are no list": (_set(*SITE, "consumers", to=3), "not an object"),
+    "a kind of site that is none": (_set(*SITE, "kind", to="all"), "unknown kind"),
+    "a place that is none": (_set(*SITE, "activation", "module", to=3), "not the description of a place"),
+    "a call that is none": (_set(*SITE, "activation", "calls", to=[["relu"]]), "not the description of a place"),
+    "fates that are none": (_set("entries", 0, "fates", to=[["maybe", 12]]), "not a fate"),
+    "too few fates": (_set("entries", 0, "fates", to=[["keep", 3]]), "do not count 12"),
+    "too many fates": (_set("entries", 0, "fates", to=[["keep", 12], ["keep", 1]]), "do not count 12"),
+    "fates without end": (_set("entries", 0, "fates", to=[["keep", 10**18]]), "not a count"),
+    "a family that is none": (_set("entries", 0, "family", to="cubic"), "family"),
+    "a tensor that is missing": (_set("entries", 0, "slopes", "tensor", to="0.none"), "missing from plan.safetensors"),
+    "a tensor of another shape": (_set("entries", 0, "slopes", "shape", to=[6, 2]), "the plan says"),
+    "a tensor of another type": (_set("entries", 0, "slopes", "dtype", to="float32"), "the plan says 'float32'"),
+    "a tensor of another hash": (_set("entries", 0, "slopes", "sha256", to="0" * 64), "other numbers"),
+    "a tensor for another": (_set("entries", 0, "slopes", "tensor", to="0.offsets"), "other numbers"),
+    "a form that is none": (_set("entries", 0, "becomes", to="smaller"), "a site becomes"),
+    "a form of kept channels": (_set("entries", 0, "becomes", to="merged"), "without kept channels"),
+    "a form that is no text": (_set("entries", 0, "becomes", to=[]), "not a text"),
+    "a skip that is not there": (_set("entries", 0, "fold_skip", to=True), "without kept channels"),
+    "a skip that is no flag": (_set("entries", 0, "fold_skip", to=1), "fold_skip is true or false"),
+    "a note without end": (_set("entries", 0, "note", to="a" * 2001), "note"),
+    "a note that is no text": (_set("entries", 0, "note", to={}), "not a text"),
+    "a residual that is none": (_set(*SITE, "residual", to=3), "not an object"),
+    "a residual of a third summand": (
+        _set(*SITE, "residual", to={"place": {"module": "", "calls": []}, "branch": 2, "norm": "", "source": ""}),
+        "not a summand",
+    ),
+    "a layer between that is none": (_set(*SITE, "between", to=[{"map": None}]), "unknown keys"),
+    "layers between that are no list": (_set(*SITE, "between", to="all"), "not an object"),
+    "heads that are none": (_set(*SITE, "heads", to={"module": "x"}), "unknown keys"),
+    "heads of another kind of site": (_set(*SITE, "kind", to="heads"), "do not fit"),
+    "a flag that is a number": (_set(*SITE, "activation_shared", to=1), "not all what they should be"),
+    "a path without its second half": (_set("entries", 0, "fit", "ups", to=[]), "not the second"),
+    "a middle without a path": (_set("entries", 0, "fit", "down", to=None), "does not name|down_bias|inputs"),
+    "a fit of another kind": (_set("entries", 0, "fit", to=[]), "not an object"),
+    "ups that are no list": (_set("entries", 0, "fit", "ups", to={}), "ups is not a list"),
+    "savings that are not true": (_set("saves", "params", to=10**9), "the file was changed"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_hostile_description_is_refused(tmp_path, attack):
+    change, reason = ATTACKS[attack]
+    fitted_plan().save(tmp_path)
+    data = json.loads((tmp_path / "plan.json").read_text())
+    change(data)
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=reason):
+        Plan.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": NaN}', '{"schema": Infinity}', "3", "null"])
+def test_json_that_is_no_plan_is_refused(tmp_path, text):
+    fitted_plan().save(tmp_path)
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(PlanError):
+        Plan.load(tmp_path)
+
+
+def _rehashed(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """What somebody writes who changes numbers and hashes together."""
+    import hashlib
+
+    save_file(tensors, directory / "plan.safetensors")
+    data = json.loads((directory / "plan.json").read_text())
+    for reference in (data["entries"][0]["slopes"], data["entries"][0]["fit"]["down"]):
+        tensor = tensors[reference["tensor"]]
+        reference["sha256"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        reference["shape"], reference["dtype"] = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    (directory / "plan.json").write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "reason"),
+    [
+        ("0.slopes", torch.full((N,), float("nan"), dtype=torch.float64), "not finite"),
+        ("0.slopes", torch.ones(N + 1, dtype=torch.float64), r"slopes has shape \(13,\)"),
+        ("0.slopes", torch.ones(N, dtype=torch.int64), "the plan says"),
+        ("0.down", torch.ones(3, 7), "fitted for 7 inputs"),
+        ("0.down", torch.ones(3, 6, 1), "down of the fit has shape"),
+    ],
+)
+def test_hostile_numbers_are_refused(tmp_path, name, tensor, reason):
+    fitted_plan().save(tmp_path)
+    tensors = load_file(tmp_path / "plan.safetensors")
+    _rehashed(tmp_path, {**tensors, name: tensor})
+    with pytest.raises(PlanError, match=reason):
+        Plan.load(tmp_path)
+
+
+def test_a_tensor_that_no_entry_names_is_refused(tmp_path):
+    fitted_plan().save(tmp_path)
+    tensors = load_file(tmp_path / "plan.safetensors")
+    save_file({**tensors, "extra": torch.zeros(1)}, tmp_path / "plan.safetensors")
+    with pytest.raises(PlanError, match="does not name the tensor 'extra'"):
+        Plan.load(tmp_path)
+
+
+def test_a_plan_is_not_changed_by_changing_its_description():
+    plan = Plan.collapse([site()])
+    data = plan.to_json()
+    again = copy.deepcopy(data)
+    data["entries"][0]["fates"].append(["keep", 1])
+    assert plan.to_json() == again

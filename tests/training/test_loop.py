@@ -1,0 +1,353 @@
+"""The built-in training loop: it learns, resumes exactly, and stops where it was told to."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from shallower.core.state_file import read_state, write_state
+from shallower.errors import TrainingError
+from shallower.training.loop import History, Recipe, train
+from tests.processes import in_two_processes
+
+
+class Halves(nn.Module):
+    """A small classifier with everything that has a state: dropout, BatchNorm, biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+def problem(rows: int = 96) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 8, generator=generator)
+    return TensorDataset(x, (x[:, 0] * x[:, 1] > 0).long())
+
+
+def loader() -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(problem(), batch_size=16, shuffle=True)
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def accuracy(model: nn.Module) -> float:
+    x, y = problem().tensors
+    with torch.no_grad():
+        return float((model(x).argmax(1) == y).float().mean())
+
+
+class InterruptionError(Exception):
+    """Stands for the loss of the machine."""
+
+
+def interrupting(after: int):  # type: ignore[no-untyped-def]
+    calls = 0
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise InterruptionError
+        return cross_entropy(model, batch)
+
+    return loss
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_learns_and_reports_each_epoch() -> None:
+    model = Halves()
+    history = train(model, loader(), cross_entropy, Recipe(epochs=40, lr=3e-2), score=accuracy)
+    assert len(history.losses) == len(history.scores) == len(history.seconds) == 40
+    assert history.losses[-1] < 0.7 * history.losses[0]
+    assert history.scores[-1] > 0.85
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path, optimizer: str, precision: str) -> None:
+    recipe = Recipe(epochs=4, lr=1e-2, warmup=0.2, optimizer=optimizer, precision=precision)  # type: ignore[arg-type]
+    whole, resumed, path = Halves(), Halves(), tmp_path / "run.safetensors"
+    expected = train(whole, loader(), cross_entropy, recipe, score=accuracy)
+    with pytest.raises(InterruptionError):
+        train(resumed, loader(), interrupting(15), recipe, score=accuracy, checkpoint=path, checkpoint_every=2)
+    resumed = Halves()
+    history = train(resumed, loader(), cross_entropy, recipe, score=accuracy, checkpoint=path, checkpoint_every=2)
+    assert history.resumed == 14
+    assert equal(whole, resumed)
+    assert history.losses == pytest.approx(expected.losses, rel=1e-6)
+    assert history.scores == expected.scores
+
+
+def test_a_generator_of_the_loader_resumes_too(tmp_path: Path) -> None:
+    def own() -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(problem(), batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+    recipe, path = Recipe(epochs=3, lr=1e-2), tmp_path / "run.safetensors"
+    whole, resumed = Halves(), Halves()
+    train(whole, own(), cross_entropy, recipe)
+    with pytest.raises(InterruptionError):
+        train(resumed, own(), interrupting(8), recipe, checkpoint=path)
+    resumed = Halves()
+    train(resumed, own(), cross_entropy, recipe, checkpoint=path)
+    assert equal(whole, resumed)
+
+
+def test_a_finished_checkpoint_is_only_loaded(tmp_path: Path) -> None:
+    recipe, path = Recipe(epochs=2, lr=1e-2), tmp_path / "run.safetensors"
+    first, second = Halves(), Halves()
+    train(first, loader(), cross_entropy, recipe, checkpoint=path)
+    history = train(second, loader(), interrupting(0), recipe, checkpoint=path)
+    assert equal(first, second)
+    assert history.resumed == 12
+
+
+def test_channels_last_moments_survive_a_checkpoint(tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2))
+        return layers.to(memory_format=torch.channels_last)
+
+    images = [(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1])) for _ in range(6)]
+    recipe, path = Recipe(epochs=1, lr=1e-2), tmp_path / "run.safetensors"
+    whole, resumed = network(), network()
+    train(whole, images, cross_entropy, recipe)
+    with pytest.raises(InterruptionError):
+        train(resumed, images, interrupting(3), recipe, checkpoint=path, checkpoint_every=3)
+    resumed = network()
+    train(resumed, images, cross_entropy, recipe, checkpoint=path, checkpoint_every=3)
+    assert equal(whole, resumed)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    train(Halves(), loader(), cross_entropy, Recipe(epochs=1, lr=1e-2), checkpoint=path)
+    with pytest.raises(TrainingError, match=r"another run \(lr differ"):
+        train(Halves(), loader(), cross_entropy, Recipe(epochs=1, lr=2e-2), checkpoint=path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    train(Halves(), loader(), cross_entropy, Recipe(epochs=1, lr=1e-2), checkpoint=path)
+    with pytest.raises(TrainingError, match="does not fit this run"):
+        train(nn.Linear(8, 2), loader(), cross_entropy, Recipe(epochs=1, lr=1e-2), checkpoint=path)
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    train(Halves(), loader(), cross_entropy, Recipe(epochs=1, lr=1e-2), checkpoint=path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(TrainingError, match="not a readable checkpoint"):
+        train(Halves(), loader(), cross_entropy, Recipe(epochs=1, lr=1e-2), checkpoint=path)
+
+
+def test_state_files_keep_nested_values_and_shared_tensors(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    state = {"a": [1, 0.1, None, "x"], 3: (shared, shared), "b": {"c": shared[::2]}, "d": True}
+    write_state(tmp_path / "s.safetensors", state)
+    back = read_state(tmp_path / "s.safetensors")
+    assert back["a"] == state["a"]
+    assert back["d"] is True
+    assert torch.equal(back[3][0], shared)
+    assert torch.equal(back[3][1], shared)
+    assert torch.equal(back["b"]["c"], shared[::2])
+
+
+def test_the_floor_stops_and_gives_back_the_last_good_model() -> None:
+    scores = iter([0.9, 0.8, 0.3, 0.9])
+    states: list[dict[str, Tensor]] = []
+
+    def score(model: nn.Module) -> float:
+        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return next(scores)
+
+    model = Halves()
+    history = train(model, loader(), cross_entropy, Recipe(epochs=4, lr=1e-2), score=score, floor=0.5)
+    assert history.stopped
+    assert history.scores == [0.9, 0.8, 0.3]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_floor_never_reached_gives_back_the_first_model() -> None:
+    model, before = Halves(), Halves()
+    history = train(model, loader(), cross_entropy, Recipe(epochs=2, lr=1e-2), score=lambda _: 0.0, floor=0.5)
+    assert history.stopped
+    assert equal(model, before)
+
+
+class Recorder:
+    """A method that writes down what the loop asks of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.calls: list[str] = []
+        self.lrs: list[float] = []
+
+    def param_groups(self, weight_decay: float = 0.0) -> list[dict[str, object]]:
+        return [{"params": list(self.model.parameters()), "weight_decay": weight_decay}]
+
+    def before_step(self) -> None:
+        self.calls.append("before")
+
+    def loss(self, closure) -> Tensor:  # type: ignore[no-untyped-def]
+        self.calls.append("loss")
+        value: Tensor = closure() + 1.0
+        return value
+
+    def after_step(self, lr: float) -> None:
+        self.calls.append("after")
+        self.lrs.append(lr)
+
+    def state(self) -> dict[str, object]:
+        return {"lrs": self.lrs}
+
+    def load_state(self, state: Mapping[str, list[float]]) -> None:
+        self.lrs = list(state["lrs"])
+
+
+def test_a_method_is_asked_before_in_and_after_each_step() -> None:
+    model = Halves()
+    method = Recorder(model)
+    recipe = Recipe(epochs=2, lr=1e-2, warmup=0.25)
+    plain = train(Halves(), loader(), cross_entropy, recipe)
+    history = train(model, loader(), cross_entropy, recipe, method=method)
+    assert method.calls == ["before", "loss", "after"] * 12
+    assert method.lrs == pytest.approx([1e-2 * recipe.factor(step, 12) for step in range(12)])
+    assert history.losses[0] == pytest.approx(plain.losses[0] + 1.0, abs=0.02)
+
+
+def test_the_state_of_a_method_is_in_the_checkpoint(tmp_path: Path) -> None:
+    recipe, path = Recipe(epochs=2, lr=1e-2), tmp_path / "run.safetensors"
+    whole, stopped, resumed = (Recorder(Halves()) for _ in range(3))
+    train(whole.model, loader(), cross_entropy, recipe, method=whole)
+    with pytest.raises(InterruptionError):
+        train(stopped.model, loader(), interrupting(8), recipe, method=stopped, checkpoint=path)
+    train(resumed.model, loader(), cross_entropy, recipe, method=resumed, checkpoint=path)
+    assert resumed.calls == ["before", "loss", "after"] * 6
+    assert resumed.lrs == whole.lrs
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1]),
+        ("step", [0.5, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]),
+        ("cosine", [0.5, 1, 1, 0.933, 0.75, 0.5, 0.25, 0.067]),
+    ],
+)
+def test_schedules_rise_and_fall(schedule: str, expected: list[float]) -> None:
+    recipe = Recipe(epochs=1, lr=1.0, schedule=schedule, warmup=0.25)  # type: ignore[arg-type]
+    assert [recipe.factor(step, 8) for step in range(8)] == pytest.approx(expected, abs=1e-3)
+
+
+def test_mixed_precision_leaves_no_trace_on_the_model() -> None:
+    model = Halves()
+    before = set(vars(model))
+    train(model, loader(), cross_entropy, Recipe(epochs=1, lr=1e-2, precision="bf16"))
+    assert set(vars(model)) == before
+    assert model(torch.randn(4, 8)).dtype == torch.float32
+    assert model.training
+
+
+def test_score_may_copy_a_model_that_trains_in_mixed_precision() -> None:
+    x = problem().tensors[0]
+
+    def zeroed(model: nn.Module) -> float:
+        duplicate = copy.deepcopy(model)
+        for parameter in duplicate.parameters():
+            nn.init.zeros_(parameter)
+        out = duplicate(x)
+        assert out.dtype == torch.float32
+        return float(out.detach().abs().max())
+
+    history = train(Halves(), loader(), cross_entropy, Recipe(epochs=2, lr=1e-2, precision="bf16"), score=zeroed)
+    assert history.scores == [0.0, 0.0]
+
+
+def test_an_accelerator_of_the_caller_keeps_its_precision() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    train(Halves(), loader(), cross_entropy, Recipe(epochs=1, lr=1e-2, precision="no"))
+    assert accelerator.mixed_precision == "bf16"
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def one_shot() -> Iterator[tuple[Tensor, Tensor]]:
+    yield torch.randn(2, 8), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"), [([], "no batches"), (one_shot(), "one-shot"), ({1, 2}.__class__, "no length")]
+)
+def test_batches_that_cannot_be_trained_on_are_refused(batches: object, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        train(Halves(), batches, cross_entropy, Recipe(epochs=1, lr=1e-2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [{"optimizer": "lion"}, {"lr": 0.0}, {"warmup": 1.0}, {"epochs": -1}, {"clip": 0.0}])
+def test_a_recipe_out_of_range_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(TrainingError, match=next(iter(change))):
+        dataclasses.replace(Recipe(epochs=1, lr=1e-2), **change)  # type: ignore[arg-type]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run() -> None:
+    with pytest.raises(TrainingError, match="not finite"):
+        train(Halves(), loader(), lambda model, batch: cross_entropy(model, batch) / 0, Recipe(epochs=1, lr=1e-2))
+
+
+def test_a_floor_without_a_score_is_refused() -> None:
+    with pytest.raises(TrainingError, match="score="):
+        train(Halves(), loader(), cross_entropy, Recipe(epochs=1, lr=1e-2), floor=0.5)
+
+
+def test_a_frozen_model_is_refused() -> None:
+    with pytest.raises(TrainingError, match="nothing to train"):
+        train(Halves().requires_grad_(False), loader(), cross_entropy, Recipe(epochs=1, lr=1e-2))
+
+
+def test_history_counts_nothing_before_training() -> None:
+    assert train(Halves(), loader(), cross_entropy, Recipe(epochs=0, lr=1e-2)) == History()
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from safetensors.torch import save_file
+from tests.training.test_loop import Halves, cross_entropy, loader
+from shallower.training.loop import Recipe, train
+
+folder = sys.argv[1]
+model = Halves()
+train(model, loader(), cross_entropy, Recipe(epochs=3, lr=1e-2), cpu=True, checkpoint=folder + "/run.safetensors")
+rank = torch.distributed.get_rank()
+assert torch.distributed.get_world_size() == 2
+save_file({k: v.clone() for k, v in model.state_dict().items() if "running" not in k and "tracked" not in k},
+          f"{folder}/rank{rank}.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_equal_weights(tmp_path: Path) -> None:
+    in_two_processes(TWO_PROCESSES, tmp_path, tmp_path)
+    assert (tmp_path / "rank0.safetensors").read_bytes() == (tmp_path / "rank1.safetensors").read_bytes()
+    assert read_state(tmp_path / "run.safetensors")["position"] == 9
