@@ -12,8 +12,8 @@ import pytest
 datasets = pytest.importorskip("datasets")
 Image = pytest.importorskip("PIL.Image")
 
-from shallower.app.data import Labels, read_rows
-from shallower.errors import DataError
+from shallower.app.data import Labels, read_rows  # noqa: E402
+from shallower.errors import DataError  # noqa: E402
 
 REVIEWS = "text,label\n" + "".join(f"review {i},{'good' if i % 2 else 'bad'}\n" for i in range(20))
 

@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore", module="lightning")
 
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402
 
-from shallower.integrations.lightning import ShallowerCallback
+from shallower.integrations.lightning import ShallowerCallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

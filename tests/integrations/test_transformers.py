@@ -14,7 +14,7 @@ from shallower.methods.base import Method
 
 transformers = pytest.importorskip("transformers")
 
-from shallower.integrations.transformers import ShallowerCallback
+from shallower.integrations.transformers import ShallowerCallback  # noqa: E402
 
 
 def make_model() -> Any:

@@ -27,6 +27,12 @@ from shallower.surgery.simulation import impose_heads
 from tests.zoo import ZOO
 
 
+def take_away(model: nn.Module, entry: Entry) -> None:
+    """Narrow the model as the entry says, with its fit where it has one."""
+    fitted = () if entry.fit is None else (entry.fit.consumers[0], entry.fit.biases[0])
+    narrow(model, entry.site, entry.kept, *fitted)
+
+
 def specimen(name: str) -> tuple[nn.Module, Inputs]:
     model, inputs = next(s for s in ZOO if s.name == name).build()
     model = model.double()
@@ -93,7 +99,7 @@ def test_heads_are_found_and_taken_away_exactly(case: Any) -> None:
         assert {attribute for attribute, _ in site.heads.counts} == attributes
     small, simulated = copy.deepcopy(model), copy.deepcopy(model)
     for entry in entries(sites):
-        narrow(small, entry)
+        take_away(small, entry)
         impose_heads(simulated, entry)
     dense, wanted, result = (outputs(m, inputs) for m in (model, simulated, small))
     assert len(result) == len(wanted)
@@ -147,7 +153,7 @@ def test_fewer_heads_are_found_again() -> None:
     model, inputs = specimen("gpt2")
     sites = head_sites(model, inputs)
     for site in sites:
-        narrow(model, Entry.narrow(site, torch.tensor([0, 2, 3])))
+        narrow(model, site, torch.tensor([0, 2, 3]))
     again = head_sites(model, inputs)
     assert [site.width for site in again] == [3, 3]
     assert list(again) == [narrowed(site, 3) for site in sites]
@@ -159,7 +165,7 @@ def test_a_language_model_with_fewer_heads_writes_the_same_with_and_without_cach
     model, inputs = specimen(name)
     simulated = copy.deepcopy(model)
     for entry in entries(head_sites(model, inputs)):
-        narrow(model, entry)
+        take_away(model, entry)
         impose_heads(simulated, entry)
     assert isinstance(inputs, dict)
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
@@ -171,7 +177,7 @@ def test_what_was_done_can_be_done_again_to_a_fresh_model() -> None:
     model, inputs = specimen("timm_vit")
     fresh, _ = specimen("timm_vit")
     for entry in entries(head_sites(model, inputs)):
-        narrow(model, entry)
+        take_away(model, entry)
     replay(fresh, edits(model))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(outputs(fresh, inputs)[0], outputs(model, inputs)[0])
@@ -186,7 +192,7 @@ def test_a_refitted_output_projection_is_used() -> None:
     bias = torch.randn(out.d_out, dtype=torch.float64)
     entry = Entry.narrow(site, torch.tensor([1]), fit=Fit((weight,), (bias,)))
     simulated = copy.deepcopy(model)
-    narrow(model, entry)
+    take_away(model, entry)
     impose_heads(simulated, entry)
     torch.testing.assert_close(outputs(model, inputs), outputs(simulated, inputs), rtol=1e-10, atol=1e-10)
     assert torch.equal(model.get_submodule(out.name).weight, weight)
@@ -197,10 +203,10 @@ def test_no_head_at_all_and_another_model_are_refused() -> None:
     model, inputs = specimen("llama")
     site = head_sites(model, inputs)[0]
     with pytest.raises(PlanError, match="at least one"):
-        narrow(model, Entry.narrow(site, torch.zeros(0, dtype=torch.int64)))
-    narrow(model, Entry.narrow(site, torch.tensor([0])))
+        narrow(model, site, torch.zeros(0, dtype=torch.int64))
+    narrow(model, site, torch.tensor([0]))
     with pytest.raises(PlanError, match="made for"):
-        narrow(model, Entry.narrow(site, torch.tensor([0])))
+        narrow(model, site, torch.tensor([0]))
 
 
 def llama(heads: int, groups: int) -> tuple[nn.Module, Inputs]:
@@ -221,7 +227,7 @@ def test_a_configuration_that_can_express_fewer_heads_follows_and_builds_the_sto
     model, inputs = llama(8, 4)
     made = [Entry.narrow(site, torch.tensor([0, 1, 3])) for site in head_sites(model, inputs)]
     for entry in made:
-        narrow(model, entry)
+        take_away(model, entry)
     update_head_counts(model, made)
     assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (6, 3)
     stock = hf.LlamaForCausalLM(model.config).double().eval()
@@ -235,7 +241,7 @@ def test_a_configuration_that_cannot_express_them_stays(kept: Any) -> None:
     sites = head_sites(model, inputs)  # uneven, not everywhere, or a number that does not divide the model's width
     made = [Entry.narrow(site, torch.tensor(own)) for site, own in zip(sites, kept, strict=False)]
     for entry in made:
-        narrow(model, entry)
+        take_away(model, entry)
     update_head_counts(model, made)
     assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (6, 6)
 

@@ -23,7 +23,7 @@ from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate
 from tests.networks import Gated, Packed, convolutional_networks, networks, random_plan
 
-pytestmark = pytest.mark.filterwarnings("ignore::shallower.plan.CostWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
 many = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 

@@ -22,7 +22,7 @@ from shallower.surgery.padding import border_error, move_padding
 from shallower.surgery.simulation import simulate
 from tests.networks import Block, Inverted, _randomised
 
-pytestmark = pytest.mark.filterwarnings("ignore::shallower.plan.CostWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
 X = torch.randn(2, 4, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 

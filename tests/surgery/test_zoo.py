@@ -22,7 +22,7 @@ from shallower.surgery.simulation import simulate
 from tests.zoo import ZOO, Specimen
 
 # What is tested is exactness; the narrow sites of the zoo seldom pay.
-pytestmark = pytest.mark.filterwarnings("ignore::shallower.plan.CostWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
 
 WITH_SITES = [specimen for specimen in ZOO if specimen.sites]
 

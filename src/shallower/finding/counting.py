@@ -19,7 +19,6 @@ from shallower.errors import ShallowerError
 from shallower.finding.attention import head_sites
 from shallower.finding.graph import Graph
 from shallower.modules.heads import narrow
-from shallower.planning.entries import Entry
 from shallower.recording.tracing import trace_forward
 from shallower.sites.heads import narrowed
 from shallower.sites.site import Site
@@ -90,7 +89,7 @@ def _works(model: nn.Module, inputs: Inputs, site: Site, counts: Counts) -> bool
     trial = without_data(model)
     fewer = replace(site, heads=replace(site.heads, counts=counts))
     try:
-        narrow(trial, Entry.narrow(fewer, torch.arange(site.width - 1)))
+        narrow(trial, fewer, torch.arange(site.width - 1))
         found, _ = head_sites(Graph(trace_forward(trial, inputs)))
     except (ShallowerError, RuntimeError, ValueError, TypeError, IndexError):
         return False

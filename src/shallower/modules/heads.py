@@ -14,40 +14,48 @@ from torch import Tensor, nn
 from shallower.errors import PlanError
 from shallower.modules.edits import perform, resize
 from shallower.modules.layers import bias_of, check_shape, weight_of
-from shallower.planning.entries import Entry
 from shallower.sites.heads import columns, heads_of, narrowed, rows
-from shallower.sites.site import LinearMap
+from shallower.sites.site import LinearMap, Site
 
 
-def narrow(model: nn.Module, entry: Entry) -> None:
+def narrow(
+    model: nn.Module, site: Site, kept: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> None:
     """Take the dropped heads out of the model, in place.
+
+    Args:
+        model: the one to change.
+        site: of kind "heads".
+        kept: the heads that stay, ascending.
+        weight: of the output projection afterwards; its own columns where None.
+        bias: of the output projection afterwards, where `weight` is given.
 
     Raises:
         PlanError: no head stays, or the model is another one than the site's.
     """
-    site, kept = entry.site, entry.kept
     heads, out = heads_of(site), site.consumers[0]
     if len(kept) == 0:
         raise PlanError(f"{site.name}: attention needs at least one head")
     for m in site.maps:
         check_shape(site.name, model.get_submodule(m.name), m)
-    fit = entry.fit
-    smaller = narrowed(site, len(kept), None if fit is None or not bool(fit.biases[0].ne(0).any()) else True)
+    has_bias = True if bias is not None and bool(bias.ne(0).any()) else None
+    smaller = narrowed(site, len(kept), has_bias)
     if len(kept) < site.width:
         by_name = rows(heads, kept)
         for m in heads_of(smaller).maps:
             layer, own = model.get_submodule(m.name), by_name[m.name]
-            weight, bias = weight_of(layer)[own.to(weight_of(layer).device)], bias_of(layer)
-            _set(model, m, weight, None if bias is None else bias[own.to(bias.device)])
+            rows_kept, shift = weight_of(layer)[own.to(weight_of(layer).device)], bias_of(layer)
+            _set(model, m, rows_kept, None if shift is None else shift[own.to(shift.device)])
         for attribute, each in heads.counts:
             value = each * len(kept)
             perform(model, {"edit": "attribute", "name": heads.module, "attribute": attribute, "value": value})
-    layer = model.get_submodule(out.name)
-    weight, bias = weight_of(layer), bias_of(layer)
-    if fit is not None:
-        _set(model, smaller.consumers[0], fit.consumers[0], fit.biases[0])
+    if weight is not None:
+        _set(model, smaller.consumers[0], weight, bias)
     elif len(kept) < site.width:
-        _set(model, smaller.consumers[0], weight[:, columns(heads, kept).to(weight.device)], bias)
+        layer = model.get_submodule(out.name)
+        own_weight = weight_of(layer)
+        chosen = columns(heads, kept).to(own_weight.device)
+        _set(model, smaller.consumers[0], own_weight[:, chosen], bias_of(layer))
 
 
 def _set(model: nn.Module, m: LinearMap, weight: Tensor, bias: Tensor | None) -> None:

@@ -30,7 +30,8 @@ def operate(model: nn.Module, step: Step) -> None:
     entry, form = step.entry, step.form
     site = entry.site
     if site.kind == "heads":
-        heads.narrow(model, entry)
+        fitted = () if entry.fit is None else (entry.fit.consumers[0], entry.fit.biases[0])
+        heads.narrow(model, site, entry.kept, *fitted)
         return
     if site.producer is None or form.kind == "removed":
         _vanish(model, site.activation)

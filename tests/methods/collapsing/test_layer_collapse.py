@@ -342,7 +342,7 @@ def live(name: str, granularity: str) -> tuple[nn.Module, LayerCollapse, Tensor]
     return model, LayerCollapse(model, find_sites(model, x), granularity=granularity), x  # type: ignore[arg-type]
 
 
-@pytest.mark.filterwarnings("ignore::shallower.plan.CostWarning")
+@pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
 @pytest.mark.parametrize("granularity", ["site", "channel"])
 @pytest.mark.parametrize("name", LIVE)
 def test_with_slopes_one_surgery_equals_the_live_model(name: str, granularity: str) -> None:
@@ -352,7 +352,7 @@ def test_with_slopes_one_surgery_equals_the_live_model(name: str, granularity: s
     torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.filterwarnings("ignore::shallower.plan.CostWarning")
+@pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
 @pytest.mark.parametrize("name", LIVE)
 def test_with_mixed_channels_surgery_equals_the_live_model(name: str) -> None:
     model, method, x = live(name, "channel")
@@ -364,7 +364,7 @@ def test_with_mixed_channels_surgery_equals_the_live_model(name: str) -> None:
     torch.testing.assert_close(small(x), model(x), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.filterwarnings("ignore::shallower.plan.CostWarning")
+@pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
 @pytest.mark.parametrize("family", ["blend", "prelu"])
 def test_site_that_did_not_arrive_keeps_its_slope(family: str) -> None:
     model = network().double().eval()
@@ -515,7 +515,7 @@ def test_stages_collapse_one_site_after_another() -> None:
     assert stages[1].slopes[stages[0].sites[0]] == 1
 
 
-@pytest.mark.filterwarnings("ignore::shallower.plan.CostWarning")
+@pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
 def test_fitted_model_is_exactly_the_collapsed_one() -> None:
     model = network()
     method = method_on(model)

@@ -29,7 +29,7 @@ from tests.networks import convolutional_networks, networks, seeds
 from tests.surgery.test_zoo import admit, outputs
 from tests.zoo import ZOO, Specimen
 
-pytestmark = pytest.mark.filterwarnings("ignore::shallower.plan.CostWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
 
 
 def mlp(dtype: torch.dtype = torch.float64) -> nn.Sequential:

@@ -371,7 +371,7 @@ def bad_block(**options: Any) -> nn.Module:
     return build(**options)
 
 
-@pytest.mark.filterwarnings("ignore::shallower.plan.CostWarning")  # what is faster may count more
+@pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")  # what is faster may count more
 @pytest.mark.parametrize("options", [{"mode": "reflect"}, {"mode": "circular"}, {"groups": 2}, {"groups": 4}])
 def test_unusual_convolutions_lose_their_activation_exactly(options: dict[str, Any]) -> None:
     model, x = bad_block(**options), torch.randn(4, 4, 8, 8)

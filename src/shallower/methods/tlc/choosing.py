@@ -70,12 +70,12 @@ def choose_forms(
     only comes close: a pair of convolutions replaced by one kernel, fitted by least squares to the pair's output,
     again with the skip inside; and the pair narrowed in the middle, to the ranks that keep most of the output.
 
-    Times are told with the interval that their noise leaves (see `shallower.timing.Ratio`). That only the activation
-    goes, all layers and channels staying, is what everything else is held against: it costs less than what is there on
-    any machine. Another form is taken only where it is faster by more than the noise, by 5 % more where it has more
-    MACs or parameters; or where it has fewer and is not slower by more than the noise. Of these the fastest is taken.
-    Forms that may come within 3 % of it count as equally fast, and the one with fewest MACs and parameters is taken,
-    exact ones first.
+    Times come with the interval that their noise leaves (see `shallower.measuring.timing.Ratio`). That only the
+    activation goes, all layers and channels staying, is what everything else is held against: it costs less than
+    what is there on any machine. Another form is taken only where it is faster by more than the noise, by 5 % more
+    where it has more MACs or parameters; or where it has fewer and is not slower by more than the noise. Of these
+    the fastest is taken. Forms that may come within 3 % of it count as equally fast, and the one with fewest MACs
+    and parameters is taken, exact ones first.
 
     Args:
         model: that the plan is for; it is left as it is.
