@@ -1,7 +1,7 @@
 """What surgery did to a model, as data: enough to do it again to a fresh model without its weights.
 
-Every change of structure is one edit, a flat JSON object. Surgery makes its changes through `perform`, and the model
-keeps the list; `replay` performs a list from a file, which may be hostile.
+Every change of structure is one edit, a flat JSON object. Surgery makes its changes through `perform`, and the modules
+remember them (see `records.py`); `replay` performs a list from a file, which may be hostile.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import nn
 from shallower.errors import CheckpointError, PlanError, ShallowerError
 from shallower.modules.activations import Operand, PartialActivation, SlopeActivation, Twice
 from shallower.modules.layers import kind_of, resized, resized_norm
+from shallower.modules.records import forget, note, noted
 from shallower.modules.rewriting import externalise
 from shallower.sites.site import LinearMap, Place
 
 Edit = dict[str, Any]
 """`{"edit": kind, "name": dotted name, ...arguments}`."""
 
-_RECORD = "_shallower_edits"
 _MOST_CHANNELS = 2**24
 _MOST_WEIGHTS = 2**36
 
 
 def edits(model: nn.Module) -> list[Edit]:
-    """What surgery did to this model, in order; empty for a model it did not touch."""
-    return [dict(edit) for edit in vars(model).get(_RECORD, ())]
+    """What surgery did to this model and its parts, in order; empty for a model it did not touch."""
+    return [{**edit, _key(edit): name} for name, edit in noted(model)]
 
 
 def perform(model: nn.Module, edit: Edit) -> nn.Module:
@@ -38,9 +38,21 @@ def perform(model: nn.Module, edit: Edit) -> nn.Module:
     Returns:
         The module that stands at the edit's place now; the weights of layers are not set.
     """
-    module = _PERFORM[edit["edit"]](model, edit)
-    vars(model).setdefault(_RECORD, []).append(edit)
-    return module
+    name = edit[_key(edit)]
+    before = model.get_submodule(name)
+    made = _PERFORM[edit["edit"]](model, edit)
+    changed = model.get_submodule(name)
+    if changed is before:
+        note(edit, changed, before)
+    else:
+        prefix, _, child = name.rpartition(".")
+        note(edit, changed, before, model.get_submodule(prefix), child)
+    return made
+
+
+def _key(edit: Mapping[str, Any]) -> str:
+    """The field that says where the changed module stands."""
+    return "module" if edit["edit"] == "externalise" else "name"
 
 
 def resize(model: nn.Module, m: LinearMap) -> nn.Module:
@@ -89,7 +101,11 @@ def exchange(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 def _externalise(model: nn.Module, edit: Edit) -> nn.Module:
     place = Place(edit["module"], tuple((str(name), int(ordinal)) for name, ordinal in edit["calls"]))
-    return model.get_submodule(externalise(model, place))
+    before = set(model.modules())
+    child = model.get_submodule(externalise(model, place))
+    if child not in before:
+        forget(child)
+    return child
 
 
 def _map(model: nn.Module, edit: Edit) -> nn.Module:
