@@ -29,7 +29,7 @@ from shallower.methods.dropout.structural_dropout import StructuralDropout
 from shallower.methods.squeezing.squeeze import squeeze
 from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan
-from shallower.sites.site import Site, Sites
+from shallower.sites import Site, Sites
 from shallower.surgery.applying import apply
 from shallower.training.loop import Recipe, train
 

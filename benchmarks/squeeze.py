@@ -76,7 +76,7 @@ from shallower.measuring.measurement import compare, count_macs, count_params
 from shallower.methods.squeezing.squeeze import squeeze
 from shallower.methods.squeezing.sweeping import Calibration, Sweep
 from shallower.saving.vision import repair_torchvision
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 from shallower.surgery.applying import apply
 
 METHODS = ("Torch-Pruning", "squeeze, equal", "squeeze")
@@ -194,7 +194,7 @@ def _scores(row: dict[str, Any]) -> list[str]:
 def depth_or_width(subject: Subject, cache: Path) -> list[dict[str, Any]]:
     """MLPs collapsed by least squares, those first that lose least; and all narrowed until the model is as fast."""
     model, sites = subject.model, subject.sites
-    sweep = Sweep(model, sites.items, Calibration(subject.batches))
+    sweep = Sweep(model, sites, Calibration(subject.batches))
     made: dict[int, tuple[nn.Module, dict[str, float]]] = {}
 
     def collapsed(count: int) -> tuple[nn.Module, dict[str, float]]:

@@ -24,7 +24,7 @@ from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import compare, measure
 from shallower.methods.collapsing.layer_collapse import LayerCollapse, Stage
 from shallower.saving.vision import repair_torchvision
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 from shallower.surgery.applying import apply
 from shallower.training.loop import History, Recipe, train
 

@@ -64,7 +64,7 @@ from shallower.methods.tlc.till_layers_collapse import Round, TillLayersCollapse
 from shallower.planning.entries import Entry
 from shallower.planning.forms import steps
 from shallower.planning.plan import Plan
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 from shallower.surgery.applying import apply
 from shallower.surgery.padding import move_padding
 from shallower.surgery.simulation import simulate

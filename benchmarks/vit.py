@@ -27,7 +27,7 @@ from shallower.measuring.measurement import compare, measure
 from shallower.methods.collapsing.layer_collapse import Affine, LayerCollapse
 from shallower.planning.plan import Plan
 from shallower.saving.vision import repair_torchvision
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 from shallower.surgery.applying import apply
 from shallower.training.loop import History, Recipe, train
 

@@ -15,7 +15,7 @@ from shallower.errors import PlanError
 from shallower.planning.entries import Entry, Fate, Fit
 from shallower.planning.geometry import composed, fitted_map
 from shallower.planning.plan import Plan
-from shallower.sites.site import Site
+from shallower.sites import Site
 
 MODULES = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.LeakyReLU, nn.PReLU)
 FUNCTIONS = (F.relu, F.gelu, F.silu, torch.tanh, F.softplus)

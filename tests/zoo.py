@@ -32,7 +32,7 @@ class Expected:
     """A site that a model has.
 
     Attributes:
-        kind, width, calls: as in `shallower.sites.site.Site`.
+        kind, width, calls: as in `shallower.sites.Site`.
         producer, consumers, gate, norm_before, norm_after: dotted names.
         f: part of the activation's name.
         packed: "gate-first" or "up-first" where one map gives gate and up.

@@ -3,6 +3,25 @@
 An error says which module is concerned, what is wrong, and what to do about it.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why something cannot be done, where that is an answer and not an error; None stands for "it can".
+
+    refusal = site.bridge.not_linear
+    if refusal is not None:
+        print(refusal.reason)
+    """
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
 
 class ShallowerError(Exception):
     """Base of all errors raised by Shallower. Catch this one to catch them all."""

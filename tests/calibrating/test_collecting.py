@@ -12,7 +12,7 @@ from shallower.calibrating.grams import Gram, patches
 from shallower.calibrating.residual import ResidualSums
 from shallower.errors import FitError, SiteError
 from shallower.finding.matching import find_sites
-from shallower.sites.site import LinearMap
+from shallower.sites import LinearMap
 
 
 class Residual(nn.Module):

@@ -13,7 +13,7 @@ from shallower.core.inputs import call
 from shallower.finding.matching import find_sites
 from shallower.methods.squeezing.squeeze import narrowable
 from shallower.methods.squeezing.sweeping import Calibration, Sweep
-from shallower.sites.site import Site
+from shallower.sites import Site
 from tests.zoo import ZOO, Specimen
 
 BY_NAME = {specimen.name: specimen for specimen in ZOO}
@@ -69,7 +69,7 @@ def test_plans_are_those_of_passes_from_the_inputs(name: str) -> None:
     sites = narrowable(find_sites(model, inputs))
     widths = {site.name: max(1, site.width // 2) for site in sites}
     calibration = Calibration([inputs] * 3, sensitivity=False)
-    plans = [Sweep(model, sites.items, calibration, walking=walking).plan(widths)[0] for walking in (True, False)]
+    plans = [Sweep(model, sites, calibration, walking=walking).plan(widths)[0] for walking in (True, False)]
     for one, other in zip(plans[0].entries, plans[1].entries, strict=True):
         assert torch.equal(one.fates, other.fates)
         assert one.fit is not None

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shallower.errors import SiteError
 from shallower.finding.matching import find_sites
-from shallower.sites.site import Place, Residual, Site
+from shallower.sites import Place, Residual, Site
 
 
 class Mlp(nn.Module):
@@ -46,7 +46,7 @@ def only_site(model: nn.Module, inputs: Any) -> Site:
 
 def reason(model: nn.Module, inputs: Any) -> str:
     sites = find_sites(model, inputs)
-    assert not sites.items, str(sites)
+    assert not sites, str(sites)
     assert sites.skipped, "nothing was skipped"
     return next(iter(sites.skipped.values()))
 
@@ -154,7 +154,7 @@ def test_a_cast_to_the_type_of_another_tensor_is_no_mixing() -> None:
 
 def test_a_scale_alone_is_no_activation() -> None:
     sites = find_sites(Mlp(lambda _, h: h * 2 + 1), rows(3, 8))
-    assert not sites.items
+    assert not sites
     assert not sites.skipped
 
 
@@ -231,7 +231,7 @@ GATES: list[tuple[str, Callable[[Any, Tensor], Tensor], str]] = [
 def test_an_unusable_gate_is_skipped_with_the_reason(case: Any) -> None:
     _, combine, why = case
     sites = find_sites(Gated(combine), rows(3, 8))
-    assert not sites.items, str(sites)
+    assert not sites, str(sites)
     if why:
         assert re.search(why, " ".join(sites.skipped.values())), str(sites)
 
@@ -871,7 +871,7 @@ def test_the_sites_of_a_model_without_data_equal_those_with() -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 8))
     real = find_sites(model, rows(3, 8))
     meta = find_sites(model.to("meta"), rows(3, 8))
-    assert (real.items, real.macs, real.params) == (meta.items, meta.macs, meta.params)
+    assert (real.ordered, real.macs, real.params) == (meta.ordered, meta.macs, meta.params)
 
 
 def test_a_language_model_of_seven_billion_parameters_needs_neither_time_nor_memory() -> None:
@@ -889,8 +889,8 @@ def test_bfloat16_and_autocast_change_nothing() -> None:
     model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
     plain = find_sites(model, rows(3, 8))
     with torch.autocast("cpu", torch.bfloat16):
-        assert find_sites(model, rows(3, 8)).items == plain.items
-    assert find_sites(model.bfloat16(), rows(3, 8).bfloat16()).items == plain.items
+        assert find_sites(model, rows(3, 8)).ordered == plain.ordered
+    assert find_sites(model.bfloat16(), rows(3, 8).bfloat16()).ordered == plain.ordered
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were() -> None:

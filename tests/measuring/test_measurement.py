@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shallower.errors import ShallowerError
 from shallower.measuring.measurement import compare, count_macs, count_params, measure, peak_memory
 from shallower.modules.attachment import attach, detach
-from shallower.sites.site import Place
+from shallower.sites import Place
 
 
 def network(width: int = 32) -> nn.Sequential:

@@ -13,7 +13,7 @@ from shallower.errors import MethodError, SiteError
 from shallower.finding.matching import find_sites
 from shallower.modules.activations import SlopeActivation
 from shallower.modules.attachment import attach, attached, attached_places, detach, detached_copy, exposed
-from shallower.sites.site import Place
+from shallower.sites import Place
 
 
 class Functional(nn.Module):

@@ -20,8 +20,8 @@ from shallower.finding.matching import find_sites
 from shallower.modules.edits import edits, replay
 from shallower.modules.heads import narrow
 from shallower.planning.entries import Entry, Fit
+from shallower.sites import Heads, LinearMap, Site, Sites
 from shallower.sites.heads import columns, narrowed, rows
-from shallower.sites.site import Heads, LinearMap, Site, Sites
 from shallower.surgery.configs import update_head_counts
 from shallower.surgery.simulation import impose_heads
 from tests.zoo import ZOO

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from shallower.errors import SiteError
 from shallower.finding.matching import find_sites
 from shallower.modules.rewriting import externalise, internalise, reason_not_rewritable
-from shallower.sites.site import Place
+from shallower.sites import Place
 
 
 class Network(nn.Module):

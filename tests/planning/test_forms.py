@@ -16,7 +16,7 @@ from shallower.planning.forms import steps
 from shallower.planning.geometry import fitted_map
 from shallower.planning.plan import Plan
 from shallower.saving.checkpoint import load, save
-from shallower.sites.site import LinearMap, Site
+from shallower.sites import LinearMap, Site
 from shallower.surgery.applying import apply
 from shallower.surgery.padding import move_padding
 from shallower.surgery.simulation import simulate

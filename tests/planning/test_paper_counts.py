@@ -15,7 +15,7 @@ from torch import nn
 from shallower.core.inputs import Inputs
 from shallower.finding.matching import find_sites
 from shallower.planning.plan import Plan
-from shallower.sites.site import Site
+from shallower.sites import Site
 from shallower.surgery.applying import apply
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from shallower.finding.matching import find_sites
 from shallower.planning.paying import paying
 from shallower.planning.plan import CostWarning, Plan
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 from shallower.surgery.padding import move_padding
 from tests.networks import Inverted
 

@@ -21,7 +21,7 @@ from shallower.errors import PlanError
 from shallower.planning.entries import Entry, Fate, Fit
 from shallower.planning.fingerprints import fingerprint
 from shallower.planning.plan import CostWarning, Plan
-from shallower.sites.site import LinearMap, Place, Site
+from shallower.sites import LinearMap, Place, Site
 from shallower.surgery.applying import apply
 
 N = 12

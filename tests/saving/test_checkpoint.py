@@ -26,7 +26,7 @@ from shallower.modules.edits import edits
 from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan
 from shallower.saving.checkpoint import load, read_source, read_training, save
-from shallower.sites.site import Place, Site
+from shallower.sites import Place, Site
 from shallower.surgery.applying import apply
 
 TEXT = {

@@ -10,7 +10,7 @@ import torch
 from shallower.errors import CheckpointError
 from shallower.planning.entries import Entry, Fit
 from shallower.saving.progress import Progress, digest
-from shallower.sites.site import LinearMap, Place, Site
+from shallower.sites import LinearMap, Place, Site
 
 SITE = Site(
     "mlp",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shallower.core.text import amount
 from shallower.errors import SiteError
-from shallower.sites.site import Between, Heads, LinearMap, Place, Residual, Site, Sites
+from shallower.sites import Between, Heads, LinearMap, Place, Residual, Site, Sites
 
 
 def linear(name: str, d_in: int, d_out: int, positions: int = 10) -> LinearMap:

@@ -18,7 +18,7 @@ from shallower.finding.matching import find_sites
 from shallower.modules.edits import edits, replay
 from shallower.planning.entries import Entry, Fate, Fit
 from shallower.planning.plan import CostWarning, Plan
-from shallower.sites.site import LinearMap, Place, Site
+from shallower.sites import LinearMap, Place, Site
 from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate
 from tests.networks import Gated, Packed, convolutional_networks, networks, random_plan

@@ -16,7 +16,7 @@ from shallower.errors import PlanError
 from shallower.finding.matching import find_sites
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.plan import Plan
-from shallower.sites.site import Site, Sites
+from shallower.sites import Site, Sites
 from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate
 from tests.zoo import ZOO, Specimen

@@ -13,7 +13,7 @@ from shallower.errors import MethodError, TrainingError
 from shallower.finding.matching import find_sites
 from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 from shallower.surgery.applying import apply
 from shallower.training.healing import heal, recipe
 

@@ -23,7 +23,7 @@ from shallower.errors import ShallowerError, SiteError, TargetError
 if TYPE_CHECKING:
     from shallower.app.compression import MethodRun
     from shallower.app.models import LoadedModel
-    from shallower.sites.site import Sites
+    from shallower.sites import Sites
 
 
 class Sections(TyperCommand):

@@ -28,7 +28,7 @@ from shallower.modules.attachment import detached_copy
 from shallower.planning.forms import steps
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 from shallower.training.loop import Recipe, train
 
 

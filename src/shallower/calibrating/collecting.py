@@ -34,7 +34,7 @@ from shallower.core.memory import give_back
 from shallower.core.modes import evaluating
 from shallower.core.processes import summed_over_processes
 from shallower.errors import FitError, SiteError
-from shallower.sites.site import Site
+from shallower.sites import Site
 
 """Rows that are converted to float64, or whose products are added up in float32, at a time."""
 """Columns of a Gram matrix that are computed at a time."""

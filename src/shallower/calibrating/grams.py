@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shallower.errors import FitError
-from shallower.sites.site import LinearMap, Site
+from shallower.sites import LinearMap, Site
 
 _ROWS = 1 << 10
 

@@ -38,7 +38,7 @@ from shallower.core.inputs import (
 from shallower.core.modes import evaluating
 from shallower.errors import FitError, SiteError
 from shallower.modules import attachment
-from shallower.sites.site import Site
+from shallower.sites import Site
 
 """Picks, out of a batch of the user's data, the (batch, positions) mask; 0 where a position counts for nothing."""
 

@@ -26,7 +26,7 @@ from shallower.core.inputs import tensors
 from shallower.core.memory import free_bytes
 from shallower.errors import SiteError
 from shallower.modules.offloading import held_bytes
-from shallower.sites.site import Site
+from shallower.sites import Site
 
 _MOST = 1 << 28
 """Bytes of finished blocks that two networks may always keep; of larger models as much as their weights take."""

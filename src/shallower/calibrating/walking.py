@@ -12,7 +12,7 @@ from shallower.calibrating.replay import Course, Replay, course_of
 from shallower.calibrating.watching import Watch
 from shallower.core.inputs import InputsOf, default_inputs_of, model_device, to_device
 from shallower.core.modes import evaluating
-from shallower.sites.site import Site
+from shallower.sites import Site
 
 _ROUNDING = 1e-5
 

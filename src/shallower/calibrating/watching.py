@@ -13,7 +13,7 @@ from shallower.calibrating.grams import flat, unusual_padding
 from shallower.calibrating.residual import ResidualSums
 from shallower.core.inputs import call, tensors
 from shallower.errors import SiteError
-from shallower.sites.site import LinearMap, Site
+from shallower.sites import LinearMap, Site
 
 _SAMPLE = 1 << 12
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from shallower.finding.graph import Graph, Step, Unit
 from shallower.finding.pointwise import DROPOUT, RESHAPES, UNCHANGED, is_pointwise, moving
 from shallower.recording.tracing import Call, Value
-from shallower.sites.site import Heads, Rows, Site
+from shallower.sites import Heads, Rows, Site
 
 MOST_CALLS = 256
 """Calls that are followed on one side of an attention before giving up."""

@@ -20,8 +20,8 @@ from shallower.finding.attention import head_sites
 from shallower.finding.graph import Graph
 from shallower.modules.heads import narrow
 from shallower.recording.tracing import trace_forward
+from shallower.sites import Site
 from shallower.sites.heads import narrowed
-from shallower.sites.site import Site
 
 MOST_ATTRIBUTES = 3
 """Attributes that are changed together, at most."""

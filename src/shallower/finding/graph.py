@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from shallower.finding.pointwise import ACTIVATIONS, PRODUCTS, UNCHANGED, is_pointwise
 from shallower.recording.tracing import Call, Frame, Trace, Value
-from shallower.sites.site import LinearMap
+from shallower.sites import LinearMap
 
 PLAIN = (nn.Parameter, torch.Tensor, FakeTensor)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)

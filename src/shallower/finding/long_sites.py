@@ -16,7 +16,7 @@ from shallower.finding.candidates import MOST_STEPS, Found
 from shallower.finding.graph import Graph, Step, Unit
 from shallower.finding.pointwise import UNCHANGED
 from shallower.recording.tracing import Call
-from shallower.sites.site import Between, LinearMap, Site
+from shallower.sites import Between, LinearMap, Site
 
 Built = tuple[list[Found], Site]
 """The executions of a site, and the site, still without a name."""

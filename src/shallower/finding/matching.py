@@ -33,7 +33,7 @@ from shallower.finding.pointwise import (
 from shallower.finding.residuals import with_residuals
 from shallower.modules.offloading import mapped
 from shallower.recording.tracing import Call, Frame, Value, trace_forward
-from shallower.sites.site import Kind, LinearMap, Place, Site, Sites
+from shallower.sites import Kind, LinearMap, Place, Site, Sites
 
 
 def find_sites(model: nn.Module, example_inputs: Inputs, *, places: bool = False, heads: bool = False) -> Sites:
@@ -102,7 +102,7 @@ class Matcher:
         items = sorted([*items, *heads], key=lambda item: item[0])
         model = self.graph.trace.model
         return Sites(
-            items=tuple(site for _, site in items),
+            tuple(site for _, site in items),
             skipped=reasons,
             params=sum(parameter.numel() for parameter in model.parameters()),
             macs=self.graph.trace.macs,

@@ -10,7 +10,7 @@ from shallower.finding.graph import Graph
 from shallower.finding.pointwise import UNCHANGED
 from shallower.modules.rewriting import Forwards, reason_not_rewritable
 from shallower.recording.tracing import Call, Frame
-from shallower.sites.site import Place
+from shallower.sites import Place
 
 
 class Placing:

@@ -12,7 +12,7 @@ from shallower.finding.graph import Graph, Unit
 from shallower.finding.placing import Placing
 from shallower.finding.pointwise import DROPOUT, UNCHANGED
 from shallower.recording.tracing import Call, Value
-from shallower.sites.site import Residual, Site
+from shallower.sites import Residual, Site
 
 Built = tuple[list[Found], Site]
 """The executions of a site, and the site."""

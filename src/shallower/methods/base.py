@@ -14,7 +14,6 @@ plan = method.plan()
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +25,7 @@ from shallower.errors import MethodError
 from shallower.modules import attachment
 from shallower.planning.paying import cannot_be_linear
 from shallower.planning.plan import Plan
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 
 
 class Method:
@@ -122,4 +121,4 @@ def linearisable(sites: Sites) -> Sites:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise MethodError(f"there is no site that may become linear{': ' if told else ''}{told}")
     chosen = tuple(site for site in sites if site.name not in reasons)
-    return dataclasses.replace(sites, items=chosen, skipped={**sites.skipped, **reasons})
+    return sites.only(chosen, reasons)

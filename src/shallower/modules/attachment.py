@@ -19,7 +19,7 @@ from torch import nn
 from shallower.errors import MethodError, SiteError
 from shallower.modules.offloading import shared_weights
 from shallower.modules.rewriting import externalise, internalise
-from shallower.sites.site import Place
+from shallower.sites import Place
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -18,7 +18,7 @@ from shallower.modules.activations import Operand, PartialActivation, SlopeActiv
 from shallower.modules.layers import kind_of, resized, resized_norm
 from shallower.modules.records import forget, note, noted
 from shallower.modules.rewriting import externalise
-from shallower.sites.site import LinearMap, Place
+from shallower.sites import LinearMap, Place
 
 Edit = dict[str, Any]
 """`{"edit": kind, "name": dotted name, ...arguments}`."""

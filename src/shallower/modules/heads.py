@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from shallower.errors import PlanError
 from shallower.modules.edits import perform, resize
 from shallower.modules.layers import bias_of, check_shape, weight_of
+from shallower.sites import LinearMap, Site
 from shallower.sites.heads import columns, heads_of, narrowed, rows
-from shallower.sites.site import LinearMap, Site
 
 
 def narrow(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from shallower.errors import PlanError
-from shallower.sites.site import LinearMap
+from shallower.sites import LinearMap
 
 
 def is_conv1d(module: nn.Module) -> bool:

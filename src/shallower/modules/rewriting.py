@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from shallower.errors import SiteError
 from shallower.recording.tracing import Call, Frame, canonical, is_metadata
-from shallower.sites.site import Place
+from shallower.sites import Place
 
 _RECORD = "_shallower_externalised"
 

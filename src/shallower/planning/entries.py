@@ -12,7 +12,7 @@ from torch import Tensor
 from shallower.errors import PlanError
 from shallower.planning.forms import Becomes, Form, form_of
 from shallower.planning.geometry import fitted_map, kernel_of, padded
-from shallower.sites.site import Site
+from shallower.sites import Site
 
 Family = Literal["blend", "prelu"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from shallower.core.tensors import content, has_no_numbers
-from shallower.sites.site import Site
+from shallower.sites import Site
 
 
 def fingerprint(model: nn.Module, sites: Iterable[Site]) -> str:

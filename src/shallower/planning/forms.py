@@ -22,7 +22,7 @@ from shallower.planning.geometry import (
     resized,
     same_stride,
 )
-from shallower.sites.site import LinearMap, Site
+from shallower.sites import LinearMap, Site
 
 if TYPE_CHECKING:
     from shallower.planning.entries import Entry

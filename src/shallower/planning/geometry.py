@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from shallower.errors import PlanError
-from shallower.sites.site import LinearMap, Site
+from shallower.sites import LinearMap, Site
 
 
 def padded(site: Site, consumers: Iterable[LinearMap]) -> bool:

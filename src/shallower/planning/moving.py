@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from shallower.planning.paying import Unit, paying
-from shallower.sites.site import Site
+from shallower.sites import Site
 
 
 def as_moved(sites: Iterable[Site], chosen: Iterable[Site]) -> list[Site]:

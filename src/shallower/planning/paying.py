@@ -8,7 +8,7 @@ from typing import Literal
 
 from shallower.planning.entries import Entry
 from shallower.planning.forms import steps
-from shallower.sites.site import LinearMap, Site
+from shallower.sites import LinearMap, Site
 
 Unit = Literal["", "params", "macs"]
 

@@ -18,7 +18,7 @@ from shallower.core.text import amount
 from shallower.errors import PlanError
 from shallower.planning.entries import Entry
 from shallower.planning.forms import Step, steps
-from shallower.sites.site import Site
+from shallower.sites import Site
 
 """Letters that an entry's note may have."""
 

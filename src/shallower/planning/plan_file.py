@@ -26,7 +26,7 @@ from shallower.core.tensors import content
 from shallower.errors import PlanError, SiteError
 from shallower.planning.entries import Entry, Fate, Fit
 from shallower.planning.plan import Plan
-from shallower.sites.site import Between, Heads, LinearMap, Place, Residual, Site
+from shallower.sites import Between, Heads, LinearMap, Place, Residual, Site
 
 SCHEMA = "shallower.plan"
 VERSION = 3

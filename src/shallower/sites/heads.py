@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from shallower.errors import PlanError
-from shallower.sites.site import Heads, LinearMap, Rows, Site
+from shallower.sites.parts import Heads, LinearMap, Rows
+from shallower.sites.site import Site
 
 
 def narrowed(site: Site, kept: int, bias: bool | None = None) -> Site:

@@ -4,20 +4,21 @@ A site is a place where an activation stands between linear maps:
 
     x --producer--> h --activation--> z --consumer--> y
 
-`find_sites` (matching.py) makes these objects from one recorded forward pass; methods read them, a plan
-carries them, and surgery acts on the modules they name.
+`find_sites` makes these objects from one recorded forward pass; methods read them, a plan carries them, and surgery
+acts on the modules they name.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, Literal, overload
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
-from shallower.core.text import amount, listing
-from shallower.errors import SiteError
+from shallower.errors import Refusal, SiteError
+from shallower.sites.bridge import Bridge, Stage
+from shallower.sites.parts import Between, Heads, LinearMap, Place, Residual, Rows
 
 Kind = Literal["feed-forward", "gated", "head", "position MLP", "convolution", "activation", "heads"]
 """What a site is in the network:
@@ -30,168 +31,6 @@ convolution   the producer or a consumer is a convolution that is not a 1x1 feed
 activation    an activation without a hidden width of its own (after a residual sum, or with several readers)
 heads         attention heads; one channel per head or per key-value group
 """
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a pointwise operation stands in the model: something that can be exchanged for another module.
-
-    Attributes:
-        module: dotted name. With no `calls`, the module that is the operation. With `calls`, the module whose
-            own `forward` makes these calls.
-        calls: the calls, in order of execution: (name, ordinal). The name is the canonical function name ("relu",
-            "gelu", "mul") or, for one of several calls of a child module, "self." and the child's name relative to
-            `module`. The ordinal counts calls of that name that `module`'s own forward makes in one invocation,
-            from 0.
-    """
-
-    module: str
-    calls: tuple[tuple[str, int], ...] = ()
-
-    def __str__(self) -> str:
-        if not self.calls:
-            return self.module
-        name, ordinal = self.calls[0]
-        return f"{self.module or 'model'}:{name}#{ordinal}"
-
-
-@dataclass(frozen=True)
-class LinearMap:
-    """A linear map of the model, by the dotted name of its module.
-
-    Attributes:
-        name: dotted name.
-        kind: `nn.Linear`, Transformers' transposed `Conv1D`, or `nn.Conv2d`.
-        d_in, d_out: features or channels.
-        bias: whether it has one.
-        positions: rows it is applied to in one forward pass on the example inputs, all calls together (tokens of
-            the batch; for a convolution, output pixels of the batch).
-        kernel, stride, padding, dilation, groups: of a convolution; neutral otherwise.
-        size: height and width of the images that a convolution reads, or that were flattened into what a linear layer
-            behind convolutions reads; (0, 0) for other linear layers, and where images of several sizes come.
-    """
-
-    name: str
-    kind: Literal["linear", "conv1d", "conv2d"]
-    d_in: int
-    d_out: int
-    bias: bool
-    positions: int
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    size: tuple[int, int] = (0, 0)
-
-    @property
-    def taps(self) -> int:
-        """Kernel positions: 1 for a linear layer, 9 for a 3x3 convolution."""
-        return self.kernel[0] * self.kernel[1]
-
-    @property
-    def params(self) -> int:
-        """Weights and bias."""
-        return self.d_in // self.groups * self.d_out * self.taps + self.d_out * self.bias
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulate operations on the example inputs, all calls together."""
-        return self.positions * (self.d_in // self.groups) * self.d_out * self.taps
-
-
-@dataclass(frozen=True)
-class Residual:
-    """The sum that closes right around a site: site(x) + x, with the very x that the site reads.
-
-    Where all channels of the site are linear, the skip folds into the merged map, and the sum can go.
-
-    Attributes:
-        place: the call that adds. Made a module (`externalise`), it is called with the two summands in the order in
-            which the forward has them.
-        branch: which summand is the site's output, 0 or 1.
-        norm: BatchNorm between the site's consumer and the sum, "" if there is none.
-        source: the map that reads the x of the sum: the site's own producer; or, of the last site in a chain (the
-            consumer of one is the producer of the next), the producer of the first, where the skip folds once the whole
-            chain is linear.
-    """
-
-    place: Place
-    branch: int
-    norm: str = ""
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Between:
-    """A depthwise convolution on the way from a site's activation to its consumers.
-
-    It maps every hidden channel to itself, so that channel j goes with it: its filter, its entry in the norms.
-
-        ... activation - norm_after - [map - norm_before - activation - norm_after] - consumers
-
-    Attributes:
-        map: the convolution; groups, input and output channels are all the site's width.
-        norm_before: BatchNorm between it and the activation behind it (or behind it, where there is no activation).
-        activation: where the activation behind it is; None where there is none.
-        activation_name: what that is, for people.
-        norm_after: BatchNorm behind that activation.
-        activation_params: parameters of the activation itself.
-    """
-
-    map: LinearMap
-    norm_before: str = ""
-    activation: Place | None = None
-    activation_name: str = ""
-    norm_after: str = ""
-    activation_params: int = 0
-
-
-Rows = tuple[int, int, int]
-"""(start, step, length): channel g of a site has the rows start + g * step, ..., start + g * step + length - 1."""
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What a site of attention heads consists of beside its consumer, the output projection.
-
-    A channel of the site is a key-value group: one key head, one value head and the query heads that share them.
-
-    Attributes:
-        module: dotted name of the module whose forward computes the attention.
-        query, key, value: the projections; one and the same map where they are packed.
-        head_dim: features of a query or key head.
-        value_dim: features of a value head.
-        queries_per_group: query heads for each key-value head.
-        packed: "" with three maps; "blocks" where one map gives all queries, then all keys, then all values; "heads"
-            where it gives query, key and value of each channel together.
-        query_rows, key_rows, value_rows: which rows of their maps a channel has.
-        counts: integer attributes of `module` that have to change with the number of channels, each with its value
-            for one channel: (("num_heads", 1), ("split_size", 64)).
-    """
-
-    module: str
-    query: LinearMap
-    key: LinearMap
-    value: LinearMap
-    head_dim: int
-    value_dim: int
-    queries_per_group: int
-    packed: Literal["", "blocks", "heads"]
-    query_rows: Rows
-    key_rows: Rows
-    value_rows: Rows
-    counts: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def block(self) -> int:
-        """Columns of the output projection that one channel has."""
-        return self.queries_per_group * self.value_dim
-
-    @property
-    def maps(self) -> tuple[LinearMap, ...]:
-        """The projections, each once."""
-        return tuple({m.name: m for m in (self.query, self.key, self.value)}.values())
 
 
 @dataclass(frozen=True)
@@ -259,6 +98,21 @@ class Site:
     residual: Residual | None = None
     heads: Heads | None = None
 
+    @cached_property
+    def bridge(self) -> Bridge:
+        """What stands between producer and consumers, as an object that is asked."""
+        return Bridge(
+            width=self.width,
+            stages=tuple(_stages(self)),
+            gate=self.packed or ("separate" if self.gate is not None else ""),
+            block=self.block,
+            dim=1 if self.channels_first else -1,
+            not_linear=_not_linear(self),
+            not_narrow=_not_narrow(self),
+            not_merged=Refusal(self.not_merged) if self.not_merged else None,
+            not_refitted=_not_narrow(self) or _not_refitted(self),
+        )
+
     @property
     def gated(self) -> bool:
         """Whether z = f(gate x) * (producer x)."""
@@ -292,8 +146,7 @@ class Site:
     @property
     def norms(self) -> int:
         """BatchNorms between producer and consumers."""
-        names = [self.norm_before, self.norm_after]
-        return sum(map(bool, names + [name for b in self.between for name in (b.norm_before, b.norm_after)]))
+        return len(self.bridge.norms)
 
     @property
     def macs(self) -> int:
@@ -351,6 +204,66 @@ class Site:
         return site
 
 
+def _stages(site: Site) -> Iterable[Stage]:
+    yield from _norm(site.norm_before)
+    if site.activation is not None:
+        yield Stage("activation", site.activation)
+    yield from _norm(site.norm_after)
+    for part in site.between:
+        yield from _around(part)
+    if site.averaged:
+        yield Stage("average")
+    elif site.pooled:
+        yield Stage("pool")
+    if site.flattened:
+        yield Stage("flatten")
+
+
+def _around(part: Between) -> Iterable[Stage]:
+    yield Stage("depthwise", Place(part.map.name), part.map)
+    yield from _norm(part.norm_before)
+    if part.activation is not None:
+        yield Stage("activation", part.activation)
+    yield from _norm(part.norm_after)
+
+
+def _norm(name: str) -> Iterable[Stage]:
+    if name:
+        yield Stage("norm", Place(name))
+
+
+def _not_linear(site: Site) -> Refusal | None:
+    if site.not_linear:
+        return Refusal(site.not_linear)
+    if site.kind == "heads":
+        return Refusal("an attention head is kept or dropped; it cannot become linear")
+    return Refusal("it has no activation") if site.activation is None else None
+
+
+def _not_narrow(site: Site) -> Refusal | None:
+    if site.not_narrow:
+        return Refusal(site.not_narrow)
+    if site.kind == "activation" or site.width == 0:
+        return Refusal(
+            "it has no hidden width: its channels are those of a residual sum or have other readers, and every layer "
+            "that adds to it or reads it would have to be narrowed with it"
+        )
+    grouped = (m for m in (site.producer, site.gate, *site.consumers) if m is not None and m.groups > 1)
+    if any(grouped):
+        return Refusal("the channels of a grouped convolution cannot be kept one by one")
+    return None
+
+
+def _not_refitted(site: Site) -> Refusal | None:
+    if site.producer is None:
+        return Refusal("it has no producer with a hidden width")
+    if site.flattened:
+        return Refusal("its consumers read its pixels one by one (narrow it by other means)")
+    if len({(c.kind == "conv2d", c.kernel, c.stride, c.padding, c.dilation) for c in site.consumers}) > 1:
+        return Refusal("its consumers read the hidden tensor in different ways")
+    return None
+
+
 def _linear_map(data: Mapping[str, Any] | None) -> LinearMap | None:
     return None if data is None else _required_map(data)
 
@@ -392,106 +305,3 @@ def _heads(data: Mapping[str, Any] | None) -> Heads | None:
 def _rows(data: Any) -> Rows:
     start, step, length = (int(number) for number in data)
     return start, step, length
-
-
-@dataclass(frozen=True)
-class Sites:
-    """The sites of a model, in order of execution, and what looked like one but is not usable.
-
-        sites = sh.find_sites(model, example_inputs)
-        print(sites)
-        sites["encoder.layer.3"]
-        sites.select("encoder.layer.*")
-        sites.skipped["pooler"]             # the reason
-
-    Attributes:
-        items: the sites.
-        skipped: name -> reason.
-        params: parameters of the whole model.
-        macs: MACs of the whole model on the example inputs.
-    """
-
-    items: tuple[Site, ...]
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    params: int = 0
-    macs: int = 0
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self.items)
-
-    @overload
-    def __getitem__(self, key: str | int) -> Site: ...
-    @overload
-    def __getitem__(self, key: slice) -> Sites: ...
-    def __getitem__(self, key: str | int | slice) -> Site | Sites:
-        """The site of that name or position, or a slice of them.
-
-        Raises:
-            SiteError: there is no such site.
-        """
-        if isinstance(key, slice):
-            return dataclasses.replace(self, items=self.items[key])
-        if isinstance(key, int):
-            try:
-                return self.items[key]
-            except IndexError:
-                raise SiteError(f"there is no site number {key}; the model has {len(self.items)}") from None
-        for site in self.items:
-            if site.name == key:
-                return site
-        if key in self.skipped:
-            raise SiteError(f"{key}: skipped when the sites were found: {self.skipped[key]}")
-        raise SiteError(f"there is no site {key!r}; the sites are {listing([site.name for site in self.items])}")
-
-    def __contains__(self, key: object) -> bool:
-        return any(key is site or key == site.name for site in self.items)
-
-    def select(self, which: str | Callable[[Site], bool]) -> Sites:
-        """The subset whose names match a glob pattern, or for which a predicate holds, in the same order.
-
-        sites.select("encoder.layer.*")
-        sites.select(lambda site: site.kind == "gated")
-        """
-        if isinstance(which, str):
-            return dataclasses.replace(self, items=tuple(s for s in self.items if fnmatchcase(s.name, which)))
-        return dataclasses.replace(self, items=tuple(s for s in self.items if which(s)))
-
-    def __str__(self) -> str:
-        """A table: site, kind, activation, width, params and MACs now and if collapsed; then what was skipped."""
-        header = ("site", "kind", "f", "width", "params", "collapsed", "MACs", "collapsed", "")
-        rows: list[tuple[str, ...]] = [
-            (
-                site.name,
-                site.kind,
-                site.activation_name,
-                str(site.width or ""),
-                amount(site.params),
-                amount(site.params_collapsed) if site.params_collapsed < site.params else "-",
-                amount(site.macs),
-                amount(site.macs_collapsed) if site.macs_collapsed < site.macs else "-",
-                f"x{site.calls}" if site.calls > 1 else "",
-            )
-            for site in self.items
-        ]
-        lines = [f"{len(self.items)} sites; the model has {amount(self.params)} params and {amount(self.macs)} MACs"]
-        if rows:
-            lines += _table(header, rows, right=(3, 4, 5, 6, 7))
-        if self.skipped:
-            lines.append("skipped:")
-            lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return [
-        "  ".join(
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [header, *rows]
-    ]

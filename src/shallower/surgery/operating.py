@@ -20,7 +20,7 @@ from shallower.modules.offloading import own_weights
 from shallower.modules.rewriting import externalise
 from shallower.planning.entries import Entry, Fate, Fit
 from shallower.planning.forms import Form, Step
-from shallower.sites.site import LinearMap, Place, Residual, Site
+from shallower.sites import LinearMap, Place, Residual, Site
 from shallower.surgery.padding import zeros_around
 from shallower.surgery.paths import Path, affine, as_read, columns_of, composed, gate_rows_of, path_of, up_rows_of
 

@@ -26,7 +26,7 @@ from shallower.errors import SiteError
 from shallower.modules.attachment import detached_copy
 from shallower.modules.edits import perform
 from shallower.planning.entries import Entry
-from shallower.sites.site import Place, Site
+from shallower.sites import Place, Site
 from shallower.surgery.simulation import fated
 
 M = TypeVar("M", bound=nn.Module)

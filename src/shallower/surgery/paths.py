@@ -15,7 +15,7 @@ from shallower.modules.layers import bias_of, weight_of
 from shallower.planning.entries import Entry, Fit
 from shallower.planning.forms import Form
 from shallower.planning.geometry import padded
-from shallower.sites.site import LinearMap, Site
+from shallower.sites import LinearMap, Site
 
 
 @dataclass

@@ -28,7 +28,7 @@ from shallower.modules.attachment import detached_copy
 from shallower.modules.rewriting import externalise
 from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
-from shallower.sites.site import LinearMap, Place, Site
+from shallower.sites import LinearMap, Place, Site
 from shallower.surgery.simulation import fated, hook, impose
 
 Operate = Callable[[nn.Module, Step], None]

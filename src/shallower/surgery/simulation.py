@@ -20,8 +20,8 @@ from shallower.modules.rewriting import externalise
 from shallower.planning.entries import Entry, Fate, Fit
 from shallower.planning.forms import steps
 from shallower.planning.plan import Plan
+from shallower.sites import Site
 from shallower.sites.heads import columns, heads_of
-from shallower.sites.site import Site
 from shallower.surgery.checking import check_fits
 
 M = TypeVar("M", bound=nn.Module)

@@ -19,7 +19,7 @@ from shallower.calibrating.fisher import OutputOf, default_output_of
 from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, default_mask_of, model_device
 from shallower.errors import MethodError, SiteError
 from shallower.modules.attachment import attached_places, detached_copy
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 from shallower.training.loop import History, Recipe, train
 
 Match = Literal["outputs", "sites"]

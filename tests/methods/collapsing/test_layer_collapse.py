@@ -19,7 +19,7 @@ from shallower.methods.collapsing.layer_collapse import LayerCollapse, Stage
 from shallower.modules.attachment import detached_copy
 from shallower.planning.entries import Fate
 from shallower.planning.plan import Plan
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 from shallower.surgery.applying import apply
 from shallower.training.loop import Recipe
 from tests.zoo import FunctionalMLP, GeGLU, SwiGLU, channels_last, norms_around_activations

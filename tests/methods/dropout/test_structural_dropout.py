@@ -22,7 +22,7 @@ from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.methods.dropout.structural_dropout import StructuralDropout
 from shallower.modules.attachment import detached_copy
 from shallower.planning.plan import Plan
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 from shallower.surgery.applying import apply
 from shallower.training.loop import Recipe, train
 from tests.networks import convolutional_networks, networks, seeds

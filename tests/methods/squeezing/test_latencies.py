@@ -55,7 +55,7 @@ def test_candidates_are_multiples_below_the_width() -> None:
 def test_fewer_channels_and_one_linear_map_take_less_time(model: nn.Module, tmp_path: Path) -> None:
     x = torch.randn(64, 64)
     sites = find_sites(model, x)
-    found = site_latencies(model, sites.items, x, collapse=[s.name for s in sites], cache=tmp_path / "l.json")
+    found = site_latencies(model, sites, x, collapse=[s.name for s in sites], cache=tmp_path / "l.json")
     for latency in found.values():
         assert latency.at(0) < latency.at(512) < latency.at(2048)
     assert 0.5 < sum(latency.part for latency in found.values()) <= 1
@@ -65,10 +65,10 @@ def test_what_was_measured_is_read_from_the_disk(model: nn.Module, tmp_path: Pat
     x = torch.randn(4, 64)
     sites = find_sites(model, x)
     path = tmp_path / "folder" / "l.json"
-    first = site_latencies(model, sites.items, x, cache=path)
-    assert site_latencies(model, sites.items, x, cache=path) == first
+    first = site_latencies(model, sites, x, cache=path)
+    assert site_latencies(model, sites, x, cache=path) == first
     before = path.read_text()
-    site_latencies(model, sites.items, x[:2], cache=path)
+    site_latencies(model, sites, x[:2], cache=path)
     assert path.read_text() != before
 
 
@@ -78,15 +78,15 @@ def test_a_damaged_cache_is_measured_again(model: nn.Module, tmp_path: Path, con
     sites = find_sites(model, x)
     path = tmp_path / "l.json"
     path.write_text(content)
-    found = site_latencies(model, sites.items, x, cache=path)
-    assert site_latencies(model, sites.items, x, cache=path) == found
+    found = site_latencies(model, sites, x, cache=path)
+    assert site_latencies(model, sites, x, cache=path) == found
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(model: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     x = torch.randn(2, 64)
     sites = find_sites(model, x)
-    assert set(site_latencies(model, sites.items, x, cache=tmp_path / "file" / "l.json")) == {s.name for s in sites}
+    assert set(site_latencies(model, sites, x, cache=tmp_path / "file" / "l.json")) == {s.name for s in sites}
 
 
 def test_the_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_measuring_leaves_the_model_as_it_was(model: nn.Module, tmp_path: Path) 
     sites = find_sites(model, x)
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    site_latencies(model, sites.items, x, cache=tmp_path / "l.json")
+    site_latencies(model, sites, x, cache=tmp_path / "l.json")
     assert model.training
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

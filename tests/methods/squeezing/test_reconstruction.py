@@ -15,7 +15,7 @@ from shallower.finding.matching import find_sites
 from shallower.methods.squeezing.reconstruction import Layers, Reconstruction, reconstruct
 from shallower.planning.entries import Entry, Fit
 from shallower.planning.plan import Plan
-from shallower.sites.site import Site
+from shallower.sites import Site
 from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate
 

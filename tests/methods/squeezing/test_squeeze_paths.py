@@ -22,7 +22,7 @@ from shallower.planning.entries import Entry, Fit
 from shallower.planning.plan import Plan
 from shallower.saving.checkpoint import load, save
 from shallower.saving.exporting import export
-from shallower.sites.site import Site
+from shallower.sites import Site
 from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate
 from tests.networks import seeds
@@ -179,7 +179,7 @@ def test_a_path_is_taken_only_where_held_out_rows_say_that_it_is_better(seed: in
     batches = rows(4, 48, 6, seed=seed)
     sites = find_sites(model, batches[0])
     for producers in (False, True):
-        sweeps = [Sweep(model, sites.items, Calibration(batches, producers=producers, paths=p)) for p in (0, 1)]
+        sweeps = [Sweep(model, sites, Calibration(batches, producers=producers, paths=p)) for p in (0, 1)]
         without, found = (sweep.plan({sites[0].name: 7})[0].entries[0] for sweep in sweeps)
         assert told(found) <= told(without)
         assert rank(found) > 0 or torch.equal(found.fates, without.fates)
@@ -188,9 +188,7 @@ def test_a_path_is_taken_only_where_held_out_rows_say_that_it_is_better(seed: in
 def test_the_curve_of_errors_knows_of_the_path() -> None:
     model, batches = PartlyLinear().eval(), rows()
     sites = find_sites(model, batches[0])
-    without, found = (
-        Sweep(model, sites.items, Calibration(batches, paths=paths)).errors[sites[0].name] for paths in (0, 1)
-    )
+    without, found = (Sweep(model, sites, Calibration(batches, paths=paths)).errors[sites[0].name] for paths in (0, 1))
     assert all(found[width] <= without[width] * (1 + 1e-9) for width in range(1, 17))
     assert found[6] < 0.01 * without[6]
 

@@ -50,7 +50,7 @@ def error(dense: nn.Module, small: nn.Module) -> float:
 def test_the_plan_applied_is_the_network_that_the_sweep_ended_with() -> None:
     model = network()
     sites = find_sites(model, batches()[0])
-    plan, small = Sweep(model, sites.items, Calibration(batches())).plan({s.name: s.width // 2 for s in sites})
+    plan, small = Sweep(model, sites, Calibration(batches())).plan({s.name: s.width // 2 for s in sites})
     with torch.no_grad():
         torch.testing.assert_close(apply(model, plan, batches()[0])(batches()[0]), small(batches()[0]))
     assert [len(entry.kept) for entry in plan.entries] == [12, 10, 8]
@@ -62,8 +62,7 @@ def test_fitting_the_producers_too_comes_nearer_to_the_dense_network() -> None:
     sites = find_sites(model, batches()[0])
     widths = {s.name: s.width // 3 for s in sites}
     found = [
-        Sweep(model, sites.items, Calibration(batches(), producers=producers)).plan(widths)[1]
-        for producers in (False, True)
+        Sweep(model, sites, Calibration(batches(), producers=producers)).plan(widths)[1] for producers in (False, True)
     ]
     assert error(model, found[1]) < 0.8 * error(model, found[0])
 
@@ -72,7 +71,7 @@ def test_batches_in_another_order_each_time_are_read_once() -> None:
     model = network()
     sites = find_sites(model, batches()[0])
     loader = DataLoader(torch.cat(batches()), batch_size=64, shuffle=True)  # type: ignore[arg-type]
-    _, small = Sweep(model, sites.items, Calibration(loader)).plan({s.name: s.width - 2 for s in sites})
+    _, small = Sweep(model, sites, Calibration(loader)).plan({s.name: s.width - 2 for s in sites})
     assert error(model, small) < 0.01
 
 
@@ -90,7 +89,7 @@ rank = dist.get_rank()
 model = network()
 sites = find_sites(model, batches()[0])
 own = batches()[rank::2][: 4 - rank]
-sweep = Sweep(model, sites.items, Calibration(own))
+sweep = Sweep(model, sites, Calibration(own))
 plan, small = sweep.plan({s.name: s.width // 2 for s in sites})
 curves = {f"curve {n}": torch.tensor([c[k] for k in sorted(c)]) for n, c in sweep.errors.items()}
 state = {k: v.contiguous() for k, v in small.state_dict().items()}

@@ -28,7 +28,7 @@ def test_the_plan_is_exact(specimen: Specimen) -> None:
         pytest.skip("nothing to squeeze")
     calibration = Calibration([inputs] * 4)
     widths = {site.name: max(1, site.width // 2) for site in sites}
-    plan, small = Sweep(model, sites.items, calibration).plan(widths)
+    plan, small = Sweep(model, sites, calibration).plan(widths)
     with torch.no_grad():
         found = [next(tensors(call(m, inputs))) for m in (apply(model, plan, inputs), small)]
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-3)

@@ -15,7 +15,7 @@ from shallower.methods.tlc.choosing import PatchGram, choose_forms, narrowed_pai
 from shallower.planning.entries import Entry
 from shallower.planning.geometry import fitted_map
 from shallower.planning.plan import Plan
-from shallower.sites.site import LinearMap
+from shallower.sites import LinearMap
 from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate
 

@@ -342,7 +342,7 @@ def test_sites_that_cannot_become_linear_are_told() -> None:
     model = network()
     sites = find_sites(model, torch.zeros(2, 3, 8, 8))
     stubborn = dataclasses.replace(sites[0], not_linear="it is stubborn")
-    method = TillLayersCollapse(model, dataclasses.replace(sites, items=(stubborn, sites[1])))
+    method = TillLayersCollapse(model, sites.only((stubborn, sites[1])))
     assert method.sites.skipped[stubborn.name] == "it is stubborn"
     assert list(method.activations) == [sites[1].name]
 

@@ -18,7 +18,7 @@ from shallower.planning.entries import Entry
 from shallower.planning.paying import Unit, paying
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target, shortest_prefix
-from shallower.sites.site import Site, Sites
+from shallower.sites import Site, Sites
 from shallower.surgery.applying import apply
 
 PROBE = 256
@@ -67,7 +67,7 @@ class LayerCollapseRun:
             told = [f"{name}: {reason}" for name, reason in {**reasons, **sites.skipped}.items()]
             listed = "; ".join(told[:3]) + (f"; and {len(told) - 3} more" if len(told) > 3 else "")
             raise SiteError(f"there is no site that can collapse and pays{': ' if listed else ''}{listed}")
-        return replace(sites, items=chosen)
+        return sites.only(chosen)
 
     def preview(self, work: Work) -> Plan:
         """The collapse of the sites that would be chosen; for a `drop` target, of all."""
@@ -116,7 +116,7 @@ class LayerCollapseRun:
         """As few sites as meet the target, in the order in which they shall collapse; for a `drop` target, all."""
         model, sites, target = work.model, work.sites, work.target
         if self.order == "last-first":
-            order = list(sites.items[::-1])
+            order = list(reversed(sites))
         else:
             method = LayerCollapse(model, sites, self.strength, include="*")
             try:
@@ -125,7 +125,7 @@ class LayerCollapseRun:
                 method.detach()
             order = sorted(sites, key=lambda site: costs[site.name])
         if target.unit == "drop":
-            return replace(sites, items=tuple(order))
+            return sites.only(order)
         before = cost_of(model, work.example)
         timed = target.unit == "latency"
         latency = compare({"dense": model}, work.example)["dense"].latency if timed else None
@@ -138,7 +138,7 @@ class LayerCollapseRun:
             speed = compare({"dense": model, "small": apply(model, plan, work.example)}, work.example)
             return Cost(0, 0, 0, latency * speed["small"].ratio)
 
-        return replace(sites, items=tuple(shortest_prefix(order, target, before, cost)))
+        return sites.only(shortest_prefix(order, target, before, cost))
 
 
 def _advice(work: Work, stages: Sequence[Stage]) -> str:

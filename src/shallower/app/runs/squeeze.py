@@ -18,7 +18,7 @@ from shallower.finding.matching import find_sites
 from shallower.methods.squeezing.squeeze import narrowable, squeeze
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 from shallower.surgery.applying import apply
 
 if TYPE_CHECKING:

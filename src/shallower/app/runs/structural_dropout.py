@@ -23,7 +23,7 @@ from shallower.modules.attachment import detached_copy
 from shallower.planning.curve import Point
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 from shallower.surgery.applying import apply
 from shallower.training.loop import train
 

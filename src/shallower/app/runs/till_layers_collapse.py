@@ -19,7 +19,7 @@ from shallower.methods.tlc.till_layers_collapse import Round, TillLayersCollapse
 from shallower.modules.attachment import detached_copy
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 from shallower.surgery.applying import apply
 
 PROBE = 256
@@ -58,7 +58,7 @@ class TillLayersCollapseRun:
             SiteError: there is none; the error says why.
         """
         found = sites.select(lambda site: site.activation is not None and not site.not_linear)
-        if not found.items:
+        if not found:
             reasons = [f"{site.name}: {site.not_linear or 'it has no activation'}" for site in sites][:3]
             raise SiteError(f"there is no activation that can be taken away: {'; '.join(reasons) or 'no site at all'}")
         return found

@@ -37,7 +37,7 @@ from shallower.planning.entries import Entry, Family, Fate
 from shallower.planning.fingerprints import fingerprint
 from shallower.planning.paying import paying
 from shallower.planning.plan import Plan
-from shallower.sites.site import Place, Site, Sites
+from shallower.sites import Place, Site, Sites
 
 if TYPE_CHECKING:
     from shallower.training.loop import History, Recipe
@@ -527,7 +527,7 @@ def _worthwhile(sites: Sites, include: Sequence[str]) -> Sites:
         MethodError: there is none, or nothing that may become linear has a name that was asked for.
     """
     linear = linearisable(sites)
-    asked = {name: linear.select(name).items for name in include}
+    asked = {name: linear.select(name) for name in include}
     for name, found in asked.items():
         if not found:
             raise MethodError(f"include={name!r}: there is no site of that name that may become linear")
@@ -538,7 +538,7 @@ def _worthwhile(sites: Sites, include: Sequence[str]) -> Sites:
         told = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
         raise MethodError(f"no site pays ({told}). With include='*' the activations go all the same")
     chosen = tuple(site for site in linear if site.name in names)
-    return dataclasses.replace(linear, items=chosen, skipped={**linear.skipped, **left})
+    return linear.only(chosen, left)
 
 
 def _place(site: Site) -> Place:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.methods.collapsing.layer_collapse import Granularity, LayerCollapse, _whole
-from shallower.sites.site import Sites
+from shallower.sites import Sites
 
 
 class LayerFolding(LayerCollapse):

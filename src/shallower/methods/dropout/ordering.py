@@ -30,7 +30,7 @@ from shallower.errors import FitError
 from shallower.methods.dropout.prefix import Block, columns_each, norms_of, prefix, produced
 from shallower.modules import attachment
 from shallower.modules.layers import weight_of
-from shallower.sites.site import Place, Site, Sites
+from shallower.sites import Place, Site, Sites
 
 _RIDGE = 1e-4
 

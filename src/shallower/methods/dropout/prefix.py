@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from shallower.errors import MethodError
 from shallower.modules import attachment
 from shallower.modules.layers import is_conv1d
-from shallower.sites.site import Heads, LinearMap, Place, Site
+from shallower.sites import Heads, LinearMap, Place, Site
 
 Block = tuple[int, int]
 """(start, step): k channels are the rows start, ..., start + k step - 1 of a map."""

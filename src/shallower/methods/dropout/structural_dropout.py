@@ -44,7 +44,7 @@ from shallower.planning.entries import Entry, Fit
 from shallower.planning.fingerprints import fingerprint
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target
-from shallower.sites.site import Place, Site, Sites
+from shallower.sites import Place, Site, Sites
 from shallower.surgery.applying import apply
 
 Score = Callable[[nn.Module], float]
@@ -580,7 +580,7 @@ def _narrowable(sites: Sites) -> Sites:
         told = "; ".join(f"{name}: {reason}" for name, reason in {**reasons, **sites.skipped}.items())
         raise MethodError(f"there is no site that can be narrowed{': ' if told else ''}{told}")
     chosen = tuple(site for site in sites if site.name not in reasons)
-    return dataclasses.replace(sites, items=chosen, skipped={**sites.skipped, **reasons})
+    return sites.only(chosen, reasons)
 
 
 def _check_free(model: nn.Module, sites: Sites) -> None:

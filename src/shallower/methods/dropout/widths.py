@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from shallower.errors import MethodError
-from shallower.sites.site import Site
+from shallower.sites import Site
 
 
 def grid(site: Site, lower_bound: int | str, step: int | str) -> tuple[int, ...]:

@@ -33,7 +33,7 @@ from shallower.methods.squeezing.refitting import may_have_path
 from shallower.modules.attachment import detached_copy
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.forms import steps
-from shallower.sites.site import LinearMap, Site
+from shallower.sites import LinearMap, Site
 from shallower.surgery.operating import operate
 
 PARTS = 8

@@ -33,7 +33,7 @@ from shallower.errors import FitError
 from shallower.modules import attachment
 from shallower.modules.layers import bias_of, weight_of
 from shallower.planning.entries import Fit
-from shallower.sites.site import LinearMap, Place, Site
+from shallower.sites import LinearMap, Place, Site
 
 STEPS = 4
 """Gauss-Newton steps at most."""

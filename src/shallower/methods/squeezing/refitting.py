@@ -18,7 +18,7 @@ from shallower.errors import FitError
 from shallower.methods.squeezing.linear_paths import PathGains, eliminate_beyond, path, path_gains, seen_through
 from shallower.methods.squeezing.reconstruction import Layers, Reconstruction, over_processes, reconstruct
 from shallower.planning.entries import Entry, Fate, Fit
-from shallower.sites.site import Site
+from shallower.sites import Site
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Ridges that held-out rows choose from, relative to the mean diagonal."""

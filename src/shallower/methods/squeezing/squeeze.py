@@ -44,7 +44,7 @@ from shallower.planning.fingerprints import fingerprint
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target
 from shallower.saving.progress import Progress, digest
-from shallower.sites.site import Site, Sites
+from shallower.sites import Site, Sites
 
 Score = Callable[[nn.Module], float]
 
@@ -161,7 +161,7 @@ def squeeze(
     )
     dense = detached_copy(model) if attached_places(model) else model
     progress = None if checkpoint is None else Progress(checkpoint, _identity(dense, squeezable, calibration))
-    sweep = Sweep(dense, squeezable.items, calibration, progress)
+    sweep = Sweep(dense, squeezable, calibration, progress)
     calibrated_on = inputs_of(first)
     _check_call(dense, calibrated_on)
     inputs = calibrated_on if example_inputs is None else example_inputs
@@ -252,7 +252,7 @@ def narrowable(sites: Sites) -> Sites:
     """
     reasons = {site.name: _why_not(site) for site in sites}
     found = sites.select(lambda site: not reasons[site.name])
-    if not found.items:
+    if not found:
         told = "; ".join(f"{name}: {reason}" for name, reason in chain(reasons.items(), sites.skipped.items()))
         raise SiteError(f"the model has no site that can be made narrower{': ' if told else ''}{told}")
     return found
@@ -417,7 +417,7 @@ class _Squeeze:
 
     def timed(self, widths: Mapping[str, int]) -> float:
         """Seconds of the whole model at these widths, by its ratio to the dense model in turns."""
-        small = narrowed_copy(self.dense, self.sites.items, widths, paths=self.sweep.calibration.paths > 0)
+        small = narrowed_copy(self.dense, self.sites, widths, paths=self.sweep.calibration.paths > 0)
         models = {"dense": self.dense, "small": small}
         found = compare(models, self.inputs, rounds=_TIMED_ROUNDS)["small"]
         wanted = round((found.ratio_spread / found.ratio / _PRECISION) ** 2)
@@ -439,7 +439,7 @@ class _Squeeze:
         if not self.clock.sites:
             merged = [s.name for s in self.sites if self.sweep.calibration.collapse and may_collapse(s)]
             self.clock.sites = site_latencies(
-                self.dense, self.sites.items, self.inputs, round_to=self.round_to, collapse=merged
+                self.dense, self.sites, self.inputs, round_to=self.round_to, collapse=merged
             )
         return self.clock.sites
 

@@ -48,7 +48,7 @@ from shallower.planning.fingerprints import fingerprint
 from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
 from shallower.saving.progress import Progress
-from shallower.sites.site import Site
+from shallower.sites import Site
 from shallower.surgery.operating import operate
 
 _MEMORY = 1 << 28

@@ -35,7 +35,7 @@ from shallower.planning.entries import Entry, Fate, Fit
 from shallower.planning.forms import inexact, steps
 from shallower.planning.geometry import fitted_map
 from shallower.planning.plan import Plan
-from shallower.sites.site import LinearMap, Site
+from shallower.sites import LinearMap, Site
 from shallower.surgery.checking import check_fits
 from shallower.surgery.operating import operate
 

@@ -36,7 +36,7 @@ from shallower.core.inputs import (
 from shallower.core.modes import evaluating
 from shallower.errors import MethodError
 from shallower.modules import attachment
-from shallower.sites.site import Site
+from shallower.sites import Site
 
 Line = Literal["auto", "unit", "best"]
 

@@ -41,7 +41,7 @@ from shallower.planning.entries import Entry, Fate
 from shallower.planning.fingerprints import fingerprint
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target, shortest_prefix
-from shallower.sites.site import Place, Site, Sites
+from shallower.sites import Place, Site, Sites
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,0 +1,180 @@
+"""The sites of a model: a sequence that is also reached by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import overload
+
+from shallower.core.text import amount, listing, table
+from shallower.errors import Refusal, ShallowerError, SiteError
+from shallower.sites.site import Site
+
+
+@dataclass(frozen=True, repr=False)
+class Sites(Sequence[Site]):
+    """The sites of a model, in order of execution, and what looked like one but is not usable.
+
+        sites = sh.find_sites(model, example_inputs)
+        print(sites)
+        sites["encoder.layer.3"]; sites[0]; sites[2:]; len(sites); [site.width for site in sites]
+        sites.select("encoder.layer.*")
+        sites.skipped["pooler"]             # the reason
+
+    Attributes:
+        ordered: the sites.
+        skipped: name -> reason.
+        params: parameters of the whole model.
+        macs: MACs of the whole model on the example inputs.
+    """
+
+    ordered: tuple[Site, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    params: int = 0
+    macs: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ordered", tuple(self.ordered))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sites' names."""
+        return tuple(site.name for site in self.ordered)
+
+    def __len__(self) -> int:
+        return len(self.ordered)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.ordered)
+
+    @overload
+    def __getitem__(self, key: str | int) -> Site: ...
+    @overload
+    def __getitem__(self, key: slice) -> Sites: ...
+    def __getitem__(self, key: str | int | slice) -> Site | Sites:
+        """The site of that name or position, or a slice of them.
+
+        Raises:
+            SiteError: there is no such site.
+        """
+        if isinstance(key, slice):
+            return self.only(self.ordered[key])
+        if isinstance(key, int):
+            try:
+                return self.ordered[key]
+            except IndexError:
+                raise SiteError(f"there is no site number {key}; the model has {len(self)}") from None
+        for site in self.ordered:
+            if site.name == key:
+                return site
+        if key in self.skipped:
+            raise SiteError(f"{key}: skipped when the sites were found: {self.skipped[key]}")
+        raise SiteError(f"there is no site {key!r}; the sites are {listing(list(self.names))}")
+
+    def __contains__(self, key: object) -> bool:
+        return any(key is site or key == site.name for site in self.ordered)
+
+    def select(self, which: str | Callable[[Site], bool]) -> Sites:
+        """The subset whose names match a glob pattern, or for which a predicate holds, in the same order.
+
+        sites.select("encoder.layer.*")
+        sites.select(lambda site: site.kind == "gated")
+        """
+        if isinstance(which, str):
+            return self.only(site for site in self.ordered if fnmatchcase(site.name, which))
+        return self.only(filter(which, self.ordered))
+
+    def only(self, chosen: Iterable[Site], skipped: Mapping[str, str] | None = None) -> Sites:
+        """These sites in this order, with what is known of the model; further reasons go to `skipped`."""
+        return dataclasses.replace(self, ordered=tuple(chosen), skipped={**self.skipped, **(skipped or {})})
+
+    def partition(self, refusal: Callable[[Site], Refusal | None]) -> tuple[Sites, dict[str, str]]:
+        """The sites that a method can use, and name -> reason for the others.
+
+            usable, refused = sites.partition(lambda site: site.bridge.not_linear)
+
+        Args:
+            refusal: None for a site that can be used, else why not.
+        """
+        usable: list[Site] = []
+        refused: dict[str, str] = {}
+        for site in self.ordered:
+            reason = refusal(site)
+            if reason is None:
+                usable.append(site)
+            else:
+                refused[site.name] = str(reason)
+        return self.only(usable), refused
+
+    def usable(
+        self, refusal: Callable[[Site], Refusal | None], nothing: str, error: type[ShallowerError] = SiteError
+    ) -> Sites:
+        """The sites that a method can use; the reasons of the others go to `skipped`.
+
+            sites.usable(lambda site: site.bridge.not_linear, "no site may become linear", MethodError)
+
+        Args:
+            refusal: None for a site that can be used, else why not.
+            nothing: what to say where none can be used.
+            error: what to raise then.
+
+        Raises:
+            ShallowerError: (of the kind `error`) no site can be used; it names the first reasons.
+        """
+        usable, refused = self.partition(refusal)
+        if not usable:
+            reasons = [f"{name}: {reason}" for name, reason in {**refused, **self.skipped}.items()]
+            raise error(f"{nothing}: {'; '.join(reasons[:4])}" if reasons else nothing)
+        return usable.only(usable, refused)
+
+    def __str__(self) -> str:
+        """A table: site, kind, activation, width, params and MACs now and if collapsed; then what was skipped."""
+        header = ("site", "kind", "f", "width", "params", "collapsed", "MACs", "collapsed", "")
+        lines = [f"{len(self)} sites; the model has {amount(self.params)} params and {amount(self.macs)} MACs"]
+        if self.ordered:
+            lines.append(table(header, list(map(_row, self.ordered)), right=(3, 4, 5, 6, 7)))
+        if self.skipped:
+            lines.append("skipped:")
+            lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _row(site: Site) -> tuple[str, ...]:
+    """A site's row of the table; "-" where a collapse saves nothing."""
+    params = amount(site.params_collapsed) if site.params_collapsed < site.params else "-"
+    macs = amount(site.macs_collapsed) if site.macs_collapsed < site.macs else "-"
+    costs = (amount(site.params), params, amount(site.macs), macs)
+    times = f"x{site.calls}" if site.calls > 1 else ""
+    return (site.name, site.kind, site.activation_name, str(site.width or ""), *costs, times)
+
+
+def overlapping(sites: Iterable[Site]) -> list[list[Site]]:
+    """The sites in groups that share no layer, each in the order given.
+
+    Union-find over the names of layers: near-linear in the number of layers.
+    """
+    given = list(sites)
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
+    keys: list[str] = []
+    for i, site in enumerate(given):
+        key = f"\0{i}"  # stands for a site without layers too
+        parent[key] = key
+        for m in site.maps:
+            parent.setdefault(m.name, m.name)
+            parent[root(m.name)] = root(key)
+        keys.append(key)
+    groups: dict[str, list[Site]] = {}
+    for key, site in zip(keys, given, strict=True):
+        groups.setdefault(root(key), []).append(site)
+    return list(groups.values())

@@ -1,0 +1,168 @@
+"""What a site consists of, by name: places, linear maps, sums, depthwise convolutions, attention projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a pointwise operation stands in the model: something that can be exchanged for another module.
+
+    Attributes:
+        module: dotted name. With no `calls`, the module that is the operation. With `calls`, the module whose
+            own `forward` makes these calls.
+        calls: the calls, in order of execution: (name, ordinal). The name is the canonical function name ("relu",
+            "gelu", "mul") or, for one of several calls of a child module, "self." and the child's name relative to
+            `module`. The ordinal counts calls of that name that `module`'s own forward makes in one invocation,
+            from 0.
+    """
+
+    module: str
+    calls: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return self.module
+        name, ordinal = self.calls[0]
+        return f"{self.module or 'model'}:{name}#{ordinal}"
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """A linear map of the model, by the dotted name of its module.
+
+    Attributes:
+        name: dotted name.
+        kind: `nn.Linear`, Transformers' transposed `Conv1D`, or `nn.Conv2d`.
+        d_in, d_out: features or channels.
+        bias: whether it has one.
+        positions: rows it is applied to in one forward pass on the example inputs, all calls together (tokens of
+            the batch; for a convolution, output pixels of the batch).
+        kernel, stride, padding, dilation, groups: of a convolution; neutral otherwise.
+        size: height and width of the images that a convolution reads, or that were flattened into what a linear layer
+            behind convolutions reads; (0, 0) for other linear layers, and where images of several sizes come.
+    """
+
+    name: str
+    kind: Literal["linear", "conv1d", "conv2d"]
+    d_in: int
+    d_out: int
+    bias: bool
+    positions: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    size: tuple[int, int] = (0, 0)
+
+    @property
+    def taps(self) -> int:
+        """Kernel positions: 1 for a linear layer, 9 for a 3x3 convolution."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def params(self) -> int:
+        """Weights and bias."""
+        return self.d_in // self.groups * self.d_out * self.taps + self.d_out * self.bias
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulate operations on the example inputs, all calls together."""
+        return self.positions * (self.d_in // self.groups) * self.d_out * self.taps
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The sum that closes right around a site: site(x) + x, with the very x that the site reads.
+
+    Where all channels of the site are linear, the skip folds into the merged map, and the sum can go.
+
+    Attributes:
+        place: the call that adds. Made a module (`externalise`), it is called with the two summands in the order in
+            which the forward has them.
+        branch: which summand is the site's output, 0 or 1.
+        norm: BatchNorm between the site's consumer and the sum, "" if there is none.
+        source: the map that reads the x of the sum: the site's own producer; or, of the last site in a chain (the
+            consumer of one is the producer of the next), the producer of the first, where the skip folds once the whole
+            chain is linear.
+    """
+
+    place: Place
+    branch: int
+    norm: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Between:
+    """A depthwise convolution on the way from a site's activation to its consumers.
+
+    It maps every hidden channel to itself, so that channel j goes with it: its filter, its entry in the norms.
+
+        ... activation - norm_after - [map - norm_before - activation - norm_after] - consumers
+
+    Attributes:
+        map: the convolution; groups, input and output channels are all the site's width.
+        norm_before: BatchNorm between it and the activation behind it (or behind it, where there is no activation).
+        activation: where the activation behind it is; None where there is none.
+        activation_name: what that is, for people.
+        norm_after: BatchNorm behind that activation.
+        activation_params: parameters of the activation itself.
+    """
+
+    map: LinearMap
+    norm_before: str = ""
+    activation: Place | None = None
+    activation_name: str = ""
+    norm_after: str = ""
+    activation_params: int = 0
+
+
+Rows = tuple[int, int, int]
+"""(start, step, length): channel g of a site has the rows start + g * step, ..., start + g * step + length - 1."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a site of attention heads consists of beside its consumer, the output projection.
+
+    A channel of the site is a key-value group: one key head, one value head and the query heads that share them.
+
+    Attributes:
+        module: dotted name of the module whose forward computes the attention.
+        query, key, value: the projections; one and the same map where they are packed.
+        head_dim: features of a query or key head.
+        value_dim: features of a value head.
+        queries_per_group: query heads for each key-value head.
+        packed: "" with three maps; "blocks" where one map gives all queries, then all keys, then all values; "heads"
+            where it gives query, key and value of each channel together.
+        query_rows, key_rows, value_rows: which rows of their maps a channel has.
+        counts: integer attributes of `module` that have to change with the number of channels, each with its value
+            for one channel: (("num_heads", 1), ("split_size", 64)).
+    """
+
+    module: str
+    query: LinearMap
+    key: LinearMap
+    value: LinearMap
+    head_dim: int
+    value_dim: int
+    queries_per_group: int
+    packed: Literal["", "blocks", "heads"]
+    query_rows: Rows
+    key_rows: Rows
+    value_rows: Rows
+    counts: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def block(self) -> int:
+        """Columns of the output projection that one channel has."""
+        return self.queries_per_group * self.value_dim
+
+    @property
+    def maps(self) -> tuple[LinearMap, ...]:
+        """The projections, each once."""
+        return tuple({m.name: m for m in (self.query, self.key, self.value)}.values())
