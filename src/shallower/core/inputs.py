@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shallower.core.trees import tensors as tensors
+from shallower.core.trees import to_device as to_device
 from shallower.errors import SiteError
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -33,35 +35,6 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     raise SiteError(
         f"a model is called with a tensor, a tuple or a dict of its arguments, not with a {type(inputs).__name__}"
     )
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in `value`, in a fixed order: nested tuples, lists, mappings and Transformers outputs are entered."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors(item)
-    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
-        for item in vars(value).values():
-            if isinstance(item, (Tensor, tuple, list, Mapping)):
-                yield from tensors(item)
-
-
-def to_device(value: Any, device: torch.device | str) -> Any:
-    """`value` with every tensor in nested tuples, lists and mappings moved to `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(to_device(item, device) for item in value)
-    if isinstance(value, list):
-        return [to_device(item, device) for item in value]
-    return value
 
 
 def model_device(model: nn.Module) -> torch.device:

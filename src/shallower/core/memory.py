@@ -9,14 +9,14 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shallower.core.inputs import tensors
+from shallower.core.trees import cut, rows_of, tensors
 
 
 class _TooLarge(Exception):  # noqa: N818 (it is no error)
@@ -78,22 +78,12 @@ def _at_most(room: int, model: nn.Module) -> Iterator[None]:
 
 
 def halves(batch: Any) -> list[Any]:
-    """The two halves of a batch along dimension 0; the batch alone where its tensors are not of one length, over 1."""
-    lengths = {len(t) if t.dim() else 0 for t in tensors(batch)}
-    if len(lengths) != 1 or not (length := lengths.pop()) > 1:
+    """The two halves of a batch along dimension 0; the batch alone where it cannot be cut."""
+    length = rows_of(batch)
+    if length is None or length < 2:
         return [batch]
-    cut = length // 2
-    return [_rows(batch, slice(0, cut)), _rows(batch, slice(cut, None))]
-
-
-def _rows(batch: Any, rows: slice) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[rows]
-    if isinstance(batch, Mapping):
-        return {key: _rows(value, rows) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_rows(value, rows) for value in batch)
-    return batch
+    middle = length // 2
+    return [cut(batch, slice(0, middle)), cut(batch, slice(middle, None))]
 
 
 def free_bytes() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
@@ -25,6 +25,10 @@ def amount(count: float) -> str:
     return f"{count:.0f}"
 
 
-def listing(names: list[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"
+def listing(names: Iterable[str], most: int = 8) -> str:
+    """Names for people, the first of them: "a, b and 3 more"; "none" where there are none."""
+    known = list(names)
+    if not known:
+        return "none"
+    shown = ", ".join(known[:most])
+    return shown if len(known) <= most else f"{shown} and {len(known) - most} more"

@@ -22,7 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from shallower.core.inputs import Inputs, call, model_device, tensors, to_device
+from shallower.core.inputs import Inputs, call, model_device
+from shallower.core.modes import evaluating
+from shallower.core.trees import mapped, tensors, to_device
 from shallower.errors import SiteError
 from shallower.recording.macs import mac_counter
 
@@ -273,11 +275,11 @@ class _Recorder(TorchFunctionMode):
         """Add a call that has just run."""
         name = canonical(function)
         inplace = _writes(function, name, kwargs)
-        written = [t for t in _flat(args[:1]) if inplace] + list(_flat(kwargs.get("out")))
-        returned = list(_flat(result))
+        written = [t for t in tensors(args[:1]) if inplace] + list(tensors(kwargs.get("out")))
+        returned = list(tensors(result))
         if not returned and not written and is_metadata(name):
             return
-        inputs = list(dict.fromkeys(self.value(tensor) for tensor in _flat((args, kwargs))))
+        inputs = list(dict.fromkeys(self.value(tensor) for tensor in tensors((args, kwargs))))
         produced = list({id(t): t for t in [*written, *returned]}.values())
         frame = self.frame
         counted = bool(produced) and bool(inputs)
@@ -317,13 +319,7 @@ class _Recorder(TorchFunctionMode):
 
     def described(self, value: Any) -> Any:
         """`value` with each tensor in it replaced by its current version."""
-        if isinstance(value, Tensor):
-            return self.value(value)
-        if type(value) in (list, tuple):
-            return type(value)(self.described(item) for item in value)
-        if type(value) is dict:
-            return {key: self.described(item) for key, item in value.items()}
-        return value
+        return mapped(self.value, value)
 
 
 class _Unseen(TorchDispatchMode):
@@ -362,7 +358,7 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
     if isinstance(model, torch.jit.ScriptModule):
         raise SiteError("a scripted model cannot be looked into; pass the torch.nn.Module it was made from")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         inputs = stack.enter_context(_placed(model, example_inputs))
         names: dict[nn.Module, str] = {}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -404,6 +400,10 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
                 frame = frame.parent
             frame.args, frame.kwargs = recorder.described(args), recorder.described(kwargs)
             frame.outputs = [recorder.value(t) for t in tensors(output)]
+            if frame.parent is not None and frame.parent.parent is None:
+                for item in (item for each in names for item in vars(each).values() if isinstance(item, Tensor)):
+                    if id(item) in recorder.known:
+                        recorder.known[id(item)].output = True  # it is kept in an attribute
             if frame.parent is not None:
                 recorder.frame = frame.parent
 
@@ -414,7 +414,7 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
         stack.callback(global_hooks._global_forward_hooks_with_kwargs.pop, handle.id, None)
         counter = mac_counter()
         try:
-            with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+            with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)`")
                 with counter, _Unseen(recorder), recorder:
                     output = call(model, inputs)
@@ -426,26 +426,10 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
             ) from error
         for tensor in tensors(output):
             recorder.value(tensor).output = True
-        for module in names:
-            for item in vars(module).values():
-                if isinstance(item, Tensor) and id(item) in recorder.known:
-                    recorder.known[id(item)].output = True
         trace.macs = counter.get_total_flops() // 2
         trace.root = trace.frames[0]
         trace.root.parent = None
     return trace
-
-
-def _flat(value: Any) -> Iterator[Tensor]:
-    """Tensors in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _flat(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _flat(item)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -453,29 +437,6 @@ def _storage(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError, AttributeError):
         return -id(tensor)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; modes, attributes and hooks of all modules and the random state are restored."""
-    before = {module: dict(vars(module)) for module in model.modules()}
-    hooks = [
-        (table, dict(table)) for state in before.values() for key, table in state.items() if key.endswith("_hooks")
-    ]
-    device = model_device(model)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, state in before.items():
-                vars(module).clear()
-                vars(module).update(state)
-            for table, entries in hooks:
-                if isinstance(table, dict) and dict(table) != entries:
-                    table.clear()
-                    table.update(entries)
 
 
 @contextlib.contextmanager
@@ -492,7 +453,7 @@ def _placed(model: nn.Module, example_inputs: Inputs) -> Iterator[Inputs]:
     swapped: list[tuple[dict[str, Any], str, Tensor]] = []
     blanks: dict[int, Tensor] = {}
     with unset_fake_temporarily():
-        inputs = _filled(example_inputs)
+        inputs = mapped(_filled, example_inputs)
         try:
             for module in model.modules():
                 tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -517,16 +478,11 @@ def _blank(tensor: Tensor) -> Tensor:
     return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
 
 
-def _filled(value: Any) -> Any:
-    """Inputs with every tensor that has no data replaced by one full of ones."""
-    if isinstance(value, Tensor):
-        missing = value.is_meta or isinstance(value, FakeTensor)
-        return torch.ones(value.shape, dtype=value.dtype) if missing else value
-    if isinstance(value, Mapping):
-        return {key: _filled(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_filled(item) for item in value)
-    return value
+def _filled(tensor: Tensor) -> Tensor:
+    """A tensor of ones for one that has no data; any other itself."""
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return torch.ones(tensor.shape, dtype=tensor.dtype)
+    return tensor
 
 
 class _DataIsOptional(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -536,7 +492,7 @@ class _DataIsOptional(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         named = dict(kwargs or {})
-        missing = any(tensor.is_meta for tensor in _flat((args, named)))
+        missing = any(tensor.is_meta for tensor in tensors((args, named)))
         if missing:
             args, named = tree_map(lambda item: item.to("meta") if isinstance(item, Tensor) else item, (args, named))
         if named.get("device") is not None:
