@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from benchmarks.record import stage, write_json
 from shallower.calibrating.recalibration import recalibrate
 from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import count_params
+from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.ordering import by_magnitude
 from shallower.methods.dropout.structural_dropout import StructuralDropout
 from shallower.methods.squeezing.squeeze import squeeze
@@ -190,7 +190,9 @@ class Bench:
         if published:
             method = StructuralDropout.as_published(model, sites, seed=seed)
         else:
-            method = StructuralDropout(model, sites, seed=seed, **options)
+            changed = {"seed": seed, "logits": True} | options
+            sort = changed.pop("sort", "magnitude")
+            method = StructuralDropout(model, sites, DropoutOptions(**changed), sort=sort)
         settings = "" if published else [DEFAULTS, options]
         return self.trained(name, model, method, epochs, settings), method
 
@@ -220,7 +222,7 @@ class Bench:
         for share in case.shares:
             widths = case.widths(method.sites, share, heads)
             # the sandwich's statistics are of the full width; those of one random width a step are of none
-            measured = anew and case.has_norms and not (share == 1 and method.sandwich)
+            measured = anew and case.has_norms and not (share == 1 and method.options.sandwich)
             with method.at(widths, case.calibration if measured else None) as live:
                 found[share] = case.test(live)
         return found
@@ -307,7 +309,7 @@ def _is_heads(site: Site) -> bool:
     return site.kind == "heads"
 
 
-DEFAULTS = {n: p.default for n, p in inspect.signature(StructuralDropout).parameters.items() if not callable(p.default)}
+DEFAULTS = asdict(DropoutOptions())
 """Results of other defaults are other files."""
 
 

@@ -236,7 +236,7 @@ def convolutional_networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
         )
         blocks.append(Block(up, f, down, before, after, residual=same and draw(st.booleans())))
     body = _randomised(nn.Sequential(*blocks), torch.float64)
-    least = next(size for size in range(1, 65) if _runs_on(body, torch.randn(1, d, size, size, dtype=torch.float64)))
+    least = next(size for size in range(1, 257) if _runs_on(body, torch.randn(1, d, size, size, dtype=torch.float64)))
     size = draw(st.sampled_from([least, least + 1, max(least, 32)]))
     x = torch.randn(1, d, size, size, dtype=torch.float64)
     if not draw(st.booleans()):

@@ -9,6 +9,7 @@ from .measuring.measurement import compare as compare
 from .measuring.measurement import measure as measure
 from .methods.collapsing.layer_collapse import LayerCollapse as LayerCollapse
 from .methods.collapsing.layer_folding import LayerFolding as LayerFolding
+from .methods.dropout.options import DropoutOptions as DropoutOptions
 from .methods.dropout.structural_dropout import StructuralDropout as StructuralDropout
 from .methods.squeezing.squeeze import squeeze as squeeze
 from .methods.tlc.choosing import choose_forms as choose_forms

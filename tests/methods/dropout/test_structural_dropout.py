@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shallower.errors import MethodError, TargetError, TrainingError
 from shallower.finding.matching import find_sites
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
+from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.structural_dropout import StructuralDropout
 from shallower.modules.attachment import detached_copy
 from shallower.planning.plan import Plan
@@ -69,7 +70,7 @@ def check_written_equals_live(model: nn.Module, x: Tensor, draw: Callable[[int, 
         return
     before = model(x)
     keys = list(model.state_dict())
-    method = StructuralDropout(model, sites, rescale=rescale)
+    method = StructuralDropout(model, sites, DropoutOptions(rescale=rescale))
     torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-10)
     method.set_width({site.name: draw(1, site.width) for site in method.sites})
     live = model(x)
@@ -124,7 +125,7 @@ def test_the_scale_makes_up_for_the_channels_that_are_missing(rescale: float, sc
     model = mlp()
     model[4].weight.data.fill_(1.0)
     model[3] = nn.ReLU()
-    method = StructuralDropout(model, sites_of(model), sort=None, rescale=rescale)
+    method = StructuralDropout(model, sites_of(model), DropoutOptions(rescale=rescale), sort=None)
     x = torch.randn(4, 6, dtype=torch.float64)
     method.set_width(6, site="2")
     hidden = model[3](model[2](model[1](model[0](x))))
@@ -145,7 +146,7 @@ def test_a_width_is_set_without_copies_and_at_once() -> None:
 
 def test_shares_take_the_nearest_width_of_the_table() -> None:
     model = mlp()
-    method = StructuralDropout(model, sites_of(model), lower_bound=4, step=4)
+    method = StructuralDropout(model, sites_of(model), DropoutOptions(lower_bound=4, step=4))
     method.set_width("50%")
     assert method.widths() == {"0": 8, "2": 12}
     method.set_width("1%", site="2")
@@ -164,7 +165,7 @@ def test_widths_that_there_are_not_are_refused(width: Any) -> None:
 def test_one_width_for_all_sites_must_fit_the_smallest() -> None:
     model = mlp()
     method = StructuralDropout(model, sites_of(model))
-    with pytest.raises(MethodError, match=r"^0: a width of 20; it is a number of channels from 1 to 16"):
+    with pytest.raises(MethodError, match=r"^0: width 20 must be a number of channels from 1 to 16"):
         method.set_width(20)
     assert method.widths() == {"0": 16, "2": 24}
 
@@ -244,7 +245,7 @@ def test_heads_are_nested_like_channels(name: str, rescale: float) -> None:
     ids = {"input_ids": torch.arange(14).view(2, 7)}
     sites = find_sites(model, ids, heads=True)
     before = model(**ids).last_hidden_state
-    method = StructuralDropout(model, sites, rescale=rescale)
+    method = StructuralDropout(model, sites, DropoutOptions(rescale=rescale))
     torch.testing.assert_close(model(**ids).last_hidden_state, before, rtol=1e-10, atol=1e-10)
     heads = [site for site in sites if site.kind == "heads"]
     assert heads
@@ -349,7 +350,7 @@ def test_the_published_rule_draws_the_full_width_or_any_smaller_one() -> None:
 
 def test_the_sandwich_has_the_full_and_the_smallest_width_in_every_step() -> None:
     model = mlp()
-    seen = widths_seen(StructuralDropout(model, sites_of(model), lower_bound=4, step=4), model, 5)
+    seen = widths_seen(StructuralDropout(model, sites_of(model), DropoutOptions(lower_bound=4, step=4)), model, 5)
     assert len(seen) == 15
     assert seen[0::3] == [(16, 24)] * 5
     assert seen[1::3] == [(4, 4)] * 5
@@ -358,20 +359,24 @@ def test_the_sandwich_has_the_full_and_the_smallest_width_in_every_step() -> Non
 
 def test_all_sites_of_a_pass_may_have_one_share() -> None:
     model = mlp()
-    method = StructuralDropout(model, sites_of(model), lower_bound="25%", step="25%", passes=6, shared=1.0)
+    method = StructuralDropout(
+        model, sites_of(model), DropoutOptions(lower_bound="25%", step="25%", passes=6, shared=1.0)
+    )
     assert {(a / 16, b / 24) for a, b in widths_seen(method, model, 5)} == {(s, s) for s in (0.25, 0.5, 0.75, 1.0)}
 
 
 def test_each_site_may_have_a_share_of_its_own() -> None:
     model = mlp()
-    method = StructuralDropout(model, sites_of(model), lower_bound="25%", step="25%", passes=6, shared=0.0)
+    method = StructuralDropout(
+        model, sites_of(model), DropoutOptions(lower_bound="25%", step="25%", passes=6, shared=0.0)
+    )
     seen = {(a / 16, b / 24) for a, b in widths_seen(method, model, 8)}
     assert {(a, b) for a in (0.25, 0.5, 0.75) for b in (0.25, 0.5, 0.75)} <= seen
 
 
 def test_the_loss_is_the_mean_over_the_passes() -> None:
     model = mlp()
-    method = StructuralDropout(model, sites_of(model), distillation=0.0, passes=0, lower_bound=4)
+    method = StructuralDropout(model, sites_of(model), DropoutOptions(distillation=0.0, passes=0, lower_bound=4))
     x = torch.randn(5, 6, dtype=torch.float64)
     model.train()
     method.before_step()
@@ -385,7 +390,9 @@ def test_the_loss_is_the_mean_over_the_passes() -> None:
 @pytest.mark.parametrize("part", [0.5, 1.0])
 def test_the_full_width_teaches_and_is_not_taught(part: float) -> None:
     model = mlp()
-    method = StructuralDropout(model, sites_of(model), passes=0, lower_bound=4, distillation=part)
+    method = StructuralDropout(
+        model, sites_of(model), DropoutOptions(passes=0, lower_bound=4, distillation=part, logits=True)
+    )
     x, labels = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
     model.train()
     method.before_step()
@@ -404,7 +411,7 @@ def test_the_full_width_teaches_and_is_not_taught(part: float) -> None:
 
 def test_the_output_may_be_given_beside_the_loss() -> None:
     model, x = mlp(), torch.randn(5, 6, dtype=torch.float64)
-    method = StructuralDropout(model, sites_of(model), logits=False)
+    method = StructuralDropout(model, sites_of(model), DropoutOptions(logits=False))
     copied = model.forward  # not the model's own call
 
     def closure() -> tuple[Tensor, Tensor]:
@@ -414,7 +421,7 @@ def test_the_output_may_be_given_beside_the_loss() -> None:
     model.train()
     method.before_step()
     assert bool(method.loss(closure).isfinite())
-    with pytest.raises(MethodError, match=r"let closure give \(loss, output\)"):
+    with pytest.raises(MethodError, match=r"let closure return \(loss, output\)"):
         method.loss(lambda: closure()[0])
 
 
@@ -426,7 +433,7 @@ def test_narrow_passes_leave_the_statistics_to_the_full_width() -> None:
         sites = sites_of(model, x)
         model.train()
         if passes:
-            method = StructuralDropout(model, sites, sort=None, passes=3, distillation=0.0)
+            method = StructuralDropout(model, sites, DropoutOptions(passes=3, distillation=0.0), sort=None)
             method.before_step()
             method.loss(lambda model=model: model(x).square().mean())
         else:
@@ -477,7 +484,7 @@ def test_a_training_that_was_interrupted_goes_on_exactly(tmp_path: Path, publish
 def test_the_checkpoint_of_another_table_of_widths_is_refused(tmp_path: Path) -> None:
     def run(lower_bound: int) -> None:
         model = mlp(torch.float32)
-        method = StructuralDropout(model, sites_of(model), lower_bound=lower_bound)
+        method = StructuralDropout(model, sites_of(model), DropoutOptions(lower_bound=lower_bound))
         recipe, path = Recipe(epochs=1, lr=1e-2), tmp_path / "run.safetensors"
         train(model, batches(), cross_entropy, recipe, method=method, checkpoint=path, cpu=True)
 
@@ -492,7 +499,7 @@ def test_equal_seeds_draw_equal_widths() -> None:
     seen = []
     for seed in (3, 3, 4):
         model = mlp()
-        seen.append(widths_seen(StructuralDropout(model, sites_of(model), seed=seed), model, 10))
+        seen.append(widths_seen(StructuralDropout(model, sites_of(model), DropoutOptions(seed=seed)), model, 10))
     assert seen[0] == seen[1] != seen[2]
 
 
@@ -501,7 +508,7 @@ def test_equal_seeds_draw_equal_widths() -> None:
 
 def test_a_target_keeps_the_same_share_of_every_site_and_is_met() -> None:
     model, x = mlp(), torch.randn(2, 6, dtype=torch.float64)
-    method = StructuralDropout(model, sites_of(model), lower_bound=1)
+    method = StructuralDropout(model, sites_of(model), DropoutOptions(lower_bound=1))
     small = apply(model, method.plan("params:40%"), x)
     params = [sum(p.numel() for p in m.parameters()) for m in (small, model)]
     assert params[0] <= 0.4 * params[1]
@@ -512,7 +519,7 @@ def test_a_target_keeps_the_same_share_of_every_site_and_is_met() -> None:
 
 def test_a_lower_bound_that_no_budget_can_meet_is_told() -> None:
     model = mlp()
-    method = StructuralDropout(model, sites_of(model), lower_bound="75%")
+    method = StructuralDropout(model, sites_of(model), DropoutOptions(lower_bound="75%"))
     with pytest.raises(TargetError, match=r"smallest widths \(0: 12, 2: 18\) .* would remain"):
         method.plan("params:30%")
 
@@ -570,7 +577,7 @@ def test_the_curve_spends_channels_where_they_count() -> None:
     x = torch.randn(64, 6, dtype=torch.float64)
     with torch.no_grad():
         wanted = model(x)
-    method = StructuralDropout(model, sites_of(model), lower_bound=4, step=4, rescale=0.0)
+    method = StructuralDropout(model, sites_of(model), DropoutOptions(lower_bound=4, step=4, rescale=0.0))
 
     def score(model: nn.Module) -> float:
         return -float((model(x) - wanted).detach().square().mean())
@@ -596,7 +603,7 @@ def test_the_curve_measures_the_latency_of_its_front() -> None:
 def test_a_curve_without_statistics_of_its_own_is_warned_of() -> None:
     model, x = convolutions(), torch.randn(4, 3, 6, 6)
     method = StructuralDropout(model, sites_of(model, x))
-    with pytest.warns(UserWarning, match="give recalibrate=batches"):
+    with pytest.warns(UserWarning, match="use recalibrate=batches"):
         method.curve(lambda m: float(m(x).detach().sum()), points=2)
 
 
@@ -609,27 +616,64 @@ def test_the_curve_counts_the_memory_of_statistics() -> None:
     )
 
 
+def test_a_narrow_pass_leaves_a_cumulative_mean_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    x = torch.randn(4, 3, 6, 6)
+    plain = copy.deepcopy(model)
+    method = StructuralDropout(model, sites_of(model, x), DropoutOptions(passes=2), sort=None)
+    model.train()
+    plain.train()
+    for _ in range(3):
+        x = torch.randn(4, 3, 6, 6)
+        plain(x)
+        method.before_step()
+        method.loss(lambda x=x: model(x).square().mean())
+    method.detach()
+    assert int(model[1].num_batches_tracked) == 3
+    torch.testing.assert_close(model[1].running_mean, plain[1].running_mean)
+
+
+def test_a_regression_is_taught_by_the_difference() -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1))
+    x = torch.randn(8, 4)
+    losses = []
+    for part in (0.0, 1.0):
+        method = StructuralDropout(model, sites_of(model, x), DropoutOptions(passes=0, distillation=part), sort=None)
+        model.train()
+        method.before_step()
+        losses.append(float(method.loss(lambda: model(x).mean() * 0).detach()))
+        method.detach()
+    assert losses[0] == 0 < losses[1]
+
+
 # ---------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"p": 1.5}, "p, shared, distillation and rescale are numbers from 0 to 1"),
-        ({"passes": -1}, "passes is not negative"),
+        ({"p": 1.5}, "p=1.5: must be a number from 0 to 1"),
+        ({"passes": -1}, "must not be negative"),
         ({"lower_bound": 0}, "lower_bound=0"),
-        ({"lower_bound": 17}, "lower_bound=17; it is a number of channels from 1 to 16"),
+        ({"lower_bound": 17}, "lower_bound=17 must be a number of channels from 1 to 16"),
         ({"step": 0}, "step=0"),
         ({"step": "x"}, "not a share"),
-        ({"sandwich": False}, "teach only where it is run"),
-        ({"sort": "size"}, "'magnitude', batches"),
+        ({"sandwich": False}, "teach only where it runs"),
     ],
 )
 def test_options_out_of_range_are_refused_and_nothing_is_attached(options: dict[str, Any], told: str) -> None:
     model = mlp()
     sites = sites_of(model)
     with pytest.raises(MethodError, match=told):
-        StructuralDropout(model, sites, **options)
+        StructuralDropout(model, sites, DropoutOptions(**options))
+    assert type(model[0]) is nn.Linear
+
+
+def test_an_unknown_order_is_refused_and_nothing_is_attached() -> None:
+    model = mlp()
+    with pytest.raises(MethodError, match="'magnitude', batches"):
+        StructuralDropout(model, sites_of(model), sort="size")  # type: ignore[arg-type]
     assert type(model[0]) is nn.Linear
 
 

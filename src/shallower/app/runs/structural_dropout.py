@@ -18,6 +18,7 @@ from shallower.calibrating.recalibration import recalibrate
 from shallower.core.inputs import Inputs, model_device
 from shallower.errors import MethodError
 from shallower.finding.matching import find_sites
+from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.structural_dropout import StructuralDropout
 from shallower.modules.attachment import detached_copy
 from shallower.planning.curve import Point
@@ -105,14 +106,8 @@ class StructuralDropoutRun:
         return Made(full, Plan((), method=self.name), "all widths", details=details, points=points, files=files)
 
     def _method(self, model: nn.Module, work: Work, sort: bool = True) -> StructuralDropout:
-        return StructuralDropout(
-            model,
-            work.sites,
-            lower_bound=self.lower_bound,
-            sort="magnitude" if sort else None,
-            seed=work.recipe.seed,
-            logits=work.logits,
-        )
+        options = DropoutOptions(lower_bound=self.lower_bound, seed=work.recipe.seed, logits=work.logits)
+        return StructuralDropout(model, work.sites, options, sort="magnitude" if sort else None)
 
 
 def at_point(model: nn.Module, sites: Sites, point: Point, example: Inputs) -> tuple[nn.Module, Plan]:

@@ -242,8 +242,9 @@ class _PrefixVectors(nn.Module):
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         own = {name: t[:channels] if t.dim() and t.shape[0] == full else t for name, t in tensors.items()}
         original.training = self.training
-        if "momentum" in vars(self):
-            original.momentum = self.momentum
+        for name in ("momentum", "track_running_stats"):
+            if name in vars(self):
+                setattr(original, name, getattr(self, name))
         return cast("Tensor", functional_call(original, own, (x,)))
 
 

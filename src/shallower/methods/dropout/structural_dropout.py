@@ -1,11 +1,5 @@
 """Structural Dropout: train once at many widths, choose the width afterwards.
 
-    method = sh.StructuralDropout(model, sites)
-    train(model, loader, task_loss, recipe, method=method)      # or any training loop, see methods/base.py
-    method.set_width("50%")                                     # the model itself is narrower now, and back in no time
-    curve = method.curve(score)
-    small = sh.apply(model, method.plan("memory:50%"), example_inputs)
-
 The channels of a site are nested: a width of k computes the first k of them, and nothing of the others.
 
 References: Structural Dropout, arXiv 2205.06906. Yu and Huang, Universally slimmable networks and improved training
@@ -16,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -29,16 +23,30 @@ from shallower.calibrating.fisher import OutputOf, default_output_of
 from shallower.calibrating.recalibration import recalibrate
 from shallower.core.inputs import Inputs, InputsOf, default_inputs_of
 from shallower.core.modes import evaluating
+from shallower.core.outputs import are_logits
 from shallower.errors import MethodError, TargetError
 from shallower.measuring.measurement import compare
 from shallower.methods.base import Method
+from shallower.methods.dropout.norms import frozen_statistics, restored_statistics, with_statistics
+from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.ordering import by_elimination, by_magnitude, permute
 from shallower.methods.dropout.prefix import PrefixMap, Width, attach_prefix, columns_each
-from shallower.methods.dropout.widths import at_most, grid, interpolated, listed, share_of, summary
+from shallower.methods.dropout.searching import Search, equal_shares
+from shallower.methods.dropout.widths import (
+    at_most,
+    checked,
+    drawn,
+    full,
+    named,
+    nearest,
+    share_of,
+    smallest,
+    summary,
+    table_of,
+)
 from shallower.modules import attachment
 from shallower.modules.attachment import detached_copy
 from shallower.modules.layers import bias_of
-from shallower.planning.allocation import Choice, allocate
 from shallower.planning.curve import Curve, Point
 from shallower.planning.entries import Entry, Fit
 from shallower.planning.fingerprints import fingerprint
@@ -55,155 +63,118 @@ Widths = int | str | Mapping[str, int]
 class StructuralDropout(Method):
     """Trains all widths of the sites at once, by computing only the first channels of each.
 
-    Attaches to the model at once, at the full width: it computes what it computed. In eval mode the model has the
-    widths of `set_width`; in train mode those that `before_step` draws, or, with the sandwich rule, several in turn in
-    `loss(closure)`. Slices are real: what is not computed costs nothing. The paper's own rule is
+        method = sh.StructuralDropout(model, sites)
+        sh.train(model, loader, task_loss, recipe, method=method)
+        method.set_width("50%")                              # the model itself is narrower now
+        curve = method.curve(score)
+        small = sh.apply(model, method.plan("size:50%"), example_inputs)
+
+    Attaches to the model at once, at the full width: the model computes what it computed. In eval mode the model has
+    the widths of `set_width`; in train mode those that `before_step` draws, or, with the sandwich rule, several in turn
+    in `loss(closure)`. Slices are real: what is not computed costs nothing. The paper's own rule is
     `StructuralDropout.as_published(model, sites)`.
 
-    Widths are drawn on the CPU from a generator of its own, so that they are equal in all processes. It is a part of
-    `state()`, which `training.train` keeps in its checkpoint. torch.compile compiles anew for every width, unless
+    Widths are drawn on the CPU from a generator of its own, so that they are equal in all processes. The generator is
+    part of `state()`, which `train` keeps in its checkpoint. torch.compile compiles anew for every width, unless
     `torch._dynamo.config.allow_unspec_int_on_nn_module` is True: three graphs then serve all. Activation checkpointing
-    does not go with several passes a step: it would compute a pass again at another's width, which PyTorch reports.
+    does not work with several passes a step: it would compute a pass again at another's width, which PyTorch reports.
 
     Args:
         model: to attach to.
-        sites: where: feed-forward, gated, convolution and head sites. Sites whose channels cannot be kept one by one
-            are left alone, and told in `method.sites.skipped`.
-        p: probability with which a site is narrowed in a random pass; it has its full width otherwise.
-        lower_bound: the smallest width, as channels or as a share of the site's.
-        step: between widths, as channels or as a share.
-        shared: probability that all sites of a random pass have one share of their channels; each has its own
-            otherwise.
-        sandwich: the full and the smallest width in every step, and `passes` random ones between.
-        passes: random passes of a step with the sandwich rule.
-        distillation: part of the narrow passes' loss that is the divergence from the full width's output, 0 to 1;
-            needs `sandwich`.
-        rescale: multiply what k channels give by (n / k) to this power: 1 is the paper's scale, which keeps the mean
-            of channels that agree, 0.5 keeps the energy of channels that do not, 0 leaves them as they are.
+        sites: feed-forward, gated, convolution and head sites. Sites whose channels cannot be kept one by one are left
+            alone, and listed in `method.sites.skipped`.
+        options: how widths are drawn and taught.
         sort: order the channels by importance first: "magnitude" of their weights, or batches to measure on (by
-            backward elimination; see `ordering`). The model computes what it computed.
-        seed: of the widths.
+            backward elimination; see `ordering`). The model computes what it computed. None: as they are.
         inputs_of: picks the model's inputs out of a batch.
         output_of: picks the output that the full width teaches out of what the model returns.
-        logits: whether that output is logits of classes in its last dimension (then the Kullback-Leibler divergence
-            teaches) or not (then the mean squared difference, relative to the output's variance).
 
     Raises:
         MethodError: a value is out of its range, no site can be narrowed, or a method is attached already.
+
+    Reference: Structural Dropout, arXiv 2205.06906.
     """
 
     def __init__(
         self,
         model: nn.Module,
         sites: Sites,
+        options: DropoutOptions | None = None,
         *,
-        p: float = 1.0,
-        lower_bound: int | str = "25%",
-        step: int | str = 1,
-        shared: float = 0.5,
-        sandwich: bool = True,
-        passes: int = 1,
-        distillation: float = 0.5,
-        rescale: float = 0.5,
         sort: Literal["magnitude"] | Iterable[Any] | None = "magnitude",
-        seed: int = 0,
         inputs_of: InputsOf = default_inputs_of,
         output_of: OutputOf = default_output_of,
-        logits: bool = True,
     ) -> None:
-        if not all(0 <= value <= 1 for value in (p, shared, distillation, rescale)) or passes < 0:
-            raise MethodError("p, shared, distillation and rescale are numbers from 0 to 1, and passes is not negative")
-        if distillation and not sandwich:
-            raise MethodError(
-                "distillation: the full width can teach only where it is run in every step; give sandwich=True, or "
-                "distillation=0"
-            )
         if isinstance(sort, str) and sort != "magnitude":
-            raise MethodError(f"sort={sort!r}: 'magnitude', batches to measure on, or None")
+            raise MethodError(f"sort={sort!r} must be 'magnitude', batches to measure on, or None")
         super().__init__(model, _narrowable(sites))
         _check_free(model, self.sites)
-        self.p, self.passes, self.seed = p, passes, seed
-        self.shared, self.sandwich, self.distillation = shared, sandwich, distillation
-        self.rescale, self.logits = rescale, logits
+        self.options = options or DropoutOptions()
         self.inputs_of, self.output_of = inputs_of, output_of
-        self.table = {site.name: grid(site, lower_bound, step) for site in self.sites}
+        self.table = table_of(self.sites, self.options.lower_bound, self.options.step)
         self._widths = {site.name: Width(site.width) for site in self.sites}
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(self.options.seed)
         self._drawn: list[dict[str, int]] = []
         self._places: list[Place] = []
         if sort is not None:
-            orders = (
-                by_magnitude(model, self.sites)
-                if isinstance(sort, str)
-                else by_elimination(model, self.sites, sort, inputs_of=inputs_of)
-            )
-            for site in self.sites:
-                permute(model, site, orders[site.name])
-        self._places = attach_prefix(model, self.sites, self._widths, rescale=rescale)
+            self._sort(sort)
+        self._places = attach_prefix(model, self.sites, self._widths, rescale=self.options.rescale)
 
     @classmethod
     def as_published(cls, model: nn.Module, sites: Sites, *, p: float = 0.5, seed: int = 0) -> StructuralDropout:
-        """The paper's rule: one width a site and step, uniform over 1 .. n - 1 with probability p, and n / k."""
-        return cls(
-            model,
-            sites,
-            p=p,
-            lower_bound=1,
-            step=1,
-            shared=0.0,
-            sandwich=False,
-            distillation=0.0,
-            rescale=1.0,
-            sort=None,
-            seed=seed,
-        )
+        """The paper's rule (see `DropoutOptions.published`), with the channels in the order that they have."""
+        return cls(model, sites, DropoutOptions.published(p=p, seed=seed), sort=None)
 
     def detach(self) -> None:
-        """Takes the slicing out again; the trained weights stay as they are, in the order that `sort` gave them."""
+        """Take the slicing out again; the trained weights stay as they are, in the order that `sort` brought about."""
         attachment.detach(self.model, self._places)
         self._places = []
 
-    # ------------------------------------------------------------------ training
+    def _sort(self, by: str | Iterable[Any]) -> None:
+        if isinstance(by, str):
+            orders = by_magnitude(self.model, self.sites)
+        else:
+            orders = by_elimination(self.model, self.sites, by, inputs_of=self.inputs_of)
+        for site in self.sites:
+            permute(self.model, site, orders[site.name])
 
     def before_step(self) -> None:
-        """Draws the widths of the step."""
-        self._drawn = [self._draw() for _ in range(self.passes if self.sandwich else 1)]
-        self._train_at(self._drawn[0] if self._drawn and not self.sandwich else self._full)
+        """Draw the widths of the step."""
+        options = self.options
+        passes = 1
+        if options.sandwich:
+            passes = options.passes
+        self._drawn = [drawn(self.table, options.p, options.shared, self._generator) for _ in range(passes)]
+        self._train_at(full(self.table))
+        if not options.sandwich:
+            self._train_at(self._drawn[0])
 
     def loss(self, closure: Callable[[], Tensor | tuple[Tensor, Any]]) -> Tensor:
         """The mean loss over the passes of the step.
 
         Args:
-            closure: runs the model once and gives the task's loss. With distillation the model's output is taken from
-                the call of the model inside; of a compiled model it cannot be, and closure gives (loss, output).
+            closure: runs the model once and returns the task's loss. With distillation the model's output is taken
+                from the call of the model inside; of a compiled model it cannot be, and closure returns (loss, output).
 
         Raises:
             MethodError: the output that the full width is to teach was not seen.
         """
-        if not self.sandwich:
+        if not self.options.sandwich:
             value = closure()
             return value[0] if isinstance(value, tuple) else value
-        self._train_at(self._full)
-        total, output = self._seen(closure)
-        teacher = None if output is None else output.detach()
-        passes = [self._smallest, *self._drawn]
+        self._train_at(full(self.table))
+        total, taught = self._seen(closure)
+        passes = [smallest(self.table), *self._drawn]
         for widths in passes:
             self._train_at(widths)
-            with _frozen_statistics(self.model):
+            with frozen_statistics(self.model):
                 value, output = self._seen(closure)
-            if self.distillation:
-                if teacher is None or output is None:
-                    raise MethodError(
-                        "the full width is to teach the narrow ones, and the model was not called in closure, or is "
-                        "compiled: let closure give (loss, output), or use distillation=0"
-                    )
-                value = (1 - self.distillation) * value + self.distillation * self._divergence(output, teacher)
-            total = total + value
+            total = total + self._taught(value, output, taught)
         return total / (1 + len(passes))
 
     def after_step(self, lr: float) -> None:  # noqa: ARG002
-        """Back to the full width in train mode, for what else may run there."""
-        self._train_at(self._full)
+        """Go back to the full width in train mode, for what else may run there."""
+        self._train_at(full(self.table))
 
     def state(self) -> dict[str, Any]:
         """The generator of widths, and the table of widths that it belongs to."""
@@ -211,7 +182,7 @@ class StructuralDropout(Method):
         return {"generator": self._generator.get_state(), "table": table}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Goes back to what `state` gave.
+        """Go back to what `state` returned.
 
         Raises:
             MethodError: it is the state of a method with other sites or widths.
@@ -225,43 +196,25 @@ class StructuralDropout(Method):
             other = next(name for name in (*self.table, *table) if table.get(name) != self.table.get(name))
             raise MethodError(
                 f"{other}: the checkpoint is of another table of widths ({summary(table.get(other))}, here "
-                f"{summary(self.table.get(other))}); give the sites, lower_bound and step that it was trained with"
+                f"{summary(self.table.get(other))}). Use the sites, lower_bound and step that it was trained with"
             )
         self._generator.set_state(generator)
-
-    @property
-    def _full(self) -> dict[str, int]:
-        return {site.name: site.width for site in self.sites}
-
-    @property
-    def _smallest(self) -> dict[str, int]:
-        return {name: widths[0] for name, widths in self.table.items()}
 
     def _train_at(self, widths: Mapping[str, int]) -> None:
         for name, width in self._widths.items():
             width.drawn = widths[name]
 
-    def _draw(self) -> dict[str, int]:
-        """Widths of one pass: below the full one with probability p, uniform over the table."""
-        together, *rest = torch.rand(1 + 2 * len(self.table), generator=self._generator, dtype=torch.float64).tolist()
-        numbers = list(zip(rest[::2], rest[1::2], strict=True))
-        if together < self.shared:
-            numbers = numbers[:1] * len(numbers)
-        drawn = {}
-        for (coin, share), (name, widths) in zip(numbers, self.table.items(), strict=True):
-            narrow = widths[:-1] or widths
-            drawn[name] = narrow[int(share * len(narrow))] if coin < self.p else widths[-1]
-        return drawn
-
-    def _seen(self, closure: Callable[[], Any]) -> tuple[Tensor, Tensor | None]:
-        """The loss of one pass, and the output that the model gave in it."""
+    def _seen(self, closure: Callable[[], Any]) -> tuple[Tensor, Any]:
+        """The loss of one pass, and the output that the model returned in it."""
         outputs: list[Any] = []
 
         def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if not torch.compiler.is_compiling():  # a compiled graph would keep the output of its first call
                 outputs.append(output)
 
-        handle = self.model.register_forward_hook(see) if self.distillation else None
+        handle = None
+        if self.options.distillation:
+            handle = self.model.register_forward_hook(see)
         try:
             value = closure()
         finally:
@@ -270,23 +223,30 @@ class StructuralDropout(Method):
         if isinstance(value, tuple):
             value, output = value
             outputs.append(output)
-        return value, self.output_of(outputs[-1]) if outputs else None
+        return value, outputs[-1] if outputs else None
 
-    def _divergence(self, output: Tensor, teacher: Tensor) -> Tensor:
-        output, teacher = output.float(), teacher.float()
-        if self.logits:
-            log_p, log_q = F.log_softmax(teacher, -1), F.log_softmax(output, -1)
-            return F.kl_div(log_q.flatten(0, -2), log_p.flatten(0, -2), reduction="batchmean", log_target=True)
-        return (output - teacher).square().mean() / teacher.var().clamp_min(1e-12)
-
-    # ------------------------------------------------------------------ the live model
+    def _taught(self, value: Tensor, output: Any, teacher: Any) -> Tensor:
+        """The loss of a narrow pass: its own, mixed with the divergence from what the full width returned."""
+        part = self.options.distillation
+        if not part:
+            return value
+        if teacher is None or output is None:
+            raise MethodError(
+                "the full width is to teach the narrow ones, and the model was not called in closure, or is compiled: "
+                "let closure return (loss, output), or use distillation=0"
+            )
+        categorical = self.options.logits
+        if categorical is None:
+            categorical = are_logits(teacher)
+        divergence = _divergence(self.output_of(output), self.output_of(teacher).detach(), categorical)
+        return (1 - part) * value + part * divergence
 
     def widths(self) -> dict[str, int]:
         """The channels that each site computes in eval mode."""
         return {name: width.live for name, width in self._widths.items()}
 
     def set_width(self, width: Widths, site: str | None = None, *, batches: Iterable[Any] | None = None) -> None:
-        """Give the live model other widths; nothing is copied.
+        """Change the widths of the live model; nothing is copied.
 
             method.set_width("50%");  method.set_width(128, site="encoder.layer.0")
 
@@ -299,14 +259,12 @@ class StructuralDropout(Method):
         Raises:
             MethodError: the width is out of range, or there is no such site.
         """
-        if site is not None:
-            if site not in self._widths:
-                raise MethodError(f"there is no site {site!r}; the sites are {', '.join(self._widths)}")
-            if isinstance(width, Mapping):
-                raise MethodError("give widths by the name of the site, or one width and a site, not both")
-            chosen = {site: self._width_of(self.sites[site], width)}
-        else:
+        if site is None:
             chosen = self._resolved(width)
+        elif isinstance(width, Mapping):
+            raise MethodError("use widths by the name of the site, or one width and a site, not both")
+        else:
+            chosen = {site: self._width_of(self._known(site), width)}
         for name, k in chosen.items():
             self._widths[name].live = k
         if batches is not None:
@@ -314,20 +272,20 @@ class StructuralDropout(Method):
 
     def _resolved(self, width: Widths) -> dict[str, int]:
         """Channels of every site; those that a mapping does not name stay as they are."""
-        if not isinstance(width, Mapping):
-            return {site.name: self._width_of(site, width) for site in self.sites}
-        unknown = [name for name in width if name not in self._widths]
-        if unknown:
-            raise MethodError(f"there is no site {unknown[0]!r}; the sites are {', '.join(self._widths)}")
-        return self.widths() | {name: self._width_of(self.sites[name], k) for name, k in width.items()}
+        if isinstance(width, Mapping):
+            changed = {name: self._width_of(self._known(name), k) for name, k in width.items()}
+            return self.widths() | changed
+        return {site.name: self._width_of(site, width) for site in self.sites}
+
+    def _known(self, name: str) -> Site:
+        if name not in self._widths:
+            raise MethodError(f"there is no site {name!r}; the sites are {', '.join(self._widths)}")
+        return self.sites[name]
 
     def _width_of(self, site: Site, width: int | str) -> int:
         if isinstance(width, str):
-            share = share_of(width)
-            return min(self.table[site.name], key=lambda k: (abs(k - share * site.width), k))
-        if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= site.width:
-            raise MethodError(f"{site.name}: a width of {width!r}; it is a number of channels from 1 to {site.width}")
-        return width
+            return nearest(self.table[site.name], share_of(width))
+        return checked(site, width)
 
     @contextmanager
     def at(self, width: Widths, batches: Iterable[Any] | None = None) -> Iterator[nn.Module]:
@@ -337,25 +295,21 @@ class StructuralDropout(Method):
                 score(model)
 
         Args:
-            width, batches: see `set_width`.
+            width: see `set_width`.
+            batches: see `set_width`.
         """
         before = self.widths()
-        norms = [m for m in self.model.modules() if _has_statistics(m)] if batches is not None else []
-        saved = [{name: b.clone() for name, b in norm.named_buffers()} for norm in norms]
-        try:
-            self.set_width(width, batches=batches)
-            with evaluating(self.model):
-                yield self.model
-        finally:
-            self.set_width(before)
-            for norm, buffers in zip(norms, saved, strict=True):
-                for name, buffer in norm.named_buffers():
-                    buffer.copy_(buffers[name])
-
-    # ------------------------------------------------------------------ choosing
+        statistics = restored_statistics(self.model) if batches is not None else nullcontext()
+        with statistics:
+            try:
+                self.set_width(width, batches=batches)
+                with evaluating(self.model):
+                    yield self.model
+            finally:
+                self.set_width(before)
 
     def plan(self, width: Widths | Target | Point | None = None, *, beside: Plan | None = None) -> Plan:
-        """What `apply` makes a plain smaller model of, that answers as the live model does at these widths.
+        """A plan that makes a plain smaller model, which answers as the live model does at these widths.
 
             sh.apply(model, method.plan("50%"), example_inputs)
             sh.apply(model, method.plan("params:60%"), example_inputs)
@@ -365,7 +319,7 @@ class StructuralDropout(Method):
         `set_width(width, batches=...)` before, or in the small model with `recalibrate` afterwards.
 
         Args:
-            width: widths as in `set_width`, a point of a curve, or a target of cost ("macs:60%", "memory:50%"), for
+            width: widths as in `set_width`, a point of a curve, or a target of cost ("macs:60%", "size:50%"), for
                 which every site keeps the same share of its channels. None: what the live model computes now.
             beside: a plan of another method for other sites of the same model; its entries are taken into this one.
 
@@ -375,14 +329,15 @@ class StructuralDropout(Method):
         """
         widths = self._chosen(width)
         entries = [self._entry(site, widths[site.name]) for site in self.sites if widths[site.name] < site.width]
-        others = () if beside is None else beside.entries
-        ours = [entry.site for entry in entries]
-        together = (*entries, *others)
-        made_by = "structural dropout" if beside is None else f"structural dropout, {beside.method}"
-        # a plain collapse depends on no weights, and is not bound to any
-        bound = ours + ([] if beside is None or not beside.fingerprint else [entry.site for entry in others])
-        if len(bound) < len(together):
+        bound = [entry.site for entry in entries]
+        if beside is None:
+            return Plan(tuple(entries), fingerprint(self.model, bound) if bound else "", "structural dropout")
+        made_by = f"structural dropout, {beside.method}"
+        together = (*entries, *beside.entries)
+        if beside.entries and not beside.fingerprint:
+            # a plain collapse depends on no weights, and is not bound to any
             return Plan(together, method=made_by)
+        bound += [entry.site for entry in beside.entries]
         return Plan(together, fingerprint(self.model, bound) if bound else "", made_by)
 
     def _chosen(self, width: Widths | Target | Point | None) -> dict[str, int]:
@@ -390,54 +345,54 @@ class StructuralDropout(Method):
             return self.widths()
         if isinstance(width, Point):
             return self._resolved(width.widths)
-        if isinstance(width, Target) or (isinstance(width, str) and ":" in width):
-            return self._in_proportion(Target.parse(width) if isinstance(width, str) else width)
+        if isinstance(width, Target):
+            return self._in_proportion(width)
+        if isinstance(width, str) and ":" in width:
+            return self._in_proportion(Target.parse(width))
         return self._resolved(width)
 
     def _entry(self, site: Site, k: int) -> Entry:
+        """The first k channels, with n/k to the power of `rescale` folded into the consumers."""
         kept = torch.arange(k)
-        if not self.rescale and not site.norm_after and not site.between:
+        if not self.options.rescale and not site.norm_after and not site.between:
             return Entry.narrow(site, kept)
-        # A constant that a BatchNorm makes of nothing is not added here, as a dropped channel's would be.
-        scale = (site.width / k) ** self.rescale
-        consumers = [cast("PrefixMap", self.model.get_submodule(m.name)) for m in site.consumers]
+        # A fit, and not a narrowing with constants: what a BatchNorm makes of a channel that is not there is not added.
+        scale = (site.width / k) ** self.options.rescale
         columns = k * columns_each(site)
-        scaled = tuple(c.logical_weight.detach()[:, :columns] * scale for c in consumers)
-        biases = [bias_of(c) for c in consumers]
-        fitted = [w.new_zeros(len(w)) if b is None else b.clone() for w, b in zip(scaled, biases, strict=True)]
-        return Entry.narrow(site, kept, fit=Fit(scaled, tuple(fitted)))
+        weights, biases = [], []
+        for m in site.consumers:
+            layer = cast("PrefixMap", self.model.get_submodule(m.name))
+            weight, bias = layer.logical_weight.detach()[:, :columns] * scale, bias_of(layer)
+            weights.append(weight)
+            biases.append(weight.new_zeros(len(weight)) if bias is None else bias.clone())
+        return Entry.narrow(site, kept, fit=Fit(tuple(weights), tuple(biases)))
 
     def _in_proportion(self, target: Target) -> dict[str, int]:
+        """The largest equal shares that meet a target of cost."""
         if target.unit in ("latency", "drop"):
             raise MethodError(
                 f"the target {target} needs a curve: method.plan(method.curve(score, ...).best({str(target)!r}))"
             )
-        before = self.cost(self._full)
-        shares = sorted({k / site.width for site in self.sites for k in self.table[site.name]}, reverse=True)
-        for share in shares:
+        before, least = self.cost(full(self.table)), self.cost(smallest(self.table))
+        shares = {k / site.width for site in self.sites for k in self.table[site.name]}
+        for share in sorted(shares, reverse=True):
             widths = {site.name: at_most(self.table[site.name], share * site.width) for site in self.sites}
             if target.met(before, self.cost(widths)):
                 return widths
-        least, start = target.amount_of(self.cost(self._smallest)), target.amount_of(before)
+        start = target.amount_of(before)
         raise TargetError(
             f"the target {target} asks for {target.limit(before) / start:.1%} of the model's {target.unit}; with the "
-            f"smallest widths ({listed(self._smallest)}) {least / start:.1%} would remain. Ask for less, or train "
-            "with a smaller lower_bound or at more sites"
+            f"smallest widths ({named(smallest(self.table))}) {target.amount_of(least) / start:.1%} would remain. Ask "
+            "for less, or train with a smaller lower_bound or at more sites"
         )
 
     def cost(self, widths: Mapping[str, int]) -> Cost:
         """What the model costs at these widths; MACs are counted on the inputs that the sites were found with."""
-        plan = Plan(
-            tuple(
-                Entry.narrow(site, torch.arange(widths[site.name]))
-                for site in self.sites
-                if widths[site.name] < site.width
-            )
-        )
+        narrower = (site for site in self.sites if widths[site.name] < site.width)
+        plan = Plan(tuple(Entry.narrow(site, torch.arange(widths[site.name])) for site in narrower))
         parameters = {id(p): p for p in self.model.parameters()}.values()
-        memory = sum(
-            t.numel() * t.element_size() for t in {id(t): t for t in (*parameters, *self.model.buffers())}.values()
-        )
+        everything = {id(t): t for t in (*parameters, *self.model.buffers())}.values()
+        memory = sum(t.numel() * t.element_size() for t in everything)
         params, saved = sum(p.numel() for p in parameters), plan.params_saved
         each = next(iter(parameters)).element_size()
         statistics = sum(2 * 4 * site.norms * (site.width - widths[site.name]) for site in self.sites)
@@ -455,6 +410,8 @@ class StructuralDropout(Method):
         name: str = "score",
     ) -> Curve:
         """Score many widths of the live model.
+
+            curve = method.curve(lambda model: accuracy(model, validation), recalibrate=batches)
 
         Equal shares at all sites, and, with more than one site, widths that are chosen for each site: every site is
         narrowed alone to `search` widths, the losses of score that this costs are taken to add up, and the widths that
@@ -478,99 +435,70 @@ class StructuralDropout(Method):
         """
         if points < 2 or search < 0:
             raise MethodError(f"points={points}, search={search}: a curve has at least 2 points")
-        statistics = any(map(_has_statistics, self.model.modules()))
-        batches = recalibrate if statistics else None
-        if statistics and recalibrate is None:
+        if not with_statistics(self.model):
+            recalibrate = None
+        elif recalibrate is None:
             warnings.warn(
-                "the model has BatchNorms, whose statistics are those of the training and fit no narrower width: give "
+                "the model has BatchNorms, whose statistics are those of the training and fit no narrower width: use "
                 "recalibrate=batches to measure them at every width",
                 stacklevel=2,
             )
-        cache: dict[tuple[int, ...], float] = {}
-        alone = self._alone(search)
-        bar = tqdm(total=points + (points - 2 if alone else 0) + len(alone), desc="widths")
+        searching = Search(self.table, lambda widths: float(getattr(self.cost(widths), unit)))
+        tries = searching.alone(search)
+        rounds = points + len(tries)
+        if tries:
+            rounds += points - 2
+        found: dict[tuple[int, ...], Point] = {}
+        with tqdm(total=rounds, desc="widths") as bar:
 
-        def scored(widths: Mapping[str, int]) -> float:
-            key = tuple(widths.values())
-            if key not in cache:
-                with self.at(widths, batches if widths != self._full else None) as live:
-                    cache[key] = float(score(live))
-                bar.update()
-            return cache[key]
+            def scored(widths: Mapping[str, int], label: str = "") -> float:
+                key = tuple(widths.values())
+                known = found.get(key)
+                if known is None:
+                    batches = recalibrate if widths != full(self.table) else None
+                    with self.at(widths, batches) as live:
+                        known = Point(label, dict(widths), float(score(live)), self.cost(widths))
+                    bar.update()
+                found[key] = known if known.label else dataclasses.replace(known, label=label)
+                return known.score
 
-        with bar:
-            choices: dict[tuple[int, ...], tuple[str, dict[str, int]]] = {}
-            for i in range(points):
-                share = 1 - i / (points - 1)
-                widths = {n: t[round((len(t) - 1) * share)] for n, t in self.table.items()}
-                label = "full" if i == 0 else f"{sum(widths.values()) / sum(self._full.values()):.0%}"
-                choices.setdefault(tuple(widths.values()), (label, widths))
-            for _, widths in list(choices.values()):
-                scored(widths)
-            if alone:
-                for i, widths in enumerate(self._searched(alone, scored, points, unit), 1):
-                    choices.setdefault(tuple(widths.values()), (f"searched {i}", widths))
-                    scored(widths)
-        found = [Point(label, w, cache[key], self.cost(w)) for key, (label, w) in choices.items()]
-        curve = Curve(tuple(found), name)
-        return curve if example_inputs is None else self._timed(curve, example_inputs)
-
-    def _alone(self, levels: int) -> list[dict[str, int]]:
-        """Every site narrowed alone to some widths of its table."""
-        if levels == 0 or len(self.table) < 2:
-            return []
-        found = []
-        for name, table in self.table.items():
-            below = table[:-1]
-            picked = (
-                {below[round(i * (len(below) - 1) / max(1, levels - 1))] for i in range(levels)} if below else set()
-            )
-            found += [self._full | {name: k} for k in sorted(picked)]
-        return found
-
-    def _searched(
-        self, alone: Sequence[dict[str, int]], scored: Callable[[Mapping[str, int]], float], points: int, unit: str
-    ) -> Iterator[dict[str, int]]:
-        full = scored(self._full)
-        known: dict[str, dict[int, float]] = {n: {t[-1]: 0.0} for n, t in self.table.items()}
-        for widths in alone:
-            ((name, k),) = [(n, k) for n, k in widths.items() if k != self._full[n]]
-            known[name][k] = full - scored(widths)
-        costs = {name: {k: self._amount(self._full | {name: k}, unit) for k in t} for name, t in self.table.items()}
-        menus = {
-            name: [Choice(k, costs[name][k], error) for k, error in interpolated(table, known[name])]
-            for name, table in self.table.items()
-        }
-        low, high = self._amount(self._smallest, unit), self._amount(self._full, unit)
-        for i in range(1, points - 1):
-            limit = high + (low - high) * i / (points - 1)
-
-            def met(choices: Mapping[str, Choice], limit: float = limit) -> bool:
-                return self._amount({n: choice.width for n, choice in choices.items()}, unit) <= limit
-
-            chosen = allocate(menus, met)
-            yield {name: chosen[name].width for name in self.table}
-
-    def _amount(self, widths: Mapping[str, int], unit: str) -> float:
-        return float(getattr(self.cost(widths), unit))
+            for label, widths in equal_shares(self.table, points):
+                scored(widths, label)
+            if tries:
+                choices = searching.between(searching.losses(tries, scored), points)
+                for i, widths in enumerate(choices, 1):
+                    scored(widths, f"searched {i}")
+        curve = Curve(tuple(point for point in found.values() if point.label), name)
+        if example_inputs is None:
+            return curve
+        return self._timed(curve, example_inputs)
 
     def _timed(self, curve: Curve, example_inputs: Inputs) -> Curve:
-        front = list(curve.front())
+        """The curve with the latencies of its front, each model timed in turn with the others."""
         plain = detached_copy(self.model)
+        timed = [point for point in curve.front() if point is not curve.full]
         models = {"full": plain}
-        models |= {p.label: apply(plain, self.plan(p), example_inputs) for p in front if p is not curve.full}
+        for i, point in enumerate(timed):
+            models[str(i)] = apply(plain, self.plan(point), example_inputs)
         times = compare(models, example_inputs, rounds=10)
+        measured = {id(point): times[str(i)] for i, point in enumerate(timed)}
+        measured[id(curve.full)] = times["full"]
         points = []
-        for p in curve:
-            key = "full" if p is curve.full else p.label
-            if any(p is q for q in front) or p is curve.full:
-                cost = dataclasses.replace(p.cost, latency=times[key].latency)
-                p = dataclasses.replace(p, cost=cost, spread=times[key].spread)
-            points.append(p)
+        for point in curve:
+            if time := measured.get(id(point)):
+                cost = dataclasses.replace(point.cost, latency=time.latency)
+                point = dataclasses.replace(point, cost=cost, spread=time.spread)
+            points.append(point)
         return Curve(tuple(points), curve.name)
 
 
-# ---------------------------------------------------------------------- widths
+def _divergence(output: Tensor, teacher: Tensor, categorical: bool) -> Tensor:
+    """KL(teacher || output) of logits, mean over positions; else the squared error relative to the variance."""
+    output, teacher = output.float(), teacher.float()
+    if not categorical:
+        return (output - teacher).square().mean() / teacher.var().clamp_min(1e-12)
+    log_p, log_q = F.log_softmax(teacher, -1), F.log_softmax(output, -1)
+    return F.kl_div(log_q.flatten(0, -2), log_p.flatten(0, -2), reduction="batchmean", log_target=True)
 
 
 def _narrowable(sites: Sites) -> Sites:
@@ -604,24 +532,3 @@ def _why_not(site: Site) -> str:
             "would have to be narrowed with it, to the same width"
         )
     return "" if site.width > 1 else "it has one channel"
-
-
-# ---------------------------------------------------------------------- BatchNorm
-
-
-def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "running_mean", None), Tensor) and hasattr(module, "momentum")
-
-
-@contextmanager
-def _frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorms normalise by their batch, and leave their running statistics as they are."""
-    norms: list[Any] = [m for m in model.modules() if _has_statistics(m)]
-    momenta = [norm.momentum for norm in norms]
-    try:
-        for norm in norms:
-            norm.momentum = 0.0
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum

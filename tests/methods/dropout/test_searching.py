@@ -1,0 +1,51 @@
+"""The search for widths: what is tried alone, and what is chosen between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shallower.methods.dropout.searching import Search, equal_shares, interpolated
+
+TABLE = {"a": (2, 4, 6, 8), "b": (1, 2, 3, 4)}
+
+
+def cost(widths: Mapping[str, int]) -> float:
+    return float(widths["a"] + 2 * widths["b"])
+
+
+def test_every_site_is_tried_alone_below_its_full_width() -> None:
+    assert Search(TABLE, cost).alone(2) == [("a", 2), ("a", 6), ("b", 1), ("b", 3)]
+    assert Search(TABLE, cost).alone(0) == []
+    assert Search({"a": (2, 4)}, cost).alone(3) == []
+    assert Search({"a": (4,), "b": (1, 2)}, cost).alone(3) == [("b", 1)]
+
+
+def test_the_site_that_loses_nothing_is_narrowed_first() -> None:
+    search = Search(TABLE, cost)
+
+    def scored(widths: Mapping[str, int]) -> float:
+        return float(widths["a"])  # b is never missed
+
+    chosen = list(search.between(search.losses(search.alone(3), scored), 5))
+    assert [widths["a"] for widths in chosen[:2]] == [8, 8]
+    assert all(cost(after) <= cost(before) for before, after in pairwise(chosen))
+    assert all(widths[name] in TABLE[name] for widths in chosen for name in TABLE)
+
+
+def test_equal_shares_go_from_all_to_the_smallest() -> None:
+    shares = list(equal_shares(TABLE, 4))
+    assert shares[0] == ("full", {"a": 8, "b": 4})
+    assert shares[-1] == ("25%", {"a": 2, "b": 1})
+
+
+@given(losses=st.lists(st.floats(-1, 1), min_size=2, max_size=2), k=st.integers(2, 8))
+def test_between_tried_widths_the_loss_lies_between(losses: list[float], k: int) -> None:
+    known = {2: losses[0], 5: losses[1], 8: 0.0}
+    found = interpolated(range(2, 9), known)
+    assert found[2] == max(0.0, losses[0])
+    assert found[8] == 0
+    assert 0 <= found[k] <= max(0.0, *losses) * (1 + 1e-12)
