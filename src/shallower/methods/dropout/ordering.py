@@ -27,7 +27,7 @@ from shallower.core.inputs import (
 )
 from shallower.core.modes import evaluating
 from shallower.errors import FitError
-from shallower.methods.dropout.prefix import Block, columns_each, norms_of, prefix, produced
+from shallower.methods.dropout.prefix import Block, prefix, produced
 from shallower.modules import attachment
 from shallower.modules.layers import weight_of
 from shallower.sites import Place, Site, Sites
@@ -46,9 +46,9 @@ def by_magnitude(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
         for m, blocks in produced(site):
             weight = weight_of(model.get_submodule(m.name)).double().cpu()
             size *= torch.stack([_norms_of_rows(weight, block, site.width) for block in blocks]).norm(dim=0)
-        for between in site.between:
-            size *= weight_of(model.get_submodule(between.map.name)).double().cpu().flatten(1).norm(dim=1)
-        for name in norms_of(site):
+        for depthwise in site.bridge.depthwise:
+            size *= weight_of(model.get_submodule(depthwise.name)).double().cpu().flatten(1).norm(dim=1)
+        for name in site.bridge.norms:
             norm: Any = model.get_submodule(name)
             scale, var = norm.weight, cast("Tensor | None", norm.running_var)
             if scale is not None and var is not None:
@@ -95,7 +95,7 @@ def by_elimination(
             left[gone.cpu()] = False
             orders[site.name] = torch.cat([left.nonzero().flatten(), gone.cpu().flip(0)])
         else:
-            each = columns_each(site)
+            each = site.bridge.block
             energy = (gram.cpu() * _column_squares(model, site)).view(site.width, each).sum(1)
             orders[site.name] = energy.argsort(descending=True, stable=True)
     return orders
@@ -122,14 +122,12 @@ def permute(model: nn.Module, site: Site, order: Tensor) -> None:
             for tensor in (weight_of(module), cast("Tensor | None", module.bias)):
                 if tensor is not None:
                     tensor.detach()[start : start + site.width * step] = tensor.detach()[rows.to(tensor.device)]
-    for between in site.between:
-        _reorder(model.get_submodule(between.map.name), site.width, order)
-    for name in norms_of(site):
+    names = [depthwise.name for depthwise in site.bridge.depthwise]
+    names += site.bridge.norms
+    names += (place.module for place in site.bridge.activations if not place.calls)
+    for name in names:
         _reorder(model.get_submodule(name), site.width, order)
-    for place in (site.activation, *(between.activation for between in site.between)):
-        if place is not None and not place.calls:
-            _reorder(model.get_submodule(place.module), site.width, order)
-    columns = _expanded(order, columns_each(site))
+    columns = site.bridge.columns(order)
     for m in site.consumers:
         weight = weight_of(model.get_submodule(m.name))
         weight.copy_(weight[:, columns.to(weight.device)].clone())
@@ -156,13 +154,13 @@ def _columns(model: nn.Module, name: str) -> Tensor:
 
 
 def _column_squares(model: nn.Module, site: Site) -> Tensor:
-    """For each column of the consumers, the sum of its squares, (n * columns_each,)."""
+    """For each column of the consumers, the sum of its squares, (n * block,)."""
     squares = [_columns(model, m.name).square().transpose(0, 1).flatten(1).sum(1).cpu() for m in site.consumers]
     return torch.stack(squares).sum(0)
 
 
 def _norms_of_columns(model: nn.Module, site: Site) -> Tensor:
-    return _column_squares(model, site).view(site.width, columns_each(site)).sum(1).sqrt()
+    return _column_squares(model, site).view(site.width, site.bridge.block).sum(1).sqrt()
 
 
 def _grams(

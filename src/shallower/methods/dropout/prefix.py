@@ -89,12 +89,12 @@ def _attach(model: nn.Module, site: Site, width: Width, rescale: float, places: 
         if module.prefix_rows is not None:
             raise MethodError(f"{site.name}: `{m.name}` gives another site's channels too; leave one of the two out")
         module.prefix_rows = _Rows(width, blocks)
-    for between in site.between:
-        put(Place(between.map.name), lambda layer: _view(layer, _PrefixDepthwise))
-    for name in norms_of(site):
+    for depthwise in site.bridge.depthwise:
+        put(Place(depthwise.name), lambda layer: _view(layer, _PrefixDepthwise))
+    for name in site.bridge.norms:
         put(Place(name), partial(_norm, name=name))
-    for place in (site.activation, *(between.activation for between in site.between)):
-        if place is not None and _stands_in_the_way(model, place, site):
+    for place in site.bridge.activations:
+        if _stands_in_the_way(model, place, site):
             put(place, lambda f: _activation(f, site))
     for m in site.consumers:
         map_at(m.name).rescale = rescale
@@ -108,20 +108,11 @@ def produced(site: Site) -> list[tuple[LinearMap, tuple[Block, ...]]]:
     if site.gate is not None:
         maps.append((site.gate, ((0, 1),)))
     if site.producer is not None:
-        maps.append((site.producer, ((0, 1), (site.width, 1)) if site.packed else ((0, 1),)))
+        blocks: tuple[Block, ...] = ((0, 1),)
+        if site.bridge.packed:
+            blocks = ((0, 1), (site.width, 1))
+        maps.append((site.producer, blocks))
     return maps
-
-
-def norms_of(site: Site) -> list[str]:
-    """The BatchNorms between a site's producer and its consumers, by name."""
-    names = [site.norm_before, site.norm_after]
-    names += [name for between in site.between for name in (between.norm_before, between.norm_after)]
-    return [name for name in names if name]
-
-
-def columns_each(site: Site) -> int:
-    """Input columns of the consumers that one channel owns."""
-    return site.block
 
 
 def _head_blocks(heads: Heads, m: LinearMap) -> tuple[Block, ...]:

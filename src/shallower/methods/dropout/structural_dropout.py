@@ -24,13 +24,13 @@ from shallower.calibrating.recalibration import recalibrate
 from shallower.core.inputs import Inputs, InputsOf, default_inputs_of
 from shallower.core.modes import evaluating
 from shallower.core.outputs import are_logits
-from shallower.errors import MethodError, TargetError
+from shallower.errors import MethodError, Refusal, TargetError
 from shallower.measuring.measurement import compare
 from shallower.methods.base import Method
 from shallower.methods.dropout.norms import frozen_statistics, restored_statistics, with_statistics
 from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.ordering import by_elimination, by_magnitude, permute
-from shallower.methods.dropout.prefix import PrefixMap, Width, attach_prefix, columns_each
+from shallower.methods.dropout.prefix import PrefixMap, Width, attach_prefix
 from shallower.methods.dropout.searching import Search, equal_shares
 from shallower.methods.dropout.widths import (
     at_most,
@@ -107,7 +107,7 @@ class StructuralDropout(Method):
     ) -> None:
         if isinstance(sort, str) and sort != "magnitude":
             raise MethodError(f"sort={sort!r} must be 'magnitude', batches to measure on, or None")
-        super().__init__(model, _narrowable(sites))
+        super().__init__(model, sites.usable(_refusal, "no site can be narrowed", MethodError))
         _check_free(model, self.sites)
         self.options = options or DropoutOptions()
         self.inputs_of, self.output_of = inputs_of, output_of
@@ -354,11 +354,11 @@ class StructuralDropout(Method):
     def _entry(self, site: Site, k: int) -> Entry:
         """The first k channels, with n/k to the power of `rescale` folded into the consumers."""
         kept = torch.arange(k)
-        if not self.options.rescale and not site.norm_after and not site.between:
+        if not self.options.rescale and not _adds_behind(site):
             return Entry.narrow(site, kept)
         # A fit, and not a narrowing with constants: what a BatchNorm makes of a channel that is not there is not added.
         scale = (site.width / k) ** self.options.rescale
-        columns = k * columns_each(site)
+        columns = k * site.bridge.block
         weights, biases = [], []
         for m in site.consumers:
             layer = cast("PrefixMap", self.model.get_submodule(m.name))
@@ -501,16 +501,6 @@ def _divergence(output: Tensor, teacher: Tensor, categorical: bool) -> Tensor:
     return F.kl_div(log_q.flatten(0, -2), log_p.flatten(0, -2), reduction="batchmean", log_target=True)
 
 
-def _narrowable(sites: Sites) -> Sites:
-    """Those sites whose channels can be kept one by one; the reasons of the others go to `skipped`."""
-    reasons = {site.name: reason for site in sites if (reason := _why_not(site))}
-    if len(reasons) == len(sites):
-        told = "; ".join(f"{name}: {reason}" for name, reason in {**reasons, **sites.skipped}.items())
-        raise MethodError(f"there is no site that can be narrowed{': ' if told else ''}{told}")
-    chosen = tuple(site for site in sites if site.name not in reasons)
-    return sites.only(chosen, reasons)
-
-
 def _check_free(model: nn.Module, sites: Sites) -> None:
     """Check that no method is attached at these sites, before anything is changed."""
     taken = set(attachment.attached_places(model))
@@ -523,12 +513,17 @@ def _check_free(model: nn.Module, sites: Sites) -> None:
             )
 
 
-def _why_not(site: Site) -> str:
-    if site.not_narrow:
-        return site.not_narrow
-    if site.kind == "activation" or site.width == 0:
-        return (
-            "its channels are those of a residual sum or have other readers: every layer that adds to it or reads it "
-            "would have to be narrowed with it, to the same width"
-        )
-    return "" if site.width > 1 else "it has one channel"
+def _adds_behind(site: Site) -> bool:
+    """Whether a norm or a depthwise convolution behind the activation makes something of a channel that is zero."""
+    kinds = [stage.kind for stage in site.bridge.stages]
+    if "activation" not in kinds:
+        return False
+    behind = kinds[kinds.index("activation") :]
+    return "norm" in behind or "depthwise" in behind
+
+
+def _refusal(site: Site) -> Refusal | None:
+    """Why a site cannot be narrowed."""
+    if site.bridge.not_narrow is None and site.width == 1:
+        return Refusal("it has one channel")
+    return site.bridge.not_narrow
