@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shallower.calibrating.grams import flat, unusual_padding
 from shallower.calibrating.residual import ResidualSums
-from shallower.core.inputs import call, tensors
+from shallower.core.inputs import Stopped, call, tensors
 from shallower.errors import SiteError
 from shallower.sites import LinearMap, Site
 
@@ -42,7 +42,7 @@ def _sample(t: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // _SAMPLE) | 1].clone()
 
 
-class _Finished(Exception):  # noqa: N818 (it is no error)
+class _Finished(Stopped):
     """All sites have run: the rest of the forward pass is of no use."""
 
 

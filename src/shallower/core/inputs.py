@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shallower.core.failures import failing
+from shallower.core.trees import mapped
 from shallower.core.trees import tensors as tensors
 from shallower.core.trees import to_device as to_device
-from shallower.errors import SiteError
+from shallower.errors import ForwardError, SiteError
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """What a model is called with."""
@@ -24,17 +26,33 @@ InputsOf = Callable[[Any], Inputs]
 """Picks the model's inputs out of a batch of the user's data."""
 
 
+class Stopped(Exception):  # noqa: N818 (it is no error)
+    """Raised within a pass to end it early, on purpose; `call` lets it through."""
+
+
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Call `model` on a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
-    if isinstance(inputs, Tensor):
-        return model(inputs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    raise SiteError(
-        f"a model is called with a tensor, a tuple or a dict of its arguments, not with a {type(inputs).__name__}"
-    )
+    """Call `model` on a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+
+        output = call(model, {"input_ids": ids})
+
+    Raises:
+        SiteError: the inputs are none of these.
+        ForwardError: the model raises something of its own; one of Shallower's errors passes unchanged.
+        OutOfMemoryError: there is not enough memory.
+    """
+    # what was made in torch.inference_mode cannot be saved for a backward pass
+    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in tensors(inputs)):
+        inputs = mapped(torch.clone, inputs)
+    with failing(ForwardError, f"{type(model).__name__} does not run on these inputs", through=(Stopped,)):
+        if isinstance(inputs, Tensor):
+            return model(inputs)
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        if isinstance(inputs, (tuple, list)):
+            return model(*inputs)
+        raise SiteError(
+            f"a model is called with a tensor, a tuple or a dict of its arguments, not with a {type(inputs).__name__}"
+        )
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shallower.core.inputs import Stopped
 from shallower.core.trees import cut, rows_of, tensors
 
 
-class _TooLarge(Exception):  # noqa: N818 (it is no error)
+class _TooLarge(Stopped):
     """A pass wants to keep more for its backward pass than there is room."""
 
 

@@ -22,10 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from shallower.core.failures import sentence
 from shallower.core.inputs import Inputs, call, model_device
 from shallower.core.modes import evaluating
 from shallower.core.trees import mapped, tensors, to_device
-from shallower.errors import SiteError
+from shallower.errors import ForwardError, SiteError
 from shallower.recording.macs import mac_counter
 
 Origin = Literal["input", "parameter", "buffer", "unknown", "computed"]
@@ -418,9 +419,9 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
                 warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)`")
                 with counter, _Unseen(recorder), recorder:
                     output = call(model, inputs)
-        except Exception as error:
+        except ForwardError as error:
             raise SiteError(
-                f"{type(model).__name__} does not run on the example inputs: {type(error).__name__}: {error}\n"
+                f"{type(model).__name__} does not run on the example inputs: {sentence(error.__cause__ or error)}\n"
                 "Example inputs are what the model is called with: a tensor, a tuple of its positional arguments or a "
                 "dict of its keyword arguments."
             ) from error
