@@ -32,7 +32,12 @@ def in_two_processes(script: str, folder: Path, *arguments: str | Path) -> None:
     path.write_text(script + _END)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", path, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "default",
+        },
         cwd=ROOT,
         capture_output=True,
         text=True,

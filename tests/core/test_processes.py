@@ -5,8 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from shallower.core.processes import from_first_process, is_first, several, summed_over_processes
+from shallower.core.processes import (
+    agreed,
+    all_agree,
+    barrier,
+    from_first_process,
+    gathered,
+    is_first,
+    raised_anywhere,
+    several,
+    summed,
+    summed_over_processes,
+)
 from shallower.errors import TargetError
 from tests.processes import in_two_processes
 
@@ -39,10 +51,61 @@ plan.save(f"{sys.argv[1]}/{rank}")
 """
 
 
+SUMS = """
+import torch
+from torch import distributed
+from shallower.core.processes import agreed, all_agree, gathered, raised_anywhere, summed
+from shallower.errors import DataError, ShallowerError
+
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+counts = torch.tensor([1.0 if rank else 16_777_216.0])
+assert summed(counts).tolist() == [16_777_217.0]
+assert counts.tolist() == [1.0 if rank else 16_777_216.0]
+assert summed(torch.tensor([[rank + 1]], dtype=torch.int8)).dtype == torch.int64
+transposed = torch.arange(6.0, dtype=torch.float64).view(2, 3).t()
+assert torch.equal(summed(transposed), 2 * transposed)
+assert gathered("ab"[rank]) == ["a", "b"]
+assert agreed(rank) == 0
+assert all_agree(3) and not all_agree(rank)
+for kind, error, text in (
+    (DataError, DataError("bad row"), "bad row"),
+    (ShallowerError, KeyError("x"), "another process failed: KeyError: 'x'"),
+):
+    try:
+        with raised_anywhere():
+            if rank == 1:
+                raise error
+    except Exception as raised:
+        assert raised is error if rank == 1 else (type(raised) is kind and str(raised) == text), raised
+    else:
+        raise AssertionError
+with raised_anywhere():
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_add_up_and_fail_together(tmp_path: Path) -> None:
+    in_two_processes(SUMS, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.bool])
+def test_one_process_sums_in_wide_types(dtype: torch.dtype) -> None:
+    tensor = torch.ones(3).to(dtype)
+    assert summed(tensor).dtype == (torch.float64 if dtype.is_floating_point else torch.int64)
+    assert summed(tensor).tolist() == [1, 1, 1]
+
+
 def test_one_process_is_the_first_and_agrees_with_itself() -> None:
     assert is_first()
     assert not several()
-    assert from_first_process(lambda: 3) == 3
+    assert from_first_process(lambda: 3) == agreed(3) == 3
+    assert gathered(3) == [3]
+    assert all_agree(3)
+    barrier()
+    with pytest.raises(KeyError), raised_anywhere():
+        raise KeyError
     assert summed_over_processes(1.5, 2) == (1.5, 2)
     with pytest.raises(TargetError):
         from_first_process(lambda: (_ for _ in ()).throw(TargetError("no")))
