@@ -161,7 +161,9 @@ class StructuralDropout(Method):
         """
         if not self.options.sandwich:
             value = closure()
-            return value[0] if isinstance(value, tuple) else value
+            if isinstance(value, tuple):
+                value, _ = value
+            return value
         self._train_at(full(self.table))
         total, taught = self._seen(closure)
         passes = [smallest(self.table), *self._drawn]
@@ -223,7 +225,9 @@ class StructuralDropout(Method):
         if isinstance(value, tuple):
             value, output = value
             outputs.append(output)
-        return value, outputs[-1] if outputs else None
+        if not outputs:
+            return value, None
+        return value, outputs[-1]
 
     def _taught(self, value: Tensor, output: Any, teacher: Any) -> Tensor:
         """The loss of a narrow pass: its own, mixed with the divergence from what the full width returned."""
@@ -329,16 +333,18 @@ class StructuralDropout(Method):
         """
         widths = self._chosen(width)
         entries = [self._entry(site, widths[site.name]) for site in self.sites if widths[site.name] < site.width]
-        bound = [entry.site for entry in entries]
-        if beside is None:
-            return Plan(tuple(entries), fingerprint(self.model, bound) if bound else "", "structural dropout")
-        made_by = f"structural dropout, {beside.method}"
-        together = (*entries, *beside.entries)
-        if beside.entries and not beside.fingerprint:
-            # a plain collapse depends on no weights, and is not bound to any
-            return Plan(together, method=made_by)
-        bound += [entry.site for entry in beside.entries]
-        return Plan(together, fingerprint(self.model, bound) if bound else "", made_by)
+        bound, made_by = [entry.site for entry in entries], "structural dropout"
+        if beside is not None:
+            made_by = f"structural dropout, {beside.method}"
+            entries += beside.entries
+            if beside.entries and not beside.fingerprint:
+                # a plain collapse depends on no weights, and is not bound to any
+                return Plan(tuple(entries), method=made_by)
+            bound += [entry.site for entry in beside.entries]
+        marked = ""
+        if bound:
+            marked = fingerprint(self.model, bound)
+        return Plan(tuple(entries), marked, made_by)
 
     def _chosen(self, width: Widths | Target | Point | None) -> dict[str, int]:
         if width is None:
