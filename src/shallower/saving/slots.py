@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shallower.errors import CheckpointError
 from shallower.modules.attachment import detach
-from shallower.modules.edits import edits
+from shallower.modules.edits import edits, encoded
 from shallower.saving.description import DTYPES, Description, Entry
 
 # -------------------------------------------------------------------------------------------------------- models
@@ -94,7 +94,7 @@ def describe(
                 frozen.append(name)
     description = Description(
         source=source,
-        edits=edits(model),
+        edits=[encoded(edit) for edit in edits(model)],
         tensors={name: entries[name] for name in tensors},
         buffers={name: entries[name] for name in buffers},
         tied=[group for group in groups.values() if len(group) > 1],
