@@ -24,8 +24,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from shallower.errors import MethodError
 from shallower.modules import attachment
-from shallower.modules.layers import is_conv1d
-from shallower.sites import Heads, LinearMap, Place, Site
+from shallower.modules.layers import bias_of, is_conv1d
+from shallower.planning.entries import Entry, Fit
+from shallower.sites import Heads, LinearMap, Place, Site, Sites
 
 Block = tuple[int, int]
 """(start, step): k channels are the rows start, ..., start + k step - 1 of a map."""
@@ -100,6 +101,50 @@ def _attach(model: nn.Module, site: Site, width: Width, rescale: float, places: 
             put(place, lambda f: _activation(f, site))
     for m in site.consumers:
         map_at(m.name).rescale = rescale
+
+
+def check_free(model: nn.Module, sites: Sites) -> None:
+    """Check that no method is attached at these sites, before anything is changed."""
+    taken = set(attachment.attached_places(model))
+    for site in sites:
+        places = [site.activation, *(Place(m.name) for m in site.maps)]
+        if taken.intersection(places):
+            raise MethodError(
+                f"{site.name}: a method is attached here already; leave the site out, or detach the earlier method "
+                "first (method.detach())"
+            )
+
+
+def entry_at(model: nn.Module, site: Site, k: int, rescale: float) -> Entry:
+    """The plan's entry that keeps the first k channels of a site, as the live model computes them at that width.
+
+    Args:
+        model: with `attach_prefix` done.
+        site: of the model.
+        k: channels that stay.
+        rescale: (n / k) to this power is folded into the consumers.
+    """
+    kept = torch.arange(k)
+    if not rescale and not _adds_behind(site):
+        return Entry.narrow(site, kept)
+    # A fit, and not a narrowing with constants: what a BatchNorm makes of a channel that is not there is not added.
+    scale, columns = (site.width / k) ** rescale, k * site.bridge.block
+    weights, biases = [], []
+    for m in site.consumers:
+        layer = cast("PrefixMap", model.get_submodule(m.name))
+        weight, bias = layer.logical_weight.detach()[:, :columns] * scale, bias_of(layer)
+        weights.append(weight)
+        biases.append(weight.new_zeros(len(weight)) if bias is None else bias.clone())
+    return Entry.narrow(site, kept, fit=Fit(tuple(weights), tuple(biases)))
+
+
+def _adds_behind(site: Site) -> bool:
+    """Whether a norm or a depthwise convolution behind the activation makes something of a channel that is zero."""
+    kinds = [stage.kind for stage in site.bridge.stages]
+    if "activation" not in kinds:
+        return False
+    behind = kinds[kinds.index("activation") :]
+    return "norm" in behind or "depthwise" in behind
 
 
 def produced(site: Site) -> list[tuple[LinearMap, tuple[Block, ...]]]:
