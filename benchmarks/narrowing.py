@@ -31,7 +31,7 @@ from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan
 from shallower.sites import Site, Sites
 from shallower.surgery.applying import apply
-from shallower.training.loop import Recipe, train
+from shallower.training import Recipe, train
 
 QUARTERS = (0.75, 0.5, 0.25)
 Accuracies = dict[float, float]

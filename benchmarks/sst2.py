@@ -22,11 +22,12 @@ from benchmarks.record import markdown, required, stage
 from shallower.core.text import amount
 from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import compare, measure
-from shallower.methods.collapsing.layer_collapse import LayerCollapse, Stage
+from shallower.methods.collapsing.layer_collapse import LayerCollapse
+from shallower.methods.collapsing.stages import Stage, Stages
 from shallower.saving.vision import repair_torchvision
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
-from shallower.training.loop import History, Recipe, train
+from shallower.training import History, Recipe, train
 
 SENTENCES = 12_000
 BATCH = 32
@@ -206,8 +207,7 @@ class Work:
             self.batches,
             cross_entropy,
             recipe,
-            stages=[names],
-            arrive=ARRIVE,
+            Stages([names], arrive=ARRIVE),
             score=self.score,
             checkpoint=stage(self.cache, f"collapse-{number}", *settings).with_suffix(""),
         )

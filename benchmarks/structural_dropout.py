@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from benchmarks import images, sst2, vit
 from benchmarks.narrowing import DEFAULTS, QUARTERS, ROWS, Accuracies, Bench, Case, Part
 from benchmarks.record import markdown
-from shallower.training.loop import Recipe
+from shallower.training import Recipe
 
 HELD_OUT = 1500
 OPTIONS: Mapping[str, Mapping[str, Any]] = {

@@ -59,8 +59,9 @@ from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import count_macs, count_params
 from shallower.measuring.timing import Ratio, times_in_turn
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
+from shallower.methods.collapsing.stages import Stages
 from shallower.methods.tlc.choosing import choose_forms
-from shallower.methods.tlc.till_layers_collapse import Round, TillLayersCollapse
+from shallower.methods.tlc.till_layers_collapse import Pace, Round, TillLayersCollapse
 from shallower.planning.entries import Entry
 from shallower.planning.forms import steps
 from shallower.planning.plan import Plan
@@ -68,7 +69,7 @@ from shallower.sites import Sites
 from shallower.surgery.applying import apply
 from shallower.surgery.padding import move_padding
 from shallower.surgery.simulation import simulate
-from shallower.training.loop import Recipe, train
+from shallower.training import Checkpoint, Recipe, train
 
 TRAINED = 14_000
 GAPS = 500
@@ -396,12 +397,10 @@ def with_retraining(work: Work, data: Path, budget: Budget) -> Path:
         Batches(work.train, BATCH, budget.steps),
         budget.lesson(teacher),
         budget.recipe,
+        Pace(budget.per_round, budget.rounds),
         validation=work.gaps_for(budget) if budget.criterion == "loss" else None,
-        per_round=budget.per_round,
-        rounds=budget.rounds,
         on_round=keeper(method, folder, budget.per_round),
-        checkpoint=folder / "run",
-        checkpoint_every=30,
+        checkpoint=Checkpoint(folder / "run", every=30),
     )
     return folder
 
@@ -433,9 +432,10 @@ def by_slopes(work: Work, model: nn.Module, teacher: nn.Module, sites: Sites, bu
         Batches(work.train, BATCH, budget.steps),
         budget.lesson(teacher),
         budget.recipe,
-        stages=[order[start : start + budget.per_round] for start in range(0, len(order), budget.per_round)],
-        order=sorted(costs, key=costs.__getitem__),
-        arrive=0.5,
+        Stages(
+            [order[start : start + budget.per_round] for start in range(0, len(order), budget.per_round)],
+            order=sorted(costs, key=costs.__getitem__),
+        ),
         checkpoint=folder / "run",
     )
     one = [torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
@@ -460,7 +460,7 @@ def detached_state(model: nn.Module) -> dict[str, Tensor]:
 
 def trained(model: nn.Module, batches: Iterable[Any], loss: Loss, recipe: Recipe, path: Path) -> nn.Module:
     """The model after its training, in eval mode."""
-    train(model, batches, loss, recipe, checkpoint=path, checkpoint_every=30, label=path.stem)
+    train(model, batches, loss, recipe, checkpoint=Checkpoint(path, every=30), label=path.stem)
     return model.eval()
 
 
@@ -489,9 +489,8 @@ def swin_rounds(work: Work) -> Path:
             Batches(work.train, BATCH, 54),
             cross_entropy,
             SWIN_RETRAINING,
+            Pace(per_round=1, rounds=4),
             validation=work.gaps,
-            per_round=1,
-            rounds=4,
             on_round=keeper(method, folder, 1),
             checkpoint=folder / "run",
         )
@@ -540,9 +539,8 @@ def minilm_rounds(texts: Texts) -> Path:
             Part(texts.train, 40),
             sst2.cross_entropy,
             MINILM_RETRAINING,
+            Pace(per_round=1, rounds=4),
             validation=texts.gaps,
-            per_round=1,
-            rounds=4,
             on_round=keeper(method, folder, 1),
             checkpoint=folder / "run",
         )
@@ -892,7 +890,7 @@ def in_rounds(
     def finish(small: nn.Module, checkpoint: Path) -> None:
         batches = Batches(work.train, BATCH, steps)
         loss = budget.lesson(subject.dense)
-        train(small, batches, loss, recipe, checkpoint=checkpoint, checkpoint_every=30, label="merged")
+        train(small, batches, loss, recipe, checkpoint=Checkpoint(checkpoint, every=30), label="merged")
         small.eval()
 
     points = stage(folder, "points", recipe).with_suffix("")

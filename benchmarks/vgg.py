@@ -22,11 +22,12 @@ from benchmarks.record import markdown, stage
 from shallower.core.text import amount
 from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import compare, count_params, measure
-from shallower.methods.collapsing.layer_collapse import LayerCollapse, Stage
+from shallower.methods.collapsing.layer_collapse import LayerCollapse
+from shallower.methods.collapsing.stages import Stage, Stages
 from shallower.planning.plan import Plan
 from shallower.saving.vision import import_torchvision
 from shallower.surgery.applying import apply
-from shallower.training.loop import History, Recipe, train
+from shallower.training import Checkpoint, History, Recipe, train
 
 HELD_OUT = 1500
 BATCH = 96
@@ -101,8 +102,7 @@ class Work:
             cross_entropy,
             self.warmup,
             score=self.score,
-            checkpoint=path,
-            checkpoint_every=35,
+            checkpoint=Checkpoint(path, every=35),
             label="dense warm-up",
         )
         return model, history
@@ -118,8 +118,7 @@ class Work:
             cross_entropy,
             recipe,
             score=self.score,
-            checkpoint=path,
-            checkpoint_every=35,
+            checkpoint=Checkpoint(path, every=35),
             label="dense continuation",
         )
         return model, history
@@ -137,9 +136,7 @@ class Work:
             self.batches,
             cross_entropy,
             recipe,
-            stages=1,
-            order="last-first",
-            arrive=arrive,
+            Stages(1, order="last-first", arrive=arrive),
             score=self.score,
             checkpoint=folder.with_suffix(""),
         )

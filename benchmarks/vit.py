@@ -29,7 +29,7 @@ from shallower.planning.plan import Plan
 from shallower.saving.vision import repair_torchvision
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
-from shallower.training.loop import History, Recipe, train
+from shallower.training import History, Recipe, train
 
 HELD_OUT = 1500
 BATCH = 64

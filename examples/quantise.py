@@ -13,7 +13,7 @@ from torch.ao.quantization import quantize_dynamic
 import shallower as sh
 from shallower.app.demo import VGG, digits
 from shallower.app.tasks import Classification
-from shallower.training.loop import Recipe, train
+from shallower.training import Recipe, train
 
 
 def size(model):

@@ -11,7 +11,7 @@ import shallower as sh
 from shallower.app.demo import digits
 from shallower.app.models import load_model
 from shallower.app.tasks import Classification
-from shallower.training.loop import Recipe, train
+from shallower.training import Recipe, train
 
 
 def main():

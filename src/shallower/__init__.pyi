@@ -9,10 +9,12 @@ from .measuring.measurement import compare as compare
 from .measuring.measurement import measure as measure
 from .methods.collapsing.layer_collapse import LayerCollapse as LayerCollapse
 from .methods.collapsing.layer_folding import LayerFolding as LayerFolding
+from .methods.collapsing.stages import Stages as Stages
 from .methods.dropout.options import DropoutOptions as DropoutOptions
 from .methods.dropout.structural_dropout import StructuralDropout as StructuralDropout
 from .methods.squeezing.squeeze import squeeze as squeeze
 from .methods.tlc.choosing import choose_forms as choose_forms
+from .methods.tlc.till_layers_collapse import Pace as Pace
 from .methods.tlc.till_layers_collapse import TillLayersCollapse as TillLayersCollapse
 from .planning.curve import Curve as Curve
 from .planning.entries import Entry as Entry
@@ -36,6 +38,11 @@ from .surgery.applying import apply as apply
 from .surgery.padding import border_error as border_error
 from .surgery.padding import move_padding as move_padding
 from .surgery.simulation import simulate as simulate
+from .training.healing import Matching as Matching
 from .training.healing import heal as heal
+from .training.loop import train as train
+from .training.recipe import Checkpoint as Checkpoint
+from .training.recipe import History as History
+from .training.recipe import Recipe as Recipe
 
 __version__: str

@@ -64,7 +64,7 @@ from torch.nn import functional as F
 from tests.methods.test_distributed import batches, network
 from shallower.finding.matching import find_sites
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
-from shallower.training.loop import Recipe
+from shallower.training import Recipe
 
 way, out = sys.argv[1:]
 model = network()

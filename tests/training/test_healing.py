@@ -15,7 +15,7 @@ from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
-from shallower.training.healing import heal, recipe
+from shallower.training.healing import Matching, heal, recipe
 
 
 class Net(nn.Module):
@@ -59,8 +59,7 @@ def test_healing_brings_the_small_network_nearer_and_leaves_the_original(match: 
         dense,
         data(),
         recipe(8, lr=1e-2),
-        match=match,  # type: ignore[arg-type]
-        sites=sites if match == "sites" else None,
+        Matching("sites", sites) if match == "sites" else None,
         cpu=True,
     )
     assert history.losses[-1] < history.losses[0]
@@ -122,17 +121,25 @@ def test_an_interrupted_healing_goes_on_as_if_nothing_had_been(tmp_path: Path) -
     assert all(torch.equal(tensor, whole[name]) for name, tensor in small.state_dict().items())
 
 
-def test_impossible_options_are_errors() -> None:
-    dense, small, sites = squeezed()
+def test_options_that_contradict_one_another_are_errors() -> None:
+    sites = squeezed()[2]
     with pytest.raises(MethodError, match="temperature"):
-        heal(small, dense, data(), recipe(1), temperature=0)
+        Matching(temperature=0)
+    with pytest.raises(MethodError, match="temperature"):
+        Matching(temperature=float("nan"))
     with pytest.raises(MethodError, match="sites="):
-        heal(small, dense, data(), recipe(1), match="sites")
+        Matching("sites")
     with pytest.raises(MethodError, match="sites="):
-        heal(small, dense, data(), recipe(1), sites=sites)
+        Matching(sites=sites)
+    with pytest.raises(MethodError, match="choose"):
+        Matching("nothing")  # type: ignore[arg-type]
+
+
+def test_impossible_models_and_batches_are_errors() -> None:
+    dense, small, _ = squeezed()
     with pytest.raises(MethodError, match="same model"):
         heal(dense, dense, data(), recipe(1))
-    with pytest.raises(MethodError, match="choose"):
-        heal(small, dense, data(), recipe(1), match="nothing")  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match="one-shot"):
         heal(small, dense, iter(data()), recipe(1))
+    with pytest.raises(TrainingError, match="step 1: the model or the loss fails on this batch"):
+        heal(small, dense, [torch.randn(2, 5)], recipe(1), cpu=True)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from shallower.core.state_file import read_state, write_state
 from shallower.errors import TrainingError
-from shallower.training.loop import History, Recipe, train
+from shallower.training import Checkpoint, History, Recipe, train
+from shallower.training.trainable import Trainable
 from tests.processes import in_two_processes
 
 
@@ -90,9 +92,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path: Path, optimize
     whole, resumed, path = Halves(), Halves(), tmp_path / "run.safetensors"
     expected = train(whole, loader(), cross_entropy, recipe, score=accuracy)
     with pytest.raises(InterruptionError):
-        train(resumed, loader(), interrupting(15), recipe, score=accuracy, checkpoint=path, checkpoint_every=2)
+        train(resumed, loader(), interrupting(15), recipe, score=accuracy, checkpoint=Checkpoint(path, every=2))
     resumed = Halves()
-    history = train(resumed, loader(), cross_entropy, recipe, score=accuracy, checkpoint=path, checkpoint_every=2)
+    history = train(resumed, loader(), cross_entropy, recipe, score=accuracy, checkpoint=Checkpoint(path, every=2))
     assert history.resumed == 14
     assert equal(whole, resumed)
     assert history.losses == pytest.approx(expected.losses, rel=1e-6)
@@ -133,9 +135,9 @@ def test_channels_last_moments_survive_a_checkpoint(tmp_path: Path) -> None:
     whole, resumed = network(), network()
     train(whole, images, cross_entropy, recipe)
     with pytest.raises(InterruptionError):
-        train(resumed, images, interrupting(3), recipe, checkpoint=path, checkpoint_every=3)
+        train(resumed, images, interrupting(3), recipe, checkpoint=Checkpoint(path, every=3))
     resumed = network()
-    train(resumed, images, cross_entropy, recipe, checkpoint=path, checkpoint_every=3)
+    train(resumed, images, cross_entropy, recipe, checkpoint=Checkpoint(path, every=3))
     assert equal(whole, resumed)
 
 
@@ -195,15 +197,15 @@ def test_a_floor_never_reached_gives_back_the_first_model() -> None:
     assert equal(model, before)
 
 
-class Recorder:
+class Recorder(Trainable):
     """A method that writes down what the loop asks of it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        super().__init__(model)
         self.calls: list[str] = []
         self.lrs: list[float] = []
 
-    def param_groups(self, weight_decay: float = 0.0) -> list[dict[str, object]]:
+    def param_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         return [{"params": list(self.model.parameters()), "weight_decay": weight_decay}]
 
     def before_step(self) -> None:
@@ -214,14 +216,15 @@ class Recorder:
         value: Tensor = closure() + 1.0
         return value
 
-    def after_step(self, lr: float) -> None:
+    def after_step(self, lr: float | None = None) -> None:
+        assert lr is not None
         self.calls.append("after")
         self.lrs.append(lr)
 
-    def state(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, object]:
         return {"lrs": self.lrs}
 
-    def load_state(self, state: Mapping[str, list[float]]) -> None:
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         self.lrs = list(state["lrs"])
 
 
@@ -334,7 +337,7 @@ import sys
 import torch
 from safetensors.torch import save_file
 from tests.training.test_loop import Halves, cross_entropy, loader
-from shallower.training.loop import Recipe, train
+from shallower.training import Recipe, train
 
 folder = sys.argv[1]
 model = Halves()

@@ -29,7 +29,7 @@ from shallower.planning.forms import steps
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target
 from shallower.sites import Sites
-from shallower.training.loop import Recipe, train
+from shallower.training import Recipe, train
 
 
 @dataclass(frozen=True)
@@ -280,12 +280,10 @@ def compress(
         TrainingError, MethodError, FitError: see the method.
     """
     sites = _sites(model, batches, settings)
-    device = model_device(model)
     if settings.dense_epochs:
         recipe = replace(settings.recipe, epochs=settings.dense_epochs)
         path = checkpoints and checkpoints / "dense.safetensors"
         train(model, batches.train, task.loss, recipe, checkpoint=path, label="training the model as it is", cpu=cpu)
-        model.to(device)
     dense = detached_copy(model).eval()
     if isinstance(task, Likeness):
         task = task.to(dense)

@@ -31,7 +31,7 @@ from shallower.app.tasks import Classification
 from shallower.errors import CheckpointError, DataError
 from shallower.planning.targets import Target
 from shallower.saving.checkpoint import load
-from shallower.training.loop import Recipe, train
+from shallower.training import Recipe, train
 
 CLASSES = 10
 WAYS = ("squeezed", "collapsed")

@@ -35,7 +35,7 @@ from shallower.planning.targets import Cost, Target
 from shallower.saving.checkpoint import read_source, save
 from shallower.saving.description import DESCRIPTION
 from shallower.saving.writing import check_replaceable
-from shallower.training.loop import Recipe
+from shallower.training import Recipe
 
 _ENDINGS: Mapping[str, TaskName] = {
     "ForSequenceClassification": "text-classification",

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from shallower.core.inputs import Inputs, default_inputs_of, model_device, to_device
@@ -24,8 +23,8 @@ class Following:
 
     Attributes:
         method: attached to the model that is trained.
-        arrive: part of the training after which slopes are at 1 for certain, of methods that have slopes; None leaves
-            it to the penalty.
+        arrive: part of the training within which the method completes what it does gradually (slopes are at 1 for
+            certain); None leaves it to the method.
         directory: where the smaller model is saved at the end; None: nowhere.
         example_inputs: for surgery's proof; by default the first batch of training, without its labels.
         plan: makes the plan at the end; by default `method.plan()`.
@@ -48,49 +47,35 @@ class Following:
         if type(self.method).loss is not Method.loss:
             raise MethodError(
                 f"{type(self.method).__name__} takes several passes a step, and a callback sees one: train with "
-                "shallower.training.train(..., method=method), or call method.loss(closure) in a loop of your own"
+                "shallower.train(..., method=method), or call method.loss(closure) in a loop of your own"
             )
         if self.arrive is not None and not 0 < self.arrive <= 1:
-            raise MethodError(f"arrive={self.arrive}: give a part of the training, above 0 and at most 1, or None")
+            raise MethodError(f"arrive={self.arrive}: pass a part of the training, above 0 and at most 1, or None")
 
-    def begin(self, model: nn.Module, steps: int) -> None:
+    def begin(self, model: nn.Module, steps: int, optimizers: Iterable[Any]) -> None:
         """Training of `model` begins, for so many steps of the optimizer.
 
         Raises:
-            MethodError: the method is attached to another model.
+            MethodError: the method is attached to another model, or an optimizer has weight decay on what it must not
+                decay.
         """
         if not any(module is self.method.model for module in model.modules()):
             raise MethodError(
                 f"{type(self.method).__name__} is attached to another model than the one that is trained: construct it "
-                "on the model, or a part of it, that you give to the trainer"
+                "on the model, or a part of it, that you pass to the trainer"
             )
-        if self.arrive is not None and getattr(self.method, "arrive_in", 0) is None:
-            vars(self.method)["arrive_in"] = max(1, round(self.arrive * steps))
-
-    def check(self, groups: Iterable[dict[str, Any]]) -> None:
-        """Refuse an optimizer that pulls slopes back to 0.
-
-        Raises:
-            MethodError: there is weight decay on them.
-        """
-        slopes = {id(m.slope) for m in getattr(self.method, "activations", {}).values() if hasattr(m, "slope")}
-        for group in groups:
-            if group.get("weight_decay") and any(id(parameter) in slopes for parameter in group["params"]):
-                raise MethodError(
-                    f"the optimizer has weight decay ({group['weight_decay']:g}) on slopes, which pulls them away from "
-                    "1. Make it with AdamW(method.param_groups(weight_decay=...), lr=...)"
-                )
-
-    def metrics(self) -> dict[str, float]:
-        """What loggers should show: the mean slope, and how many sites are linear."""
-        slopes = getattr(self.method, "slopes", None)
-        if not callable(slopes):
-            return {}
-        found = [torch.as_tensor(slope) for slope in slopes().values()]
-        if not found:
-            return {}
-        linear = sum(bool((slope == 1).all()) for slope in found)
-        return {"shallower/slope": float(torch.stack([s.mean() for s in found]).mean()), "shallower/linear": linear}
+        undecayed = set(map(id, self.method.undecayed()))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                decay = group.get("weight_decay")
+                if decay and not undecayed.isdisjoint(map(id, group["params"])):
+                    raise MethodError(
+                        f"the optimizer has weight decay ({decay:g}) on parameters of the method (slopes), which pulls "
+                        "them the wrong way. Make it with AdamW(method.param_groups(weight_decay=...), lr=...)"
+                    )
+            self.method.follow(optimizer)
+        if self.arrive is not None:
+            self.method.schedule(max(1, round(self.arrive * steps)))
 
     def finish(self, batch: Any | None, processor: Any | None = None) -> None:
         """Training has ended: make the smaller model, and save it.
@@ -99,10 +84,11 @@ class Following:
             MethodError: there are neither example inputs nor a batch.
             SurgeryError, CheckpointError: see `apply` and `save`.
         """
+        self.method.unfollow()
         example = self.example_inputs
         if example is None:
             if batch is None:
-                raise MethodError("there is no batch to take example inputs from: give example_inputs=")
+                raise MethodError("there is no batch to take example inputs from: pass example_inputs=")
             example = default_inputs_of(batch)
         model = self.method.model
         example = to_device(example, model_device(model))

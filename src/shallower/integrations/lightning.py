@@ -54,7 +54,6 @@ class ShallowerCallback(Callback):  # type: ignore[misc]
     ) -> None:
         self._following = Following(method, arrive, directory, example_inputs, plan)
         self._step = -1
-        self._lr = 0.0
         self._batch: Any = None
 
     @property
@@ -64,9 +63,7 @@ class ShallowerCallback(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that this can work, and set the schedule."""
-        self._following.begin(pl_module, int(trainer.estimated_stepping_batches))
-        for optimizer in trainer.optimizers:
-            self._following.check(optimizer.param_groups)
+        self._following.begin(pl_module, int(trainer.estimated_stepping_batches), trainer.optimizers)
         self._step = -1
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -79,14 +76,13 @@ class ShallowerCallback(Callback):  # type: ignore[misc]
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """The gradients are there."""
-        self._lr = optimizer.param_groups[0]["lr"]
         self._following.method.add_penalty_grad()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After a batch, and if the optimizer has stepped, after a step."""
         if trainer.global_step != self._step:
-            self._following.method.after_step(self._lr)
-            metrics = self._following.metrics()
+            self._following.method.after_step()
+            metrics = self._following.method.metrics()
             if metrics:
                 pl_module.log_dict(metrics)
 

@@ -72,8 +72,7 @@ class ShallowerCallback(TrainerCallback):  # type: ignore[misc]
         """Check that this can work, and set the schedule."""
         if args.fp16 and not args.max_grad_norm:
             raise MethodError("with fp16 and max_grad_norm=0 gradients are scaled when the penalty is added: use bf16")
-        self._following.begin(kwargs["model"], state.max_steps)
-        self._following.check(kwargs["optimizer"].param_groups)
+        self._following.begin(kwargs["model"], state.max_steps, [kwargs["optimizer"]])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the forward pass."""
@@ -85,13 +84,14 @@ class ShallowerCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer has stepped."""
-        self._following.method.after_step(kwargs["optimizer"].param_groups[0]["lr"])
+        self._following.method.after_step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the method's numbers to what is logged."""
         if logs is not None and "loss" in logs:
-            logs.update(self._following.metrics())
-            state.log_history[-1].update(self._following.metrics())
+            metrics = self._following.method.metrics()
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the smaller model."""

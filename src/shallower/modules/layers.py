@@ -42,6 +42,15 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return None if bias is None else bias.detach()
 
 
+def normal_after(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation, (n,) float64, of a BatchNorm's output: beta and |gamma|; else None."""
+    if not isinstance(norm, _BatchNorm):
+        return None
+    if not norm.affine:
+        return torch.zeros(norm.num_features).double(), torch.ones(norm.num_features).double()
+    return norm.bias.detach().cpu().double(), norm.weight.detach().cpu().double().abs()
+
+
 def check_shape(name: str, module: nn.Module, m: LinearMap) -> None:
     """Check that `module` is the map `m`.
 

@@ -1,5 +1,6 @@
-"""The training loop, and healing after surgery."""
+"""The training loop, rounds of it, and healing after surgery."""
 
-from shallower.training.loop import Recipe, train
+from shallower.training.loop import train
+from shallower.training.recipe import Checkpoint, History, Recipe
 
-__all__ = ["Recipe", "train"]
+__all__ = ["Checkpoint", "History", "Recipe", "train"]

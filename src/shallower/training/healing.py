@@ -1,14 +1,17 @@
 """A short distillation after squeezing: the small network is trained to do what the original does.
 
-    history = sh.heal(small, dense, batches, sh.healing.recipe(epochs=2))
+    history = sh.heal(small, dense, batches, healing.recipe(epochs=2))
 
 No labels are needed. Either the outputs are compared, or what every site gives to the rest of the network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +20,15 @@ from torch import Tensor, nn
 
 from shallower.calibrating.fisher import OutputOf, default_output_of
 from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, default_mask_of, model_device
+from shallower.core.modes import evaluating
+from shallower.core.outputs import are_logits
 from shallower.errors import MethodError, SiteError
 from shallower.modules.attachment import attached_places, detached_copy
 from shallower.sites import Sites
-from shallower.training.loop import History, Recipe, train
+from shallower.training.accelerating import placed
+from shallower.training.divergence import kl_divergence, relative_error
+from shallower.training.loop import Score, train
+from shallower.training.recipe import Checkpoint, History, Recipe
 
 Match = Literal["outputs", "sites"]
 
@@ -30,23 +38,60 @@ def recipe(epochs: int, lr: float = 1e-4, seed: int = 0) -> Recipe:
     return Recipe(epochs=epochs, lr=lr, weight_decay=0.0, warmup=0.05, seed=seed)
 
 
+@dataclass(frozen=True)
+class Matching:
+    """What `heal` compares between the two networks.
+
+        sh.heal(small, model, batches, recipe, sh.Matching(temperature=2.0))
+        sh.heal(small, model, batches, recipe, sh.Matching("sites", sites))
+
+    Attributes:
+        match: "outputs" compares what the models return: of logits the Kullback-Leibler divergence of the
+            distributions, else the squared error, relative to the size of what is wanted. "sites" compares the output
+            of each site's consumers, by the relative squared error, and needs `sites`.
+        sites: as found in the original.
+        temperature: logits are divided by it; the divergence is multiplied by its square.
+        mask_of: picks the mask of padding out of a batch; by default a two-dimensional `attention_mask`.
+        output_of: picks the output that matters out of what the model returns.
+        logits: whether that output is logits; by default, whether the model calls it so.
+
+    Raises:
+        MethodError: the options contradict one another.
+    """
+
+    match: Match = "outputs"
+    sites: Sites | None = None
+    temperature: float = 1.0
+    mask_of: MaskOf = default_mask_of
+    output_of: OutputOf = default_output_of
+    logits: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse options that contradict one another."""
+        if not 0 < self.temperature < math.inf:
+            raise MethodError(f"temperature={self.temperature!r}: pass a positive number")
+        if self.match not in ("outputs", "sites"):
+            raise MethodError(f"match={self.match!r}: choose 'outputs' or 'sites'")
+        if (self.match == "sites") != (self.sites is not None):
+            raise MethodError("match='sites' needs sites=, as found in the original, and nothing else takes them")
+
+    @property
+    def names(self) -> list[str]:
+        """The layers whose outputs are compared."""
+        return [] if self.sites is None else [m.name for site in self.sites for m in site.consumers]
+
+
 def heal(
     small: nn.Module,
     dense: nn.Module,
     batches: Iterable[Any],
-    recipe: Recipe,
+    recipe: Recipe | None = None,
+    matching: Matching | None = None,
     *,
-    match: Match = "outputs",
-    sites: Sites | None = None,
-    temperature: float = 1.0,
     inputs_of: InputsOf = default_inputs_of,
-    mask_of: MaskOf | None = None,
-    output_of: OutputOf = default_output_of,
-    logits: bool | None = None,
-    score: Callable[[nn.Module], float] | None = None,
+    score: Score | None = None,
     floor: float | None = None,
-    checkpoint: str | Path | None = None,
-    label: str = "healing",
+    checkpoint: Checkpoint | Path | str | None = None,
     cpu: bool = False,
 ) -> History:
     """Train `small`, in place, to do what `dense` does.
@@ -58,109 +103,85 @@ def heal(
         small: the model after surgery; its parameters that require a gradient are trained.
         dense: the model it was made from; it is not changed.
         batches: iterated once an epoch, with a length; labels are not read.
-        recipe: how to train; `healing.recipe` is a good start.
-        match: "outputs" compares what the models return: of logits the Kullback-Leibler divergence of the
-            distributions, else the squared error, relative to the size of what is wanted. "sites" compares what each
-            site's consumers give, by the relative squared error, and needs `sites`.
-        sites: as found in `dense`.
-        temperature: logits are divided by it; the divergence is multiplied by its square.
+        recipe: how to train; by default one epoch of `healing.recipe`.
+        matching: what is compared; by default the outputs.
         inputs_of: picks the model's inputs out of a batch.
-        mask_of: picks the mask of padding out of a batch; by default a two-dimensional `attention_mask`.
-        output_of: picks the output that matters out of what the model returns.
-        logits: whether that output is logits; by default, whether the model names it so.
         score: called with the model in eval mode after each epoch; higher is better.
-        floor: lowest acceptable score; see `training.train`.
-        checkpoint: a file (.safetensors) that an interrupted run goes on from.
-        label: what the progress bar says.
+        floor: lowest acceptable score; see `train`.
+        checkpoint: a file (.safetensors), or a `Checkpoint`, that an interrupted run continues from.
         cpu: stay on the CPU even where there is an accelerator.
 
     Returns:
         What the training saw.
 
     Raises:
-        MethodError: the options contradict one another.
-        TrainingError: see `training.train`.
+        MethodError: both models are one.
+        SiteError: one of the models has no layer of that name.
+        TrainingError: see `train`.
 
     Reference: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, section 2.
     """
-    if temperature <= 0:
-        raise MethodError(f"temperature={temperature!r}: it is greater than 0")
-    if match not in ("outputs", "sites"):
-        raise MethodError(f"match={match!r}: choose 'outputs' or 'sites'")
-    if (match == "sites") != (sites is not None):
-        raise MethodError("sites= are needed to match them (match='sites'), and for nothing else")
     if small is dense:
-        raise MethodError("small and dense are the same model; give the one that surgery made, and the original")
+        raise MethodError("small and dense are the same model: pass the one that surgery made, and the original")
+    chosen = Matching() if matching is None else matching
     teacher = detached_copy(dense) if attached_places(dense) else dense
-    names = [] if sites is None else [m.name for site in sites for m in site.consumers]
+    for model in (small, teacher):
+        _check_layers(model, chosen.names)
+    with ExitStack() as stack:
 
-    def distance(student: nn.Module, batch: Any) -> Tensor:
-        inputs = inputs_of(batch)
-        where = model_device(student)
-        if model_device(teacher) != where:
-            teacher.to(where)
-        mask = default_mask_of(batch) if mask_of is None else mask_of(batch)
-        teacher.eval()
-        with torch.no_grad(), recorded(teacher, names) as there:
-            raw = call(teacher, inputs)
-        with recorded(small, names) as here:
-            given = output_of(call(student, inputs))
-        if names:
-            parts = [_relative(a, b, mask) for name in names for a, b in zip(here[name], there[name], strict=True)]
-            return torch.stack(parts).mean()
-        wanted = output_of(raw)
-        categorical = hasattr(raw, "logits") if logits is None else logits
-        return _divergence(given, wanted, mask, temperature) if categorical else _relative(given, wanted, mask)
+        def distance(student: nn.Module, batch: Any) -> Tensor:
+            inputs, mask = inputs_of(batch), chosen.mask_of(batch)
+            device = model_device(student)
+            if model_device(teacher) != device:
+                stack.enter_context(placed(teacher, device))
+            with evaluating(teacher), recorded(teacher, chosen.names) as there:
+                wanted = call(teacher, inputs)
+            with recorded(small, chosen.names) as here:
+                given = call(student, inputs)
+            if chosen.names:
+                pairs = zip(_all(here), _all(there), strict=True)
+                return torch.stack([relative_error(a, b, mask) for a, b in pairs]).mean()
+            return _distance(given, wanted, mask, chosen)
 
-    modes = [(module, module.training) for module in teacher.modules()]
-    try:
-        return train(
-            small, batches, distance, recipe, score=score, floor=floor, checkpoint=checkpoint, label=label, cpu=cpu
-        )
-    finally:
-        for module, training in modes:
-            module.training = training
+        options: dict[str, Any] = {"score": score, "floor": floor, "checkpoint": checkpoint, "cpu": cpu}
+        how = _default_recipe(epochs=1) if recipe is None else recipe
+        return train(small, batches, distance, how, label="healing", **options)
+
+
+def _distance(given: Any, wanted: Any, mask: Tensor | None, matching: Matching) -> Tensor:
+    """How far one output is from the other."""
+    categorical = are_logits(wanted) if matching.logits is None else matching.logits
+    a, b = matching.output_of(given), matching.output_of(wanted)
+    if categorical:
+        return kl_divergence(a, b, mask, matching.temperature)
+    return relative_error(a, b, mask)
 
 
 @contextmanager
 def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What the layers of these names return while the context lasts, call by call.
-
-    Raises:
-        SiteError: the model has no such layer.
-    """
+    """What the layers of these names return while the context lasts, call by call."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name, outputs in found.items():
-            try:
-                module = model.get_submodule(name)
-            except AttributeError:
-                raise SiteError(f"{name}: the model has no such layer; were the sites found in the original?") from None
-            handles.append(module.register_forward_hook(lambda _m, _i, output, kept=outputs: kept.append(output)))
+
+            def keep(_module: nn.Module, _args: Any, output: Tensor, outputs: list[Tensor] = outputs) -> None:
+                outputs.append(output)
+
+            hooks.callback(model.get_submodule(name).register_forward_hook(keep).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _divergence(given: Tensor, wanted: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
-    """Mean over positions of KL(wanted || given) of logits (..., classes)."""
-    there = (wanted.float() / temperature).log_softmax(-1)
-    here = (given.float() / temperature).log_softmax(-1)
-    each = (there.exp() * (there - here)).sum(-1) * temperature**2
-    return _counted(each, mask).mean()
+def _all(found: Mapping[str, list[Tensor]]) -> Iterator[Tensor]:
+    return chain.from_iterable(found.values())
 
 
-def _relative(given: Tensor, wanted: Tensor, mask: Tensor | None) -> Tensor:
-    """Squared error over the square of what is wanted."""
-    a, b = _counted(given.float(), mask), _counted(wanted.float(), mask)
-    error: Tensor = (a - b).square().sum() / b.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return error
+def _check_layers(model: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            raise SiteError(f"{name}: the model has no such layer; were the sites found in the original?") from None
 
 
-def _counted(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Positions that are not padding, where the mask has the first dimensions of `values`."""
-    if mask is None or values.shape[: mask.dim()] != mask.shape:
-        return values
-    return values[mask.to(values.device).bool()]
+_default_recipe = recipe
+"""`heal` has an argument of that name."""

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from shallower.core.inputs import call
 from shallower.errors import MethodError
 from shallower.finding.matching import find_sites
-from shallower.methods.collapsing.layer_collapse import LayerCollapse, Stage
+from shallower.methods.collapsing.layer_collapse import LayerCollapse
+from shallower.methods.collapsing.stages import Stage, Stages
 from shallower.modules.attachment import detached_copy
 from shallower.planning.entries import Fate
 from shallower.planning.plan import Plan
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
-from shallower.training.loop import Recipe
+from shallower.training import Recipe
 from tests.zoo import FunctionalMLP, GeGLU, SwiGLU, channels_last, norms_around_activations
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
@@ -442,7 +443,7 @@ def test_plan_holds_for_the_weights_it_was_made_for() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"tolerance": 0.0}, "never less"), ({"affine": "calibration"}, "needs batches"), ({"affine": "line"}, "choose")],
+    [({"tolerance": 0.0}, "positive"), ({"affine": "calibration"}, "needs batches"), ({"affine": "line"}, "choose")],
 )
 def test_plan_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MethodError, match=message):
@@ -505,7 +506,9 @@ RECIPE = Recipe(epochs=4, lr=5e-3)
 
 def fitted(model: nn.Module, method: LayerCollapse | None = None, **options: Any) -> list[Stage]:
     method = method_on(model) if method is None else method
-    return method.fit(BATCHES, task_loss, RECIPE, cpu=True, **options)
+    chosen = {name: options.pop(name) for name in ("order", "arrive") if name in options}
+    stages = Stages(options.pop("stages", None), **chosen)
+    return method.fit(BATCHES, task_loss, RECIPE, stages, cpu=True, **options)
 
 
 def test_stages_collapse_one_site_after_another() -> None:
@@ -612,7 +615,7 @@ def test_order_survives_an_interruption_of_the_first_stage(tmp_path: Path) -> No
     method = method_on(model)
     names = [site.name for site in method.sites]
     with pytest.raises(KeyboardInterrupt):
-        method.fit(BATCHES, interrupted, RECIPE, order=names, checkpoint=tmp_path, cpu=True)
+        method.fit(BATCHES, interrupted, RECIPE, Stages(order=names), checkpoint=tmp_path, cpu=True)
     assert method.arrive_in is None
     assert method.active == tuple(names)
     stages = fitted(network(), order=names[::-1], checkpoint=tmp_path)

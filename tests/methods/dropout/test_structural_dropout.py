@@ -25,7 +25,7 @@ from shallower.modules.attachment import detached_copy
 from shallower.planning.plan import Plan
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
-from shallower.training.loop import Recipe, train
+from shallower.training import Recipe, train
 from tests.networks import convolutional_networks, networks, seeds
 from tests.surgery.test_zoo import admit, outputs
 from tests.zoo import ZOO, Specimen

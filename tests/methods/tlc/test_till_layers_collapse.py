@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from shallower.errors import MethodError, TargetError
 from shallower.finding.matching import find_sites
 from shallower.methods.tlc.choosing import choose_forms
-from shallower.methods.tlc.till_layers_collapse import TillLayersCollapse
+from shallower.methods.tlc.till_layers_collapse import Pace, TillLayersCollapse
 from shallower.modules.attachment import detached_copy
 from shallower.planning.entries import Fate
 from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate
-from shallower.training.loop import Recipe
+from shallower.training import Checkpoint, Recipe
 
 RECIPE = Recipe(epochs=1, lr=0.01, optimizer="sgd")
 
@@ -213,7 +213,7 @@ def test_rounds_take_one_site_after_another_until_none_is_left() -> None:
 def test_sites_that_do_not_raise_the_validation_loss_go_together() -> None:
     model = network()
     nn.init.zeros_(model.head.weight)  # no site matters
-    (done,) = attached(model).fit(labelled(3), task_loss, RECIPE, validation=labelled(4), rounds=1)
+    (done,) = attached(model).fit(labelled(3), task_loss, RECIPE, Pace(rounds=1), validation=labelled(4))
     assert len(done.linearised) == 5
     assert done.joint == pytest.approx(done.base)
 
@@ -225,7 +225,7 @@ def test_where_every_site_costs_something_the_cheapest_goes_alone() -> None:
         own = [(x, model(x).argmax(1)) for x, _ in batches]
         model.head.weight.mul_(30)
     method = attached(model, criterion="loss")
-    (done,) = method.fit(own, task_loss, RECIPE, validation=own, rounds=1)
+    (done,) = method.fit(own, task_loss, RECIPE, Pace(rounds=1), validation=own)
     assert done.joint is not None
     assert done.base is not None
     assert done.linearised == (next(iter(done.costs)),) or done.joint <= done.base
@@ -263,8 +263,8 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path: Path) -> None
             return task_loss(m, batch)
 
         method.fit(
-            labelled(3), loss, RECIPE, validation=labelled(4), rounds=3, per_round=1, score=lambda _: 1.0, floor=0.0,
-            checkpoint=folder, checkpoint_every=1,
+            labelled(3), loss, RECIPE, Pace(1, 3), validation=labelled(4), score=lambda _: 1.0, floor=0.0,
+            checkpoint=Checkpoint(folder, every=1),
         )  # fmt: skip
         return dict(model.state_dict())
 
@@ -279,27 +279,27 @@ def test_an_interrupted_run_goes_on_with_the_same_result(tmp_path: Path) -> None
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     method = attached(network())
-    done = method.fit(labelled(3), task_loss, RECIPE, rounds=2, checkpoint=tmp_path)
+    done = method.fit(labelled(3), task_loss, RECIPE, Pace(rounds=2), checkpoint=tmp_path)
 
     def fails(_model: nn.Module, _batch: Any) -> Tensor:
         raise AssertionError
 
     again = attached(network())
-    assert again.fit(labelled(3), fails, RECIPE, rounds=2, checkpoint=tmp_path) == done
+    assert again.fit(labelled(3), fails, RECIPE, Pace(rounds=2), checkpoint=tmp_path) == done
     assert again.linear == method.linear
 
 
 def test_the_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
-    attached(network()).fit(labelled(3), task_loss, RECIPE, rounds=1, checkpoint=tmp_path)
+    attached(network()).fit(labelled(3), task_loss, RECIPE, Pace(rounds=1), checkpoint=tmp_path)
     with pytest.raises(MethodError, match=r"another run \(criterion differ"):
-        attached(network(), criterion="random").fit(labelled(3), task_loss, RECIPE, rounds=1, checkpoint=tmp_path)
+        attached(network(), criterion="random").fit(labelled(3), task_loss, RECIPE, Pace(rounds=1), checkpoint=tmp_path)
 
 
 @pytest.mark.parametrize("criterion", ["entropy", "random"])
 def test_other_criteria_share_the_loop(criterion: Any) -> None:
     method = attached(network(), criterion=criterion)
     first = next(iter(method.rank()))
-    (done,) = method.fit(labelled(3), task_loss, RECIPE, rounds=1)
+    (done,) = method.fit(labelled(3), task_loss, RECIPE, Pace(rounds=1))
     assert done.linearised == (first,)
 
 

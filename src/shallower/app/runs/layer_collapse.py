@@ -9,17 +9,19 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from shallower.app.compression import Made, Work, cost_after, cost_of
-from shallower.core.inputs import Inputs, model_device
+from shallower.core.inputs import Inputs
 from shallower.errors import SiteError, TargetError
 from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import compare
-from shallower.methods.collapsing.layer_collapse import LayerCollapse, Stage
+from shallower.methods.collapsing.layer_collapse import LayerCollapse
+from shallower.methods.collapsing.stages import Stage, Stages
 from shallower.planning.entries import Entry
 from shallower.planning.paying import Unit, paying
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target, shortest_prefix
 from shallower.sites import Site, Sites
 from shallower.surgery.applying import apply
+from shallower.training import Checkpoint
 
 PROBE = 256
 """Rows of the training data on which the sensitivity of the sites is measured."""
@@ -79,7 +81,7 @@ class LayerCollapseRun:
         Raises:
             TargetError: no site came near enough to linear, or the first one took the score under the floor.
         """
-        model, device = work.model, model_device(work.model)
+        model = work.model
         chosen = self._choose(work)
         method = LayerCollapse(model, chosen, self.strength, include="*")
         try:
@@ -87,16 +89,16 @@ class LayerCollapseRun:
                 work.batches.train,
                 work.task.loss,
                 work.recipe,
-                stages=len(chosen) if work.target.unit == "drop" else min(self.stages, len(chosen)),
-                order=[site.name for site in chosen],
-                tolerance=self.tolerance,
+                Stages(
+                    len(chosen) if work.target.unit == "drop" else min(self.stages, len(chosen)),
+                    order=chosen.names,
+                    tolerance=self.tolerance,
+                ),
                 score=None if work.floor is None else work.score,
                 floor=work.floor,
-                checkpoint=work.checkpoints,
-                checkpoint_every=KEEP_EVERY,
+                checkpoint=work.checkpoints and Checkpoint(work.checkpoints, KEEP_EVERY),
                 cpu=work.cpu,
             )
-            model.to(device)
             plan = method.plan(self.tolerance, batches=work.probe(PROBE))
             collapsed, advice = stages[-1].collapsed, _advice(work, stages)
             if not collapsed:

@@ -22,7 +22,7 @@ from shallower.sites import Sites
 from shallower.surgery.applying import apply
 
 if TYPE_CHECKING:
-    from shallower.training.loop import History
+    from shallower.training import History
 
 FEWEST = 16
 """Rows below which nothing can be fitted."""
@@ -82,16 +82,16 @@ class SqueezeRun:
         return Made(small, plan, "healed" if self.heal else "squeezed", advice, details=details)
 
     def _healed(self, small: nn.Module, work: Work) -> History:
-        from shallower.training.healing import heal
+        from shallower.training.healing import Matching, heal
 
         return heal(
             small,
             work.model,
             work.batches.train,
             replace(work.recipe, epochs=self.heal),
+            Matching(logits=work.logits),
             checkpoint=work.checkpoints and work.checkpoints / "healing.safetensors",
             cpu=work.cpu,
-            logits=work.logits,
         )
 
     def _calibration(self, work: Work) -> list[Any]:

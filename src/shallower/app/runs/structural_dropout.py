@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from shallower.app.compression import Made, Work
 from shallower.calibrating.recalibration import recalibrate
-from shallower.core.inputs import Inputs, model_device
+from shallower.core.inputs import Inputs
 from shallower.errors import MethodError
 from shallower.finding.matching import find_sites
 from shallower.methods.dropout.options import DropoutOptions
@@ -26,7 +26,7 @@ from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
-from shallower.training.loop import train
+from shallower.training import Checkpoint, train
 
 PROBE = 512
 """Rows of the training data on which BatchNorm is measured at each width."""
@@ -68,7 +68,7 @@ class StructuralDropoutRun:
 
     def make(self, work: Work) -> Made:
         """Train, and measure the curve: choose on the rows to choose by, and report on the others."""
-        model, device = work.model, model_device(work.model)
+        model = work.model
         path = work.checkpoints and work.checkpoints / "widths.safetensors"
         method = self._method(model, work)
         try:
@@ -78,12 +78,11 @@ class StructuralDropoutRun:
                 work.task.loss,
                 work.recipe,
                 method=method,
-                checkpoint=path,
-                checkpoint_every=KEEP_EVERY,
+                checkpoint=path and Checkpoint(path, KEEP_EVERY),
                 label="training all widths",
                 cpu=work.cpu,
             )
-            model.to(device).eval()
+            model.eval()
             rows = work.probe(PROBE) if any(isinstance(m, _BatchNorm) for m in model.modules()) else None
             curve = method.curve(
                 work.score, points=self.points, recalibrate=rows, example_inputs=work.example, name=work.task.quality

@@ -10,17 +10,18 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from shallower.app.compression import Made, Work, cost_of
-from shallower.core.inputs import Inputs, model_device
+from shallower.core.inputs import Inputs
 from shallower.errors import SiteError, TargetError
 from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import compare
 from shallower.methods.tlc.choosing import choose_forms
-from shallower.methods.tlc.till_layers_collapse import Round, TillLayersCollapse
+from shallower.methods.tlc.till_layers_collapse import Pace, Round, TillLayersCollapse
 from shallower.modules.attachment import detached_copy
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
+from shallower.training import Checkpoint
 
 PROBE = 256
 """Rows of the training data on which statistics are taken where no BatchNorm tells them."""
@@ -77,7 +78,7 @@ class TillLayersCollapseRun:
         Raises:
             TargetError: the first round already took the score under the floor.
         """
-        method, device = self._method(work), model_device(work.model)
+        method = self._method(work)
         points = _Points(work)
         drop = work.target.unit == "drop"
         each = self.per_round or (None if drop else 1)
@@ -86,17 +87,14 @@ class TillLayersCollapseRun:
                 work.batches.train,
                 work.task.loss,
                 work.recipe,
+                Pace(each, None if drop else -(-len(self._one_shot(method, work)) // (each or 1))),
                 validation=work.batches.validation if self.criterion == "loss" or each is None else None,
-                per_round=each,
-                rounds=None if drop else -(-len(self._one_shot(method, work)) // (each or 1)),
                 score=work.score,
                 floor=work.floor,
                 on_round=lambda round_: points.add(round_, method),
-                checkpoint=work.checkpoints,
-                checkpoint_every=KEEP_EVERY,
+                checkpoint=work.checkpoints and Checkpoint(work.checkpoints, KEEP_EVERY),
                 cpu=work.cpu,
             )
-            work.model.to(device)
             removed = method.linear
             last = rounds[-1]
             if not removed:

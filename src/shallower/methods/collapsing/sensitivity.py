@@ -1,22 +1,74 @@
-"""How much a change to a model changes what it answers."""
+"""How much a change to a model alone changes its answers, or costs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from shallower.core.inputs import tensors
-from shallower.errors import SiteError
+from shallower.core.inputs import InputsOf, call, default_inputs_of, model_device, reiterable, tensors, to_device
+from shallower.core.modes import evaluating
+from shallower.errors import MethodError, SiteError
+from shallower.training.loop import Loss, Score
+
+Change = Callable[[], AbstractContextManager[object]]
+"""Changes the model for the length of the context that it makes."""
+
+
+def costs_of(
+    model: nn.Module,
+    changes: Mapping[str, Change],
+    batches: Iterable[Any],
+    *,
+    loss: Loss | None = None,
+    score: Score | None = None,
+    inputs_of: InputsOf = default_inputs_of,
+) -> dict[str, float]:
+    """What each change alone costs, the others not made.
+
+        costs_of(model, {"layer.0": lambda: made_linear(activation)}, batches)
+
+    The cost is the fall of the score if `score` is given, else the rise of the loss if `loss` is given, else the change
+    of the model's output (see `output_change`); means over the batches.
+
+    Args:
+        model: that the changes change.
+        changes: by name.
+        batches: a few; not read where `score` is given.
+        loss: of the model and a batch.
+        score: of the model, higher is better.
+        inputs_of: picks the model's inputs out of a batch, where neither is given.
+
+    Raises:
+        MethodError: there are no batches.
+    """
+    with evaluating(model):
+        if score is not None:
+            base = score(model)
+            return {name: base - _under(change, lambda: score(model)) for name, change in changes.items()}
+        totals, count = dict.fromkeys(changes, 0.0), 0
+        device = model_device(model)
+        for batch in tqdm(reiterable(batches), desc="sensitivity", delay=2):
+            count += 1
+            run, cost = _judged(model, to_device(batch, device), loss, inputs_of)
+            base = run()
+            for name, change in changes.items():
+                totals[name] += float(cost(base, _under(change, run)))
+    if not count:
+        raise MethodError("sensitivity needs data: there are no batches")
+    return {name: total / count for name, total in totals.items()}
 
 
 def output_change(reference: Any, output: Any) -> Tensor:
     """How far a model's output is from a reference, 0 where they are equal; a scalar.
 
     Logits (an output with a `logits` entry): the Kullback-Leibler divergence of the output's distribution from the
-    reference's, mean over rows. Otherwise the relative squared error over all floating tensors of the output.
+    reference's, sum over classes p log(p / q), mean over rows. Otherwise the relative squared error,
+    sum (a - b)^2 / sum a^2, over all floating tensors of the output.
 
     Raises:
         SiteError: the output holds no floating tensor.
@@ -25,16 +77,32 @@ def output_change(reference: Any, output: Any) -> Tensor:
     if logits is not None and changed is not None:
         expected = logits.double().log_softmax(-1)
         return (expected.exp() * (expected - changed.double().log_softmax(-1))).sum(-1).mean()
-    pairs = [
-        (a.double(), b.double())
-        for a, b in zip(tensors(reference), tensors(output), strict=True)
-        if a.is_floating_point()
-    ]
-    if not pairs:
-        raise SiteError("the model's output holds no floating tensor, so its change cannot be measured; give score=")
-    error = torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
-    size = torch.stack([a.square().sum() for a, _ in pairs]).sum()
+    error = size = torch.zeros((), dtype=torch.float64)
+    seen = False
+    for a, b in zip(tensors(reference), tensors(output), strict=True):
+        if a.is_floating_point():
+            seen = True
+            error = error.to(a.device) + (a.double() - b.double()).square().sum()
+            size = size.to(a.device) + a.double().square().sum()
+    if not seen:
+        raise SiteError(
+            "the model's output contains no floating-point tensor, so its change cannot be measured: pass score="
+        )
     return error / size.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _judged(
+    model: nn.Module, batch: Any, loss: Loss | None, inputs_of: InputsOf
+) -> tuple[Callable[[], Any], Callable[[Any, Any], Any]]:
+    """What to run on a batch, and how to compare two of its results."""
+    if loss is not None:
+        return lambda: float(loss(model, batch)), lambda before, after: after - before
+    return lambda: call(model, inputs_of(batch)), output_change
+
+
+def _under(change: Change, run: Callable[[], Any]) -> Any:
+    with change():
+        return run()
 
 
 def _logits(output: Any) -> Tensor | None:

@@ -74,7 +74,7 @@ class StructuralDropout(Method):
     `StructuralDropout.as_published(model, sites)`.
 
     Widths are drawn on the CPU from a generator of its own, so that they are equal in all processes. The generator is
-    part of `state()`, which `train` keeps in its checkpoint. torch.compile compiles anew for every width, unless
+    part of `state_dict()`, which `train` keeps in its checkpoint. torch.compile compiles anew for every width, unless
     `torch._dynamo.config.allow_unspec_int_on_nn_module` is True: three graphs then serve all. Activation checkpointing
     does not work with several passes a step: it would compute a pass again at another's width, which PyTorch reports.
 
@@ -173,17 +173,17 @@ class StructuralDropout(Method):
             total = total + self._taught(value, output, taught)
         return total / (1 + len(passes))
 
-    def after_step(self, lr: float) -> None:  # noqa: ARG002
+    def after_step(self, lr: float | None = None) -> None:  # noqa: ARG002
         """Go back to the full width in train mode, for what else may run there."""
         self._train_at(full(self.table))
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The generator of widths, and the table of widths that it belongs to."""
         table = {name: list(widths) for name, widths in self.table.items()}
         return {"generator": self._generator.get_state(), "table": table}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go back to what `state` returned.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to what `state_dict` returned.
 
         Raises:
             MethodError: it is the state of a method with other sites or widths.

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 from shallower.calibrating.moments import Moments, collect
@@ -37,6 +36,7 @@ from shallower.core.modes import evaluating
 from shallower.core.text import listing
 from shallower.errors import MethodError
 from shallower.modules import attachment
+from shallower.modules.layers import normal_after
 from shallower.sites import Site
 
 Line = Literal["auto", "unit", "best"]
@@ -103,12 +103,10 @@ def batchnorm_statistics(model: nn.Module, site: Site) -> Normal | None:
     """Mean beta and deviation |gamma|, if a BatchNorm feeds the site's activation; of a gated site nothing is known."""
     if not site.norm_before or site.gated or site.activation is None:
         return None
-    norm = model.get_submodule(site.norm_before)
-    if not isinstance(norm, _BatchNorm):
+    normal = normal_after(model.get_submodule(site.norm_before))
+    if normal is None:
         return None
-    mean, std = torch.zeros(norm.num_features, dtype=torch.float64), torch.ones(norm.num_features, dtype=torch.float64)
-    if norm.affine:
-        mean, std = norm.bias.detach().cpu().double(), norm.weight.detach().cpu().double().abs()
+    mean, std = normal
     with attachment.exposed(model, [site.activation]) as modules, torch.no_grad():
         f = copy.deepcopy(modules[site.activation]).cpu().double().eval()
         return Normal(mean, std, "batchnorm", Moments.gaussian(mean, std, f))

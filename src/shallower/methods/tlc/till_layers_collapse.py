@@ -16,24 +16,24 @@ is that of the entropy of the signs of h, `criterion="entropy"`.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import os
+import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shallower.core.inputs import Inputs, InputsOf, MaskOf, default_inputs_of, model_device, reiterable, to_device
 from shallower.core.modes import evaluating
+from shallower.core.processes import from_first_process
 from shallower.errors import MethodError
-from shallower.methods.base import Method, linearisable
+from shallower.methods.base import Method, activation_of, linearisable
 from shallower.methods.tlc.criteria import Line, Normal, input_statistics, lines, relative_change, sign_entropies
 from shallower.methods.tlc.linearised import Linearised
 from shallower.modules import attachment
@@ -42,20 +42,12 @@ from shallower.planning.entries import Entry, Fate
 from shallower.planning.fingerprints import fingerprint
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target, shortest_prefix
-from shallower.sites import Place, Site, Sites
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from shallower.training.loop import History, Recipe
+from shallower.sites import Site, Sites
+from shallower.training.loop import Loss, Score
+from shallower.training.recipe import Checkpoint, History, Recipe
+from shallower.training.rounds import Rounds, Training
 
 Criterion = Literal["loss", "batchnorm", "entropy", "random"]
-Loss = Callable[[nn.Module, Any], Tensor]
-Score = Callable[[nn.Module], float]
-T = TypeVar("T")
-
-SCHEMA = 1
-"""Version of the file that `fit` keeps its rounds in."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +73,37 @@ class Round:
     score: float | None
     taken_back: bool
     history: History
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast `TillLayersCollapse.fit` takes activations away.
+
+        method.fit(loader, task_loss, recipe, sh.Pace(per_round=2, rounds=3))
+
+    Attributes:
+        per_round: so many a round, at most; None: as many as leave the validation loss no higher, and 1 where there are
+            no validation batches.
+        rounds: at most so many; None: until no activation is left.
+
+    Raises:
+        MethodError: a number is less than 1.
+    """
+
+    per_round: int | None = None
+    rounds: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers less than 1."""
+        for name in ("per_round", "rounds"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise MethodError(f"{name}={value!r}: pass a number of at least 1, or None")
+
+    @property
+    def most(self) -> float:
+        """The number of rounds after which it ends."""
+        return math.inf if self.rounds is None else self.rounds
 
 
 class TillLayersCollapse(Method):
@@ -156,14 +179,15 @@ class TillLayersCollapse(Method):
         def linearised(f: nn.Module) -> Linearised:
             return Linearised(f, site.width or None, site.gated, site.channels_first).to(device)
 
-        module = attachment.attach(self.model, _place(site), linearised)
+        module = attachment.attach(self.model, activation_of(site), linearised)
         assert isinstance(module, Linearised)
         return module
 
     def detach(self) -> None:
         """Puts every activation back; the trained weights stay as they are."""
-        attachment.detach(self.model, [_place(site) for site in self.sites if site.name in self.activations])
+        attachment.detach(self.model, [activation_of(site) for site in self.sites if site.name in self.activations])
         self.activations = {}
+        self.unfollow()
 
     @property
     def linear(self) -> tuple[str, ...]:
@@ -208,7 +232,7 @@ class TillLayersCollapse(Method):
             costs = {name: float(order.index(name)) for name in open_}
         else:
             costs = self._expected(open_)
-        return dict(sorted(_agreed(costs).items(), key=lambda item: item[1]))
+        return dict(sorted(from_first_process(lambda: costs).items(), key=lambda item: item[1]))
 
     def _expected(self, names: Sequence[str]) -> dict[str, float]:
         costs = {}
@@ -245,7 +269,7 @@ class TillLayersCollapse(Method):
             values = [float(loss(self.model, to_device(batch, device))) for batch in reiterable(validation)]
         if not values:
             raise MethodError("there are no validation batches")
-        return _agreed(sum(values) / len(values))
+        return from_first_process(lambda: sum(values) / len(values))
 
     def _statistics(self, sites: Iterable[Site]) -> dict[str, Normal]:
         return input_statistics(self.model, sites, self.batches, inputs_of=self.inputs_of, mask_of=self.mask_of)
@@ -331,14 +355,19 @@ class TillLayersCollapse(Method):
         self, order: Sequence[str], following: Mapping[str, tuple[Tensor, Tensor]], target: Target, score: Score
     ) -> Sequence[str]:
         with evaluating(self.model):
-            floor = target.floor(_agreed(float(score(self.model))))
+            floor = target.floor(self._scored(score))
             taken: list[str] = []
             for name in tqdm(order, desc=str(target), delay=2):
                 with self._tried({n: following[n] for n in [*taken, name]}):
-                    if _agreed(float(score(self.model))) < floor:
+                    if self._scored(score) < floor:
                         break
                 taken.append(name)
         return taken
+
+    def _scored(self, score: Score) -> float:
+        """The first process's score, so that all decide alike; a sharded model needs all of them to compute it."""
+        value = float(score(self.model))
+        return from_first_process(lambda: value)
 
     def _cheap(
         self, order: Sequence[str], plan_of: Callable[[Sequence[str]], Plan], target: Target, example_inputs: Inputs
@@ -369,104 +398,73 @@ class TillLayersCollapse(Method):
         batches: Iterable[Any],
         loss: Loss,
         recipe: Recipe,
+        pace: Pace | None = None,
         *,
         validation: Iterable[Any] | None = None,
-        per_round: int | None = None,
-        rounds: int | None = None,
         score: Score | None = None,
         floor: float | None = None,
         on_round: Callable[[Round], object] | None = None,
-        checkpoint: Path | str | None = None,
-        checkpoint_every: int = 0,
+        checkpoint: Checkpoint | Path | str | None = None,
         cpu: bool = False,
     ) -> list[Round]:
         """Takes activations away and trains, round after round.
 
+            rounds = method.fit(loader, task_loss, sh.Recipe(epochs=1, lr=5e-5), score=score, floor=0.9)
+
         In each round the sites are ordered by the criterion. From the first on, as many go together as leave the
-        validation loss no higher than it was; the first alone where there is none of these (`per_round` sets a fixed
-        number instead). Then the network is trained by the recipe. It ends when no activation is left, after
-        `rounds`, or with a round whose score is under the floor, which is taken back.
+        validation loss no higher than it was; the first alone where there is none of these (`pace` sets a fixed number
+        instead). Then the network is trained by the recipe. It ends when no activation is left, after as many rounds
+        as `pace` allows, or with a round whose score is under the floor, which is taken back.
 
         Args:
-            batches, loss, recipe: as `shallower.training.train` takes them; the recipe is that of every round.
+            batches, loss, recipe: as `train` takes them; the recipe is that of every round.
+            pace: how many a round, and how many rounds.
             validation: batches to measure losses on; not those that are trained on.
-            per_round: so many a round, at most; 1 where there are no validation batches.
-            rounds: at most so many.
             score: of the model, higher is better, taken after each round.
             floor: lowest score accepted.
             on_round: called after each round that was trained and kept, while the model is in its state.
-            checkpoint: a folder. After an interruption the same call goes on where it was, with the same result.
-            checkpoint_every: also within a round, after so many steps.
+            checkpoint: a folder, or a `Checkpoint` of one to write it also within an epoch. After an interruption the
+                same call continues where it was, with the same result.
             cpu: stay on the CPU.
 
         Returns:
             The rounds, in order.
 
         Raises:
-            MethodError: a number is out of range, floor is given without score, the criterion needs validation
-                batches, or the checkpoint is of another run.
+            MethodError: floor is given without score, the criterion needs validation batches, or the checkpoint is of
+                another run.
             TrainingError: see `train`.
         """
-        from shallower.core.state_file import read_state, write_state
-        from shallower.training.loop import train
-
-        if floor is not None and score is None:
-            raise MethodError("floor= needs score=, a function of the model, to compare with")
-        if (per_round is not None and per_round < 1) or (rounds is not None and rounds < 1):
-            raise MethodError("per_round and rounds are at least 1")
+        pace = Pace() if pace is None else pace
         if self.criterion == "loss" and validation is None:
             raise MethodError("criterion='loss' needs validation= batches, which are not trained on")
-        record = None if checkpoint is None else Path(checkpoint) / "rounds.safetensors"
-        finished: list[Round] = []
-        pending: dict[str, Any] = {}
-        if record is not None and record.exists():
-            finished, pending = self._resume(read_state(record), record, recipe)
+        training = Training(batches, loss, recipe, score, floor, checkpoint, cpu)
+        rounds = Rounds("round", Round, self, training, self._identity())
+        with rounds:
+            while self._open() and not rounds.over and len(rounds.finished) < pace.most:
+                if not rounds.chosen:
+                    rounds.chosen = self._choose(validation, loss, pace.per_round)
+                    rounds.keep()
+                going = rounds.chosen.pop("lines")
+                number, linear = len(rounds.finished) + 1, len(self.linear) + len(going)
+                label = f"round {number}, {linear} of {len(self.activations)} linear"
+                outcome = rounds.train(label, begin=partial(self._set, going))
+                record = Round(tuple(going), self.linear, **rounds.chosen, **vars(outcome))
+                rounds.chosen = {}
+                if on_round is not None and not rounds.over:
+                    on_round(record)
+                rounds.finish(record)
+        return rounds.finished
 
-        def keep(pending: Mapping[str, Any]) -> None:
-            if record is not None:
-                if _is_main():
-                    write_state(record, self._state(finished, pending, recipe))
-                _wait()
+    def _set(self, chosen: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Put these lines in the place of their sites' activations."""
+        for name, (slope, offset) in chosen.items():
+            self.activations[name].set(slope, offset)
 
-        while (
-            not (finished and finished[-1].taken_back) and self._open() and (rounds is None or len(finished) < rounds)
-        ):
-            number = len(finished) + 1
-            if not pending:
-                pending = self._choose(validation, loss, per_round)
-                keep(pending)
-            before = {} if floor is None else {k: v.cpu().clone() for k, v in self.model.state_dict().items()}
-            for name, (slope, offset) in pending["lines"].items():
-                self.activations[name].set(slope, offset)
-            part = None if record is None else record.with_name(f"round-{number}.safetensors")
-            history = train(
-                self.model,
-                batches,
-                loss,
-                dataclasses.replace(recipe, seed=recipe.seed + number - 1),
-                method=self,
-                checkpoint=part,
-                checkpoint_every=checkpoint_every,
-                label=f"round {number}, {len(self.linear)} of {len(self.activations)} linear",
-                cpu=cpu,
-            )
-            value = None
-            if score is not None:
-                with evaluating(self.model):
-                    value = _agreed(float(score(self.model)))
-            taken_back = floor is not None and value is not None and value < floor
-            if taken_back:
-                self.model.load_state_dict(before)
-            chosen = tuple(pending["lines"])
-            seen = {key: pending[key] for key in ("costs", "base", "joint")}
-            finished.append(Round(chosen, self.linear, **seen, score=value, taken_back=taken_back, history=history))
-            if on_round is not None and not taken_back:
-                on_round(finished[-1])
-            pending = {}
-            keep(pending)
-            if part is not None and _is_main():
-                part.unlink(missing_ok=True)
-        return finished
+    def _identity(self) -> dict[str, Any]:
+        """What a run that continues must have in common with the one that began."""
+        sites = list(self.activations)
+        return {"criterion": self.criterion, "line": self.line, "seed": self.seed, "sites": sites}
 
     def _choose(self, validation: Iterable[Any] | None, loss: Loss, per_round: int | None) -> dict[str, Any]:
         """Which sites go in a round, the lines that take their place, and what was measured."""
@@ -492,40 +490,6 @@ class TillLayersCollapse(Method):
                 chosen, joint = order[:k], value
         return {"lines": {n: planned[n] for n in chosen}, "costs": costs, "base": base, "joint": joint}
 
-    def _state(self, finished: list[Round], pending: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-        return {
-            "schema": SCHEMA,
-            "settings": self._settings(recipe),
-            "rounds": [dataclasses.asdict(round_) for round_ in finished],
-            "pending": dict(pending),
-            "model": dict(self.model.state_dict()),
-        }
-
-    def _settings(self, recipe: Recipe) -> dict[str, Any]:
-        return {
-            "recipe": dataclasses.asdict(recipe),
-            "criterion": self.criterion,
-            "line": self.line,
-            "seed": self.seed,
-            "sites": list(self.activations),
-        }
-
-    def _resume(self, state: Any, record: Path, recipe: Recipe) -> tuple[list[Round], dict[str, Any]]:
-        from shallower.training.loop import History
-
-        try:
-            if state["schema"] != SCHEMA:
-                raise MethodError(f"{record} has schema {state['schema']}, this version reads {SCHEMA}")
-            own = self._settings(recipe)
-            other = [name for name in own if state["settings"].get(name) != own[name]]
-            if other:
-                raise MethodError(f"{record} is of another run ({', '.join(other)} differ); give another folder")
-            self.model.load_state_dict(state["model"])
-            finished = [Round(**{**round_, "history": History(**round_["history"])}) for round_ in state["rounds"]]
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise MethodError(f"{record} does not fit this run ({error}); give another folder") from error
-        return finished, dict(state["pending"])
-
 
 def _entry(site: Site, slope: Tensor, offset: Tensor) -> Entry:
     if site.kind == "activation":
@@ -534,27 +498,3 @@ def _entry(site: Site, slope: Tensor, offset: Tensor) -> Entry:
     gone = (slope == 0) & (not site.gated)
     fates = torch.where(gone, int(Fate.DROP), int(Fate.LINEAR)).to(torch.int8)
     return Entry(site, fates, torch.where(gone, torch.ones_like(slope), slope), offset)
-
-
-def _place(site: Site) -> Place:
-    if site.activation is None:
-        raise MethodError(f"{site.name}: it has no activation")
-    return site.activation
-
-
-def _agreed(value: T) -> T:
-    """The main process's value, so that all take the same decision."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
-
-
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0 if not dist.is_initialized() else dist.get_rank() == 0
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
