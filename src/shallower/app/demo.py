@@ -187,7 +187,7 @@ def run(output: Path, *, seed: int = 0, quick: bool = False) -> str:
         )
         train(model, batches.train, task.loss, dense, label=f"{name}: training", cpu=True)
         target = Target.parse(contestant.target)
-        runs: tuple[MethodRun, ...] = (SqueezeRun(samples=256), LayerCollapseRun())
+        runs: tuple[MethodRun, ...] = (SqueezeRun(samples=768), LayerCollapseRun())
         for method, way in zip(runs, WAYS, strict=True):
             print(f"{name}: {way} to {target}", file=sys.stderr)
             started = time.perf_counter()
