@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from shallower.calibrating.collecting import collect_goals, collect_grams
 from shallower.calibrating.fisher import output_metrics
-from shallower.calibrating.grams import Gram, patches
+from shallower.calibrating.grams import Gram
+from shallower.calibrating.patches import patches
 from shallower.calibrating.residual import ResidualSums
 from shallower.errors import FitError, SiteError
 from shallower.finding.matching import find_sites
@@ -39,8 +40,8 @@ def test_gram_matrices_add_up() -> None:
     torch.manual_seed(0)
     z, y = torch.randn(50, 4), torch.randn(50, 3)
     parts, whole = Gram.of(z[:20], y[:20]) + Gram.of(z[20:], y[20:]), Gram.of(z, y)
-    for name in ("z", "y", "zz", "zy", "yy"):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+    for name in ("mean_z", "mean_y", "zz", "zy", "yy"):
+        torch.testing.assert_close(getattr(parts.centred(), name), getattr(whole.centred(), name))
     assert parts.count == 50
 
 
@@ -57,7 +58,7 @@ def test_what_the_consumers_read_and_give_is_seen() -> None:
     grams = collect_grams(model, None, list(sites), batches())
     x = torch.cat([b.reshape(-1, 6) for b in batches()])
     z = torch.relu(model.up[0](x)).detach().double()
-    torch.testing.assert_close(grams[sites[0].name].all.zz, z.T @ z, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grams[sites[0].name].all.centred(False).zz, z.T @ z / len(z), rtol=1e-5, atol=1e-5)
     assert grams[sites[0].name].held.count == 15
 
 
@@ -68,8 +69,8 @@ def test_padding_does_not_count() -> None:
     padded = [{"x": b, "attention_mask": mask} for b in batches()]
     cut = [b[:, :3] for b in batches()]
     torch.testing.assert_close(
-        collect_grams(model, None, [sites[0]], padded)[sites[0].name].all.zz,
-        collect_grams(model, None, [sites[0]], cut)[sites[0].name].all.zz,
+        collect_grams(model, None, [sites[0]], padded)[sites[0].name].all.centred(False).zz,
+        collect_grams(model, None, [sites[0]], cut)[sites[0].name].all.centred(False).zz,
     )
 
 
@@ -80,13 +81,13 @@ def test_compensation_makes_up_for_the_residual_stream() -> None:
     with torch.no_grad():
         small.down[0].weight.zero_()
     site = list(find_sites(dense, batches()[0]))[1]
-    target = collect_grams(dense, small, [site], batches(), compensation=1.0)[site.name].all.y
+    target = collect_grams(dense, small, [site], batches(), compensation=1.0)[site.name].all.centred().mean_y
     streams = []
     for model in (dense, small):
         x = torch.cat([b.reshape(-1, 6) for b in batches()])
         streams.append(x + model.down[0](torch.relu(model.up[0](x))))
     wanted = dense.down[1](torch.relu(dense.up[1](streams[0]))) + streams[0] - streams[1]
-    torch.testing.assert_close(target, wanted.detach().double().sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(target, wanted.detach().double().mean(0), rtol=1e-4, atol=1e-4)
 
 
 def test_passes_stop_after_the_last_site() -> None:
@@ -173,7 +174,7 @@ def test_metric_predicts_the_change_of_the_output() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Identity(), nn.Linear(4, 3)).double()
     data = [torch.randn(2000, 6, dtype=torch.float64) for _ in range(4)]
-    metric = output_metrics(model, ["0"], data)["0"]
+    metric = output_metrics(model, ["0"], data)["0"].zz
     weight = model[2].weight.detach()
     torch.testing.assert_close(metric, weight.T @ weight, rtol=0.1, atol=0.05)
 
@@ -182,7 +183,7 @@ def test_metric_of_logits_is_the_fisher_matrix() -> None:
     torch.manual_seed(0)
     model = nn.Linear(4, 3).double()
     data = [torch.randn(5000, 4, dtype=torch.float64)]
-    metric = output_metrics(model, [""], data, logits=True)[""]
+    metric = output_metrics(model, [""], data, logits=True)[""].zz
     p = model(data[0]).softmax(-1).detach()
     exact = torch.diag(p.mean(0)) - p.T @ p / len(p)
     torch.testing.assert_close(metric, exact, rtol=0.1, atol=0.02)
@@ -196,7 +197,7 @@ def test_goals_kept_from_one_pass_are_those_of_a_pass_for_each_site() -> None:
     for site in sites:
         there = collect_grams(dense, small, [site], batches(), goals=goals, compensation=1.0, with_rows=True)[site.name]
         here = collect_grams(dense, small, [site], batches(), compensation=1.0, with_rows=True)[site.name]
-        torch.testing.assert_close(there.all.zy, here.all.zy)
+        torch.testing.assert_close(there.all.centred().zy, here.all.centred().zy)
         torch.testing.assert_close(there.rows[0][0].y, here.rows[0][0].y)
 
 

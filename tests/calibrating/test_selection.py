@@ -8,9 +8,10 @@ from itertools import combinations
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from shallower.calibrating.selection import columns_of, eliminate, fit_error, ridge_fit, ridged, select
+from shallower.calibrating.selection import columns_of, eliminate, eliminate_rows, fit_error, ridge_fit, ridged
 from shallower.errors import FitError
 from tests.networks import seeds
 
@@ -61,15 +62,23 @@ def test_channels_with_several_columns_go_as_one(seed: int) -> None:
         assert found.error(k) == pytest.approx(min(errors) - base, rel=1e-6)
 
 
-@given(seed=seeds)
+@given(seed=seeds, taps=st.sampled_from([1, 3]))
 @settings(max_examples=20)
-def test_each_selection_adds_what_helps_most(seed: int) -> None:
-    zz, zy, _ = moments(7, 3, seed)
-    order = select(zz, zy, ridge=RIDGE, keep=4, block=3).tolist()
-    for k in range(4):
-        others = [j for j in range(7) if j not in order[:k]]
-        best = min(others, key=lambda j: ridge_error(zz, zy, torch.tensor([*order[:k], j])))
-        assert order[k] == best
+def test_elimination_from_rows_is_that_from_their_products(seed: int, taps: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(5, 12 * taps, generator=generator, dtype=torch.float64)
+    y = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    rows = eliminate_rows(z, y @ y.T, ridge=1e-2, keep=2, taps=taps)
+    products = eliminate(z.T @ z, z.T @ y, ridge=1e-2, keep=2, taps=taps)
+    torch.testing.assert_close(rows.errors, products.errors, rtol=1e-6, atol=1e-9 * float(products.errors[-1]))
+    assert torch.equal(rows.order, products.order)
+
+
+def test_a_weight_of_errors_is_taken_as_products() -> None:
+    zz, zy, _ = moments(8, 3, seed=2)
+    weight = torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64))
+    weighted = eliminate(zz, zy, ridge=1e-4, gain=lambda w: w @ weight @ w.T)
+    torch.testing.assert_close(weighted.errors, eliminate(zz, zy @ weight.sqrt(), ridge=1e-4).errors)
 
 
 def test_elimination_is_near_the_best_of_all_subsets() -> None:
@@ -129,3 +138,11 @@ def test_a_width_of_1536_takes_seconds() -> None:
     start = time.process_time()
     eliminate(zz, zy, ridge=1e-4, keep=768)
     assert time.process_time() - start < 20
+
+
+def test_ten_thousand_outputs_take_seconds() -> None:
+    zz, _, _ = moments(512, 1, seed=0, rows=1000)
+    zy = torch.randn(512, 10_240, dtype=torch.float64)
+    start = time.process_time()
+    eliminate(zz, zy, ridge=1e-4, keep=256)
+    assert time.process_time() - start < 10

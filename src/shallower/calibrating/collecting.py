@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from shallower.calibrating.grams import Gram, Rows, SiteGrams, flat, patches, thinned
+from shallower.calibrating.patches import flat, patches, thinned
+from shallower.calibrating.site_grams import HELD_OUT, Rows, SiteGrams
 from shallower.calibrating.walking import Walk, walked
 from shallower.calibrating.watching import Goal, Goals, Watch, calls
 from shallower.core.inputs import (
@@ -45,8 +46,6 @@ _POSITIONS = 1 << 17
 """Hidden values that are computed at a time."""
 """Values of a tensor by which it is compared with what it should be."""
 
-HELD_OUT = 4
-"""One row of so many is kept apart, to choose by."""
 """Of one batch: by site, one for each call."""
 
 
@@ -103,6 +102,7 @@ def collect_grams(
     walk: Walk | None = None,
     compensation: float = 0.0,
     with_inputs: bool = False,
+    with_joint: bool = False,
     with_rows: bool = False,
     inputs_of: InputsOf = default_inputs_of,
     mask_of: MaskOf | None = None,
@@ -121,6 +121,7 @@ def collect_grams(
         compensation: where a consumer's output is added to a residual stream, this part of the difference between the
             two models' streams is added to what the consumer should give.
         with_inputs: also of what the producer reads, where it reads the positions that the consumers read.
+        with_joint: also of both side by side, there.
         with_rows: also keep what the producers read and the consumers should give.
         inputs_of: picks the model's inputs out of a batch.
         mask_of: picks the mask out of a batch; by default a two-dimensional `attention_mask`.
@@ -132,7 +133,7 @@ def collect_grams(
     reiterable(batches)
     share = len(batches) if isinstance(batches, Sized) else 1
     device = model_device(dense)
-    sums: dict[str, tuple[Gram, Gram]] = {}
+    sums: dict[str, SiteGrams] = {}
     kept: dict[str, tuple[list[Rows], list[Rows]]] = {site.name: ([], []) for site in sites}
     parts = dict.fromkeys(kept, 0)
     positions = dict.fromkeys(kept, 0.0)
@@ -164,7 +165,7 @@ def collect_grams(
                     given = goals[index][site.name] if goals is not None else ()
                 wanted = rows.wanted(site, given, source, compensation)
                 units[site.name] = torch.cat(given[0].units)
-                sums[site.name] = rows.grams(site, source, wanted, with_inputs, sums.get(site.name))
+                sums[site.name] = rows.grams(site, source, wanted, with_inputs, with_joint, sums.get(site.name))
                 for part, held_out in rows.taken(site, source, wanted, parts[site.name]):
                     parts[site.name] += 1
                     positions[site.name] += 0 if held_out else part.positions
@@ -180,13 +181,10 @@ def collect_grams(
         )
     found = {}
     for site in sites:
-        fit, held = (gram.over_processes() for gram in sums.pop(site.name))
-        columns = site.width * site.consumers[0].taps
+        grams = sums.pop(site.name).over_processes()
         seen_at = summed_over_processes(positions[site.name])[0]
-        found[site.name] = replace(
-            SiteGrams.of(fit, held, columns), rows=kept[site.name], units=units[site.name], positions=seen_at
-        )
-        if not bool(fit.zz.isfinite().all() and held.zz.isfinite().all()):
+        found[site.name] = replace(grams, rows=kept[site.name], units=units[site.name], positions=seen_at)
+        if not (grams.fit.is_finite() and grams.held.is_finite()):
             raise FitError(
                 f"{site.name}: what its consumer `{site.consumers[0].name}` reads is not finite on the calibration "
                 "batches; does the model overflow, or do the batches hold NaN?"
@@ -227,30 +225,24 @@ class _Rows:
         source: Watch,
         wanted: Sequence[Tensor],
         with_inputs: bool,
-        total: tuple[Gram, Gram] | None,
-    ) -> tuple[Gram, Gram]:
-        """(fit, held) of the consumers' inputs and, where asked for, of the producer's beside them, with this batch.
-
-        The sums of `total` are added to in place.
-        """
+        with_joint: bool,
+        total: SiteGrams | None,
+    ) -> SiteGrams:
+        """The sums with this batch."""
         first = site.consumers[0]
         for i, ys in enumerate(wanted):
             z, y = source.inputs[first.name][i], flat(ys, first.kind == "conv2d")
             step = thinned(len(y) * self.share, site.width, first.taps)
-            parts = [patches(z, source.read_as[first.name], step)]
+            read = patches(z, source.read_as[first.name], step)
+            x = None
             if with_inputs and site.producer is not None and _read_alike(site):
-                parts.append(flat(source.inputs[site.producer.name][i], first.kind == "conv2d"))
+                x = flat(source.inputs[site.producer.name][i], first.kind == "conv2d")
             y = y[::step]
             if self.mask is not None and step == 1 and len(self.mask) == len(y):
-                parts, y = [part[self.mask] for part in parts], y[self.mask]
-            if total is None:
-                n = sum(part.shape[1] for part in parts)
-                total = (Gram.empty(n, y.shape[1], y.device), Gram.empty(n, y.shape[1], y.device))
-            cut = len(y) - len(y) // HELD_OUT
-            total = (
-                total[0].extended([part[:cut] for part in parts], y[:cut]),
-                total[1].extended([part[cut:] for part in parts], y[cut:]),
-            )
+                read, y = read[self.mask], y[self.mask]
+                x = None if x is None else x[self.mask]
+            seen = SiteGrams.of(read, x if with_inputs else None, y, joint=with_joint)
+            total = seen if total is None else total + seen
         assert total is not None
         return total
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from shallower.calibrating.grams import Centred, Gram
 from shallower.core.inputs import (
     InputsOf,
     MaskOf,
@@ -65,8 +66,8 @@ def output_metrics(
     output_of: OutputOf = default_output_of,
     logits: bool | None = None,
     seed: int = 0,
-) -> dict[str, Tensor]:
-    """For each layer, (d, d) float64: the mean over positions of g g^T, g the gradient at the layer's output.
+) -> dict[str, Centred]:
+    """For each layer second moments: `zz` (d, d) is the mean over positions of g g^T, g the gradient at its output.
 
     The gradients are of a random projection of the model's output, so that their second moment is, in expectation, the
     Gauss-Newton matrix of the squared error, or the Fisher matrix of the predicted distribution.
@@ -90,8 +91,7 @@ def output_metrics(
     reiterable(batches)
     device = model_device(model)
     generator = torch.Generator().manual_seed(seed)
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(names, 0.0)
+    sums: dict[str, Gram] = {}
     mask: Tensor | None = None
 
     def watch(name: str) -> Callable[..., Tensor]:
@@ -110,10 +110,7 @@ def output_metrics(
         g = gradient.reshape(-1, gradient.shape[-1])
         if mask is not None and len(mask) == len(g):
             g = g[mask]
-        g = g.double()
-        seen = g.T @ g
-        sums[name] = sums[name] + seen if name in sums else seen
-        counts[name] += len(g)
+        sums[name] = sums[name].seen(g) if name in sums else Gram.of(g)
 
     def one(batch: Any) -> None:
         nonlocal mask
@@ -141,15 +138,13 @@ def output_metrics(
         in_pieces(tqdm(batches, desc="measuring sensitivity", delay=5, leave=False), model, room, one)
     if not sums:
         raise FitError("no batches to calibrate on, or no layer that the output depends on")
-    for name, total in sums.items():
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-            count = torch.tensor([counts[name]], device=total.device)
-            torch.distributed.all_reduce(count)
-            counts[name] = float(count)
-        if not bool(total.isfinite().all()):
+    found = {}
+    for name in [name for name in names if name in sums]:
+        total = sums[name].over_processes()
+        if not total.is_finite():
             raise FitError(f"{name}: the gradients at its output are not finite on the calibration batches")
-    return {name: sums[name] / max(1.0, counts[name]) for name in names if name in sums}
+        found[name] = total.centred(intercept=False)
+    return found
 
 
 def _direction(output: Tensor, logits: bool, generator: torch.Generator) -> Tensor:

@@ -1,261 +1,388 @@
-"""Second moments of what a site reads and gives, added up over batches and processes."""
+"""Second moments that add up: all that least squares from z to y needs of the data.
+
+gram = Gram.of(z, y) + Gram.of(z2, y2)
+moments = gram.centred()
+weight = moments.fit(ridge=1e-4)            # y is about weight @ (z - mean_z) + mean_y
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
+from shallower.calibrating.selection import (
+    factor,
+    fit_error,
+    ridge_amount,
+    ridge_fit,
+)
+from shallower.core.algebra import wide
+from shallower.core.processes import gathered, several, summed
 from shallower.errors import FitError
-from shallower.sites import LinearMap, Site
 
 _ROWS = 1 << 10
+"""Rows that are converted to float64, or whose products are added up in float32, at a time."""
 
 _COLUMNS = 256
+"""Rows of a block of the triangle that is stored of a symmetric matrix."""
 
-_PER_COLUMN = 256
+_CPU = torch.device("cpu")
 
-_VALUES = 1 << 22
+Samples = tuple[Tensor, Tensor]
+"""(rows, n) and (rows, d)."""
+
+
+@dataclass(frozen=True)
+class _Products:
+    """Sums over positions.
+
+    Attributes:
+        count: positions.
+        z, y, yy: (n,), (d,) and (d,) float64, sums of z, y and y y.
+        zz: the upper triangle of the (n, n) sums of products, in blocks of rows, float64.
+        zy: (n, d) float64.
+    """
+
+    count: int
+    z: Tensor
+    y: Tensor
+    yy: Tensor
+    zz: tuple[Tensor, ...]
+    zy: Tensor
+
+    @classmethod
+    def zeros(cls, n: int, d: int, device: torch.device) -> _Products:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        triangle = [zeros(min(_COLUMNS, n - left), n - left) for left in range(0, n, _COLUMNS)]
+        return cls(0, zeros(n), zeros(d), zeros(d), tuple(triangle), zeros(n, d))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.z, self.y, self.yy, *self.zz, self.zy)
+
+    def mapped(self, count: int, tensors: Sequence[Tensor]) -> _Products:
+        """With these tensors in the place of `tensors`."""
+        z, y, yy, *zz, zy = tensors
+        return _Products(count, z, y, yy, tuple(zz), zy)
+
+    def cloned(self) -> _Products:
+        return self.mapped(self.count, [t.clone() for t in self.tensors])
+
+    def add(self, z: Tensor, y: Tensor, dtype: torch.dtype) -> None:
+        """Add the products of some rows in place."""
+        a, b = z.to(self.z.device, dtype), y.to(self.z.device, dtype)
+        self.z.add_(a.sum(0))
+        self.y.add_(b.sum(0))
+        self.yy.add_(b.square().sum(0))
+        for i, block in enumerate(self.zz):
+            left = i * _COLUMNS
+            _add_product(block, a[:, left : left + _COLUMNS].T, a[:, left:])
+        _add_product(self.zy, a.T, b)
+
+    def square(self) -> Tensor:
+        """The (n, n) matrix of which the triangle is stored."""
+        n = len(self.z)
+        full = self.z.new_empty(n, n)
+        for i, block in enumerate(self.zz):
+            left = i * _COLUMNS
+            full[left : left + _COLUMNS, left:] = block
+            full[left + _COLUMNS :, left : left + _COLUMNS] = block[:, _COLUMNS:].T
+        return full
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+def _triangle(full: Tensor) -> tuple[Tensor, ...]:
+    return tuple(full[left : left + _COLUMNS, left:].clone() for left in range(0, len(full), _COLUMNS))
 
 
 @dataclass(frozen=True)
 class Gram:
-    """Sums over positions of z, y and their products: all that least squares from z to y needs.
+    """Sums over positions of z, y and their products; a value, so that adding never changes what was there.
 
         total = Gram.of(z, y) + Gram.of(z2, y2)
+        total.count, total.columns, total.outputs
+
+    As long as there are fewer rows than z has columns the rows themselves are kept, which takes less memory than their
+    products and says the same. Of the symmetric products one triangle is kept.
 
     Attributes:
-        count: positions seen.
-        z, y: (n,) and (d,) float64, sums.
-        zz, zy: (n, n) and (n, d) float64, sums of products.
-        yy: (d,) float64, sums of squares.
+        columns, outputs: n and d.
+        quick: products of up to 1,024 rows are added up in float32: twice as fast, and right to about 1e-6.
+        device: where the sums are.
     """
 
-    count: float
-    z: Tensor
-    y: Tensor
-    zz: Tensor
-    zy: Tensor
-    yy: Tensor
+    columns: int
+    outputs: int
+    quick: bool = False
+    device: torch.device = _CPU
+    _products: _Products | None = None
+    _waiting: tuple[Samples, ...] = ()
 
     @classmethod
-    def of(cls, z: Tensor, y: Tensor, *, quick: bool = False) -> Gram:
-        """Of samples: z (positions, n) and y (positions, d), of any dtype.
+    def of(cls, z: Tensor, y: Tensor | None = None, *, quick: bool = False) -> Gram:
+        """The moments of z (positions, n) and y (positions, d), of any dtype; of z alone without y."""
+        y = z[:, :0] if y is None else y
+        return cls(z.shape[1], y.shape[1], quick, wide(z[:0]).device).seen(z, y)
 
-        With `quick`, products of up to 1,024 rows are added up in float32: twice as fast, and right to about 1e-6.
-        """
-        return cls.empty(z.shape[1], y.shape[1], z.device).extended([z], y, quick=quick)
+    @property
+    def count(self) -> int:
+        """Positions seen."""
+        before = 0 if self._products is None else self._products.count
+        return before + sum(len(z) for z, _ in self._waiting)
 
-    def extended(self, z: Sequence[Tensor], y: Tensor, *, quick: bool = False) -> Gram:
-        """With more samples, which are added to the sums of this one in place.
+    def seen(self, z: Tensor, y: Tensor | None = None) -> Gram:
+        """The moments of these samples too.
 
         Args:
-            z: side by side; (positions, n) together.
+            z: (positions, n).
             y: (positions, d).
-            quick: see `of`.
+
+        Raises:
+            FitError: the samples do not have n columns and d outputs.
         """
-        dtype = torch.float32 if quick else torch.float64
-        for start in range(0, len(y), _ROWS):
-            rows = slice(start, start + _ROWS)
-            parts, b = [part[rows].to(dtype) for part in z], y[rows].to(dtype)
-            a = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-            self.z.add_(a.sum(0))
-            self.y.add_(b.sum(0))
-            self.yy.add_(b.square().sum(0))
-            for left in range(0, a.shape[1], _COLUMNS):
-                # the blocks on and above the diagonal are enough
-                part = a[:, left : left + _COLUMNS].T
-                self._add(self.zz[left : left + _COLUMNS, left:], part, a[:, left:])
-                self._add(self.zy[left : left + _COLUMNS], part, b)
-        for left in range(_COLUMNS, a.shape[1] if len(y) else 0, _COLUMNS):
-            self.zz[left : left + _COLUMNS, :left] = self.zz[:left, left : left + _COLUMNS].T
-        return replace(self, count=self.count + len(y))
-
-    @staticmethod
-    def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
-        if left.dtype == total.dtype:
-            total.addmm_(left, right)
-        else:
-            total.add_(left @ right)
-
-    def part(self, columns: slice) -> Gram:
-        """Of some of the columns of z alone; the sums are views."""
-        return replace(self, z=self.z[columns], zz=self.zz[columns, columns], zy=self.zy[columns])
-
-    @classmethod
-    def empty(cls, n: int, d: int, device: torch.device | str = "cpu") -> Gram:
-        """Of nothing."""
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
-
-        return cls(0.0, zeros(n), zeros(d), zeros(n, n), zeros(n, d), zeros(d))
+        y = z[:, :0] if y is None else y
+        if z.shape != (len(y), self.columns) or y.shape[1] != self.outputs:
+            raise FitError(
+                f"samples of shapes {tuple(z.shape)} and {tuple(y.shape)} where {self.columns} columns and "
+                f"{self.outputs} outputs were seen before"
+            )
+        if not len(z):
+            return self
+        waiting = self._waiting_rows + len(z)
+        if waiting >= self.columns:
+            return replace(self, _waiting=(*self._waiting, (z.detach(), y.detach())))._folded()
+        # what waits is a copy: a slice would keep the whole tensor alive
+        return replace(self, _waiting=(*self._waiting, (z.detach().clone(), y.detach().clone())))
 
     def __add__(self, other: Gram) -> Gram:
-        """Of both samples together."""
-        if self.zy.shape != other.zy.shape:
+        """The moments of both samples together."""
+        if (self.columns, self.outputs) != (other.columns, other.outputs):
             raise FitError("Gram matrices of different sites do not add up")
-        return Gram(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        pair = [p for p in (self._products, other._products) if p is not None]
+        products = pair[0] if pair else None
+        if len(pair) == 2:
+            sums = [a + b for a, b in zip(pair[0].tensors, pair[1].tensors, strict=True)]
+            products = pair[0].mapped(pair[0].count + pair[1].count, sums)
+        both = replace(self, _products=products, _waiting=(*self._waiting, *other._waiting))
+        return both._folded() if both._waiting_rows >= self.columns else both
+
+    @property
+    def _waiting_rows(self) -> int:
+        return sum(len(z) for z, _ in self._waiting)
+
+    def _rows(self) -> Samples:
+        """All rows that wait, one below the other."""
+        if len(self._waiting) == 1:
+            return self._waiting[0]
+        z, y = zip(*self._waiting, strict=True)
+        return torch.cat(z), torch.cat(y)
+
+    def _folded(self) -> Gram:
+        """The same with no rows waiting."""
+        if not self._waiting:
+            return self
+        z, y = self._rows()
+        if self._products is None:
+            products = _Products.zeros(self.columns, self.outputs, self.device)
+        else:
+            products = self._products.cloned()
+        dtype = torch.float32 if self.quick else torch.float64
+        for start in range(0, len(z), _ROWS):
+            products.add(z[start : start + _ROWS], y[start : start + _ROWS], dtype)
+        return replace(self, _products=replace(products, count=products.count + len(z)), _waiting=())
+
+    def part(self, columns: slice | Tensor) -> Gram:
+        """The moments of some columns of z, and y."""
+        waiting = tuple((z[:, columns], y) for z, y in self._waiting)
+        products, n = self._products, len(torch.empty(self.columns, device=self.device)[columns])
+        if products is not None:
+            square = products.square()[columns][:, columns]
+            zz, zy = _triangle(square), products.zy[columns]
+            products = replace(products, z=products.z[columns], zz=zz, zy=zy)
+        return replace(self, columns=n, _products=products, _waiting=waiting)
+
+    def through(self, kept: Tensor, start: int, down: Tensor | None) -> Gram:
+        """The moments of [z_kept, D x] and y, where the columns are [z, x]; of z_kept alone without D.
+
+        Args:
+            kept: (k,) int64, columns of z.
+            start: how many columns z has.
+            down: D (rank, n - start).
+        """
+        if down is None:
+            return self.part(kept)
+
+        def seen(columns: Tensor) -> Tensor:
+            """The rows of a matrix with the columns' places in front, mapped alike."""
+            return torch.cat([columns[kept], (down.to(columns) @ columns[start:])])
+
+        waiting = tuple((seen(wide(z).T).T, y) for z, y in self._waiting)
+        products = self._products
+        if products is not None:
+            zz = seen(seen(products.square()).T)
+            products = replace(products, z=seen(products.z), zz=_triangle(zz), zy=seen(products.zy))
+        return replace(self, columns=len(kept) + len(down), _products=products, _waiting=waiting)
 
     def over_processes(self) -> Gram:
-        """Of the samples of all processes of `torch.distributed`; itself where there is one."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        """The moments of the samples of all processes; itself where there is one."""
+        if not several():
             return self
-        count = torch.tensor([self.count], dtype=torch.float64, device=self.z.device)
-        sums = [count, *(getattr(self, field.name).clone() for field in fields(self)[1:])]
-        for tensor in sums:
-            torch.distributed.all_reduce(tensor)
-        return Gram(float(sums[0]), *sums[1:])
+        # rows can be gathered where all processes have rows, and together fewer than columns
+        counts = gathered(self.columns if self._products is not None else self.count)
+        if sum(counts) < self.columns:
+            parts = gathered([(z.cpu(), y.cpu()) for z, y in self._waiting])
+            rows = [(z.to(self.device), y.to(self.device)) for part in parts for z, y in part]
+            return replace(self, _waiting=tuple(rows))
+        own = self._folded()._products or _Products.zeros(self.columns, self.outputs, self.device)
+        total = sum(gathered(own.count))
+        return replace(self, _products=own.mapped(total, [summed(t) for t in own.tensors]), _waiting=())
 
     def centred(self, intercept: bool = True) -> Centred:
         """Means and second moments; about the means where the fit has an intercept, about 0 where it has none.
 
         Raises:
-            FitError: nothing was seen, or something was not finite.
+            FitError: too little was seen, or something was not finite.
         """
-        if self.count < 2:
-            raise FitError(f"{self.count:.0f} positions were seen: too few calibration data to fit anything")
-        if not all(bool(t.isfinite().all()) for t in (self.z, self.y, self.zz, self.zy, self.yy)):
+        if self.count < (2 if intercept else 1):
+            raise FitError(f"only {self.count} positions were seen: too few calibration data to fit anything")
+        if not self.is_finite():
             raise FitError("a value is not finite: does the model overflow on the calibration batches?")
-        mean_z, mean_y = self.z / self.count, self.y / self.count
-        if not intercept:
-            mean_z, mean_y = torch.zeros_like(mean_z), torch.zeros_like(mean_y)
-        return Centred(
-            (self.zz / self.count).addr_(mean_z, mean_z, alpha=-1),
-            (self.zy / self.count).addr_(mean_z, mean_y, alpha=-1),
-            (self.yy / self.count - mean_y.square()).clamp_min(0),
-            mean_z,
-            mean_y,
-        )
+        if self._products is None and self.count < self.columns:
+            z, y = self._rows()
+            return _centred_rows(wide(z), wide(y), intercept)
+        products = self._folded()._products
+        assert products is not None
+        return _centred_products(products, intercept)
+
+    def is_finite(self) -> bool:
+        """Whether every value seen was finite, and every sum."""
+        summed_up = () if self._products is None else self._products.tensors
+        waiting = (t for samples in self._waiting for t in samples)
+        return all(bool(t.isfinite().all()) for t in (*summed_up, *waiting))
+
+
+def _centred_rows(z: Tensor, y: Tensor, intercept: bool) -> Centred:
+    mean_z, mean_y = z.mean(0), y.mean(0)
+    if not intercept:
+        mean_z, mean_y = torch.zeros_like(mean_z), torch.zeros_like(mean_y)
+    scale = len(z) ** -0.5
+    z, y = (z - mean_z).mul_(scale), (y - mean_y).mul_(scale)
+    return Centred(mean_z, mean_y, y.square().sum(0), rows=(z, y))
+
+
+def _centred_products(sums: _Products, intercept: bool) -> Centred:
+    mean_z, mean_y = sums.z / sums.count, sums.y / sums.count
+    if not intercept:
+        mean_z, mean_y = torch.zeros_like(mean_z), torch.zeros_like(mean_y)
+    # E[(z - m)(y - m)^T] = E[z y^T] - m m^T
+    zz = sums.square().div_(sums.count).addr_(mean_z, mean_z, alpha=-1)
+    zy = (sums.zy / sums.count).addr_(mean_z, mean_y, alpha=-1)
+    yy = (sums.yy / sums.count - mean_y.square()).clamp_min(0)
+    return Centred(mean_z, mean_y, yy, products=(zz, zy))
 
 
 @dataclass(frozen=True)
 class Centred:
     """Moments for a least-squares fit y = W (z - mean_z) + mean_y.
 
+    With fewer rows than columns the moments are kept as rows, Z (r, n) and Y (r, d) with zz = Z^T Z and zy = Z^T Y, and
+    what can be computed from these is: W = Y^T (Z Z^T + a)^-1 Z needs no (n, n) matrix.
+
     Attributes:
-        zz, zy: (n, n) and (n, d) float64.
-        yy: (d,) float64, of each output.
         mean_z, mean_y: (n,) and (d,); zero where the fit has no intercept.
+        yy: (d,) float64, second moment of each output.
+        products: zz (n, n) and zy (n, d), float64; None where there are rows.
+        rows: Z and Y; None where there are products.
     """
 
-    zz: Tensor
-    zy: Tensor
-    yy: Tensor
     mean_z: Tensor
     mean_y: Tensor
+    yy: Tensor
+    products: tuple[Tensor, Tensor] | None = None
+    rows: Samples | None = None
 
+    @cached_property
+    def zz(self) -> Tensor:
+        """(n, n) second moments of z; made from the rows and kept, where there are rows."""
+        if self.products is not None:
+            return self.products[0]
+        z, _ = self._factors
+        return z.T @ z
 
-@dataclass(frozen=True)
-class Rows:
-    """What a site reads and should give.
-
-    Attributes:
-        x: (rows, d_in), or (images, d_in, height, width) where the maps are convolutions.
-        y: (rows, d) or (images, d, height, width), the consumers' outputs side by side.
-    """
-
-    x: Tensor
-    y: Tensor
-
-    def chunks(self, width: int) -> Iterator[Rows]:
-        """The rows, so many at a time as a hidden tensor of this width allows."""
-        each = max(1, self.x[0].numel() // self.x.shape[1]) * width
-        for x, y in zip(*(torch.split(t, max(1, _VALUES // each)) for t in (self.x, self.y)), strict=True):
-            yield Rows(x, y)
-
-    @property
-    def positions(self) -> int:
-        """Outputs that count."""
-        return self.y.numel() // self.y.shape[1]
-
-
-@dataclass(frozen=True)
-class SiteGrams:
-    """What was seen at one site; rows for fitting and rows that are held out.
-
-    Attributes:
-        fit, held: from what the consumers read (patches of it, for a convolution) to what they should give.
-        inputs: (fit, held) from what the producer reads, for a full collapse; None where that was not asked for, or
-            where it reads other positions.
-        joint: (fit, held) from what the consumers and what the producer read, side by side; `fit`, `held` and `inputs`
-            are parts of it. None where `inputs` is.
-        rows: (fit, held), what the producer reads and the consumers should give at some of the positions; empty where
-            that was not asked for. Of this process alone.
-        units: (d,) what a unit of each of the consumers' outputs becomes in the sum that it goes into; ones where it
-            goes into none.
-        positions: of the rows for fitting, kept or not; of all processes together.
-    """
-
-    fit: Gram
-    held: Gram
-    inputs: tuple[Gram, Gram] | None = None
-    joint: tuple[Gram, Gram] | None = None
-    rows: tuple[Sequence[Rows], Sequence[Rows]] = ((), ())
-    units: Tensor | None = None
-    positions: float = 0.0
-
-    @classmethod
-    def of(cls, fit: Gram, held: Gram, columns: int) -> SiteGrams:
-        """Of Gram matrices that go on, behind so many columns, with what the producer reads."""
-        if len(fit.z) == columns:
-            return cls(fit, held)
-        read, given = slice(0, columns), slice(columns, None)
-        return cls(fit.part(read), held.part(read), (fit.part(given), held.part(given)), (fit, held))
+    @cached_property
+    def zy(self) -> Tensor:
+        """(n, d) cross moments of z and y; made from the rows and kept, where there are rows."""
+        if self.products is not None:
+            return self.products[1]
+        z, y = self._factors
+        return z.T @ y
 
     @property
-    def all(self) -> Gram:
-        """All rows."""
-        return self.fit + self.held
+    def _factors(self) -> Samples:
+        assert self.rows is not None
+        return self.rows
+
+    @property
+    def squares(self) -> Tensor:
+        """(n,) the diagonal of zz."""
+        return self.zz.diagonal() if self.rows is None else self.rows[0].square().sum(0)
+
+    def fit(self, ridge: float) -> Tensor:
+        """The linear map W (d, n) with which W (z - mean_z) + mean_y predicts y best.
+
+        Args:
+            ridge: added to the diagonal of zz, relative to its mean.
+
+        Raises:
+            FitError: the moments are not positive definite, even with the ridge.
+
+        Reference: Saunders, Gammerman and Vovk, Ridge regression learning algorithm in dual variables, 1998, for the
+        form that needs the products of rows only.
+        """
+        if self.rows is None:
+            return ridge_fit(self.zz, self.zy, ridge)
+        z, _ = self.rows
+        return self._dual(ridge).T @ z
+
+    def _dual(self, ridge: float) -> Tensor:
+        """(r, d) (Z Z^T + a)^-1 Y."""
+        z, y = self._factors
+        inner = z @ z.T
+        inner.diagonal().add_(ridge_amount(self.squares, ridge))
+        return torch.cholesky_solve(y, factor(inner))
+
+    def error(self, weight: Tensor, diagonal: Tensor) -> float:
+        """The mean squared error of a map W (d, n) on these moments, each output weighted by `diagonal` (d,)."""
+        if self.rows is not None:
+            z, y = self.rows
+            return float(((y - z @ weight.T).square().sum(0) * diagonal).sum())
+        scale = diagonal.sqrt()
+        yy = float((self.yy * diagonal).sum())
+        return fit_error(self.zz, self.zy * scale, yy, scale[:, None] * weight)
 
 
-def may_collapse(site: Site) -> bool:
-    """Whether least squares can make one linear map of the site."""
-    if any(m.kind == "conv2d" for m in site.maps):
-        return False
-    return not site.not_linear and site.producer is not None and site.activation is not None and site.calls == 1
+def ridge_error(fit: Centred, held: Centred, ridge: float, diagonal: Tensor) -> float:
+    """The mean squared error on `held` of the ridge fit to `fit`, each output weighted by `diagonal` (d,).
 
+    Where both are rows the fitted map is never formed.
 
-def patches(z: Tensor, m: LinearMap, step: int = 1) -> Tensor:
-    """What each output position of a map reads: (positions, d_in * taps), the taps of a channel beside one another.
-
-    Args:
-        z: in the map's own layout.
-        m: the map.
-        step: of so many positions one is taken.
+    Raises:
+        FitError: the moments are not positive definite, even with the ridge.
     """
-    if m.kind != "conv2d":
-        return flat(z, False)[::step]
-    if m.taps == 1 and m.padding == (0, 0):
-        return flat(z[:, :, :: m.stride[0], :: m.stride[1]], True)[::step]
-    found, seen = [], 0
-    for images in torch.split(z, max(1, _VALUES // max(1, z[0].numel() * m.taps))):
-        columns = F.unfold(images, m.kernel, dilation=m.dilation, padding=m.padding, stride=m.stride)
-        each = columns.shape[2]
-        taken = torch.arange(-seen % step, len(images) * each, step, device=z.device)
-        found.append(columns.transpose(1, 2)[taken // each, taken % each])
-        seen += len(images) * each
-    return torch.cat(found)
-
-
-def unusual_padding(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """How a convolution pads its input where a `LinearMap` does not say it: not with zeros, or not evenly."""
-    if not isinstance(module, nn.Conv2d) or (module.padding_mode == "zeros" and module.padding != "same"):
-        return None
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return lambda x: F.pad(x, module._reversed_padding_repeated_twice, mode)
-
-
-def thinned(positions: int, channels: int, taps: int) -> int:
-    """Every how many-th position is enough: all tokens, but of a convolution neighbours tell nearly the same."""
-    return max(1, positions // (_PER_COLUMN * channels * taps)) if taps > 1 else 1
-
-
-def flat(t: Tensor, channels_first: bool) -> Tensor:
-    """(positions, channels)."""
-    if channels_first:
-        t = t.movedim(1, -1)
-    return t.reshape(-1, t.shape[-1])
+    if fit.rows is None or held.rows is None:
+        return held.error(fit.fit(ridge), diagonal)
+    z, y = held.rows
+    predicted = (z @ fit.rows[0].T) @ fit._dual(ridge)
+    return float(((y - predicted).square().sum(0) * diagonal).sum())

@@ -5,19 +5,32 @@
     weight = ridge_fit(zz[kept][:, kept], zy[kept], ridge=1e-4)
 
 Pure functions of tensors. Column subset selection: of the n channels of z, keep k such that least squares from them
-predicts y best. Backward elimination takes away what is missed least, one channel after another; forward selection
-adds what helps most. Both are the same walk of Schur complements, one on the inverse of the Gram matrix, the other on
-the matrix itself. A channel may own several columns (the taps of a convolution).
+predicts y best. Backward elimination removes what is missed least, one channel after another, by Schur complements of
+the inverse of the Gram matrix. A channel may own several columns (the taps of a convolution).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shallower.errors import FitError
+
+_NOT_FINITE = "the second moments are not finite: does the model overflow on the calibration batches?"
+_ILL_CONDITIONED = "the second moments are not positive definite; use a larger ridge or more calibration data"
+
+_BLOCK = 64
+"""Columns that are removed before the pending updates are done."""
+
+_COMPACT = 0.75
+"""Removed channels are cut out of the matrices when fewer than this part are left."""
+
+
+Removed = tuple[Tensor, Tensor]
+"""(m,) int64, channels in the order in which they go; (m,) by how much the error grows with each."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +66,28 @@ class Elimination:
         return float(self.errors[self.channels - k])
 
 
-def eliminate(zz: Tensor, zy: Tensor, *, ridge: float, keep: int = 1, taps: int = 1, block: int = 64) -> Elimination:
+def _squared(w: Tensor) -> Tensor:
+    return w @ w.T
+
+
+def eliminate(
+    zz: Tensor,
+    zy: Tensor,
+    *,
+    ridge: float,
+    keep: int = 1,
+    taps: int = 1,
+    block: int = _BLOCK,
+    gain: Callable[[Tensor], Tensor] = _squared,
+) -> Elimination:
     """Backward elimination: remove, again and again, the channel without which y is predicted hardly worse.
 
         eliminate(zz, zy, ridge=1e-4).kept(n // 2)
 
     Without channel j the squared error of the fit grows by |W_j|^2 / P_jj, where P is the inverse of zz + ridge and W =
-    P zy the fit that is left. Each removal costs a rank-one update of P and W; they are gathered and done `block` at a
-    time as matrix products, so that a step reads W once.
+    P zy the fit that is left. Only the products S = W W^T of its rows are needed, so that many outputs cost no more
+    than few. Each removal is a rank-one update of P and a rank-two update of S; they are gathered and done `block` at a
+    time as matrix products.
 
     Args:
         zz: (n * taps, n * taps) second moments of z, the columns of one channel beside one another.
@@ -69,6 +96,7 @@ def eliminate(zz: Tensor, zy: Tensor, *, ridge: float, keep: int = 1, taps: int 
         keep: where to stop.
         taps: columns that one channel owns.
         block: removals that are gathered.
+        gain: the products W M W^T of the rows of W (n * taps, d), with a weight M of errors; by default without one.
 
     Raises:
         FitError: the moments are not finite, not positive semi-definite, or of shapes that do not fit.
@@ -77,30 +105,37 @@ def eliminate(zz: Tensor, zy: Tensor, *, ridge: float, keep: int = 1, taps: int 
     the least-squares problem of one layer, where it is exact.
     """
     n = _channels(zz, zy, keep, taps)
-    inverse = torch.cholesky_inverse(_factor(ridged(zz.double(), ridge)))
-    order, scores = _walk(inverse, inverse @ zy.double(), n - keep, taps, block, largest=False)
-    return Elimination(order, torch.cat([scores.new_zeros(1), scores.cumsum(0)]), n)
+    inverse = torch.cholesky_inverse(factor(ridged(zz.double(), ridge)))
+    # to multiply W and not zy keeps what is small of it: P would enlarge rounding errors of zy zy^T by its square
+    return _elimination(_walk(inverse, gain(inverse @ zy.double()), n - keep, taps, block), n)
 
 
-def select(zz: Tensor, zy: Tensor, *, ridge: float, keep: int, taps: int = 1, block: int = 64) -> Tensor:
-    """Forward selection: add, again and again, the channel with which y is predicted best.
+def eliminate_rows(z: Tensor, yy: Tensor, *, ridge: float, keep: int = 1, taps: int = 1) -> Elimination:
+    """The same elimination from a few rows, without any matrix of (channels, channels).
 
-    Cheaper than `eliminate` where few channels stay, and usually a little worse.
+        eliminate_rows(z, y @ y.T, ridge=1e-4).kept(n // 2)
+
+    With K = z z^T + ridge and Q = z^T K^-1 z, P is (1 - Q) / ridge and W is z^T K^-1 y: only K^-1 and the diagonal
+    blocks of Q and W W^T are kept, and each removal is a rank-one update of these. They are made anew from the columns
+    that are left every so often, so that rounding does not add up.
 
     Args:
-        zz, zy, ridge, keep, taps, block: see `eliminate`.
-
-    Returns:
-        (keep,) int64, in the order in which they were added.
+        z: (rows, n * taps), scaled so that z^T z are the second moments.
+        yy: (rows, rows) products y M y^T of the rows' outputs, with the weight M of errors.
+        ridge, keep, taps: see `eliminate`.
 
     Raises:
-        FitError: the moments are not finite or of shapes that do not fit.
+        FitError: the rows are not finite, or of shapes that do not fit.
 
-    Reference: Chen, Billings and Luo, Orthogonal least squares methods and their application to non-linear system
-    identification, 1989.
+    Reference: as for `eliminate`; the inverse by Sherman, Morrison and Woodbury's formula.
     """
-    _channels(zz, zy, keep, taps)
-    return _walk(ridged(zz.double(), ridge), zy.double().clone(), keep, taps, block, largest=True)[0]
+    if yy.shape != (len(z), len(z)) or z.shape[1] % taps:
+        raise FitError(f"rows of shape {tuple(z.shape)} and products of shape {tuple(yy.shape)} with {taps} taps")
+    _check_finite(z, yy)
+    n = _checked(z.shape[1] // taps, keep)
+    z = z.double().clone()
+    amount = ridge_amount(z.square().sum(0), ridge)
+    return _elimination(_walk_rows(z, yy.double(), amount, n - keep, taps), n)
 
 
 def ridge_fit(zz: Tensor, zy: Tensor, ridge: float) -> Tensor:
@@ -114,9 +149,8 @@ def ridge_fit(zz: Tensor, zy: Tensor, ridge: float) -> Tensor:
     Raises:
         FitError: the moments are not finite, or not positive semi-definite.
     """
-    if not bool(zz.isfinite().all()) or not bool(zy.isfinite().all()):
-        raise FitError("the second moments are not finite")
-    return torch.cholesky_solve(zy.double(), _factor(ridged(zz.double(), ridge))).T
+    _check_finite(zz, zy)
+    return torch.cholesky_solve(zy.double(), factor(ridged(zz.double(), ridge))).T
 
 
 def fit_error(zz: Tensor, zy: Tensor, yy: float, weight: Tensor) -> float:
@@ -137,10 +171,27 @@ def columns_of(channels: Tensor, taps: int) -> Tensor:
 
 def ridged(zz: Tensor, ridge: float) -> Tensor:
     """zz with `ridge` times its mean diagonal added to the diagonal; of an all-zero matrix, the identity."""
-    mean = zz.diagonal().mean()
-    amount = torch.where(mean > 0, ridge * mean, torch.ones_like(mean))
     found = zz.clone()
-    found.diagonal().add_(amount)
+    found.diagonal().add_(ridge_amount(zz.diagonal(), ridge))
+    return found
+
+
+def ridge_amount(diagonal: Tensor, ridge: float) -> Tensor:
+    """`ridge` times the mean of a diagonal; 1 where that is 0."""
+    mean = diagonal.mean()
+    return torch.where(mean > 0, ridge * mean, torch.ones_like(mean))
+
+
+def factor(matrix: Tensor) -> Tensor:
+    """The Cholesky factor L, lower triangular with L L^T = matrix.
+
+    Raises:
+        FitError: the matrix is not positive definite.
+    """
+    found: Tensor
+    found, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        raise FitError(_ILL_CONDITIONED)
     return found
 
 
@@ -148,70 +199,147 @@ def _channels(zz: Tensor, zy: Tensor, keep: int, taps: int) -> int:
     columns = len(zz)
     if zz.shape != (columns, columns) or zy.dim() != 2 or len(zy) != columns or columns % taps:
         raise FitError(f"moments of shapes {tuple(zz.shape)} and {tuple(zy.shape)} with {taps} columns a channel")
-    if not 0 <= keep <= columns // taps:
-        raise FitError(f"{keep} of {columns // taps} channels cannot stay")
-    if not bool(zz.isfinite().all()) or not bool(zy.isfinite().all()):
-        raise FitError("the second moments are not finite")
-    return columns // taps
+    _check_finite(zz, zy)
+    return _checked(columns // taps, keep)
 
 
-def _factor(matrix: Tensor) -> Tensor:
-    factor: Tensor
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) != 0:
-        raise FitError("the second moments are not positive definite; use a larger ridge or more calibration data")
-    return factor
+def _check_finite(*given: Tensor) -> None:
+    if not all(bool(t.isfinite().all()) for t in given):
+        raise FitError(_NOT_FINITE)
 
 
-def _walk(q: Tensor, b: Tensor, steps: int, taps: int, block: int, *, largest: bool) -> tuple[Tensor, Tensor]:
-    """Pivot `steps` channels out of q and b, each time the one with the smallest or largest b_g^T q_gg^-1 b_g.
+def _checked(channels: int, keep: int) -> int:
+    if not 0 <= keep <= channels:
+        raise FitError(f"{keep} of {channels} channels cannot stay")
+    return channels
 
-    A pivot g leaves q - q_g q_gg^-1 q_g^T and b - q_g q_gg^-1 b_g. Pending updates are kept as u u^T and u v^T with
-    q_gg = L L^T, u = q_g L^-T, v = b_g^T L^-T; only the diagonal blocks, of q and of b b^T, are always up to date.
+
+def _walk(p: Tensor, s: Tensor, steps: int, taps: int, block: int) -> Removed:
+    """Remove `steps` channels, each time the one with the least trace of P_gg^-1 S_gg.
 
     Args:
-        q: (n * taps, n * taps), overwritten.
-        b: (n * taps, d), overwritten.
-
-    Returns:
-        The pivots, (steps,), and their scores when they were taken.
+        p: (n * taps, n * taps), the inverse of the ridged second moments; overwritten.
+        s: (n * taps, n * taps), the products of rows of W; overwritten.
     """
-    n, columns = len(q) // taps, len(q)
-    width = max(1, block // taps) * taps
-    u, v = q.new_zeros(columns, width), q.new_zeros(b.shape[1], width)
-    diagonal, squares = _blocks(q, taps), _squares(b, taps)
-    free = torch.ones(n, dtype=torch.bool, device=q.device)
-    floor = torch.finfo(q.dtype).tiny
-    worst = -torch.inf if largest else torch.inf
-    order, scores, pending = [], [], 0
-    for _ in range(steps):
-        score = _scores(squares, diagonal, floor).masked_fill(~free, worst)
-        g = score.argmax() if largest else score.argmin()
+    left = torch.arange(len(p) // taps, device=p.device)
+    free = torch.ones_like(left, dtype=torch.bool)
+    found: list[Removed] = []
+    while steps:
+        count = min(max(1, block // taps), steps)
+        (gone, costs), u, k = _round(p, s, free, count, taps)
+        found.append((left[gone], costs))
+        steps -= count
+        free[gone] = False
+        p.addmm_(u, u.T, alpha=-1)
+        s.addmm_(u, k.T, alpha=-1).addmm_(k, u.T, alpha=-1)
+        if steps and free.sum() < _COMPACT * len(free):
+            columns = columns_of(free.nonzero().flatten(), taps)
+            p, s = p[columns][:, columns], s[columns][:, columns]
+            left, free = left[free], free[free]
+    return _joined(found, p)
+
+
+def _round(p: Tensor, s: Tensor, free: Tensor, count: int, taps: int) -> tuple[Removed, Tensor, Tensor]:
+    """Some removals, p and s as they were; afterwards p - U U^T and s - U K^T - K U^T take their places.
+
+    Without channel g, with P_gg = L L^T, P loses u u^T where u = P_g L^-T, and W loses u v^T where v = W_g^T L^-T, so
+    that S = W W^T loses u k^T + k u^T where k = S_g L^-T - u (L^-1 S_gg L^-T) / 2. Only the diagonal blocks of both are
+    always up to date.
+    """
+    n = len(free)
+    u, k = p.new_zeros(len(p), count * taps), p.new_zeros(len(p), count * taps)
+    diagonal, squares, free = _blocks(p, taps), _blocks(s, taps), free.clone()
+    order, costs = [], []
+    for done in range(0, count * taps, taps):
+        score = _scores(squares, diagonal).masked_fill(~free, torch.inf)
+        g = score.argmin()
         order.append(g)
-        scores.append(score[g])
+        costs.append(score[g])
         free[g] = False
-        rows = g * taps + torch.arange(taps, device=q.device)
-        done = slice(0, pending)
-        q_g = q[rows].T - u[:, done] @ u[rows, done].T
-        b_g = b[rows] - u[rows, done] @ v[:, done].T
-        root = _root(diagonal[g], floor)
-        u_g = torch.linalg.solve_triangular(root, q_g.T, upper=False).T
-        v_g = torch.linalg.solve_triangular(root, b_g, upper=False).T
-        b_v = (b @ v_g - u[:, done] @ (v[:, done].T @ v_g)).view(n, taps, taps)
-        by_channel = u_g.reshape(n, taps, taps)
-        cross = b_v @ by_channel.mT
-        squares = squares - cross - cross.mT + by_channel @ (v_g.T @ v_g) @ by_channel.mT
-        diagonal = diagonal - by_channel @ by_channel.mT
-        u[:, pending : pending + taps], v[:, pending : pending + taps] = u_g, v_g
-        pending += taps
-        if pending == width:
-            q.addmm_(u, u.T, alpha=-1)
-            b.addmm_(u, v.T, alpha=-1)
-            pending = 0
-            diagonal, squares = _blocks(q, taps), _squares(b, taps)
-    if not order:
-        return torch.zeros(0, dtype=torch.int64, device=q.device), q.new_zeros(0)
-    return torch.stack(order), torch.stack(scores).clamp_min(0)
+        rows = columns_of(g[None], taps)
+        earlier, now = slice(0, done), slice(done, done + taps)
+        u_rows, k_rows = u[rows, earlier].T, k[rows, earlier].T
+        p_g = p[rows].T - u[:, earlier] @ u_rows
+        s_g = s[rows].T - u[:, earlier] @ k_rows - k[:, earlier] @ u_rows
+        root = _root(diagonal[g])
+        u_g = torch.linalg.solve_triangular(root, p_g.T, upper=False).T
+        c = torch.linalg.solve_triangular(root, s_g.T, upper=False).T
+        k_g = c - u_g @ torch.linalg.solve_triangular(root, c[rows], upper=False) / 2
+        u[:, now], k[:, now] = u_g, k_g
+        u_g, k_g = u_g.reshape(n, taps, taps), k_g.reshape(n, taps, taps)
+        cross = _products(u_g, k_g)
+        diagonal = diagonal - _products(u_g, u_g)
+        squares = squares - cross - cross.mT
+    return (torch.stack(order), torch.stack(costs)), u, k
+
+
+def _walk_rows(z: Tensor, yy: Tensor, amount: Tensor, steps: int, taps: int) -> Removed:
+    """The same removals from rows.
+
+    Args:
+        z: (rows, n * taps); the columns of removed channels become 0.
+        yy: (rows, rows), the products of the rows' outputs.
+        amount: what the ridge adds.
+    """
+    free = torch.ones(z.shape[1] // taps, dtype=torch.bool, device=z.device)
+    found: list[Removed] = []
+    while steps:
+        count = min(max(1, _BLOCK // taps), steps)
+        gone, costs = _round_of_rows(z, yy, amount, free, count, taps)
+        found.append((gone, costs))
+        steps -= count
+        free[gone] = False
+        z[:, columns_of(gone, taps)] = 0
+    return _joined(found, z)
+
+
+def _round_of_rows(z: Tensor, yy: Tensor, amount: Tensor, free: Tensor, count: int, taps: int) -> Removed:
+    """Some removals: with M = (1 - Q_gg)^-1, channel g adds Q_jg M Q_gj to Q_jj, and Q_jg M W_g to W_j.
+
+    Q_jg = z_j^T K^-1 z_g and W_j W_g^T = z_j^T K^-1 yy K^-1 z_g, so that one product with z a removal is all.
+    """
+    n, free = len(free), free.clone()
+    inner = z @ z.T
+    inner.diagonal().add_(amount)
+    inverse = torch.cholesky_inverse(factor(inner))
+    by_channel = z.T.reshape(n, taps, -1)
+    solved = (inverse @ z).T.reshape(n, taps, -1)
+    q = _products(by_channel, solved)
+    squares = _products(solved, (yy @ inverse @ z).T.reshape(n, taps, -1))
+    one = torch.eye(taps, dtype=z.dtype, device=z.device)
+    order, costs = [], []
+    for _ in range(count):
+        score = _scores(squares, (one - q) / amount).masked_fill(~free, torch.inf)
+        g = score.argmin()
+        order.append(g)
+        costs.append(score[g])
+        free[g] = False
+        a = inverse @ z[:, columns_of(g[None], taps)]
+        both = (z.T @ torch.cat([a, inverse @ (yy @ a)], 1)).view(n, taps, 2 * taps)
+        beside, cross = both[..., :taps], both[..., taps:]
+        m = torch.linalg.inv(one - q[g])
+        times = _times(beside, m)
+        grown = _products(times, cross)
+        squares = squares + grown + grown.mT + _products(_times(times, squares[g]), times)
+        q = q + _products(times, beside)
+        inverse = inverse + a @ m @ a.T
+    return torch.stack(order), torch.stack(costs)
+
+
+def _times(blocks: Tensor, matrix: Tensor) -> Tensor:
+    """Each block times a small matrix; see `_products`."""
+    return blocks * matrix if len(matrix) == 1 else blocks @ matrix
+
+
+def _joined(found: list[Removed], like: Tensor) -> Removed:
+    if not found:
+        return torch.zeros(0, dtype=torch.int64, device=like.device), like.new_zeros(0)
+    return torch.cat([order for order, _ in found]), torch.cat([costs for _, costs in found])
+
+
+def _elimination(removed: Removed, channels: int) -> Elimination:
+    order, costs = removed
+    return Elimination(order, torch.cat([costs.new_zeros(1), costs.clamp_min(0).cumsum(0)]), channels)
 
 
 def _blocks(q: Tensor, taps: int) -> Tensor:
@@ -223,30 +351,25 @@ def _blocks(q: Tensor, taps: int) -> Tensor:
     return q.view(n, taps, n, taps)[each, :, each, :].clone()
 
 
-def _squares(b: Tensor, taps: int) -> Tensor:
-    """(n, taps, taps) products b_g b_g^T."""
-    by_channel = b.view(len(b) // taps, taps, -1)
-    return by_channel @ by_channel.mT
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of each block; of single rows without matrix products, since many small ones take longer."""
+    return (a * b).sum(-1, keepdim=True) if a.shape[1] == 1 else a @ b.mT
 
 
-def _scores(squares: Tensor, diagonal: Tensor, floor: float) -> Tensor:
+def _scores(squares: Tensor, diagonal: Tensor) -> Tensor:
     """(n,) traces of diagonal^-1 squares."""
     if squares.shape[-1] == 1:
-        return (squares / diagonal.clamp_min(floor)).flatten().clamp_min(0)
+        return (squares / diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny)).flatten().clamp_min(0)
     factors, info = torch.linalg.cholesky_ex(diagonal)
     solved = torch.cholesky_solve(squares, torch.where(info.view(-1, 1, 1) == 0, factors, _identity_like(factors)))
     return solved.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)
 
 
-def _root(matrix: Tensor, floor: float) -> Tensor:
+def _root(matrix: Tensor) -> Tensor:
     """Lower triangular L with L L^T = matrix, a block on the diagonal."""
     if len(matrix) == 1:
-        return matrix.clamp_min(floor).sqrt()
-    factor: Tensor
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) != 0:
-        raise FitError("the second moments are too ill-conditioned; use a larger ridge or more calibration data")
-    return factor
+        return matrix.clamp_min(torch.finfo(matrix.dtype).tiny).sqrt()
+    return factor(matrix)
 
 
 def _identity_like(factors: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shallower.calibrating.grams import flat, unusual_padding
+from shallower.calibrating.patches import flat, unusual_padding
 from shallower.calibrating.residual import ResidualSums
 from shallower.core.inputs import Stopped, call, tensors
 from shallower.errors import SiteError

@@ -11,7 +11,7 @@ from torch import Tensor
 from shallower.calibrating.grams import Gram
 from shallower.calibrating.selection import eliminate, fit_error, ridge_fit
 from shallower.errors import FitError
-from shallower.methods.squeezing.linear_paths import eliminate_beyond, path, path_gains, seen_through
+from shallower.methods.squeezing.linear_paths import eliminate_beyond, path, path_gains
 from tests.networks import seeds
 
 RIDGE = 1e-12
@@ -98,7 +98,7 @@ def test_a_partly_linear_output_is_split_into_its_parts() -> None:
     kept = beyond.kept(4)
     assert (k, rank, kept.tolist()) == (4, 2, [10, 11, 12, 13])
     down = path(moments, 24, kept, 2, root, ridge=RIDGE)
-    seen = seen_through(joint, 24, kept, down).centred()
+    seen = joint.through(kept, 24, down).centred()
     weight = ridge_fit(seen.zz, seen.zy, RIDGE)
     assert fit_error(seen.zz, seen.zy, float(seen.yy.sum()), weight) < 1e-8 * float(seen.yy.sum())
 
@@ -123,10 +123,10 @@ def test_a_split_costs_no_more_and_promises_no_more_error(width: int, price: flo
 def test_the_gram_matrix_seen_through_a_path_is_that_of_its_columns() -> None:
     z, x, y, _ = samples(3)
     kept, down = torch.tensor([1, 4, 7]), torch.randn(2, D_IN, dtype=torch.float64)
-    found = seen_through(Gram.of(torch.cat([z, x], 1), y), N, kept, down)
+    found = Gram.of(torch.cat([z, x], 1), y).through(kept, N, down)
     wanted = Gram.of(torch.cat([z[:, kept], x @ down.T], 1), y)
-    for name in ("z", "y", "zz", "zy", "yy"):
-        torch.testing.assert_close(getattr(found, name), getattr(wanted, name))
+    for name in ("mean_z", "mean_y", "zz", "zy", "yy"):
+        torch.testing.assert_close(getattr(found.centred(), name), getattr(wanted.centred(), name))
     assert found.count == wanted.count
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shallower.calibrating.grams import Rows
+from shallower.calibrating.site_grams import Rows
 from shallower.finding.matching import find_sites
 from shallower.methods.squeezing.reconstruction import Layers, Reconstruction, reconstruct
 from shallower.planning.entries import Entry, Fit

@@ -5,7 +5,7 @@
     k, rank, error = gains.best(width)                  # together they cost what `width` kept channels cost
     kept = elimination.kept(k)
     down = path(moments, n, kept, rank, root, ridge=1e-4)
-    gram = seen_through(gram, n, kept, down)            # of [z_kept, D x] and y: what the consumers are fitted to
+    gram = gram.through(kept, n, down)                  # of [z_kept, D x] and y: what the consumers are fitted to
 
 Pure functions of second moments of [z, x] and y: z is what a site's consumers read, x what its producer reads, y
 what the consumers should give. A channel of the path costs what a kept channel costs (less where a gate is a layer of
@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shallower.calibrating.grams import Centred, Gram
-from shallower.calibrating.selection import Elimination, eliminate, ridged
+from shallower.calibrating.grams import Centred
+from shallower.calibrating.selection import Elimination, eliminate, factor, ridged
 from shallower.errors import FitError
 
 _DENSE = 16
@@ -101,7 +101,7 @@ def eliminate_beyond(moments: Centred, channels: int, root: Tensor, *, ridge: fl
     """
     zz, cross, xx = _blocks(moments, channels, torch.arange(channels, device=root.device), ridge)
     told = torch.cat([cross.T, moments.zy[channels:] @ root], 1)
-    left = torch.linalg.solve_triangular(_factor(xx), told, upper=False)
+    left = torch.linalg.solve_triangular(factor(xx), told, upper=False)
     known = left[:, :channels].T @ left
     # the ridge is in already; a little more keeps what rounding leaves positive
     return eliminate(zz - known[:, :channels], moments.zy[:channels] @ root - known[:, channels:], ridge=_TINY, keep=0)
@@ -132,7 +132,7 @@ def path_gains(
     d_in = len(moments.zz) - n
     zz, cross, xx = _blocks(moments, n, order, ridge)
     xy, zy = moments.zy[n:] @ root, moments.zy[:n][order] @ root
-    left = torch.linalg.solve_triangular(_factor(zz), torch.cat([cross, zy], 1), upper=False)
+    left = torch.linalg.solve_triangular(factor(zz), torch.cat([cross, zy], 1), upper=False)
     widths = _widths(n)
     told = left[:, d_in:].square().sum(1)
     errors = torch.cat([told, told.new_zeros(1)]).flip(0).cumsum(0).flip(0)
@@ -145,7 +145,7 @@ def path_gains(
         if k == n:  # there is no error, and whatever the path tells is beyond it
             shares.append(shares[-1])
             break
-        beyond = torch.linalg.solve_triangular(_factor(xx - known[:, :d_in]), xy - known[:, d_in:], upper=False)
+        beyond = torch.linalg.solve_triangular(factor(xx - known[:, :d_in]), xy - known[:, d_in:], upper=False)
         small = beyond.T @ beyond if beyond.shape[0] > beyond.shape[1] else beyond @ beyond.T
         each = torch.linalg.eigvalsh(small).flip(0).clamp_min(0)
         gains = torch.cat([each.new_zeros(1), each.cumsum(0)])
@@ -173,42 +173,18 @@ def path(moments: Centred, channels: int, kept: Tensor, rank: int, root: Tensor,
     xy, zy = moments.zy[channels:] @ root, moments.zy[:channels][kept] @ root
     if not 1 <= rank <= min(xy.shape):
         raise FitError(f"no linear path from {len(xy)} inputs to {xy.shape[1]} outputs has the rank {rank}")
-    left = torch.linalg.solve_triangular(_factor(zz), torch.cat([cross, zy], 1), upper=False)
+    left = torch.linalg.solve_triangular(factor(zz), torch.cat([cross, zy], 1), upper=False)
     known = left[:, : len(xx)].T @ left
-    factor = _factor(xx - known[:, : len(xx)])
-    told = torch.linalg.solve_triangular(factor, xy - known[:, len(xx) :], upper=False)
+    left_of_x = factor(xx - known[:, : len(xx)])
+    told = torch.linalg.solve_triangular(left_of_x, xy - known[:, len(xx) :], upper=False)
     leading = torch.linalg.svd(told, full_matrices=False)[0][:, :rank]
-    down = torch.linalg.solve_triangular(factor.T, leading, upper=True).T
+    down = torch.linalg.solve_triangular(left_of_x.T, leading, upper=True).T
     inside = moments.zz[channels:, channels:]
     varies = ((down @ inside) * down).sum(1)
     wanted = moments.zz[:channels, :channels].diagonal().mean()
     tiny = torch.finfo(torch.float64).tiny
     down = down * (wanted.clamp_min(tiny) / varies.clamp_min(tiny)).sqrt()[:, None]
     return down if bool(down.isfinite().all()) else torch.zeros_like(down)
-
-
-def seen_through(gram: Gram, channels: int, kept: Tensor, down: Tensor | None) -> Gram:
-    """The Gram matrix of [z_kept, D x] and y, from that of [z, x] and y; of z_kept alone where `down` is None.
-
-    Args:
-        gram: of columns [z, x].
-        channels: n, how many of them are z's.
-        kept: (k,) int64, columns of z.
-        down: (rank, d_in).
-    """
-    z, zz, zy = gram.z[kept], gram.zz[kept][:, kept], gram.zy[kept]
-    if down is None:
-        return Gram(gram.count, z, gram.y, zz, zy, gram.yy)
-    cross = gram.zz[kept][:, channels:] @ down.T
-    inside = down @ gram.zz[channels:, channels:] @ down.T
-    return Gram(
-        gram.count,
-        torch.cat([z, down @ gram.z[channels:]]),
-        gram.y,
-        torch.cat([torch.cat([zz, cross], 1), torch.cat([cross.T, inside], 1)]),
-        torch.cat([zy, down @ gram.zy[channels:]]),
-        gram.yy,
-    )
 
 
 def _widths(n: int) -> Tensor:
@@ -225,11 +201,3 @@ def _blocks(moments: Centred, channels: int, kept: Tensor, ridge: float) -> tupl
     """Second moments of the kept columns of z, of these with x, and of x; the first and the last with their ridge."""
     zz, xx = moments.zz[:channels, :channels], moments.zz[channels:, channels:]
     return ridged(zz, ridge)[kept][:, kept], moments.zz[kept][:, channels:], ridged(xx, ridge)
-
-
-def _factor(matrix: Tensor) -> Tensor:
-    factor: Tensor
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) != 0:
-        raise FitError("the second moments are not positive definite; use a larger ridge or more calibration data")
-    return factor

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shallower.calibrating.grams import Gram, Rows, flat, patches, thinned, unusual_padding
-from shallower.calibrating.selection import ridge_fit
+from shallower.calibrating.grams import Centred, Gram
+from shallower.calibrating.patches import flat, patches, thinned, unusual_padding
+from shallower.calibrating.site_grams import Rows
 from shallower.core.algebra import norm_as_affine
 from shallower.errors import FitError
 from shallower.modules import attachment
@@ -283,7 +284,7 @@ def reconstruct(
         layers: to begin with.
         rows: to fit.
         held: to choose by: the step at which their error is least is taken.
-        root: (d, d), the square root of the weight of errors.
+        root: (d, d), R with R R^T the weight of errors.
         ridge: of the consumers' least squares.
         intercept: whether the consumers have one.
         steps, iterations: at most.
@@ -324,20 +325,20 @@ def _solved(layers: Layers, rows: Sequence[Rows], ridge: float, intercept: bool)
             seen = Gram.of(z[::step], y[::step], quick=True)
             total = seen if total is None else total + seen
     if total is None:
-        total = Gram.empty(width * consumer.taps, 1)
+        total = Gram(width * consumer.taps, 1)
     moments = total.over_processes().centred(intercept)
-    weight = _ridge_fit(moments.zz, moments.zy, ridge)
+    weight = _ridge_fit(moments, ridge)
     return weight.float(), (moments.mean_y - weight @ moments.mean_z).float()
 
 
-def _ridge_fit(zz: Tensor, zy: Tensor, ridge: float) -> Tensor:
-    """`selection.ridge_fit`, with a larger ridge where these moments, of thinned float32 rows, need one."""
+def _ridge_fit(moments: Centred, ridge: float) -> Tensor:
+    """The fit with a larger ridge where these moments, of thinned float32 rows, need one."""
     for factor in (1.0, 10.0, 100.0):
         try:
-            return ridge_fit(zz, zy, factor * ridge)
+            return moments.fit(factor * ridge)
         except FitError:
             continue
-    return ridge_fit(zz, zy, max(1e-2, 1000.0 * ridge))
+    return moments.fit(max(1e-2, 1000.0 * ridge))
 
 
 def _error(layers: Layers, rows: Sequence[Rows], weight: Tensor, bias: Tensor, root: Tensor) -> float:
@@ -365,7 +366,7 @@ def _step(
     iterations: int,
 ) -> Deltas:
     """One damped Gauss-Newton step for the producers."""
-    consumer = _kernel(root @ weight, layers.consumer)
+    consumer = _kernel(root.T @ weight, layers.consumer)
     seen = []
     slopes = dict.fromkeys(layers.producers, torch.zeros(()))
     inputs: Tensor | float = 0.0

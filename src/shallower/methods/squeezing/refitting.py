@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from shallower.calibrating.grams import Centred, Gram, SiteGrams, may_collapse
-from shallower.calibrating.selection import Elimination, columns_of, eliminate, fit_error, ridge_fit
+from shallower.calibrating.grams import Centred, Gram, ridge_error
+from shallower.calibrating.metrics import Metric
+from shallower.calibrating.selection import Elimination, columns_of
+from shallower.calibrating.site_grams import SiteGrams, may_collapse
 from shallower.errors import FitError
-from shallower.methods.squeezing.linear_paths import PathGains, eliminate_beyond, path, path_gains, seen_through
+from shallower.methods.squeezing.linear_paths import PathGains, eliminate_beyond, path, path_gains
 from shallower.methods.squeezing.reconstruction import Layers, Reconstruction, over_processes, reconstruct
 from shallower.planning.entries import Entry, Fate, Fit
 from shallower.sites import Site
@@ -38,23 +40,21 @@ _EQUATIONS = 16
 better, and held-out data like them, then takes other data farther from the dense network."""
 
 
-def metric_of(site: Site, metrics: Mapping[str, Tensor], grams: SiteGrams) -> Tensor:
-    """(d, d) float64, positive definite: the weight of errors at the consumers' outputs, one beside the other.
+def metric_of(site: Site, metrics: Mapping[str, Centred], grams: SiteGrams) -> Metric:
+    """The weight of errors at the consumers' outputs, one beside the other.
 
     What the model's output makes of them (see `fisher.py`), and to a part their size in the residual stream.
     """
     found = [metrics[m.name] for m in site.consumers if m.name in metrics]
-    d = len(grams.fit.yy)
-    units = torch.ones(d) if grams.units is None else grams.units
-    plain = torch.diag(units.to(grams.fit.yy).square())
-    plain += _LEAST * plain.diagonal().mean().clamp_min(_LEAST) * torch.eye(d).to(plain)
-    if len(found) < len(site.consumers) or all(bool((t == 0).all()) for t in found):
+    units = torch.ones(grams.fit.outputs) if grams.units is None else grams.units
+    plain = units.to(grams.fit.device, torch.float64).square()
+    plain = plain + _LEAST * plain.mean().clamp_min(_LEAST)
+    if len(found) < len(site.consumers) or not any(bool(block.squares.any()) for block in found):
         moments = _moments(site, grams)
-        scale = 1.0 / (moments.yy * plain.diagonal()).sum().clamp_min(torch.finfo(torch.float64).tiny)
-        return scale * plain
-    metric: Tensor = torch.block_diag(*found)  # type: ignore[no-untyped-call]
+        return Metric(plain / (moments.yy * plain).sum().clamp_min(torch.finfo(torch.float64).tiny))
     damping = _DAMPING_OF_IMAGES if site.consumers[0].taps > 1 else _DAMPING
-    return metric + damping * metric.diagonal().mean() / plain.diagonal().mean() * plain
+    size = torch.cat([block.squares for block in found]).mean()
+    return Metric(damping * size / plain.mean() * plain, tuple(found))
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,16 @@ class _Choice:
     error: float
 
     @classmethod
-    def of(cls, site: Site, grams: SiteGrams, metric: Tensor, kept: Tensor, down: Tensor | None = None) -> _Choice:
+    def of(cls, site: Site, grams: SiteGrams, metric: Metric, kept: Tensor, down: Tensor | None = None) -> _Choice:
         """With the ridge that held-out rows choose."""
         pair = (grams.fit, grams.held) if grams.joint is None or down is None else grams.joint
-        columns, n = columns_of(kept, site.consumers[0].taps), len(grams.fit.z)
-        seen = (seen_through(pair[0], n, columns, down), seen_through(pair[1], n, columns, down))
+        columns, n = columns_of(kept, site.consumers[0].taps), grams.fit.columns
+        seen = (pair[0].through(columns, n, down), pair[1].through(columns, n, down))
         return cls(kept, down, seen, *_best_ridge(site, seen, metric))
 
 
 def narrowed(
-    site: Site, grams: SiteGrams, metric: Tensor, width: int, small: nn.Module | None = None, *, paths: int = 0
+    site: Site, grams: SiteGrams, metric: Metric, width: int, small: nn.Module | None = None, *, paths: int = 0
 ) -> Entry:
     """Keep this many channels, and fit the consumers to them; with `small`, the producers too where that helps.
 
@@ -105,25 +105,24 @@ def narrowed(
     """
     moments = _moments(site, grams)
     taps = site.consumers[0].taps
-    root = _root(metric)
-    kept = eliminate(moments.zz, moments.zy @ root, ridge=_SELECTION_RIDGE, keep=width, taps=taps).kept(width)
+    kept = metric.elimination(moments, ridge=_SELECTION_RIDGE, keep=width, taps=taps).kept(width)
     choices = [_Choice.of(site, grams, metric, kept)]
     if paths and (other := _with_path(site, grams, metric, width, paths)) is not None:
         choices.append(other)
-    found = [None if small is None else _reconstructed(small, site, grams, choice, root) for choice in choices]
+    found = [None if small is None else _reconstructed(small, site, grams, choice, metric) for choice in choices]
     errors = [c.error if f is None else c.error * f.after / f.before for c, f in zip(choices, found, strict=True)]
     best = errors.index(min(errors))
     fit = _fit(site, choices[best], found[best])
     return Entry.narrow(site, choices[best].kept.cpu(), fit=fit, note=_note(errors[best]))
 
 
-def collapsed(site: Site, grams: SiteGrams, metric: Tensor) -> Entry:
+def collapsed(site: Site, grams: SiteGrams, metric: Metric) -> Entry:
     """One linear map from what the producer reads to what the consumers should give."""
     if grams.inputs is None:
         raise FitError("a full collapse needs Gram matrices of what the producer reads")
     ridge, error = _best_ridge(site, grams.inputs, metric)
     moments = (grams.inputs[0] + grams.inputs[1]).centred(_intercept(site))
-    weight = ridge_fit(moments.zz, moments.zy, ridge)
+    weight = moments.fit(ridge)
     weights, biases = _by_consumer(site, weight, moments.mean_y - weight @ moments.mean_z, 0)
     n = site.width
     return Entry(
@@ -136,13 +135,12 @@ def collapsed(site: Site, grams: SiteGrams, metric: Tensor) -> Entry:
     )
 
 
-def error_curve(site: Site, grams: SiteGrams, metric: Tensor, *, paths: int = 0) -> dict[int, float]:
+def error_curve(site: Site, grams: SiteGrams, metric: Metric, *, paths: int = 0) -> dict[int, float]:
     """The error at every width, in units of `metric`; at width 0, of a full collapse, where `grams` has the inputs.
 
     With `paths` (see `narrowed`), at each width the error of the best split into channels and a linear path.
     """
-    moments, root = _moments(site, grams), _root(metric)
-    elimination = eliminate(moments.zz, moments.zy @ root, ridge=_SELECTION_RIDGE, keep=0, taps=site.consumers[0].taps)
+    elimination = metric.elimination(_moments(site, grams), ridge=_SELECTION_RIDGE, keep=0, taps=site.consumers[0].taps)
     whole = elimination.error(0)
     errors = [elimination.error(k) for k in range(site.width + 1)]
     if paths and (found := _paths(site, grams, metric)) is not None:
@@ -178,13 +176,6 @@ def _moments(site: Site, grams: SiteGrams) -> Centred:
         raise FitError(f"{site.name}: {error}") from error
 
 
-def _root(metric: Tensor) -> Tensor:
-    """Its symmetric square root."""
-    values, vectors = torch.linalg.eigh(metric)
-    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    return root
-
-
 def may_have_path(site: Site) -> bool:
     """Whether a linear path can stand beside kept channels: every map is a matrix, and all see the same positions."""
     if site.not_linear or site.producer is None or site.activation is None or site.kind == "heads":
@@ -204,7 +195,7 @@ def price_of_path(site: Site) -> float:
     return max(weights, params)
 
 
-def _with_path(site: Site, grams: SiteGrams, metric: Tensor, width: int, paths: int) -> _Choice | None:
+def _with_path(site: Site, grams: SiteGrams, metric: Metric, width: int, paths: int) -> _Choice | None:
     """The best of some splits into channels and a path by held-out error; None where no rank takes error away.
 
     The rank that is best by all rows, and the best that is at most half of it, since a path fits more numbers than the
@@ -214,7 +205,7 @@ def _with_path(site: Site, grams: SiteGrams, metric: Tensor, width: int, paths: 
     if found is None or grams.joint is None:
         return None
     elimination, gains = found
-    n, root, intercept = elimination.channels, _root(metric), _intercept(site)
+    n, root, intercept = elimination.channels, metric.root, _intercept(site)
     best: _Choice | None = None
     most = len(root)
     for _ in range(_TRIALS):
@@ -229,15 +220,15 @@ def _with_path(site: Site, grams: SiteGrams, metric: Tensor, width: int, paths: 
         return None
     whole = (grams.joint[0] + grams.joint[1]).centred(intercept)
     down = path(whole, n, best.kept, len(best.down), root, ridge=_SELECTION_RIDGE)
-    seen = tuple(seen_through(part, n, best.kept, down) for part in grams.joint)
+    seen = tuple(part.through(best.kept, n, down) for part in grams.joint)
     return replace(best, down=down, seen=(seen[0], seen[1]))
 
 
-def _paths(site: Site, grams: SiteGrams, metric: Tensor) -> tuple[Elimination, PathGains] | None:
+def _paths(site: Site, grams: SiteGrams, metric: Metric) -> tuple[Elimination, PathGains] | None:
     """Which channels stay beside a path, and what a path does then; None where there can be none."""
     if grams.joint is None or not may_have_path(site):
         return None
-    moments, root = (grams.joint[0] + grams.joint[1]).centred(_intercept(site)), _root(metric)
+    moments, root = (grams.joint[0] + grams.joint[1]).centred(_intercept(site)), metric.root
     elimination = eliminate_beyond(moments, site.width, root, ridge=_SELECTION_RIDGE)
     return elimination, path_gains(moments, elimination, root, ridge=_SELECTION_RIDGE, price=price_of_path(site))
 
@@ -251,17 +242,17 @@ def enough_for_producers(site: Site, kept: int, positions: float) -> bool:
 
 
 def _reconstructed(
-    small: nn.Module, site: Site, grams: SiteGrams, choice: _Choice, root: Tensor
+    small: nn.Module, site: Site, grams: SiteGrams, choice: _Choice, metric: Metric
 ) -> Reconstruction | None:
     """The site with its producers fitted too; None where that cannot be done, is not to be trusted or does not help."""
     fit, held = grams.rows
     layers = Layers.of(small, site, choice.kept, choice.down) if fit and held else None
     if layers is None:
         return None
-    positions = over_processes(torch.tensor(float(sum(rows.positions for rows in fit)), device=root.device))
+    positions = over_processes(torch.tensor(float(sum(rows.positions for rows in fit)), device=grams.fit.device))
     if not enough_for_producers(site, len(choice.kept), float(positions)):
         return None
-    found = reconstruct(layers, fit, held, root, ridge=choice.ridge, intercept=_intercept(site))
+    found = reconstruct(layers, fit, held, metric.root, ridge=choice.ridge, intercept=_intercept(site))
     return found if found.after < found.before else None
 
 
@@ -269,7 +260,7 @@ def _fit(site: Site, choice: _Choice, found: Reconstruction | None) -> Fit:
     """Consumers fitted to what a choice lets them read; or what was found with the producers fitted too."""
     if found is None:
         read = (choice.seen[0] + choice.seen[1]).centred(_intercept(site))
-        weight = ridge_fit(read.zz, read.zy, choice.ridge)
+        weight = read.fit(choice.ridge)
         bias = read.mean_y - weight @ read.mean_z
     else:
         weight, bias = found.weight, found.bias
@@ -287,21 +278,19 @@ def _note(error: float) -> str:
     return f"held-out error {error:.2%}" if error < float("inf") else ""
 
 
-def _best_ridge(site: Site, pair: tuple[Gram, Gram], metric: Tensor) -> tuple[float, float]:
+def _best_ridge(site: Site, pair: tuple[Gram, Gram], metric: Metric) -> tuple[float, float]:
     """The ridge with the least error on held-out rows, and that error as a part of the variance there."""
     intercept = _intercept(site)
     if pair[0].count < 2 or pair[1].count < 2:
         return RIDGES[-1], float("inf")
     fit, held = pair[0].centred(intercept), pair[1].centred(intercept)
-    scale = metric.diagonal().sqrt()
-    yy = float((held.yy * scale.square()).sum())
+    yy = float((held.yy * metric.diagonal).sum())
     best = (RIDGES[-1], float("inf"))
     for ridge in RIDGES:
         try:
-            weight = ridge_fit(fit.zz, fit.zy, ridge)
+            error = ridge_error(fit, held, ridge, metric.diagonal)
         except FitError:
             continue
-        error = fit_error(held.zz, held.zy * scale, yy, scale[:, None] * weight)
         if error < best[1]:
             best = (ridge, error)
     return best[0], best[1] / yy if yy > 0 else 0.0

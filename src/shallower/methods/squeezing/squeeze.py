@@ -19,7 +19,7 @@ from torch import nn
 
 from shallower import __version__
 from shallower.calibrating.fisher import OutputOf, default_output_of
-from shallower.calibrating.grams import may_collapse
+from shallower.calibrating.site_grams import may_collapse
 from shallower.core.inputs import (
     Inputs,
     InputsOf,

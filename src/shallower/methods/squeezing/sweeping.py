@@ -14,12 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from shallower.calibrating.collecting import collect_goals, collect_grams, samples_in
 from shallower.calibrating.fisher import OutputOf, default_output_of, output_metrics
-from shallower.calibrating.grams import SiteGrams
+from shallower.calibrating.grams import Centred
+from shallower.calibrating.site_grams import SiteGrams
 from shallower.calibrating.walking import Walk
 from shallower.calibrating.watching import Goals
 from shallower.core.inputs import (
@@ -109,7 +110,7 @@ class Calibration:
         """How many there are."""
         return sum(samples_in(self.inputs_of(batch)) for batch in self.batches)
 
-    def metrics(self, model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
+    def metrics(self, model: nn.Module, sites: Iterable[Site]) -> dict[str, Centred]:
         """What a change at each consumer's output does to the model's output; empty without sensitivity."""
         if not self.sensitivity:
             return {}
@@ -176,6 +177,7 @@ class Calibration:
             walk=walk,
             compensation=0.0 if small is None else self.compensation,
             with_inputs=with_inputs,
+            with_joint=with_inputs and self.paths > 0,
             with_rows=with_rows,
             inputs_of=self.inputs_of,
             mask_of=self.mask_of,
@@ -205,7 +207,7 @@ class Sweep:
     calibration: Calibration
     progress: Progress | None = None
     walking: bool = True
-    _metrics: dict[str, Tensor] | None = None
+    _metrics: dict[str, Centred] | None = None
     _errors: dict[str, dict[int, float]] | None = None
     _positions: dict[str, float] = field(default_factory=dict)
     _drafts: dict[str, list[Entry]] = field(default_factory=dict)
@@ -309,7 +311,7 @@ class Sweep:
         return Walk.along(self.dense, small, sites if self.walking else (), batches, self.calibration.inputs_of)
 
     @property
-    def metrics(self) -> dict[str, Tensor]:
+    def metrics(self) -> dict[str, Centred]:
         """What the model's output makes of a change at each consumer's output."""
         if self._metrics is None:
             self._metrics = self.calibration.metrics(self.dense, self.sites)

@@ -1,0 +1,115 @@
+"""What was seen at one site: Gram matrices of what its consumers read and should give, and rows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from shallower.calibrating.grams import Gram
+from shallower.sites import Site
+
+_VALUES = 1 << 22
+"""Hidden values that are computed at a time."""
+
+HELD_OUT = 4
+"""One row in four is held out."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a site reads and should give.
+
+    Attributes:
+        x: (rows, d_in), or (images, d_in, height, width) where the maps are convolutions.
+        y: (rows, d) or (images, d, height, width), the consumers' outputs side by side.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    def chunks(self, width: int) -> Iterator[Rows]:
+        """The rows, so many at a time as a hidden tensor of this width allows."""
+        each = max(1, self.x[0].numel() // self.x.shape[1]) * width
+        for x, y in zip(*(torch.split(t, max(1, _VALUES // each)) for t in (self.x, self.y)), strict=True):
+            yield Rows(x, y)
+
+    @property
+    def positions(self) -> int:
+        """Outputs that count."""
+        return self.y.numel() // self.y.shape[1]
+
+
+@dataclass(frozen=True)
+class SiteGrams:
+    """What was seen at one site; rows for fitting and rows that are held out.
+
+    Attributes:
+        fit, held: from what the consumers read (patches of it, for a convolution) to what they should give.
+        inputs: (fit, held) from what the producer reads, for a full collapse; None where that was not asked for, or
+            where it reads other positions.
+        joint: (fit, held) from what the consumers and what the producer read, side by side; None where that was not
+            asked for or `inputs` is None.
+        rows: (fit, held), what the producer reads and the consumers should give at some of the positions; empty where
+            that was not asked for. Of this process alone.
+        units: (d,) what a unit of each of the consumers' outputs becomes in the sum that it goes into; ones where it
+            goes into none.
+        positions: of the rows for fitting, kept or not; of all processes together.
+    """
+
+    fit: Gram
+    held: Gram
+    inputs: tuple[Gram, Gram] | None = None
+    joint: tuple[Gram, Gram] | None = None
+    rows: tuple[Sequence[Rows], Sequence[Rows]] = ((), ())
+    units: Tensor | None = None
+    positions: float = 0.0
+
+    @classmethod
+    def of(cls, z: Tensor, x: Tensor | None, y: Tensor, *, joint: bool = False) -> SiteGrams:
+        """Of rows of one batch, of which the last ones are held out: z, x and y at the same positions."""
+        cut = len(y) - len(y) // HELD_OUT
+
+        def pair(read: Tensor) -> tuple[Gram, Gram]:
+            return Gram.of(read[:cut], y[:cut]), Gram.of(read[cut:], y[cut:])
+
+        fit, held = pair(z)
+        if x is None:
+            return cls(fit, held)
+        return cls(fit, held, pair(x), pair(torch.cat([z, x.to(z.dtype)], 1)) if joint else None)
+
+    @property
+    def grams(self) -> Iterator[tuple[str, tuple[Gram, Gram]]]:
+        """The pairs that there are, by name."""
+        yield "", (self.fit, self.held)
+        if self.inputs is not None:
+            yield "inputs", self.inputs
+        if self.joint is not None:
+            yield "joint", self.joint
+
+    def __add__(self, other: SiteGrams) -> SiteGrams:
+        """The sums of both."""
+        others = dict(other.grams)
+        return self._with({name: (a + others[name][0], b + others[name][1]) for name, (a, b) in self.grams})
+
+    def over_processes(self) -> SiteGrams:
+        """The sums of all processes."""
+        return self._with({name: (a.over_processes(), b.over_processes()) for name, (a, b) in self.grams})
+
+    def _with(self, grams: Mapping[str, tuple[Gram, Gram]]) -> SiteGrams:
+        fit, held = grams[""]
+        return replace(self, fit=fit, held=held, inputs=grams.get("inputs"), joint=grams.get("joint"))
+
+    @property
+    def all(self) -> Gram:
+        """All rows."""
+        return self.fit + self.held
+
+
+def may_collapse(site: Site) -> bool:
+    """Whether least squares can make one linear map of the site."""
+    if any(m.kind == "conv2d" for m in site.maps):
+        return False
+    return not site.not_linear and site.producer is not None and site.activation is not None and site.calls == 1
