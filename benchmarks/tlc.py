@@ -52,9 +52,10 @@ from benchmarks import sst2
 from benchmarks.images import Images, cifar10, cropped_and_flipped
 from benchmarks.record import markdown, required, stage, write_json
 from benchmarks.squeeze import RESNET_MEAN, RESNET_STD, ResNet, remembered
+from shallower.core.files import read_state, write_state
 from shallower.core.inputs import call, tensors
-from shallower.core.state_file import read_state, write_state
 from shallower.core.text import amount
+from shallower.errors import TrainingError
 from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import count_macs, count_params
 from shallower.measuring.timing import Ratio, times_in_turn
@@ -418,7 +419,7 @@ def keeper(method: TillLayersCollapse, folder: Path, per_round: int) -> Callable
             "losses": done.history.losses,
             "seconds": done.history.seconds,
         }
-        write_state(folder / f"{len(done.removed) // per_round}.safetensors", state)
+        write_state(folder / f"{len(done.removed) // per_round}.safetensors", state, error=TrainingError)
 
     return keep
 
@@ -441,7 +442,9 @@ def by_slopes(work: Work, model: nn.Module, teacher: nn.Module, sites: Sites, bu
     one = [torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
     gone = [name for name, a in method.slopes().items() if float(a) == 1]
     write_state(
-        folder / f"{budget.rounds}.safetensors", {"model": detached_state(model), "lines": dict.fromkeys(gone, one)}
+        folder / f"{budget.rounds}.safetensors",
+        {"model": detached_state(model), "lines": dict.fromkeys(gone, one)},
+        error=TrainingError,
     )
 
 
@@ -598,7 +601,7 @@ def one_shot(subject: Subject, order: Sequence[str], count: int) -> tuple[nn.Mod
 
 def after_round(subject: Subject, state: Path) -> tuple[nn.Module, Plan]:
     """The network after a round of retraining, and the plan that says which of its activations are gone."""
-    kept = read_state(state)
+    kept = read_state(state, error=TrainingError)
     model = subject.fresh
     model.load_state_dict(kept["model"])
     model.eval()
@@ -634,7 +637,7 @@ def point(subject: Subject, model: nn.Module, plan: Plan, path: Path, finish: Fi
         "macs": count_macs(small, subject.example),
     }
     chosen.save(path.with_suffix(".plan"))
-    write_state(path.with_suffix(".safetensors"), {"model": dict(model.state_dict())})
+    write_state(path.with_suffix(".safetensors"), {"model": dict(model.state_dict())}, error=TrainingError)
     if finish is not None:
         finish(small, path.with_suffix(".finished.safetensors"))
         row["finished"] = subject.score(small)
@@ -693,10 +696,10 @@ def against_itself(subject: Subject, path: Path) -> dict[str, Any]:
 def kept(subject: Subject, path: Path) -> tuple[nn.Module, nn.Module]:
     """The network that a point was made from, and the merged one, as `point` kept them."""
     model = subject.fresh
-    model.load_state_dict(read_state(path.with_suffix(".safetensors"))["model"])
+    model.load_state_dict(read_state(path.with_suffix(".safetensors"), error=TrainingError)["model"])
     small = apply(model.eval(), Plan.load(path.with_suffix(".plan")), subject.example)
     if path.with_suffix(".finished.safetensors").exists():
-        small.load_state_dict(read_state(path.with_suffix(".finished.safetensors"))["model"])
+        small.load_state_dict(read_state(path.with_suffix(".finished.safetensors"), error=TrainingError)["model"])
     return model, small.eval()
 
 
@@ -830,7 +833,9 @@ def mobile_rounds(work: Work, folder: Path, blocks: Sequence[str]) -> None:
             label=f"{block}",
         )
         lines = {name: [method.activations[name].slope, method.activations[name].offset] for name in method.linear}
-        write_state(folder / f"{number}.safetensors", {"model": detached_state(model), "lines": lines})
+        write_state(
+            folder / f"{number}.safetensors", {"model": detached_state(model), "lines": lines}, error=TrainingError
+        )
 
 
 def block_of(name: str) -> str:

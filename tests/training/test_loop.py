@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from shallower.core.state_file import read_state, write_state
+from shallower.core.files import read_state, write_state
 from shallower.errors import TrainingError
 from shallower.training import Checkpoint, History, Recipe, train
 from shallower.training.trainable import Trainable
@@ -166,8 +166,8 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_state_files_keep_nested_values_and_shared_tensors(tmp_path: Path) -> None:
     shared = torch.arange(6.0)
     state = {"a": [1, 0.1, None, "x"], 3: (shared, shared), "b": {"c": shared[::2]}, "d": True}
-    write_state(tmp_path / "s.safetensors", state)
-    back = read_state(tmp_path / "s.safetensors")
+    write_state(tmp_path / "s.safetensors", state, error=TrainingError)
+    back = read_state(tmp_path / "s.safetensors", error=TrainingError)
     assert back["a"] == state["a"]
     assert back["d"] is True
     assert torch.equal(back[3][0], shared)
@@ -353,4 +353,4 @@ save_file({k: v.clone() for k, v in model.state_dict().items() if "running" not 
 def test_two_processes_end_with_equal_weights(tmp_path: Path) -> None:
     in_two_processes(TWO_PROCESSES, tmp_path, tmp_path)
     assert (tmp_path / "rank0.safetensors").read_bytes() == (tmp_path / "rank1.safetensors").read_bytes()
-    assert read_state(tmp_path / "run.safetensors")["position"] == 9
+    assert read_state(tmp_path / "run.safetensors", error=TrainingError)["position"] == 9

@@ -18,7 +18,7 @@ from typing import Any
 from shallower.core.inputs import tensors
 from shallower.core.processes import is_first
 from shallower.core.tensors import content
-from shallower.errors import CheckpointError, PlanError, TrainingError
+from shallower.errors import CheckpointError, PlanError
 from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan
 from shallower.planning.plan_file import plan_from_json, plan_to_json
@@ -75,12 +75,9 @@ class Progress:
         self._write()
 
     def _read(self) -> None:
-        from shallower.core.state_file import read_state
+        from shallower.core.files import read_state
 
-        try:
-            state = read_state(self.path)
-        except TrainingError as error:
-            raise CheckpointError(str(error)) from error
+        state = read_state(self.path, error=CheckpointError)
         if not isinstance(state, dict) or not {"schema", "identity", "plans", "values"} <= set(state):
             raise CheckpointError(f"{self.path} holds something else than this computation; give another path")
         other = sorted(
@@ -92,15 +89,12 @@ class Progress:
         self._plans, self._values = state["plans"], state["values"]
 
     def _write(self) -> None:
-        from shallower.core.state_file import write_state
+        from shallower.core.files import write_state
 
         if not is_first():
             return
         state = {"schema": SCHEMA, "identity": self.identity, "plans": self._plans, "values": self._values}
-        try:
-            write_state(self.path, state)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be written: {error}") from error
+        write_state(self.path, state, error=CheckpointError)
 
 
 def digest(batches: Iterable[Any], most: int = 4) -> str:

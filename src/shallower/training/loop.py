@@ -25,8 +25,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from shallower.core.files import read_state, write_state
 from shallower.core.inputs import reiterable, tensors, to_device
-from shallower.core.state_file import read_state, write_state
 from shallower.errors import ShallowerError, SiteError, TrainingError
 from shallower.training.accelerating import Prepared, placed, prepared, started
 from shallower.training.randomness import kept, seed, seed_order, set_state, state
@@ -276,11 +276,11 @@ class _Run:
                 "good": self.good,
                 "method": self.method.state_dict(),
             }
-            write_state(self.checkpoint.file, found)
+            write_state(self.checkpoint.file, found, error=TrainingError)
         self.accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> None:
-        found = read_state(path)
+        found = read_state(path, error=TrainingError)
         try:
             if found["schema"] != SCHEMA:
                 raise TrainingError(f"{path}: a checkpoint of schema {found['schema']}, this version reads {SCHEMA}")

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
+from shallower.core.files import read_state, write_state
 from shallower.core.modes import evaluating
 from shallower.core.processes import from_first_process, is_first
-from shallower.core.state_file import read_state, write_state
-from shallower.errors import MethodError, ShallowerError
+from shallower.errors import MethodError, ShallowerError, TrainingError
 from shallower.training.accelerating import placed, started
 from shallower.training.loop import Loss, Score, train
 from shallower.training.randomness import kept
@@ -194,7 +194,7 @@ class Rounds(Generic[R]):
                 "chosen": self.chosen,
                 "model": dict(self.model.state_dict()),
             }
-            write_state(self._file, state)
+            write_state(self._file, state, error=TrainingError)
         # The others wait until it is written.
         from_first_process(lambda: None)
 
@@ -225,7 +225,7 @@ class Rounds(Generic[R]):
 
     def _resume(self) -> None:
         try:
-            state = _upgraded(read_state(self._file))
+            state = _upgraded(read_state(self._file, error=TrainingError))
             own = {**self.identity}
             if other := [name for name in own if state["identity"].get(name) != own[name]]:
                 raise MethodError(f"{self._file} is of another run ({', '.join(other)} differ): pass another folder")

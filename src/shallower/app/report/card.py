@@ -15,6 +15,7 @@ from shallower.app.report.data import METHODS, RESULT, Report, read_report, sour
 from shallower.app.report.page import summary, usage
 from shallower.core.files import write_text
 from shallower.core.text import amount
+from shallower.errors import ReportError
 from shallower.saving.card import NAME, plain_card
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -39,7 +40,7 @@ def write_card(directory: str | Path, *, at: str | Path | None = None) -> Path:
     else:
         text = plain_card(name, source_of(directory, ""))
     path = directory / NAME
-    write_text(path, text)
+    write_text(path, text, error=ReportError)
     return path
 
 

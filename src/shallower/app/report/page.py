@@ -16,6 +16,7 @@ from shallower.app.report import charts
 from shallower.app.report.data import METHODS, Point, Report, read_report
 from shallower.core.files import write_text
 from shallower.core.text import amount
+from shallower.errors import ReportError
 
 NAME = "report.html"
 
@@ -47,7 +48,7 @@ def write_report(directory: str | Path, report: Report | None = None, *, at: str
     """
     directory = Path(directory).expanduser()
     page = directory / NAME
-    write_text(page, render(read_report(directory, at=at) if report is None else report))
+    write_text(page, render(read_report(directory, at=at) if report is None else report), error=ReportError)
     return page
 
 
