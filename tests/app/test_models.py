@@ -15,7 +15,8 @@ from torch import nn
 from shallower.app.models import LoadedModel, load_model
 from shallower.core.inputs import call, tensors
 from shallower.errors import ModelError
-from shallower.saving.sources import build_skeleton, format_options, parse_options, source_of
+from shallower.saving.skeletons import build_skeleton
+from shallower.saving.sources import format_options, parse_options, source_of
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
 TEXT = {**SMALL, "vocab_size": 50, "max_position_embeddings": 20}

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from shallower.core.inputs import Inputs, call, tensors
 from shallower.errors import PlanError
 from shallower.finding.matching import find_sites
-from shallower.modules.edits import edits, replay
-from shallower.modules.heads import narrow
+from shallower.modules.edits import edits, perform, replay
+from shallower.modules.heads import narrow, without_heads
 from shallower.planning.entries import Entry, Fit
 from shallower.sites import Heads, LinearMap, Site, Sites
 from shallower.sites.heads import columns, narrowed, rows
@@ -30,7 +30,8 @@ from tests.zoo import ZOO
 def take_away(model: nn.Module, entry: Entry) -> None:
     """Narrow the model as the entry says, with its fit where it has one."""
     fitted = () if entry.fit is None else (entry.fit.consumers[0], entry.fit.biases[0])
-    narrow(model, entry.site, entry.kept, *fitted)
+    for edit in without_heads(model, entry.site, entry.kept, *fitted):
+        perform(model, edit)
 
 
 def specimen(name: str) -> tuple[nn.Module, Inputs]:

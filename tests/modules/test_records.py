@@ -31,7 +31,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def test_a_part_put_into_a_larger_model_brings_its_edits() -> None:
     whole = nn.Sequential(net(), nn.Linear(3, 2))
     whole[0] = halved(whole[0])
-    assert [edit["name"] for edit in edits(whole)] == ["0.0", "0.2"]
+    assert [edit.name for edit in edits(whole)] == ["0.0", "0.2"]
     assert shapes(replay(nn.Sequential(net(), nn.Linear(3, 2)), edits(whole))) == shapes(whole)
 
 
@@ -66,7 +66,7 @@ def test_a_layer_behind_an_adapter_keeps_its_edit() -> None:
 
     small = halved(net())
     small.set_submodule("0", Adapter(small.get_submodule("0")))
-    assert [edit["name"] for edit in edits(small)] == ["0.base", "2"]
+    assert [edit.name for edit in edits(small)] == ["0.base", "2"]
     assert not list(exchanged(small))
 
 

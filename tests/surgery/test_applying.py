@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shallower.errors import CheckpointError, PlanError, SurgeryError
 from shallower.finding.matching import find_sites
-from shallower.modules.edits import edits, replay
+from shallower.modules.edits import edits, encoded, replay
 from shallower.planning.entries import Entry, Fate, Fit
 from shallower.planning.plan import CostWarning, Plan
 from shallower.sites import LinearMap, Place, Site
@@ -113,7 +113,7 @@ def test_narrow_types_are_proven_site_by_site_and_stay_narrow(network, data):
 def test_replaying_the_edits_gives_the_same_structure(network, data):
     model, x = network
     small = apply(model, random_plan(find_sites(model, x), data.draw), x)
-    record = json.loads(json.dumps(edits(small)))
+    record = json.loads(json.dumps([encoded(edit) for edit in edits(small)]))
     with torch.device("meta"):
         fresh = copy.deepcopy(model).to("meta")
     fresh = replay(fresh, record).to_empty(device="cpu")

@@ -13,7 +13,7 @@ from shallower.errors import CheckpointError, PlanError, SiteError
 from shallower.finding.matching import find_sites
 from shallower.modules.activations import SlopeActivation
 from shallower.modules.attachment import attach, detached_copy
-from shallower.modules.edits import edits, replay
+from shallower.modules.edits import edits, encoded, replay
 from shallower.planning.entries import Entry
 from shallower.planning.moving import as_moved, worth_moving
 from shallower.planning.plan import Plan
@@ -99,7 +99,7 @@ def test_in_place_the_parameters_stay_and_attached_methods_too():
 def test_the_move_is_recorded_and_replayed():
     model = block()
     moved = move_padding(model, find_sites(model, X))
-    record = json.loads(json.dumps(edits(moved)))
+    record = json.loads(json.dumps([encoded(edit) for edit in edits(moved)]))
     assert [edit["edit"] for edit in record] == ["padding", "padding"]
     assert torch.equal(replay(copy.deepcopy(model), record)(X), moved(X))
 

@@ -1,74 +1,359 @@
-"""What surgery did to a model, as data: enough to do it again to a fresh model without its weights.
+"""The changes that surgery makes to a model, as data.
 
-Every change of structure is one edit, a flat JSON object. Surgery makes its changes through `perform`, and the modules
-remember them (see `records.py`); `replay` performs a list from a file, which may be hostile.
+    perform(model, Identity("encoder.layer.0.intermediate.activation"))
+    edits(model)                            # what was done to the model, in order
+    replay(fresh, edits(model))             # the same structure, without the weights
+
+Performing edits is the only thing that changes a module. All kinds but `Weights` are remembered by the modules that
+they change (see `records.py`) and written to files, so that a fresh model can be given the same structure before its
+weights are loaded. A file may be hostile: every field has a type and bounds, and what does not fit is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args, get_origin, get_type_hints
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shallower.errors import CheckpointError, PlanError, ShallowerError
-from shallower.modules.activations import Operand, PartialActivation, SlopeActivation, Twice
-from shallower.modules.layers import kind_of, resized, resized_norm
+from shallower.modules.activations import Family, Operand, PartialActivation, SlopeActivation, Target, Twice
+from shallower.modules.layers import kind_of, resized, resized_norm, weight_of
+from shallower.modules.offloading import own_weights
 from shallower.modules.records import forget, note, noted
 from shallower.modules.rewriting import externalise
 from shallower.sites import LinearMap, Place
 
-Edit = dict[str, Any]
-"""`{"edit": kind, "name": dotted name, ...arguments}`."""
-
-_MOST_CHANNELS = 2**24
 _MOST_WEIGHTS = 2**36
 
 
-def edits(model: nn.Module) -> list[Edit]:
-    """What surgery did to this model and its parts, in order; empty for a model it did not touch."""
-    return [{**edit, _key(edit): name} for name, edit in noted(model)]
+@dataclass(frozen=True)
+class Bounds:
+    """The least and the greatest value of a number, or length of a text."""
+
+    least: int
+    most: int
 
 
-def perform(model: nn.Module, edit: Edit) -> nn.Module:
+Name = Annotated[str, Bounds(1, 1000)]
+Owner = Annotated[str, Bounds(0, 1000)]
+Count = Annotated[int, Bounds(0, 2**24)]
+Size = Annotated[int, Bounds(1, 2**24)]
+Pixels = Annotated[int, Bounds(0, 2**16)]
+Steps = Annotated[int, Bounds(1, 2**16)]
+
+
+def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Set `module` at a dotted name; it takes over the mode (train or eval) of what stood there."""
+    module.train(model.get_submodule(name).training)
+    model.set_submodule(name, module)
+
+
+@dataclass(frozen=True)
+class Externalise:
+    """Calls in the forward of `module` become one child module.
+
+    Attributes:
+        module: dotted name of the module whose forward makes the calls.
+        calls: name and ordinal of each, as in `Place`.
+    """
+
+    module: Owner
+    calls: tuple[tuple[Name, Count], ...]
+    edit: Literal["externalise"] = field(default="externalise", init=False, repr=False)
+
+    def perform(self, model: nn.Module) -> None:
+        """Rewrite the forward."""
+        before = set(model.modules())
+        child = model.get_submodule(externalise(model, Place(self.module, self.calls)))
+        if child not in before:  # a copy, which later edits change
+            forget(child)
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A linear map gets these sizes; its weights are not set."""
+
+    name: Name
+    kind: Literal["linear", "conv1d", "conv2d"]
+    d_in: Size
+    d_out: Size
+    bias: bool
+    kernel: tuple[Steps, Steps] = (1, 1)
+    stride: tuple[Steps, Steps] = (1, 1)
+    padding: tuple[Pixels, Pixels] = (0, 0)
+    dilation: tuple[Steps, Steps] = (1, 1)
+    groups: Size = 1
+    edit: Literal["map"] = field(default="map", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        weights = self.d_in * self.d_out * self.kernel[0] * self.kernel[1]
+        if weights > _MOST_WEIGHTS:
+            raise PlanError(f"`{self.name}`: a layer of {weights:.1e} weights is too large")
+        if self.d_in % self.groups or self.d_out % self.groups:
+            raise PlanError(f"`{self.name}`: the groups do not divide the channels")
+
+    @classmethod
+    def to(cls, m: LinearMap) -> Resize:
+        """The edit that gives the layer at `m.name` the sizes of `m`."""
+        geometry = (m.kernel, m.stride, m.padding, m.dilation, m.groups)
+        return cls(m.name, m.kind, m.d_in, m.d_out, m.bias, *geometry)
+
+    def perform(self, model: nn.Module) -> None:
+        """Exchange the layer."""
+        module = model.get_submodule(self.name)
+        if kind_of(module) != self.kind:
+            raise PlanError(f"`{self.name}` is a {type(module).__name__}, not a {self.kind} layer")
+        m = LinearMap(
+            self.name,
+            self.kind,
+            self.d_in,
+            self.d_out,
+            self.bias,
+            positions=0,
+            kernel=self.kernel,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        _exchange(model, self.name, resized(module, m))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A BatchNorm gets this width; its vectors are not set."""
+
+    name: Name
+    channels: Size
+    edit: Literal["norm"] = field(default="norm", init=False, repr=False)
+
+    def perform(self, model: nn.Module) -> None:
+        """Exchange the BatchNorm."""
+        _exchange(model, self.name, resized_norm(model.get_submodule(self.name), self.channels))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A module becomes `nn.Identity`.
+
+    The numbers and other plain settings of the module stay as attributes, for a forward that reads the stride or the
+    width of a layer that is gone.
+    """
+
+    name: Name
+    edit: Literal["identity"] = field(default="identity", init=False, repr=False)
+
+    _SETTINGS: ClassVar[tuple[type, ...]] = (int, float, str, tuple)
+
+    def perform(self, model: nn.Module) -> None:
+        """Exchange the module."""
+        gone, identity = model.get_submodule(self.name), nn.Identity()
+        for name, value in vars(gone).items():
+            if isinstance(value, self._SETTINGS) and not name.startswith("_") and name != "training":
+                setattr(identity, name, value)
+        _exchange(model, self.name, identity)
+
+
+@dataclass(frozen=True)
+class Doubled:
+    """The packed producer of a gated site becomes `Twice`, which passes its input on as gate and as up projection."""
+
+    name: Name
+    channels_first: bool
+    edit: Literal["twice"] = field(default="twice", init=False, repr=False)
+
+    def perform(self, model: nn.Module) -> None:
+        """Exchange the producer."""
+        _exchange(model, self.name, Twice(self.channels_first))
+
+
+@dataclass(frozen=True)
+class Summand:
+    """A sum becomes `Operand`, which returns one of the two: the other was folded into the layer before."""
+
+    name: Name
+    index: Annotated[int, Bounds(0, 1)]
+    edit: Literal["operand"] = field(default="operand", init=False, repr=False)
+
+    def perform(self, model: nn.Module) -> None:
+        """Exchange the sum."""
+        _exchange(model, self.name, Operand(self.index))
+
+
+@dataclass(frozen=True)
+class Padding:
+    """A convolution gets this zero padding.
+
+    Only the number changes: its weights stay the very parameters that an optimizer may hold.
+    """
+
+    name: Name
+    padding: tuple[Pixels, Pixels]
+    edit: Literal["padding"] = field(default="padding", init=False, repr=False)
+
+    def perform(self, model: nn.Module) -> None:
+        """Set the padding."""
+        module = model.get_submodule(self.name)
+        if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
+            raise PlanError(f"`{self.name}` is not a convolution that pads with zeros")
+        height, width = self.padding
+        module.padding = self.padding
+        module._reversed_padding_repeated_twice = [width, width, height, height]
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A whole number that a module holds, how many heads it has for instance, gets this value."""
+
+    name: Owner
+    attribute: Name
+    value: Count
+    edit: Literal["attribute"] = field(default="attribute", init=False, repr=False)
+
+    def perform(self, model: nn.Module) -> None:
+        """Set the number."""
+        module = model.get_submodule(self.name)
+        if type(vars(module).get(self.attribute)) is not int:
+            raise PlanError(f"`{self.name}` has no whole number {self.attribute!r:.80}")
+        setattr(module, self.attribute, self.value)
+
+
+@dataclass(frozen=True)
+class Partial:
+    """An activation becomes a `PartialActivation` around itself."""
+
+    name: Name
+    kept: Count
+    linear: Count
+    gate: Literal["", "separate", "packed"]
+    channels_first: bool
+    edit: Literal["partial"] = field(default="partial", init=False, repr=False)
+
+    def perform(self, model: nn.Module) -> None:
+        """Wrap the activation."""
+        f = model.get_submodule(self.name)
+        partial = PartialActivation(f, self.kept, self.linear, gate=self.gate, channels_first=self.channels_first)
+        _exchange(model, self.name, partial)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """An activation becomes a `SlopeActivation` around itself; its slope is not set.
+
+    Attributes:
+        width: channels with a slope each; 0 for one slope.
+        dtype: of the slope. In a float64 model a float32 slope would be the least exact number of all.
+    """
+
+    name: Name
+    width: Count
+    family: Family
+    target: Target
+    channels_first: bool
+    dtype: Literal["float32", "float64"]
+    edit: Literal["slope"] = field(default="slope", init=False, repr=False)
+
+    def perform(self, model: nn.Module) -> None:
+        """Wrap the activation."""
+        f, width = model.get_submodule(self.name), self.width or None
+        slope = SlopeActivation(
+            f, width=width, family=self.family, target=self.target, channels_first=self.channels_first
+        )
+        slope.slope = nn.Parameter(slope.slope.detach().to(_device_at(model, self.name), getattr(torch, self.dtype)))
+        _exchange(model, self.name, slope)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation with one parameter for each channel gets this many; the parameters are not set."""
+
+    name: Name
+    channels: Size
+    edit: Literal["activation"] = field(default="activation", init=False, repr=False)
+
+    def perform(self, model: nn.Module) -> None:
+        """Exchange the activation."""
+        _exchange(model, self.name, narrowed_activation(model.get_submodule(self.name), self.channels))
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Parameters and buffers of one module get these numbers. Not recorded: files hold a model's weights anyway.
+
+    Attributes:
+        name: of the module.
+        tensors: by name, in the module's shapes and in any type; a linear map's weight in the logical orientation.
+    """
+
+    name: Name
+    tensors: Mapping[str, Tensor]
+
+    @torch.no_grad()
+    def perform(self, model: nn.Module) -> None:
+        """Copy the numbers."""
+        module = model.get_submodule(self.name)
+        own_weights(module)
+        for name, numbers in self.tensors.items():
+            logical = name == "weight" and kind_of(module)
+            own = weight_of(module) if logical else getattr(module, name, None)
+            if not isinstance(own, Tensor) or own.shape != numbers.shape:
+                found = tuple(own.shape) if isinstance(own, Tensor) else "no such tensor"
+                raise PlanError(f"`{self.name}.{name}`: {found} cannot take numbers of shape {tuple(numbers.shape)}")
+            # the type first: a device without float64 cannot take the wide ones
+            own.copy_(numbers.to(own.dtype).to(own.device))
+
+
+Recorded = (
+    Externalise | Resize | Norm | Identity | Doubled | Summand | Padding | Attribute | Partial | Slope | Activation
+)
+"""The edits of a model's structure, which are recorded on it."""
+
+Edit = Recorded | Weights
+"""One change of a model."""
+
+
+def perform(model: nn.Module, edit: Edit) -> None:
     """Change `model` in place as one edit says, and record it.
 
-    Returns:
-        The module that stands at the edit's place now; the weights of layers are not set.
+    Raises:
+        PlanError: the edit does not fit the model.
     """
-    name = edit[_key(edit)]
+    name = place_of(edit)
     before = model.get_submodule(name)
-    made = _PERFORM[edit["edit"]](model, edit)
+    edit.perform(model)
+    if isinstance(edit, Weights):
+        return
     changed = model.get_submodule(name)
     if changed is before:
         note(edit, changed, before)
     else:
         prefix, _, child = name.rpartition(".")
         note(edit, changed, before, model.get_submodule(prefix), child)
-    return made
 
 
-def _key(edit: Mapping[str, Any]) -> str:
-    """The field that says where the changed module stands."""
-    return "module" if edit["edit"] == "externalise" else "name"
+def edits(model: nn.Module) -> list[Recorded]:
+    """What surgery did to this model and its parts, in order; empty for a model it did not touch."""
+    return [_moved(edit, name) for name, edit in noted(model)]
 
 
-def resize(model: nn.Module, m: LinearMap) -> nn.Module:
-    """Exchange the layer at `m.name` for one of the sizes of `m`, and record it; its weights are not set."""
-    given = {key: value for key, value in asdict(m).items() if key in _FIELDS["map"]}
-    return perform(model, {"edit": "map"} | {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()})
+def _moved(edit: Recorded, name: str) -> Recorded:
+    """The same edit of the module that stands at `name` now."""
+    if isinstance(edit, Externalise):
+        return replace(edit, module=name)
+    return replace(edit, name=name)
 
 
-def replay(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Module:
+def replay(model: nn.Module, edits: Sequence[Recorded | Mapping[str, Any]]) -> nn.Module:
     """Give a fresh model the structure that another one has after surgery, in place.
 
     Works on the meta device; weights are not set and are loaded afterwards.
 
     Args:
         model: built as the original was before any surgery.
-        edits: what `edits` returned, perhaps through a file.
+        edits: what `edits` returned, or their file form (`encoded`).
 
     Returns:
         `model`.
@@ -78,104 +363,23 @@ def replay(model: nn.Module, edits: Sequence[Mapping[str, Any]]) -> nn.Module:
     """
     if not isinstance(edits, (list, tuple)):
         raise CheckpointError("the edits of a saved model are a list")
-    for i, edit in enumerate(edits):
-        checked = _checked(i, edit)
+    for i, given in enumerate(edits):
+        edit = given if isinstance(given, get_args(Recorded)) else decoded(i, given)
         try:
-            perform(model, checked)
+            perform(model, edit)
         except CheckpointError:
             raise
         except (ShallowerError, AttributeError, TypeError, ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(
-                f"edit {i} ({checked['edit']} at {_place(checked) or 'the model'!r}) does not fit the model: {error}. "
+                f"edit {i} ({edit.edit} at {place_of(edit) or 'the model'!r}) does not fit the model: {error}. "
                 "Is this the architecture that was saved?"
             ) from error
     return model
 
 
-def exchange(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Set `module` at a dotted name; it takes over the mode (train or eval) of what stood there."""
-    module.train(model.get_submodule(name).training)
-    model.set_submodule(name, module)
-    return module
-
-
-def _externalise(model: nn.Module, edit: Edit) -> nn.Module:
-    place = Place(edit["module"], tuple((str(name), int(ordinal)) for name, ordinal in edit["calls"]))
-    before = set(model.modules())
-    child = model.get_submodule(externalise(model, place))
-    if child not in before:
-        forget(child)
-    return child
-
-
-def _map(model: nn.Module, edit: Edit) -> nn.Module:
-    module = model.get_submodule(edit["name"])
-    pairs: dict[str, Any] = {key: tuple(edit[key]) for key in ("kernel", "stride", "padding", "dilation")}
-    kind = kind_of(module)
-    if kind != edit["kind"]:
-        raise PlanError(f"`{edit['name']}` is a {type(module).__name__}, not a {edit['kind']} layer")
-    sizes = {key: edit[key] for key in ("d_in", "d_out", "bias", "groups")}
-    m = LinearMap(name=edit["name"], kind=edit["kind"], positions=0, **sizes, **pairs)
-    return exchange(model, edit["name"], resized(module, m))
-
-
-def _norm(model: nn.Module, edit: Edit) -> nn.Module:
-    return exchange(model, edit["name"], resized_norm(model.get_submodule(edit["name"]), edit["channels"]))
-
-
-def _identity(model: nn.Module, edit: Edit) -> nn.Module:
-    return exchange(model, edit["name"], nn.Identity())
-
-
-def _twice(model: nn.Module, edit: Edit) -> nn.Module:
-    return exchange(model, edit["name"], Twice(edit["channels_first"]))
-
-
-def _operand(model: nn.Module, edit: Edit) -> nn.Module:
-    return exchange(model, edit["name"], Operand(edit["index"]))
-
-
-def _padding(model: nn.Module, edit: Edit) -> nn.Module:
-    module = model.get_submodule(edit["name"])
-    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
-        raise PlanError(f"`{edit['name']}` is not a convolution that pads with zeros")
-    # Only this number changes: the weights stay the very parameters that an optimizer may hold.
-    module.padding = (edit["padding"][0], edit["padding"][1])
-    module._reversed_padding_repeated_twice = [p for p in reversed(module.padding) for _ in (0, 1)]
-    return module
-
-
-def _attribute(model: nn.Module, edit: Edit) -> nn.Module:
-    module = model.get_submodule(edit["name"])
-    if type(vars(module).get(edit["attribute"])) is not int:
-        raise PlanError(f"`{edit['name']}` has no whole number {edit['attribute']!r:.80}")
-    setattr(module, edit["attribute"], edit["value"])
-    return module
-
-
-def _partial(model: nn.Module, edit: Edit) -> nn.Module:
-    f = model.get_submodule(edit["name"])
-    partial = PartialActivation(
-        f, edit["kept"], edit["linear"], gate=edit["gate"], channels_first=edit["channels_first"]
-    )
-    return exchange(model, edit["name"], partial)
-
-
-def _slope(model: nn.Module, edit: Edit) -> nn.Module:
-    slope = SlopeActivation(
-        model.get_submodule(edit["name"]),
-        width=edit["width"] or None,
-        family=edit["family"],
-        target=edit["target"],
-        channels_first=edit["channels_first"],
-    )
-    # In a float64 model a float32 slope would be the least exact number of all.
-    slope.slope.data = slope.slope.data.to(getattr(torch, edit["dtype"]))
-    return exchange(model, edit["name"], slope)
-
-
-def _activation(model: nn.Module, edit: Edit) -> nn.Module:
-    return exchange(model, edit["name"], narrowed_activation(model.get_submodule(edit["name"]), edit["channels"]))
+def place_of(edit: Edit) -> str:
+    """The dotted name of the module that an edit changes."""
+    return edit.module if isinstance(edit, Externalise) else edit.name
 
 
 def narrowed_activation(f: nn.Module, channels: int) -> nn.Module:
@@ -197,114 +401,87 @@ def narrowed_activation(f: nn.Module, channels: int) -> nn.Module:
     raise PlanError(f"it is not known how the channels of a {type(f).__name__} are counted")
 
 
-_PERFORM: Mapping[str, Callable[[nn.Module, Edit], nn.Module]] = {
-    "externalise": _externalise,
-    "map": _map,
-    "norm": _norm,
-    "identity": _identity,
-    "twice": _twice,
-    "operand": _operand,
-    "padding": _padding,
-    "attribute": _attribute,
-    "partial": _partial,
-    "slope": _slope,
-    "activation": _activation,
-}
+def _device_at(model: nn.Module, name: str) -> torch.device:
+    """Where the parameters around a module are; the CPU where there are none."""
+    while name:
+        name = name.rpartition(".")[0]
+        parameter = next(model.get_submodule(name).parameters(), None)
+        if parameter is not None:
+            return parameter.device
+    return torch.device("cpu")
 
 
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and 0 < len(value) <= 1000
+# ---------------------------------------------------------------------------------------------------- as plain data
 
 
-def _is_count(value: object, least: int = 0, most: int = _MOST_CHANNELS) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+def encoded(edit: Recorded) -> dict[str, Any]:
+    """An edit as it is written to a file: a flat object with its kind under "edit"."""
+    values = {f.name: getattr(edit, f.name) for f in fields(edit)}
+    return {"edit": values.pop("edit"), **values}
 
 
-def _is_pair(least: int) -> Callable[[object], bool]:
-    return lambda value: (
-        isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_count(v, least, 2**16) for v in value)
-    )
+def decoded(i: int, data: object) -> Recorded:
+    """The edit number `i` of a file.
 
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_calls(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and all(
-        isinstance(call, (list, tuple)) and len(call) == 2 and _is_name(call[0]) and _is_count(call[1])
-        for call in value
-    )
-
-
-def _one_of(*choices: str) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, str) and value in choices
-
-
-def _is_size(value: object) -> bool:
-    return _is_count(value, 1)
-
-
-_FIELDS: Mapping[str, Mapping[str, Callable[[object], bool]]] = {
-    "externalise": {"module": lambda v: isinstance(v, str) and len(v) <= 1000, "calls": _is_calls},
-    "map": {
-        "name": _is_name,
-        "kind": _one_of("linear", "conv1d", "conv2d"),
-        "d_in": _is_size,
-        "d_out": _is_size,
-        "bias": _is_bool,
-        "kernel": _is_pair(1),
-        "stride": _is_pair(1),
-        "padding": _is_pair(0),
-        "dilation": _is_pair(1),
-        "groups": _is_size,
-    },
-    "norm": {"name": _is_name, "channels": _is_size},
-    "identity": {"name": _is_name},
-    "twice": {"name": _is_name, "channels_first": _is_bool},
-    "operand": {"name": _is_name, "index": lambda value: _is_count(value, 0, 1)},
-    "padding": {"name": _is_name, "padding": _is_pair(0)},
-    "attribute": {"name": lambda v: isinstance(v, str) and len(v) <= 1000, "attribute": _is_name, "value": _is_count},
-    "partial": {
-        "name": _is_name,
-        "kept": _is_count,
-        "linear": _is_count,
-        "gate": _one_of("", "separate", "packed"),
-        "channels_first": _is_bool,
-    },
-    "slope": {
-        "name": _is_name,
-        "width": _is_count,
-        "family": _one_of("blend", "prelu"),
-        "target": _one_of("identity", "one"),
-        "channels_first": _is_bool,
-        "dtype": _one_of("float32", "float64"),
-    },
-    "activation": {"name": _is_name, "channels": _is_size},
-}
-
-
-def _place(edit: Mapping[str, Any]) -> str:
-    return str(edit.get("name", edit.get("module", "")))
-
-
-def _checked(i: int, edit: object) -> Edit:
-    if not isinstance(edit, Mapping):
+    Raises:
+        CheckpointError: it is malformed.
+    """
+    if not isinstance(data, Mapping):
         raise CheckpointError(f"edit {i} of the saved model is not an object")
-    kind = edit.get("edit")
-    if not isinstance(kind, str) or kind not in _FIELDS:
-        raise CheckpointError(f"edit {i} of the saved model is of the unknown kind {kind!r}")
-    fields = _FIELDS[kind]
-    if set(edit) != {"edit", *fields}:
-        odd = sorted(str(key) for key in set(edit) ^ {"edit", *fields})
+    kind = data.get("edit")
+    cls = _KINDS.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise CheckpointError(f"edit {i} of the saved model is of the unknown kind {kind!r:.80}")
+    hints = get_type_hints(cls, include_extras=True)
+    names = {f.name for f in fields(cls)}
+    if set(data) != names:
+        odd = sorted(map(str, set(data) ^ names))
         raise CheckpointError(f"edit {i} ({kind}) of the saved model has missing or unknown fields: {', '.join(odd)}")
-    for key, valid in fields.items():
-        if not valid(edit[key]):
-            raise CheckpointError(f"edit {i} ({kind}) of the saved model: {edit[key]!r:.80} is not a value for {key!r}")
-    if kind == "map":
-        weights = edit["d_in"] * edit["d_out"] * edit["kernel"][0] * edit["kernel"][1]
-        if weights > _MOST_WEIGHTS:
-            raise CheckpointError(f"edit {i} (map) of the saved model asks for a layer of {weights:.1e} weights")
-        if edit["d_in"] % edit["groups"] or edit["d_out"] % edit["groups"]:
-            raise CheckpointError(f"edit {i} (map) of the saved model: the groups do not divide the channels")
-    return dict(edit)
+    values = {}
+    for name in names - {"edit"}:
+        try:
+            values[name] = _read(hints[name], data[name])
+        except _NotOfTypeError:
+            raise CheckpointError(
+                f"edit {i} ({kind}) of the saved model: {data[name]!r:.80} is not a value for {name!r}"
+            ) from None
+    try:
+        edit: Recorded = cls(**values)
+    except PlanError as error:
+        raise CheckpointError(f"edit {i} ({kind}) of the saved model: {error}") from None
+    return edit
+
+
+_KINDS: Mapping[str, Any] = {cls.edit: cls for cls in get_args(Recorded)}
+
+
+class _NotOfTypeError(Exception):
+    """A value is not of the type that its field has."""
+
+
+def _read(hint: Any, value: Any) -> Any:
+    """A value of a file, if it is of the type `hint`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        bounds = cast("Bounds", arguments[1])
+        found = _read(arguments[0], value)
+        size = len(found) if isinstance(found, str) else found
+        if not bounds.least <= size <= bounds.most:
+            raise _NotOfTypeError
+        return found
+    if origin is Literal:
+        if not isinstance(value, str) or value not in arguments:
+            raise _NotOfTypeError
+        return value
+    if origin is not tuple:
+        if type(value) is not hint:
+            raise _NotOfTypeError
+        return value
+    if not isinstance(value, (list, tuple)):
+        raise _NotOfTypeError
+    items = arguments
+    if arguments[-1] is Ellipsis:
+        items = (arguments[0],) * len(value)
+    if len(items) != len(value):
+        raise _NotOfTypeError
+    return tuple(map(_read, items, value))

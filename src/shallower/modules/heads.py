@@ -1,31 +1,33 @@
-"""Attention heads as channels: which rows and columns they have, how a model is narrowed to some, and what that equals.
+"""Attention heads taken out of a model, as edits.
 
-A channel is a key-value group: a key head, a value head and the query heads that share them. Its rows go from the
-query, key and value maps and its columns from the output projection; attributes that count heads follow.
+A channel of such a site is a key-value group: a key head, a value head and the query heads that share them. Its rows go
+from the query, key and value maps and its columns from the output projection; attributes that count heads follow.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from shallower.errors import PlanError
-from shallower.modules.edits import perform, resize
+from shallower.modules.edits import Attribute, Edit, Resize, Weights, perform
 from shallower.modules.layers import bias_of, check_shape, weight_of
 from shallower.sites import LinearMap, Site
 from shallower.sites.heads import columns, heads_of, narrowed, rows
 
 
-def narrow(
+def without_heads(
     model: nn.Module, site: Site, kept: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-) -> None:
-    """Take the dropped heads out of the model, in place.
+) -> list[Edit]:
+    """The edits that take the dropped heads out of a model.
+
+        for edit in without_heads(model, site, torch.tensor([0, 2])):
+            perform(model, edit)
 
     Args:
-        model: the one to change.
-        site: of kind "heads".
+        model: not changed.
+        site: of kind "heads". Its projections may read fewer channels by now than when it was found.
         kept: the heads that stay, ascending.
         weight: of the output projection afterwards; its own columns where None.
         bias: of the output projection afterwards, where `weight` is given.
@@ -33,37 +35,60 @@ def narrow(
     Raises:
         PlanError: no head stays, or the model is another one than the site's.
     """
-    heads, out = heads_of(site), site.consumers[0]
+    heads = heads_of(site)
     if len(kept) == 0:
         raise PlanError(f"{site.name}: attention needs at least one head")
+    out = site.consumers[0]
+    inputs = {m.name: _inputs(model, m) for m in heads.maps}
     for m in site.maps:
-        check_shape(site.name, model.get_submodule(m.name), m)
-    has_bias = True if bias is not None and bool(bias.ne(0).any()) else None
+        check_shape(site.name, model.get_submodule(m.name), replace(m, d_in=inputs.get(m.name, m.d_in)))
+    has_bias = None
+    if bias is not None and bool(bias.ne(0).any()):
+        has_bias = True
     smaller = narrowed(site, len(kept), has_bias)
+    edits: list[Edit] = []
     if len(kept) < site.width:
-        by_name = rows(heads, kept)
+        own_rows = rows(heads, kept)
         for m in heads_of(smaller).maps:
-            layer, own = model.get_submodule(m.name), by_name[m.name]
-            rows_kept, shift = weight_of(layer)[own.to(weight_of(layer).device)], bias_of(layer)
-            _set(model, m, rows_kept, None if shift is None else shift[own.to(shift.device)])
+            layer = model.get_submodule(m.name)
+            own = own_rows[m.name].to(weight_of(layer).device)
+            shift = bias_of(layer)
+            if shift is not None:
+                shift = shift[own]
+            edits += _layer(replace(m, d_in=inputs[m.name]), weight_of(layer)[own], shift)
         for attribute, each in heads.counts:
-            value = each * len(kept)
-            perform(model, {"edit": "attribute", "name": heads.module, "attribute": attribute, "value": value})
+            edits.append(Attribute(heads.module, attribute, each * len(kept)))
     if weight is not None:
-        _set(model, smaller.consumers[0], weight, bias)
+        edits += _layer(smaller.consumers[0], weight, bias)
     elif len(kept) < site.width:
         layer = model.get_submodule(out.name)
-        own_weight = weight_of(layer)
-        chosen = columns(heads, kept).to(own_weight.device)
-        _set(model, smaller.consumers[0], own_weight[:, chosen], bias_of(layer))
+        chosen = columns(heads, kept).to(weight_of(layer).device)
+        edits += _layer(smaller.consumers[0], weight_of(layer)[:, chosen], bias_of(layer))
+    return edits
 
 
-def _set(model: nn.Module, m: LinearMap, weight: Tensor, bias: Tensor | None) -> None:
-    """Exchange the layer at `m.name` for one of the sizes of `m`, with these weights."""
-    layer = resize(model, m)
-    with torch.no_grad():
-        own = weight_of(layer)
-        own.copy_(weight.to(own.dtype).to(own.device))
-        shift = cast("Tensor | None", layer.bias)
-        if shift is not None:
-            shift.copy_(torch.zeros_like(shift) if bias is None else bias.to(shift.dtype).to(shift.device))
+def narrow(model: nn.Module, site: Site, kept: Tensor) -> None:
+    """Take the dropped heads out of a model, in place.
+
+    Raises:
+        PlanError: no head stays, or the model is another one than the site's.
+    """
+    for edit in without_heads(model, site, kept):
+        perform(model, edit)
+
+
+def _inputs(model: nn.Module, m: LinearMap) -> int:
+    """How many channels a projection reads by now, which an earlier entry of a plan may have changed."""
+    try:
+        layer = model.get_submodule(m.name)
+        return weight_of(layer).shape[1]
+    except AttributeError:
+        raise PlanError(f"`{m.name}` is no linear map of this model; were the sites found in it?") from None
+
+
+def _layer(m: LinearMap, weight: Tensor, bias: Tensor | None) -> list[Edit]:
+    """The layer at `m.name` with the sizes of `m` and these numbers."""
+    numbers = {"weight": weight}
+    if m.bias:
+        numbers["bias"] = weight.new_zeros(m.d_out) if bias is None else bias
+    return [Resize.to(m), Weights(m.name, numbers)]

@@ -52,6 +52,25 @@ def externalise(model: nn.Module, place: Place) -> str:
     return f"{place.module}.{record_name(owner, place)}" if place.module else record_name(owner, place)
 
 
+def name_at(model: nn.Module, place: Place) -> str:
+    """The dotted name that `externalise` gives the operation at `place`. The model is not changed.
+
+    Raises:
+        SiteError: there is no such place.
+    """
+    if not place.calls:
+        return place.module
+    owner = _owner(model, place)
+    attribute = _attribute(owner, place)
+    if place.calls in _record(owner):
+        child = record_name(owner, place)
+    elif attribute is not None:
+        child = attribute.child
+    else:
+        child = _child_name(owner, place)
+    return f"{place.module}.{child}".strip(".")
+
+
 def record_name(owner: nn.Module, place: Place) -> str:
     """The name, below `owner`, of the child that the operation at `place` has become."""
     return _record(owner)[place.calls].child

@@ -261,7 +261,7 @@ def form_of(
     own += sum(b.activation_params for b in site.between)
     before = (sum(m.params for m in maps_before) + own, sum(m.macs for m in maps_before))
     if site.kind == "heads":
-        return _of_heads(entry, before)
+        return _of_heads(entry, before, now)
     if site.producer is None:
         return Form("removed", None, None, (), before)
     producer = now[site.producer.name]
@@ -303,13 +303,15 @@ def form_of(
     )
 
 
-def _of_heads(entry: Entry, before: tuple[int, int]) -> Form:
+def _of_heads(entry: Entry, before: tuple[int, int], now: Mapping[str, LinearMap]) -> Form:
     from shallower.sites.heads import narrowed
 
     kept = len(entry.kept)
     bias = True if entry.fit is not None and bool(entry.fit.biases[0].ne(0).any()) else None
     site = narrowed(entry.site, kept, bias)
     projections = () if site.heads is None else site.heads.maps
+    # an earlier entry may have narrowed what the projections read
+    projections = tuple(replace(m, d_in=now[m.name].d_in) for m in projections)
     return Form("narrower", None, None, site.consumers, before, kept=kept, projections=projections)
 
 
@@ -374,6 +376,8 @@ def _merged(
         kernel = None if fit is None or not fit.ups or fit.down is not None else kernel_of(fit.ups[i])
         one = composed(producer, c, bias, flattened=site.flattened) if kernel is None else None
         m = one or fitted_map(producer, c, cast("tuple[int, int]", kernel), bias)
+        if site.averaged:  # it reads the average, not the image
+            m = replace(m, size=c.size)
         merged.append(m if fit is None else replace(m, groups=1))
     if not entry.fold_skip:
         return Form("merged", None, None, tuple(merged), before)
@@ -528,6 +532,8 @@ def _activation_after(entry: Entry, kept: int, rank: int) -> int:
         return kept if params == site.width > 1 else params
 
     behind = sum(left(b.activation_params) for b in site.between)
+    if entry.alphas is not None and entry.family == "prelu":  # the slopes take the place of the activation
+        return behind
     copied = left(site.activation_params) != site.activation_params
     if site.activation is not None and site.activation.calls:
         copied = copied or entry.alphas is not None or rank > 0

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from shallower.core.failures import failing
 from shallower.errors import CheckpointError
 from shallower.saving.description import BUFFERS, CONFIG, DESCRIPTION, GENERATION, INDEX, WEIGHTS, Description, Entry
 from shallower.saving.sources import source_of
@@ -31,12 +31,10 @@ def _read_json(directory: Path, name: str) -> Any:
         return result
 
     path = _inside(directory, name)
-    try:
+    with failing(CheckpointError, f"{path}: not readable as JSON"):
         if path.stat().st_size > _MOST_JSON:
             raise CheckpointError(f"{path}: larger than {_MOST_JSON >> 20} MiB, too large to be a description")
         return json.loads(path.read_text("utf-8"), object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
 
 
 def _inside(directory: Path, name: str) -> Path:
@@ -98,10 +96,8 @@ def read_buffers(directory: Path, description: Description) -> dict[str, Tensor]
 
 def _read_safetensors(directory: Path, name: str, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     path = _inside(directory, name)
-    try:
+    with failing(CheckpointError, f"{path}: damaged or not a safetensors file"):
         tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
     for key in (*entries, *tensors):
         if key not in tensors:
             raise CheckpointError(f"tensor {key}: it is not in {path}")
@@ -120,7 +116,5 @@ def read_generation_config(model: nn.Module, directory: Path) -> None:
     if not source_of(model) or not (directory / GENERATION).exists():
         return
     settings = _read_json(directory, GENERATION)
-    try:
+    with failing(CheckpointError, f"{directory / GENERATION}: not a generation config"):
         cast("Any", model).generation_config = type(cast("Any", model).generation_config).from_dict(settings)
-    except Exception as error:
-        raise CheckpointError(f"{directory / GENERATION}: not a generation config: {error}") from error

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from shallower.core.trees import tensors as tensors_in
 from shallower.errors import CheckpointError
 from shallower.modules.attachment import detach
-from shallower.modules.edits import edits
 from shallower.saving.description import DTYPES, Description, Entry
 
-# -------------------------------------------------------------------------------------------------------- models
+# torch.compile, activation checkpointing and FSDP put a module with one child around another.
+_WRAPPER = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """Where a tensor stands in a model."""
+class Slot:
+    """Where a tensor stands in a model.
+
+    Attributes:
+        module: that holds it.
+        attribute: under this name.
+        tensor: what stands there.
+        kind: "transient" is a buffer that no state dict holds.
+    """
 
     module: nn.Module
     attribute: str
@@ -29,83 +38,145 @@ class _Slot:
     kind: Literal["parameter", "buffer", "transient"]
 
 
-def _slots(model: nn.Module) -> dict[str, _Slot]:
-    """Every parameter and buffer by its dotted name, also the further names of shared ones."""
-    found: dict[str, _Slot] = {}
+def slots_of(model: nn.Module) -> dict[str, Slot]:
+    """Every parameter and buffer by its dotted name, also the further names of shared ones; wrappers do not count."""
+    found: dict[str, Slot] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found[dot + name] = _Slot(module, name, parameter, "parameter")
+                found[plain_name(prefix, name)] = Slot(module, name, parameter, "parameter")
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 transient = name in module._non_persistent_buffers_set
-                found[dot + name] = _Slot(module, name, buffer, "transient" if transient else "buffer")
+                found[plain_name(prefix, name)] = Slot(module, name, buffer, "transient" if transient else "buffer")
     return found
 
 
+def plain_name(*parts: str) -> str:
+    """A dotted name without the wrappers on the way.
+
+    plain_name("layer._orig_mod.fc", "weight")      # "layer.fc.weight"
+    """
+    return _WRAPPER.sub("", ".".join(part for part in parts if part)).lstrip(".")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile` and DistributedDataParallel."""
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return cast("nn.Module", getattr(model, "_orig_mod", model))
+    """The model inside `torch.compile` and (Distributed)DataParallel."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def without_weights(model: nn.Module) -> nn.Module:
     """A copy of a model with nothing attached and its parameters on the meta device."""
-    empty = {
-        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
-        for parameter in model.parameters()
-    }
-    duplicate = copy.deepcopy(unwrapped(model), cast("dict[int, Any]", empty))
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for _, tensor in _loose_tensors(model):
+        # A tensor with a history, kept by a forward, cannot be copied with it.
+        memo.setdefault(id(tensor), tensor.detach())
+    duplicate = copy.deepcopy(unwrapped(model), memo)
     detach(duplicate)
     return duplicate
 
 
-def describe(
-    model: nn.Module, source: str, training: Mapping[str, Any] | None
-) -> tuple[Description, dict[str, Tensor], dict[str, Tensor]]:
-    """The description of a model, its tensors and its non-persistent buffers, ready to be written."""
+def _loose_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that modules keep in plain attributes, with their dotted names."""
+    slots = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    for prefix, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in ("_parameters", "_buffers", "_modules") or isinstance(value, nn.Module):
+                continue
+            for tensor in tensors_in(value) if isinstance(value, (Tensor, list, tuple, dict)) else ():
+                if id(tensor) not in slots:
+                    yield plain_name(prefix, attribute), tensor
+
+
+# ------------------------------------------------------------------------------------------------- what is written
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a model that are to be written.
+
+    Attributes:
+        entries: descriptions of `tensors`.
+        tensors: parameters and persistent buffers, each once.
+        buffers: the other buffers.
+        tied: groups of names of one tensor; the first is in `tensors`.
+        frozen: names of parameters without gradients.
+    """
+
+    entries: dict[str, Entry]
+    tensors: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    tied: list[list[str]]
+    frozen: list[str]
+
+
+def stored(model: nn.Module) -> Stored:
+    """What is to be written of a model.
+
+    Raises:
+        CheckpointError: something that makes up the model would be lost, or cannot be written.
+    """
+    slots = slots_of(model)
+    for name, slot in slots.items():
+        _check_storable(name, slot.tensor)
+    _check_complete(model)
+    entries: dict[str, Entry] = {}
+    tensors: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    groups: dict[Any, list[str]] = {}
+    frozen = []
+    for name, slot in slots.items():
+        entries[name] = Entry.of(slot.tensor)
+        if slot.kind == "transient":
+            buffers[name] = slot.tensor
+            continue
+        group = groups.setdefault(_identity(slot.tensor), [])
+        group.append(name)
+        if len(group) == 1:
+            tensors[name] = slot.tensor
+            if slot.kind == "parameter" and slot.tensor.is_floating_point() and not slot.tensor.requires_grad:
+                frozen.append(name)
+    tied = [group for group in groups.values() if len(group) > 1]
+    return Stored(entries, tensors, buffers, tied, frozen)
+
+
+def _check_storable(name: str, tensor: Tensor) -> None:
+    if is_lazy(tensor):
+        raise CheckpointError(
+            f"tensor {name}: its module is lazy and has not run yet; call the model once before saving"
+        )
+    if tensor.is_nested:
+        raise CheckpointError(f"tensor {name}: a nested tensor cannot be saved; keep it as an ordinary, padded one")
+    if type(tensor.detach()) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized:
+        raise CheckpointError(f"tensor {name}: a {type(tensor).__name__} ({tensor.layout}) cannot be saved")
+    if tensor.is_meta:
+        raise CheckpointError(f"tensor {name}: it is on the meta device and has no values to save")
+    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+        raise CheckpointError(f"tensor {name}: the dtype {tensor.dtype} cannot be saved")
+
+
+def _check_complete(model: nn.Module) -> None:
+    """Whether the parameters and buffers are all that the modules themselves would save."""
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise CheckpointError(f"{name}: a {type(module).__name__} keeps extra state that is not a tensor")
-    tensors: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    entries: dict[str, Entry] = {}
-    groups: dict[Any, list[str]] = {}
-    frozen = []
-    for name, slot in _slots(model).items():
-        tensor = slot.tensor
-        if type(tensor.detach()) is not Tensor or tensor.layout != torch.strided or tensor.is_quantized:
-            raise CheckpointError(f"tensor {name}: a {type(tensor).__name__} ({tensor.layout}) cannot be saved")
-        if tensor.is_meta:
-            raise CheckpointError(f"tensor {name}: it is on the meta device and has no values to save")
-        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
-            raise CheckpointError(f"tensor {name}: the dtype {tensor.dtype} cannot be saved")
-        entries[name] = Entry.of(tensor)
-        if slot.kind == "transient":
-            buffers[name] = _alone(tensor)
-            continue
-        group = groups.setdefault(_identity(tensor), [])
-        group.append(name)
-        if len(group) == 1:
-            tensors[name] = _alone(tensor)
-            if slot.kind == "parameter" and tensor.is_floating_point() and not tensor.requires_grad:
-                frozen.append(name)
-    description = Description(
-        source=source,
-        edits=edits(model),
-        tensors={name: entries[name] for name in tensors},
-        buffers={name: entries[name] for name in buffers},
-        tied=[group for group in groups.values() if len(group) > 1],
-        frozen=frozen,
-        training=dict(training or {}),
-    )
-    try:
-        again = json.loads(json.dumps(description.to_json(), allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"the training record is not plain JSON data: {error}") from error
-    return Description.from_json(again), tensors, buffers
+        own: dict[str, Any] = {}
+        module._save_to_state_dict(own, "", keep_vars=True)
+        lost = [key for key in own if key not in module._parameters and key not in module._buffers]
+        if lost:
+            raise CheckpointError(
+                f"{name or 'the model'}: a {type(module).__name__} keeps {lost[0]} outside of its parameters and "
+                "buffers, and it would be lost. Save the model before it is quantised or packed"
+            )
 
 
 def _identity(tensor: Tensor) -> Any:
@@ -115,16 +186,17 @@ def _identity(tensor: Tensor) -> Any:
     return tensor.device, tensor.dtype, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """The values on the CPU, contiguous, in a storage that holds nothing else."""
-    values = tensor.detach().cpu().contiguous()
-    return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
+# ---------------------------------------------------------------------------------------------------- what is read
 
 
 def check_fits(skeleton: nn.Module, description: Description) -> None:
-    """Every tensor has its place and every place its tensor, of that shape and kind of number."""
+    """Every tensor has its place and every place its tensor, of that shape and kind of number.
+
+    Raises:
+        CheckpointError: they do not.
+    """
     names = description.names
-    slots = _slots(skeleton)
+    slots = slots_of(skeleton)
     for name, slot in slots.items():
         if name not in (description.buffers if slot.kind == "transient" else names):
             raise CheckpointError(f"tensor {name}: the model has it, and the files do not.")
@@ -140,16 +212,24 @@ def check_fits(skeleton: nn.Module, description: Description) -> None:
         dtype = DTYPES[entry.dtype]
         if dtype.is_floating_point != tensor.is_floating_point() or dtype.is_complex != tensor.is_complex():
             raise CheckpointError(f"tensor {name}: it is {entry.dtype} in the files and {tensor.dtype} in the model.")
-    for prefix, module in skeleton.named_modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, Tensor) and value.is_meta:
-                raise CheckpointError(f"{prefix}.{attribute}: a tensor that no state dict holds cannot be rebuilt.")
+
+
+def check_whole(skeleton: nn.Module) -> None:
+    """Every tensor in a plain attribute has numbers: no file has any for it.
+
+    Raises:
+        CheckpointError: one has none.
+    """
+    for name, tensor in _loose_tensors(skeleton):
+        if tensor.is_meta:
+            raise CheckpointError(f"{name}: a tensor that no state dict holds cannot be rebuilt.")
 
 
 def put_in(
     skeleton: nn.Module, description: Description, tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> None:
-    slots = _slots(skeleton)
+    """Give a skeleton its tensors."""
+    slots = slots_of(skeleton)
     placed: dict[str, Tensor] = {}
     for name, first in description.names.items():
         slot = slots[name]

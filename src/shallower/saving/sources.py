@@ -6,8 +6,7 @@ import difflib
 import importlib
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -15,12 +14,12 @@ from urllib.parse import parse_qsl, urlencode
 from torch import Tensor, nn
 
 from shallower.errors import ModelError
+from shallower.saving.implementations import Implementations
 from shallower.saving.vision import import_torchvision, repair_torchvision
 
 Option = bool | int | float | str
 
-_LIBRARIES = ("timm", "torchvision", "transformers")
-_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+LIBRARIES = ("timm", "torchvision", "transformers")
 # Options under which a library would fetch or unpickle a file by itself.
 _FILES = ("pretrained", "checkpoint", "weights", "cache")
 
@@ -54,68 +53,14 @@ def format_options(name: str, options: Mapping[str, Option]) -> str:
 
 def source_of(model: nn.Module) -> str:
     """The source of a Transformers model of the installed package; "" of any other model, which cannot tell."""
-    library = sys.modules.get("transformers")
-    if library is None or not isinstance(model, library.PreTrainedModel):
+    # A model of the package has imported this module: without it there is nothing to ask.
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return ""
     name = type(model).__name__
-    if getattr(library, name, None) is not type(model):
+    if getattr(import_transformers(), name, None) is not type(model):
         return ""
-    attention = getattr(model.config, "_attn_implementation", None)
-    return "transformers:" + format_options(name, {"attention": attention} if attention in _ATTENTION else {})
-
-
-def build_skeleton(
-    source: str, config: Mapping[str, Any] | None = None, *, most_parameters: int | None = None
-) -> nn.Module:
-    """The architecture that a source names, with its parameters on the meta device; buffers are real.
-
-    Only classes and functions of Transformers, timm and torchvision are called; nothing is fetched, and no file is
-    read.
-
-    Args:
-        source: "transformers:CLASS", "timm:NAME" or "torchvision:NAME", with options.
-        config: of a Transformers model, as its config.json has it.
-        most_parameters: give up where the architecture has more parameter tensors: a file could ask for a billion
-            layers.
-
-    Raises:
-        ModelError: the source does not name such an architecture, or the library cannot build it.
-    """
-    library, _, rest = source.partition(":")
-    if library not in _LIBRARIES or not rest:
-        raise ModelError(f"{source!r} names no architecture of Transformers, timm or torchvision")
-    name, options = parse_options(rest)
-    if library == "transformers":
-        return _transformers_skeleton(name, options, config or {}, most_parameters)
-    with _parameters_on_meta(most_parameters):
-        return timm(name, options, False) if library == "timm" else torchvision(name, options, False)
-
-
-@contextmanager
-def _parameters_on_meta(most: int | None) -> Iterator[None]:
-    """Modules that are made meanwhile get their parameters on the meta device.
-
-    Buffers stay real, because many are computed when a module is made and stand in no state dict.
-    """
-    register = nn.Module.register_parameter
-    made = 0
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        nonlocal made
-        register(self, name, param)
-        if param is not None and not param.is_meta:
-            made += 1
-            if most is not None and made > most:
-                raise ModelError(f"the architecture has more than {most} parameters, and the files far fewer")
-            empty = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-            vars(empty).update(vars(param))
-            self._parameters[name] = empty
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    return "transformers:" + format_options(name, Implementations.of(model).options())
 
 
 def _value(text: str) -> Option:
@@ -140,6 +85,7 @@ def _checked(name: str, known: list[str], options: Mapping[str, Option], library
 
 
 def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
@@ -147,7 +93,12 @@ def first_line(error: BaseException) -> str:
 # ---------------------------------------------------------------------------------------------------------- timm
 
 
-def _import_timm() -> ModuleType:
+def import_timm() -> ModuleType:
+    """The timm package.
+
+    Raises:
+        ModelError: it is not installed.
+    """
     repair_torchvision()
     try:
         return importlib.import_module("timm")
@@ -158,10 +109,17 @@ def _import_timm() -> ModuleType:
 
 
 def timm(name: str, options: Mapping[str, Option], pretrained: bool) -> nn.Module:
-    timm = _import_timm()
+    """A model of timm.
+
+    Raises:
+        ModelError: timm is not installed, has no such model, or cannot build it with these options.
+    """
+    timm = import_timm()
     _checked(name.partition(".")[0], timm.list_models(), options, "timm")
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    except ModelError:
+        raise
     except Exception as error:
         raise _not_built(f"timm:{format_options(name, options)}", error, pretrained) from error
     return model
@@ -176,12 +134,19 @@ def _not_built(what: str, error: Exception, pretrained: bool) -> ModelError:
 
 
 def torchvision(name: str, options: Mapping[str, Option], pretrained: bool) -> nn.Module:
+    """A model of torchvision; pretrained weights but the classifier's where it has another number of classes.
+
+    Raises:
+        ModelError: torchvision is not installed, has no such model, or cannot build it with these options.
+    """
     models = import_torchvision().models
     _checked(name, models.list_models(module=models), options, "torchvision")
     try:
         model: nn.Module = models.get_model(name, weights=None, **options)
         if pretrained:
             _load_fitting(model, models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True))
+    except ModelError:
+        raise
     except Exception as error:
         raise _not_built(f"torchvision:{format_options(name, options)}", error, pretrained) from error
     return model
@@ -203,6 +168,11 @@ def _load_fitting(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def import_transformers() -> ModuleType:
+    """The transformers package.
+
+    Raises:
+        ModelError: it is not installed.
+    """
     repair_torchvision()
     try:
         return importlib.import_module("transformers")
@@ -213,42 +183,6 @@ def import_transformers() -> ModuleType:
 
 
 def model_class(library: ModuleType, name: str) -> Any | None:
+    """The model class of that name in the transformers package, or None."""
     found = getattr(library, name, None) if name.isidentifier() and not name.startswith("_") else None
     return found if isinstance(found, type) and issubclass(found, library.PreTrainedModel) else None
-
-
-def _transformers_skeleton(
-    name: str, options: dict[str, Option], config: Mapping[str, Any], most_parameters: int | None
-) -> nn.Module:
-    library = import_transformers()
-    architecture = model_class(library, name)
-    if architecture is None or architecture.config_class is None:
-        raise ModelError(f"transformers has no model class {name!r}")
-    attention = options.pop("attention", None)
-    if options or (attention is not None and attention not in _ATTENTION):
-        raise ModelError(f"transformers:{name}: unknown options; only attention= is known, one of {_ATTENTION}")
-    try:
-        settings = architecture.config_class.from_dict(_inert(config))
-        if attention is not None:
-            settings._attn_implementation = attention
-        with _parameters_on_meta(most_parameters):
-            model: nn.Module = architecture(settings)
-    except Exception as error:
-        raise ModelError(f"transformers:{name} cannot be built from its config: {first_line(error)}") from error
-    return model
-
-
-def _inert(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without what would make Transformers fetch weights or code."""
-
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {
-                key: False if key == "use_pretrained_backbone" else cleaned(item)
-                for key, item in value.items()
-                if not str(key).endswith(("attn_implementation", "experts_implementation")) and key != "auto_map"
-            }
-        return [cleaned(item) for item in value] if isinstance(value, list) else value
-
-    result: dict[str, Any] = cleaned(config)
-    return result

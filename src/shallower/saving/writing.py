@@ -4,50 +4,107 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shallower.core.failures import failing
+from shallower.core.tensors import content
 from shallower.errors import CheckpointError
 from shallower.saving.description import DESCRIPTION, INDEX
 from shallower.saving.reading import read_description
 
-# ------------------------------------------------------------------------------------------------------- writing
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def write_tensors(directory: Path, tensors: dict[str, Tensor], max_shard_size: int | str) -> None:
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write plain data as JSON; infinite numbers and NaN are errors."""
+    path.write_text(json.dumps(data, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as one file."""
+    save_file({key: _alone(tensor) for key, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def write_weights(directory: Path, tensors: Mapping[str, Tensor], most: int) -> None:
+    """Write tensors as model.safetensors, or as an index and several files of at most so many bytes."""
     split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=most
     )
-    for name, keys in split.filename_to_tensors.items():
-        save_file({key: tensors[key] for key in keys}, directory / name, metadata={"format": "pt"})
+    for file, keys in split.filename_to_tensors.items():
+        write_tensors(directory / file, {key: tensors[key] for key in keys})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(directory / INDEX, index)
+
+
+def bytes_of(size: int | str) -> int:
+    """A size in bytes, or as text.
+
+        bytes_of("5GB")     # 5_000_000_000
+
+    Raises:
+        CheckpointError: it is none, or not positive.
+    """
+    text = (
+        re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(KB|MB|GB|TB)", size.strip().upper()) if isinstance(size, str) else None
+    )
+    found = int(float(text[1]) * _UNITS[text[2]]) if text else size
+    if type(found) is not int or found < 1:
+        raise CheckpointError(f"{size!r:.40} is not the size of a file: give a positive number of bytes, or '5GB'")
+    return found
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The values on the CPU, contiguous, in a storage that holds nothing else."""
+    values = tensor.detach().cpu().contiguous()
+    return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
+
+
+def check_as_written(tensors: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
+    """Compare the tensors that were read back with the model's, byte by byte.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    for name, tensor in tensors.items():
+        if content(tensor) != content(read[name]):
+            raise CheckpointError(f"tensor {name}: the file does not hold what was written; is the disk sound?")
 
 
 def check_replaceable(directory: Path) -> None:
-    """Raise CheckpointError unless `save` may write to `directory`: it is not there, is empty or an earlier result."""
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: this is a file, and a directory is to be written")
-    there = {str(path.relative_to(directory)) for path in directory.rglob("*") if not path.is_dir()}
-    if not there:
-        return
+    """Check that `save` may write to `directory`: it does not exist, is empty or an earlier result.
+
+    Raises:
+        CheckpointError: it may not.
+    """
     advice = "give another directory, or remove it first"
-    if DESCRIPTION not in there:
-        raise CheckpointError(f"{directory}: not empty, and not the result of an earlier save; {advice}")
-    foreign = sorted(there - {DESCRIPTION, *read_description(directory).files})
-    if foreign:
-        raise CheckpointError(f"{directory}: holds {foreign[0]}, which no save wrote; {advice}")
+    with failing(CheckpointError, f"{str(directory)!r:.200}: cannot be written to"):
+        if not directory.exists():
+            return
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: this is a file, and a directory is to be written")
+        known = {DESCRIPTION}
+        if (directory / DESCRIPTION).is_file():
+            known |= set(read_description(directory).files)
+        # The first foreign file decides: the directory may be anything, the whole disk for instance.
+        for path in directory.rglob("*"):
+            name = str(path.relative_to(directory))
+            if path.is_dir() and not path.is_symlink():
+                continue
+            if len(known) == 1 and name != DESCRIPTION:
+                raise CheckpointError(f"{directory}: not empty, and not the result of an earlier save; {advice}")
+            if name not in known:
+                raise CheckpointError(f"{directory}: holds {name}, which no save wrote; {advice}")
 
 
 @contextmanager
@@ -57,21 +114,20 @@ def replacing(directory: Path) -> Iterator[Path]:
     partial = directory.with_name(f".{directory.name}.partial-{token}")
     previous = directory.with_name(f".{directory.name}.previous-{token}")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            _to_disk(path)
-        if directory.exists():
-            directory.rename(previous)
-        try:
-            partial.rename(directory)
-        except BaseException:
-            if previous.exists():
-                previous.rename(directory)
-            raise
-        _to_disk(directory.parent)
-    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{directory}: cannot be written: {error}") from error
+        with failing(CheckpointError, f"{directory}: cannot be written"):
+            partial.mkdir(parents=True)
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                _to_disk(path)
+            if directory.exists():
+                directory.rename(previous)
+            try:
+                partial.rename(directory)
+            except BaseException:
+                if previous.exists():
+                    previous.rename(directory)
+                raise
+            _to_disk(directory.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if directory.exists():

@@ -1,10 +1,17 @@
-"""The edits of one step of a plan."""
+"""A plan as edits of a model.
+
+    for edit in edits_of(plan, model):
+        perform(model, edit)
+
+Nothing here changes a module. Which edits a step takes depends on the weights that the earlier steps of its plan left,
+so `edits_of_step` reads the model as it is then, and its edits are performed before the next step is looked at.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,319 +19,450 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from shallower.core.algebra import grouped, scale_rows, unrolled, with_skip
 from shallower.errors import PlanError
-from shallower.modules import heads
 from shallower.modules.activations import PartialActivation, SlopeActivation
-from shallower.modules.edits import perform, resize
-from shallower.modules.layers import bias_of, fill_norm, is_the_map, weight_of
-from shallower.modules.offloading import own_weights
-from shallower.modules.rewriting import externalise
+from shallower.modules.attachment import detached_copy
+from shallower.modules.edits import (
+    Activation,
+    Doubled,
+    Edit,
+    Externalise,
+    Identity,
+    Norm,
+    Partial,
+    Resize,
+    Slope,
+    Summand,
+    Weights,
+    perform,
+)
+from shallower.modules.heads import without_heads
+from shallower.modules.layers import bias_of, is_the_map, weight_of
+from shallower.modules.rewriting import name_at
 from shallower.planning.entries import Entry, Fate, Fit
-from shallower.planning.forms import Form, Step
+from shallower.planning.forms import Form, Step, steps
+from shallower.planning.plan import Plan
 from shallower.sites import LinearMap, Place, Residual, Site
 from shallower.surgery.padding import zeros_around
 from shallower.surgery.paths import Path, affine, as_read, columns_of, composed, gate_rows_of, path_of, up_rows_of
 
 
+def edits_of(plan: Plan, model: nn.Module) -> list[Edit]:
+    """All edits of a plan, in order; those of overlapping sites hold the weights that earlier ones leave.
+
+        for edit in edits_of(plan, model):
+            perform(model, edit)
+
+    Args:
+        plan: for this model.
+        model: not changed.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+    """
+    trial, made = detached_copy(model), []
+    for step in steps(plan.entries):
+        edits = edits_of_step(step, trial)
+        for edit in edits:
+            perform(trial, edit)
+        made += edits
+    return made
+
+
 def operate(model: nn.Module, step: Step) -> None:
     """Give one site of the model, in place, the form that `step` says."""
+    for edit in edits_of_step(step, model):
+        perform(model, edit)
+
+
+@torch.no_grad()
+def edits_of_step(step: Step, model: nn.Module) -> list[Edit]:
+    """The edits that give one site the form that `step` says.
+
+    Args:
+        step: of a plan.
+        model: as the earlier steps left it; it is not changed.
+
+    Raises:
+        PlanError: the step does not fit the model.
+    """
     entry, form = step.entry, step.form
     site = entry.site
     if site.kind == "heads":
-        fitted = () if entry.fit is None else (entry.fit.consumers[0], entry.fit.biases[0])
-        heads.narrow(model, site, entry.kept, *fitted)
-        return
+        if entry.fit is None:
+            return without_heads(model, site, entry.kept)
+        return without_heads(model, site, entry.kept, entry.fit.consumers[0], entry.fit.biases[0])
     if site.producer is None or form.kind == "removed":
-        _vanish(model, site.activation)
-        return
+        return _gone(model, _needed(site.activation))
     if form.kind == "apart" and any(m.groups > 1 for m in form.maps):
-        _set_apart(model, entry, form)
-        return
+        return _grouped_apart(model, entry, form)
     producer = model.get_submodule(site.producer.name)
-    consumers = [model.get_submodule(m.name) for m in site.consumers]
-    path = path_of(model, entry, form, producer, consumers)
+    path = path_of(model, entry, form, producer, _consumers(model, site))
     if form.kind == "merged":
-        _merge(model, entry, form, producer, path)
-    elif form.kind in ("pair", "apart"):
-        _pair(model, site, form, path)
-    else:
-        _narrow(model, entry, form, path)
+        return _merged(model, entry, form, path)
+    if form.kind in ("pair", "apart"):
+        return _two(model, site, form, path)
+    return _narrower(model, entry, form, path)
 
 
-def _merge(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, path: Path) -> None:
+# ------------------------------------------------------------------------------------------ sites without kept channels
+
+
+def _merged(model: nn.Module, entry: Entry, form: Form, path: Path) -> list[Edit]:
+    """One map C diag(s) P in the place of each consumer."""
     site = entry.site
-    if site.flattened:
-        weights = [
-            _unrolled(site, up, cast("Tensor", path.down), producer, m)
-            for up, m in zip(path.ups, form.consumers, strict=True)
-        ]
-    else:
-        read = zip(path.ups, _consumers(model, site), strict=True)
-        weights = [composed(up, path.down, producer, m) for up, m in read]
+    made = cast("LinearMap", site.producer)
+    producer = model.get_submodule(made.name)
+    weights = []
+    for up, consumer, m in zip(path.ups, _consumers(model, site), form.consumers, strict=True):
+        if site.flattened:
+            weights.append(_over_pixels(site, up, cast("Tensor", path.down), cast("nn.Conv2d", producer), m))
+        else:
+            weights.append(composed(up, path.down, producer, consumer))
+    edits: list[Edit] = []
+    biases = path.biases
     if entry.fold_skip:
-        _take_in_skip(model, cast("Residual", site.residual), weights, path.biases)
-    for m, weight, bias in zip(form.consumers, weights, path.biases, strict=True):
-        _set(_become(model, m), columns=[grouped(weight, m.groups)], bias=[bias])
-    width = form.consumers[0].d_in
+        edits = _without_sum(model, cast("Residual", site.residual), weights, biases)
+    for m, weight, bias in zip(form.consumers, weights, biases, strict=True):
+        edits += _layer(model, m, grouped(weight, m.groups), bias)
     if site.packed:
-        perform(model, {"edit": "twice", "name": _name(site.producer), "channels_first": site.channels_first})
+        edits.append(Doubled(made.name, site.channels_first))
     else:
-        perform(model, {"edit": "identity", "name": _name(site.producer)})
-    _clear(model, site, width)
+        edits.append(Identity(made.name))
+    return edits + _nothing_between(model, site, form.consumers[0].d_in)
 
 
-def _take_in_skip(model: nn.Module, residual: Residual, weights: list[Tensor], biases: list[Tensor]) -> None:
-    """Let the one merged map do what the sum behind it does, and take the sum away."""
+def _over_pixels(site: Site, up: Tensor, down: Tensor, producer: nn.Conv2d, m: LinearMap) -> Tensor:
+    """A convolution, and a linear layer over all pixels of what it gives, as one linear layer."""
+    return unrolled(
+        up,
+        down,
+        m.size,
+        site.consumers[0].size,
+        padding=zeros_around(site, producer),
+        stride=cast("tuple[int, int]", producer.stride),
+        dilation=cast("tuple[int, int]", producer.dilation),
+    )
+
+
+def _without_sum(
+    model: nn.Module, residual: Residual, weights: list[Tensor], biases: list[Tensor]
+) -> list[Edit]:  # fmt: skip
+    """Let the one merged map do what the sum behind it does, norm(W x + b) + x, and take the sum away."""
+    edits: list[Edit] = []
     norm = affine(model, residual.norm)
     if norm is not None:
-        weights[0], biases[0] = scale_rows(weights[0], norm[0]), biases[0] * norm[0] + norm[1]
-        perform(model, {"edit": "identity", "name": residual.norm})
+        scale, shift = norm
+        weights[0], biases[0] = scale_rows(weights[0], scale), biases[0] * scale + shift
+        edits.append(Identity(residual.norm))
     weights[0] = with_skip(weights[0])
-    name = _module_at(model, residual.place)
-    perform(model, {"edit": "operand", "name": name, "index": residual.branch})
+    made, name = _at(model, residual.place)
+    return [*edits, *made, Summand(name, residual.branch)]
 
 
-def _pair(model: nn.Module, site: Site, form: Form, path: Path) -> None:
-    down = cast("Tensor", path.down)
+def _two(model: nn.Module, site: Site, form: Form, path: Path) -> list[Edit]:
+    """Producer and consumers with nothing between them: y = up (down x + shift) + bias."""
+    down, shift, ups = cast("Tensor", path.down), path.shift, path.ups
     if len(down) == 0:  # nothing is left but a constant: a layer needs at least one channel
-        down = down.new_zeros(1, *down.shape[1:])
-        path.shift = None
-        path.ups = [up.new_zeros(up.shape[0], site.block, *up.shape[2:]) for up in path.ups]
-    producer = _become(model, cast("LinearMap", form.producer))
-    halves = [torch.zeros_like(down), down] if site.packed == "gate-first" else [down, torch.zeros_like(down)]
-    _set(producer, rows=halves if site.packed else [down], bias=[] if path.shift is None else [path.shift])
-    for m, up, bias in zip(form.consumers, path.ups, path.biases, strict=True):
-        _set(_become(model, m), columns=[up], bias=[bias])
-    _clear(model, site, form.width)
+        down, shift = down.new_zeros(1, *down.shape[1:]), None
+        ups = [up.new_zeros(up.shape[0], site.block, *up.shape[2:]) for up in ups]
+    if site.packed:
+        down = _halves(site, torch.zeros_like(down), down)
+    if site.packed and shift is not None:
+        shift = _halves(site, torch.zeros_like(shift), shift)
+    edits = _layer(model, cast("LinearMap", form.producer), down, shift)
+    for m, up, bias in zip(form.consumers, ups, path.biases, strict=True):
+        edits += _layer(model, m, up, bias)
+    return edits + _nothing_between(model, site, form.width)
 
 
-def _set_apart(model: nn.Module, entry: Entry, form: Form) -> None:
+def _grouped_apart(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
     """Grouped convolutions with nothing between them: every channel stays, and the producer does all that was there."""
     site, made = entry.site, cast("LinearMap", form.producer)
     everything = torch.arange(site.width)
     slopes = torch.where(entry.fates == Fate.LINEAR, entry.slopes, 0.0)
     producer = model.get_submodule(made.name)
     rows, shift, _ = as_read(model, replace(entry, slopes=slopes), producer, everything, everything[:0])
-    _set(_become(model, made), rows=[grouped(rows, made.groups)], bias=[shift])
-    _clear(model, site, site.width)
+    return _layer(model, made, grouped(rows, made.groups), shift) + _nothing_between(model, site, site.width)
 
 
-def _clear(model: nn.Module, site: Site, width: int) -> None:
-    """Take away all that stood between the two linear maps; a gate becomes ones of that width."""
+def _nothing_between(model: nn.Module, site: Site, width: int) -> list[Edit]:
+    """Identities for all that stood between the two linear maps; a gate becomes ones of that width."""
+    edits: list[Edit] = []
     if site.gate is not None:
-        perform(model, {"edit": "identity", "name": site.gate.name})
-    name = _vanish(model, site.activation)
+        edits.append(Identity(site.gate.name))
+    place = _needed(site.activation)
+    edits += _gone(model, place)
     if site.gated:
-        gate = "packed" if site.packed else "separate"
-        _partial(model, name, 0, width, gate, site.channels_first)
-    for norm in (site.norm_before, site.norm_after):
-        if norm:
-            perform(model, {"edit": "identity", "name": norm})
-    for place in site.dropouts:
-        _vanish(model, place)
+        edits.append(Partial(name_at(model, place), 0, width, _gate(site), site.channels_first))
+    edits += [Identity(norm) for norm in (site.norm_before, site.norm_after) if norm]
+    for dropout in site.dropouts:
+        edits += _gone(model, dropout)
+    return edits
 
 
-def _narrow(model: nn.Module, entry: Entry, form: Form, path: Path) -> None:
+# --------------------------------------------------------------------------------------------- sites with kept channels
+
+
+def _narrower(model: nn.Module, entry: Entry, form: Form, path: Path) -> list[Edit]:
+    """The same layers with the kept channels, and a linear path beside them where the form has one."""
     site, kept, fit = entry.site, entry.kept, entry.fit
-    producer = model.get_submodule(_name(site.producer))
+    if form.kept == site.width and form.rank == 0 and fit is None:
+        return _activation(model, entry, form)
+    producer = model.get_submodule(cast("LinearMap", site.producer).name)
     consumers = _consumers(model, site)
     down, ups = _reduced(path, form, producer, consumers)
-    if form.kept == site.width and form.rank == 0 and fit is None:
-        _set_activation(model, entry, form)
-        return
-
-    rows, bias = _kept_rows(producer, up_rows_of(site, kept), fit, "producer", bool(site.norm_before))
-    shift = down.new_zeros(form.rank) if path.shift is None else path.shift
-    own, shifts = [rows, down], [bias, shift]
+    rows, bias = _rows(producer, up_rows_of(site, kept), fit, "producer", bool(site.norm_before))
+    shift = down.new_zeros(form.rank)
+    if path.shift is not None and form.rank:
+        shift = path.shift
+    if form.rank:
+        rows, bias = _joined(rows, down), _joined(bias, shift)
     if site.packed:
-        gate_rows, gate_bias = _kept_rows(producer, gate_rows_of(site, kept), fit, "gate")
-        gates, gate_shifts = [gate_rows, torch.zeros_like(down)], [gate_bias, torch.zeros_like(shift)]
-        own = [*gates, *own] if site.packed == "gate-first" else [*own, *gates]
-        shifts = [*gate_shifts, *shifts] if site.packed == "gate-first" else [*shifts, *gate_shifts]
-    _set(_become(model, cast("LinearMap", form.producer)), rows=own, bias=shifts)
-
+        gates, gate_bias = _rows(producer, gate_rows_of(site, kept), fit, "gate")
+        if form.rank:
+            gates, gate_bias = _joined(gates, torch.zeros_like(down)), _joined(gate_bias, torch.zeros_like(shift))
+        rows, bias = _halves(site, gates, rows), _halves(site, gate_bias, bias)
+    edits = _layer(model, cast("LinearMap", form.producer), rows, bias)
     if site.gate is not None:
-        gate_layer = model.get_submodule(site.gate.name)
-        weight, gate_bias = _kept_rows(gate_layer, kept, fit, "gate")
-        _set(_become(model, cast("LinearMap", form.gate)), rows=[weight], bias=[gate_bias])
-
+        gates, gate_bias = _rows(model.get_submodule(site.gate.name), kept, fit, "gate")
+        edits += _layer(model, cast("LinearMap", form.gate), gates, gate_bias)
     for m in form.between:
-        middle = model.get_submodule(m.name)
-        weight, own_bias = _kept_rows(middle, kept)
-        _set(_become(model, m), rows=[weight], bias=[own_bias])
-
+        filters, own_bias = _rows(model.get_submodule(m.name), kept)
+        edits += _layer(model, m, filters, own_bias)
     for i, (m, consumer) in enumerate(zip(form.consumers, consumers, strict=True)):
         columns = columns_of(site, consumer, kept) if fit is None else fit.consumers[i]
-        _set(_become(model, m), columns=[columns, ups[i]], bias=[path.biases[i]])
-
-    behind = [name for b in site.between for name in (b.norm_before, b.norm_after)]
-    for name in (site.norm_before, site.norm_after, *behind):
-        if name:
-            norm = cast("_BatchNorm", model.get_submodule(name))
-            narrower = perform(model, {"edit": "norm", "name": name, "channels": form.kept + form.rank})
-            fill_norm(cast("_BatchNorm", narrower), norm, kept)
-            if name == site.norm_before and fit is not None and fit.producer_bias is not None:
-                _set_shift(site, cast("_BatchNorm", narrower), fit.producer_bias)
-    _set_activation(model, entry, form)
+        if form.rank:
+            columns = _joined(columns, ups[i], 1)
+        edits += _layer(model, m, columns, path.biases[i])
+    edits += _norms(model, entry, form)
+    edits += _activation(model, entry, form)
     for b in site.between:
         if b.activation is not None and form.kept < site.width and _has_channels(model, b.activation, site.width):
-            _narrow_activation(model, site, _module_at(model, b.activation), kept)
+            made, name = _at(model, b.activation)
+            edits += made + _fewer_parameters(model, site, b.activation, name, kept)
+    return edits
 
 
-def _set_shift(site: Site, norm: _BatchNorm, shift: Tensor) -> None:
-    """Set the shift of the first channels of a BatchNorm."""
-    if norm.bias is None:
-        raise PlanError(f"{site.name}: `{site.norm_before}` has no shift that could be fitted")
-    with torch.no_grad():
-        norm.bias[: len(shift)] = shift.to(norm.bias)
+def _norms(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
+    """The BatchNorms of a site with the vectors of its kept channels; those of a linear path pass unchanged."""
+    site, kept, fit = entry.site, entry.kept, entry.fit
+    behind = [name for b in site.between for name in (b.norm_before, b.norm_after)]
+    edits: list[Edit] = []
+    for name in filter(None, (site.norm_before, site.norm_after, *behind)):
+        norm = cast("_BatchNorm", model.get_submodule(name))
+        channels = form.kept + form.rank
+        numbers = _norm_vectors(norm, kept, channels)
+        if name == site.norm_before and fit is not None and fit.producer_bias is not None:
+            if "bias" not in numbers:
+                raise PlanError(f"{site.name}: `{name}` has no shift that could be fitted")
+            numbers["bias"][: len(kept)] = fit.producer_bias.to(numbers["bias"])
+        edits += [Norm(name, channels), Weights(name, numbers)]
+    return edits
 
 
-def _kept_rows(
+def _norm_vectors(norm: _BatchNorm, kept: Tensor, channels: int) -> dict[str, Tensor]:
+    """The vectors of a BatchNorm at `kept`, followed by channels that pass unchanged: mean 0 and variance 1 - eps."""
+    numbers = {}
+    neutral = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0 - norm.eps}
+    for name, value in neutral.items():
+        own = getattr(norm, name)
+        if own is not None:
+            numbers[name] = own.new_full((channels,), value)
+            numbers[name][: len(kept)] = own[kept.to(own.device)]
+    return numbers
+
+
+def _rows(
     layer: nn.Module, rows: Tensor, fit: Fit | None = None, role: str = "", shifted: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of these rows of a layer, or what was fitted in their place; zeros where it has no bias.
 
     Where a BatchNorm behind the layer shifts the channels (`shifted`), the fitted bias is its, not the layer's.
     """
-    weight, bias = weight_of(layer)[rows], bias_of(layer)
-    shift = weight.new_zeros(len(rows)) if bias is None else bias[rows]
-    fitted = {} if fit is None else fit.singles
-    return fitted.get(role, weight), shift if shifted else fitted.get(f"{role}_bias", shift)
+    weight, bias = weight_of(layer), bias_of(layer)
+    rows = rows.to(weight.device)
+    own, shift = weight[rows], weight.new_zeros(len(rows))
+    if bias is not None:
+        shift = bias[rows]
+    if fit is None:
+        return own, shift
+    own = fit.singles.get(role, own)
+    if shifted:
+        return own, shift
+    return own, fit.singles.get(f"{role}_bias", shift)
 
 
-def _reduced(path: Path, form: Form, producer: nn.Module, consumers: list[nn.Module]) -> tuple[Tensor, list[Tensor]]:
-    """The same path with fewer channels, where there are fewer inputs or outputs than channels."""
+def _reduced(
+    path: Path, form: Form, producer: nn.Module, consumers: Sequence[nn.Module]
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """The same path with fewer channels, where there are fewer inputs or outputs than channels.
+
+    Through the inputs, down is the identity and the ups are the whole products; through the outputs it is the reverse.
+    """
     down, ups = path.down, path.ups
     if form.through == "channels" and down is not None:
         return down, ups
+    products = [composed(up, down, producer, consumer) for up, consumer in zip(ups, consumers, strict=True)]
     if form.through == "inputs":
-        eye = torch.eye(form.rank, dtype=torch.float64, device=ups[0].device)
-        eye = eye[:, :, None, None] if isinstance(producer, nn.Conv2d) else eye
-        return eye, ups if down is None else [
-            composed(up, down, producer, c) for up, c in zip(ups, consumers, strict=True)
-        ]
-    full = torch.cat([composed(up, down, producer, c) for up, c in zip(ups, consumers, strict=True)])
-    eye = torch.eye(len(full), dtype=torch.float64, device=full.device)
-    eye = eye[:, :, None, None] if isinstance(consumers[0], nn.Conv2d) else eye
+        return _identity_map(form.rank, ups[0].device, isinstance(producer, nn.Conv2d)), products
+    full = torch.cat(products)
+    eye = _identity_map(len(full), full.device, isinstance(consumers[0], nn.Conv2d))
     return full, list(torch.split(eye, [up.shape[0] for up in ups]))
 
 
-def _set_activation(model: nn.Module, entry: Entry, form: Form) -> None:
-    site, kept = entry.site, entry.kept
-    place = site.activation
+def _identity_map(channels: int, device: torch.device, convolution: bool) -> Tensor:
+    eye = torch.eye(channels, dtype=torch.float64, device=device)
+    if convolution:
+        return eye[:, :, None, None]
+    return eye
+
+
+# ------------------------------------------------------------------------------------------------------ activations
+
+
+def _activation(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
+    """What becomes of the activation: its parameters sliced, a slope, a linear path beside it."""
+    site, kept, place = entry.site, entry.kept, entry.site.activation
     if place is None:
-        return
-    narrower = form.kept < site.width and _has_channels(model, place, site.width)
+        return []
+    # a PReLU slope takes the place of f, whose own parameters nobody would use any more
+    replaced = entry.alphas is not None and entry.family == "prelu"
+    narrower = not replaced and form.kept < site.width and _has_channels(model, place, site.width)
     if entry.alphas is None and form.rank == 0 and not narrower:
-        return
-    name = _module_at(model, place)
+        return []
+    edits, name = _at(model, place)
     if narrower:
-        _narrow_activation(model, site, name, kept)
+        edits += _fewer_parameters(model, site, place, name, kept)
+    if replaced:
+        edits.append(Identity(name))
     if entry.alphas is not None:
-        alphas = entry.alphas if entry.alphas.numel() == 1 else entry.alphas[kept]
-        double = weight_of(model.get_submodule(_name(site.producer))).dtype == torch.float64
-        slope = perform(
-            model,
-            {
-                "edit": "slope",
-                "name": name,
-                "width": alphas.numel() if entry.alphas.numel() > 1 else 0,
-                "family": entry.family,
-                "target": "one" if site.gated else "identity",
-                "channels_first": site.channels_first,
-                "dtype": "float64" if double else "float32",
-            },
-        )
-        own = cast("SlopeActivation", slope).to(weight_of(model.get_submodule(_name(site.producer))).device).slope
-        with torch.no_grad():
-            own.copy_(alphas)
+        edits += _slope(model, entry, name)
     if form.rank:
-        gate = "packed" if site.packed else "separate" if site.gated else ""
-        _partial(model, name, form.kept, form.rank, gate, site.channels_first)
+        edits.append(Partial(name, form.kept, form.rank, _gate(site), site.channels_first))
+    return edits
+
+
+def _slope(model: nn.Module, entry: Entry, name: str) -> list[Edit]:
+    """A slope activation around f, one slope for all channels or one for each."""
+    site, alphas = entry.site, cast("Tensor", entry.alphas)
+    width = 0
+    if alphas.numel() > 1:
+        alphas = alphas[entry.kept]
+        width = len(alphas)
+    weight = weight_of(model.get_submodule(cast("LinearMap", site.producer).name))
+    dtype: Literal["float32", "float64"] = "float32"
+    if weight.dtype == torch.float64:
+        dtype = "float64"
+    target: Literal["identity", "one"] = "identity"
+    if site.gated:
+        target = "one"
+    made = Slope(name, width, entry.family, target, site.channels_first, dtype)
+    return [made, Weights(name, {"slope": alphas})]
+
+
+def _fewer_parameters(model: nn.Module, site: Site, place: Place, name: str, kept: Tensor) -> list[Edit]:
+    """An activation with one parameter for each channel, sliced."""
+    f = _standing(model, place)
+    if isinstance(f, PartialActivation):
+        raise PlanError(
+            f"{site.name}: its activation is partly linear already; plan all its channels linear or dropped"
+        )
+    if isinstance(f, SlopeActivation):
+        own, parameter = f.slope, "slope"
+    elif isinstance(f, nn.PReLU):
+        own, parameter = f.weight, "weight"
+    else:
+        raise PlanError(f"{site.name}: it is not known how the channels of a {type(f).__name__} are counted")
+    numbers = own.detach()[kept.to(own.device)]
+    return [Activation(name, len(kept)), Weights(name, {parameter: numbers})]
 
 
 def _has_channels(model: nn.Module, place: Place, width: int) -> bool:
     """Whether what stands at a place has parameters for each channel, or is a form of activation that counts them."""
-    names = [place.module] if not place.calls else [
-        f"{place.module}.{call.removeprefix('self.')}".strip(".") for call, _ in place.calls if call.startswith("self.")
-    ]  # fmt: skip
-    for name in names:
+    for name in _called(place):
         f = model.get_submodule(name)
         if isinstance(f, PartialActivation) or any(p.numel() == width > 1 for p in f.parameters()):
             return True
     return False
 
 
-def _narrow_activation(model: nn.Module, site: Site, name: str, kept: Tensor) -> None:
-    """Slice an activation with one parameter for each channel."""
-    f = model.get_submodule(name)
-    if isinstance(f, PartialActivation):
-        raise PlanError(
-            f"{site.name}: its activation is partly linear already; plan all its channels linear or dropped"
-        )
-    own = f.slope if isinstance(f, SlopeActivation) else f.weight if isinstance(f, nn.PReLU) else None
-    if own is None:
-        raise PlanError(f"{site.name}: it is not known how the channels of a {type(f).__name__} are counted")
-    narrower = perform(model, {"edit": "activation", "name": name, "channels": len(kept)})
-    with torch.no_grad():
-        cast("Tensor", narrower.slope if isinstance(narrower, SlopeActivation) else narrower.weight).copy_(own[kept])
+def _called(place: Place) -> list[str]:
+    """The dotted names of the modules that are called at a place."""
+    if not place.calls:
+        return [place.module]
+    children = [call.removeprefix("self.") for call, _ in place.calls if call.startswith("self.")]
+    return [f"{place.module}.{child}".strip(".") for child in children]
 
 
-def _partial(model: nn.Module, name: str, kept: int, linear: int, gate: str, channels_first: bool) -> None:
-    arguments = {"kept": kept, "linear": linear, "gate": gate, "channels_first": channels_first}
-    perform(model, {"edit": "partial", "name": name, **arguments})
+def _standing(model: nn.Module, place: Place) -> nn.Module:
+    """The module at a place, also where it is one of several calls yet."""
+    try:
+        return model.get_submodule(name_at(model, place))
+    except AttributeError:
+        called = _called(place)
+        if len(called) == 1 == len(place.calls):
+            return model.get_submodule(called[0])
+        return nn.Module()
 
 
-def _vanish(model: nn.Module, place: Place | None) -> str:
-    """Make what stands at `place` an identity; the dotted name of it."""
+# ------------------------------------------------------------------------------------------------------------ pieces
+
+
+def _gate(site: Site) -> Literal["", "separate", "packed"]:
+    """How a partial activation of this site is told of its gate."""
+    if site.packed:
+        return "packed"
+    if site.gated:
+        return "separate"
+    return ""
+
+
+def _at(model: nn.Module, place: Place) -> tuple[list[Edit], str]:
+    """The edits that make what stands at a place a module, and its name then."""
+    if not place.calls:
+        return [], place.module
+    return [Externalise(place.module, place.calls)], name_at(model, place)
+
+
+def _gone(model: nn.Module, place: Place) -> list[Edit]:
+    """The edits that make what stands at a place an identity."""
+    edits, name = _at(model, place)
+    return [*edits, Identity(name)]
+
+
+def _needed(place: Place | None) -> Place:
     if place is None:
         raise PlanError("a site without an activation cannot become linear")
-    name = _module_at(model, place)
-    perform(model, {"edit": "identity", "name": name})
-    return name
+    return place
 
 
-def _module_at(model: nn.Module, place: Place) -> str:
-    if not place.calls:
-        return place.module
-    perform(model, {"edit": "externalise", "module": place.module, "calls": [list(call) for call in place.calls]})
-    return externalise(model, place)
+def _layer(model: nn.Module, m: LinearMap, weight: Tensor, bias: Tensor | None) -> list[Edit]:
+    """The layer at `m.name` with the sizes of `m` and these numbers; zeros for a bias that is not given."""
+    edits: list[Edit] = []
+    if not is_the_map(model.get_submodule(m.name), m):
+        edits.append(Resize.to(m))
+    numbers = {"weight": weight}
+    if m.bias:
+        if bias is None:
+            bias = weight.new_zeros(m.d_out)
+        numbers["bias"] = bias
+    return [*edits, Weights(m.name, numbers)]
 
 
-def _become(model: nn.Module, m: LinearMap) -> nn.Module:
-    """The layer at `m.name`, exchanged for one of the sizes of `m` if it has others."""
-    module = model.get_submodule(m.name)
-    if is_the_map(module, m):
-        return module
-    return resize(model, m)
+def _halves(site: Site, gate: Tensor, up: Tensor) -> Tensor:
+    """Gate and up projection in the order in which a packed producer gives them."""
+    if site.packed == "gate-first":
+        return _joined(gate, up)
+    return _joined(up, gate)
 
 
-def _set(
-    layer: nn.Module, *, columns: Sequence[Tensor] = (), rows: Sequence[Tensor] = (), bias: Sequence[Tensor] = ()
-) -> None:
-    """Set the weight of a layer, given side by side or one above the other, and its bias (zeros if none is given)."""
-    own_weights(layer)
-    weight, own = weight_of(layer), bias_of(layer)
-    weight.copy_(_joined(columns, weight, 1) if columns else _joined(rows, weight, 0))
-    if own is not None:
-        own.copy_(_joined(bias, own, 0)) if bias else own.zero_()
-
-
-def _joined(parts: Sequence[Tensor], like: Tensor, dim: int) -> Tensor:
-    # the type first: a device without float64 cannot take the wide ones
-    return torch.cat([part.to(like.dtype).to(like.device) for part in parts], dim)
+def _joined(first: Tensor, second: Tensor, dim: int = 0) -> Tensor:
+    """Two parts of a weight; on the CPU where one of them is there, for it may be too wide for another device."""
+    device = first.device
+    if second.device.type == "cpu":
+        device = second.device
+    return torch.cat([first.to(device), second.to(device)], dim)
 
 
 def _consumers(model: nn.Module, site: Site) -> list[nn.Module]:
     return [model.get_submodule(m.name) for m in site.consumers]
-
-
-def _unrolled(site: Site, up: Tensor, down: Tensor, producer: nn.Module, m: LinearMap) -> Tensor:
-    geometry = {name: getattr(producer, name) for name in ("stride", "dilation")}
-    padding = zeros_around(site, cast("nn.Conv2d", producer))
-    return unrolled(up, down, m.size, site.consumers[0].size, padding=padding, **geometry)
-
-
-def _name(m: LinearMap | None) -> str:
-    if m is None:
-        raise PlanError("the site has no producer")
-    return m.name

@@ -24,7 +24,7 @@ from shallower.core.inputs import Inputs, call, model_device, to_device
 from shallower.core.trees import doubled
 from shallower.errors import SiteError
 from shallower.modules.attachment import detached_copy
-from shallower.modules.edits import perform
+from shallower.modules.edits import Padding, perform
 from shallower.planning.entries import Entry
 from shallower.sites import Place, Site
 from shallower.surgery.simulation import fated
@@ -62,17 +62,17 @@ def move_padding(model: M, sites: Site | Iterable[Site], *, inplace: bool = Fals
         _convolutions(moved, site)
     for m in (m for site in chosen if back for m in site.maps):
         if zeros_around(chosen[0], cast("nn.Conv2d", moved.get_submodule(m.name))) != m.padding:
-            perform(moved, {"edit": "padding", "name": m.name, "padding": list(m.padding)})
+            perform(moved, Padding(m.name, m.padding))
     for site in [] if back else chosen:
         producer, consumers = _convolutions(moved, site)
         inner, outer = zeros_around(site, producer), zeros_around(site, consumers[0])
         if outer == (0, 0):
             continue
-        total = [p + s * q for p, s, q in zip(inner, producer.stride, outer, strict=True)]
-        names = [m.name for m in site.maps]
-        perform(moved, {"edit": "padding", "name": names[0], "padding": total})
-        for name in names[1:]:
-            perform(moved, {"edit": "padding", "name": name, "padding": [0, 0]})
+        height, width = (p + s * q for p, s, q in zip(inner, producer.stride, outer, strict=True))
+        first, *others = (m.name for m in site.maps)
+        perform(moved, Padding(first, (height, width)))
+        for name in others:
+            perform(moved, Padding(name, (0, 0)))
     return moved
 
 

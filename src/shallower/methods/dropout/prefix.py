@@ -24,8 +24,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from shallower.errors import MethodError
 from shallower.modules import attachment
-from shallower.modules.layers import is_conv1d
-from shallower.sites import Heads, LinearMap, Place, Site
+from shallower.modules.layers import bias_of, is_conv1d
+from shallower.planning.entries import Entry, Fit
+from shallower.sites import Heads, LinearMap, Place, Site, Sites
 
 Block = tuple[int, int]
 """(start, step): k channels are the rows start, ..., start + k step - 1 of a map."""
@@ -39,7 +40,9 @@ class Width:
 
     def now(self, training: bool) -> int:
         """The width in this mode."""
-        return self.drawn if training else self.live
+        if training:
+            return self.drawn
+        return self.live
 
 
 def attach_prefix(
@@ -100,6 +103,50 @@ def _attach(model: nn.Module, site: Site, width: Width, rescale: float, places: 
         map_at(m.name).rescale = rescale
 
 
+def check_free(model: nn.Module, sites: Sites) -> None:
+    """Check that no method is attached at these sites, before anything is changed."""
+    taken = set(attachment.attached_places(model))
+    for site in sites:
+        places = [site.activation, *(Place(m.name) for m in site.maps)]
+        if taken.intersection(places):
+            raise MethodError(
+                f"{site.name}: a method is attached here already; leave the site out, or detach the earlier method "
+                "first (method.detach())"
+            )
+
+
+def entry_at(model: nn.Module, site: Site, k: int, rescale: float) -> Entry:
+    """The plan's entry that keeps the first k channels of a site, as the live model computes them at that width.
+
+    Args:
+        model: with `attach_prefix` done.
+        site: of the model.
+        k: channels that stay.
+        rescale: (n / k) to this power is folded into the consumers.
+    """
+    kept = torch.arange(k)
+    if not rescale and not _adds_behind(site):
+        return Entry.narrow(site, kept)
+    # A fit, and not a narrowing with constants: what a BatchNorm makes of a channel that is not there is not added.
+    scale, columns = (site.width / k) ** rescale, k * site.bridge.block
+    weights, biases = [], []
+    for m in site.consumers:
+        layer = cast("PrefixMap", model.get_submodule(m.name))
+        weight, bias = layer.logical_weight.detach()[:, :columns] * scale, bias_of(layer)
+        weights.append(weight)
+        biases.append(weight.new_zeros(len(weight)) if bias is None else bias.clone())
+    return Entry.narrow(site, kept, fit=Fit(tuple(weights), tuple(biases)))
+
+
+def _adds_behind(site: Site) -> bool:
+    """Whether a norm or a depthwise convolution behind the activation makes something of a channel that is zero."""
+    kinds = [stage.kind for stage in site.bridge.stages]
+    if "activation" not in kinds:
+        return False
+    behind = kinds[kinds.index("activation") :]
+    return "norm" in behind or "depthwise" in behind
+
+
 def produced(site: Site) -> list[tuple[LinearMap, tuple[Block, ...]]]:
     """The maps that give a site's channels, each with the rows that belong to them."""
     if site.heads is not None:
@@ -131,9 +178,6 @@ def _head_blocks(heads: Heads, m: LinearMap) -> tuple[Block, ...]:
     return ((min(start for start, _, _ in rows), rows[0][1]),)
 
 
-# ---------------------------------------------------------------------- linear maps
-
-
 @dataclass
 class _Rows:
     width: Width
@@ -153,25 +197,36 @@ class PrefixMap(nn.Module):
     def logical_weight(self) -> Tensor:
         """(d_out, d_in), or (d_out, d_in, kh, kw)."""
         weight = cast("Tensor", self.weight)
-        return weight.t() if is_conv1d(self) else weight
+        if is_conv1d(self):
+            return weight.t()
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x with any number of the input channels from the first; the result has the site's width."""
-        weight = self.logical_weight
-        bias = cast("Tensor | None", self.bias)
-        if self.prefix_rows is not None:
-            k = self.prefix_rows.width.now(self.training)
-            if k < self.prefix_rows.width.full:
-                weight = prefix(weight, self.prefix_rows.blocks, k)
-                bias = None if bias is None else prefix(bias, self.prefix_rows.blocks, k)
-        channels = x.shape[1 if weight.dim() == 4 else -1]
+        weight, bias = self._rows()
+        is_convolution = weight.dim() == 4
+        channels = x.shape[1] if is_convolution else x.shape[-1]
         full = weight.shape[1]
         if channels < full:
             weight = weight[:, :channels]
-            weight = weight * (full / channels) ** self.rescale if self.rescale else weight
-        if weight.dim() == 2:
-            return F.linear(x, weight, bias)
-        return F.conv2d(x, weight, bias, **_geometry(self), groups=cast("int", self.groups))
+            if self.rescale:
+                weight = weight * (full / channels) ** self.rescale
+        if is_convolution:
+            return F.conv2d(x, weight, bias, **_geometry(self), groups=cast("int", self.groups))
+        return F.linear(x, weight, bias)
+
+    def _rows(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias of the output channels that are computed."""
+        weight, bias = self.logical_weight, cast("Tensor | None", self.bias)
+        if self.prefix_rows is None:
+            return weight, bias
+        width, blocks = self.prefix_rows.width, self.prefix_rows.blocks
+        k = width.now(self.training)
+        if k == width.full:
+            return weight, bias
+        if bias is not None:
+            bias = prefix(bias, blocks, k)
+        return prefix(weight, blocks, k), bias
 
 
 class _PrefixDepthwise(nn.Module):
@@ -190,10 +245,9 @@ def _geometry(module: nn.Module) -> dict[str, Any]:
 def prefix(tensor: Tensor, blocks: Sequence[Block], k: int) -> Tensor:
     """The rows of the first k channels: a view where they are one block."""
     parts = [tensor[start : start + k * step] for start, step in blocks]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-# ---------------------------------------------------------------------- norms, activations, attention
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)
 
 
 class _PrefixNorm(nn.Module):
@@ -201,27 +255,18 @@ class _PrefixNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
-        mean: Any = self.running_mean
-        var: Any = self.running_var
-        batch = self.training or (mean is None and var is None)
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            cast("Tensor", self.num_batches_tracked).add_(1)
+        mean, var = _first(self.running_mean, channels), _first(self.running_var, channels)
+        by_batch = self.training or (mean is None and var is None)
         momentum = cast("float | None", self.momentum)
-        if momentum is None:
-            momentum = (
-                1.0 / float(cast("Tensor", self.num_batches_tracked)) if batch and self.track_running_stats else 0.0
-            )
-        kept = not self.training or self.track_running_stats
-        return F.batch_norm(
-            x,
-            _first(mean if kept else None, channels),
-            _first(var if kept else None, channels),
-            _first(self.weight, channels),
-            _first(self.bias, channels),
-            batch,
-            momentum,
-            cast("float", self.eps),
-        )
+        if self.training and not self.track_running_stats:
+            mean = var = None
+        elif self.training and self.num_batches_tracked is not None:
+            count = cast("Tensor", self.num_batches_tracked)
+            count.add_(1)
+            if momentum is None:  # a cumulative mean
+                momentum = 1.0 / float(count)
+        weight, bias = _first(self.weight, channels), _first(self.bias, channels)
+        return F.batch_norm(x, mean, var, weight, bias, by_batch, momentum or 0.0, cast("float", self.eps))
 
 
 class _PrefixVectors(nn.Module):
@@ -231,7 +276,10 @@ class _PrefixVectors(nn.Module):
         (original,), full, dim = cast("tuple[list[nn.Module], int, int]", self.prefix_of)
         channels = x.shape[dim]
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
-        own = {name: t[:channels] if t.dim() and t.shape[0] == full else t for name, t in tensors.items()}
+        own = dict(tensors)
+        for name, tensor in tensors.items():
+            if tensor.dim() and tensor.shape[0] == full:
+                own[name] = tensor[:channels]
         original.training = self.training
         for name in ("momentum", "track_running_stats"):
             if name in vars(self):
@@ -240,7 +288,9 @@ class _PrefixVectors(nn.Module):
 
 
 def _first(vector: Any, channels: int) -> Tensor | None:
-    return None if vector is None else cast("Tensor", vector)[:channels]
+    if vector is None:
+        return None
+    return cast("Tensor", vector)[:channels]
 
 
 def _norm(norm: nn.Module, name: str) -> nn.Module:
@@ -250,14 +300,17 @@ def _norm(norm: nn.Module, name: str) -> nn.Module:
             "nn.BatchNorm (each process on its own statistics), or leave the site out"
         )
     # a norm that does more (timm's, with an activation inside) keeps its own forward
-    plain = type(norm).forward is _BatchNorm.forward
-    return _view(norm, _PrefixNorm) if plain else _with_vectors(norm, norm.num_features, 1)
+    if type(norm).forward is _BatchNorm.forward:
+        return _view(norm, _PrefixNorm)
+    return _with_vectors(norm, norm.num_features, 1)
 
 
 def _stands_in_the_way(model: nn.Module, place: Place, site: Site) -> bool:
     """Whether something has to stand at the activation: parameters of its own, or a fused path that would be taken."""
-    owner = model.get_submodule(place.module if place.calls else place.module.rpartition(".")[0])
-    if isinstance(owner, nn.TransformerEncoderLayer):
+    owner = place.module
+    if not place.calls:
+        owner = owner.rpartition(".")[0]
+    if isinstance(model.get_submodule(owner), nn.TransformerEncoderLayer):
         return True
     if place.calls:
         return False
@@ -269,7 +322,7 @@ def _activation(f: nn.Module, site: Site) -> nn.Module:
         return f
     if not isinstance(f, nn.PReLU) and not hasattr(f, "slope"):
         raise MethodError(f"{site.name}: it is not known how the channels of a {type(f).__name__} are counted")
-    return _with_vectors(f, site.width, 1 if site.channels_first else -1)
+    return _with_vectors(f, site.width, site.bridge.dim)
 
 
 def _with_vectors(original: nn.Module, width: int, dim: int) -> nn.Module:

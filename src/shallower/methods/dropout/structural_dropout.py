@@ -12,11 +12,10 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from shallower.calibrating.fisher import OutputOf, default_output_of
@@ -30,8 +29,9 @@ from shallower.methods.base import Method
 from shallower.methods.dropout.norms import frozen_statistics, restored_statistics, with_statistics
 from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.ordering import by_elimination, by_magnitude, permute
-from shallower.methods.dropout.prefix import PrefixMap, Width, attach_prefix
+from shallower.methods.dropout.prefix import Width, attach_prefix, check_free, entry_at
 from shallower.methods.dropout.searching import Search, equal_shares
+from shallower.methods.dropout.teaching import divergence
 from shallower.methods.dropout.widths import (
     at_most,
     checked,
@@ -46,9 +46,8 @@ from shallower.methods.dropout.widths import (
 )
 from shallower.modules import attachment
 from shallower.modules.attachment import detached_copy
-from shallower.modules.layers import bias_of
 from shallower.planning.curve import Curve, Point
-from shallower.planning.entries import Entry, Fit
+from shallower.planning.entries import Entry
 from shallower.planning.fingerprints import fingerprint
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target
@@ -108,7 +107,7 @@ class StructuralDropout(Method):
         if isinstance(sort, str) and sort != "magnitude":
             raise MethodError(f"sort={sort!r} must be 'magnitude', batches to measure on, or None")
         super().__init__(model, sites.usable(_refusal, "no site can be narrowed", MethodError))
-        _check_free(model, self.sites)
+        check_free(model, self.sites)
         self.options = options or DropoutOptions()
         self.inputs_of, self.output_of = inputs_of, output_of
         self.table = table_of(self.sites, self.options.lower_bound, self.options.step)
@@ -161,7 +160,9 @@ class StructuralDropout(Method):
         """
         if not self.options.sandwich:
             value = closure()
-            return value[0] if isinstance(value, tuple) else value
+            if isinstance(value, tuple):
+                value, _ = value
+            return value
         self._train_at(full(self.table))
         total, taught = self._seen(closure)
         passes = [smallest(self.table), *self._drawn]
@@ -223,7 +224,9 @@ class StructuralDropout(Method):
         if isinstance(value, tuple):
             value, output = value
             outputs.append(output)
-        return value, outputs[-1] if outputs else None
+        if not outputs:
+            return value, None
+        return value, outputs[-1]
 
     def _taught(self, value: Tensor, output: Any, teacher: Any) -> Tensor:
         """The loss of a narrow pass: its own, mixed with the divergence from what the full width returned."""
@@ -238,8 +241,8 @@ class StructuralDropout(Method):
         categorical = self.options.logits
         if categorical is None:
             categorical = are_logits(teacher)
-        divergence = _divergence(self.output_of(output), self.output_of(teacher).detach(), categorical)
-        return (1 - part) * value + part * divergence
+        from_full = divergence(self.output_of(output), self.output_of(teacher).detach(), categorical)
+        return (1 - part) * value + part * from_full
 
     def widths(self) -> dict[str, int]:
         """The channels that each site computes in eval mode."""
@@ -328,17 +331,22 @@ class StructuralDropout(Method):
             TargetError: the target cannot be met with the smallest widths; the error says what they leave.
         """
         widths = self._chosen(width)
-        entries = [self._entry(site, widths[site.name]) for site in self.sites if widths[site.name] < site.width]
-        bound = [entry.site for entry in entries]
-        if beside is None:
-            return Plan(tuple(entries), fingerprint(self.model, bound) if bound else "", "structural dropout")
-        made_by = f"structural dropout, {beside.method}"
-        together = (*entries, *beside.entries)
-        if beside.entries and not beside.fingerprint:
-            # a plain collapse depends on no weights, and is not bound to any
-            return Plan(together, method=made_by)
-        bound += [entry.site for entry in beside.entries]
-        return Plan(together, fingerprint(self.model, bound) if bound else "", made_by)
+        entries = []
+        for site in self.sites:
+            if widths[site.name] < site.width:
+                entries.append(entry_at(self.model, site, widths[site.name], self.options.rescale))
+        bound, made_by = [entry.site for entry in entries], "structural dropout"
+        if beside is not None:
+            made_by = f"structural dropout, {beside.method}"
+            entries += beside.entries
+            if beside.entries and not beside.fingerprint:
+                # a plain collapse depends on no weights, and is not bound to any
+                return Plan(tuple(entries), method=made_by)
+            bound += [entry.site for entry in beside.entries]
+        marked = ""
+        if bound:
+            marked = fingerprint(self.model, bound)
+        return Plan(tuple(entries), marked, made_by)
 
     def _chosen(self, width: Widths | Target | Point | None) -> dict[str, int]:
         if width is None:
@@ -350,22 +358,6 @@ class StructuralDropout(Method):
         if isinstance(width, str) and ":" in width:
             return self._in_proportion(Target.parse(width))
         return self._resolved(width)
-
-    def _entry(self, site: Site, k: int) -> Entry:
-        """The first k channels, with n/k to the power of `rescale` folded into the consumers."""
-        kept = torch.arange(k)
-        if not self.options.rescale and not _adds_behind(site):
-            return Entry.narrow(site, kept)
-        # A fit, and not a narrowing with constants: what a BatchNorm makes of a channel that is not there is not added.
-        scale = (site.width / k) ** self.options.rescale
-        columns = k * site.bridge.block
-        weights, biases = [], []
-        for m in site.consumers:
-            layer = cast("PrefixMap", self.model.get_submodule(m.name))
-            weight, bias = layer.logical_weight.detach()[:, :columns] * scale, bias_of(layer)
-            weights.append(weight)
-            biases.append(weight.new_zeros(len(weight)) if bias is None else bias.clone())
-        return Entry.narrow(site, kept, fit=Fit(tuple(weights), tuple(biases)))
 
     def _in_proportion(self, target: Target) -> dict[str, int]:
         """The largest equal shares that meet a target of cost."""
@@ -490,36 +482,6 @@ class StructuralDropout(Method):
                 point = dataclasses.replace(point, cost=cost, spread=time.spread)
             points.append(point)
         return Curve(tuple(points), curve.name)
-
-
-def _divergence(output: Tensor, teacher: Tensor, categorical: bool) -> Tensor:
-    """KL(teacher || output) of logits, mean over positions; else the squared error relative to the variance."""
-    output, teacher = output.float(), teacher.float()
-    if not categorical:
-        return (output - teacher).square().mean() / teacher.var().clamp_min(1e-12)
-    log_p, log_q = F.log_softmax(teacher, -1), F.log_softmax(output, -1)
-    return F.kl_div(log_q.flatten(0, -2), log_p.flatten(0, -2), reduction="batchmean", log_target=True)
-
-
-def _check_free(model: nn.Module, sites: Sites) -> None:
-    """Check that no method is attached at these sites, before anything is changed."""
-    taken = set(attachment.attached_places(model))
-    for site in sites:
-        places = [site.activation, *(Place(m.name) for m in site.maps)]
-        if taken.intersection(places):
-            raise MethodError(
-                f"{site.name}: a method is attached here already; leave the site out, or detach the earlier method "
-                "first (method.detach())"
-            )
-
-
-def _adds_behind(site: Site) -> bool:
-    """Whether a norm or a depthwise convolution behind the activation makes something of a channel that is zero."""
-    kinds = [stage.kind for stage in site.bridge.stages]
-    if "activation" not in kinds:
-        return False
-    behind = kinds[kinds.index("activation") :]
-    return "norm" in behind or "depthwise" in behind
 
 
 def _refusal(site: Site) -> Refusal | None:

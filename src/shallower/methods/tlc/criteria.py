@@ -1,10 +1,10 @@
-"""Which activations a network can do without: what their inputs are like, and orders made of that.
+"""Which activations a network can do without: the distribution of their inputs, and criteria computed from it.
 
-    normals = input_statistics(model, sites, batches)       # BatchNorm's own word, or measured
-    expected_change(normals["layer1.0"], slope, offset)     # of putting a line in the place of a ReLU
+    normals = input_statistics(model, sites, batches)       # from BatchNorm, or measured
+    expected_change(normals["layer1.0"], slope, offset)     # with a line in the place of a ReLU
 
-References: TLC, arXiv 2412.15077, for BatchNorm's word; EASIER, arXiv 2404.18949, and NEPENTHE, arXiv 2404.16890, for
-the entropy.
+References: TLC, arXiv 2412.15077, for the statistics from BatchNorm; EASIER, arXiv 2404.18949, and NEPENTHE,
+arXiv 2404.16890, for the entropy.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from shallower.core.inputs import (
     to_device,
 )
 from shallower.core.modes import evaluating
+from shallower.core.text import listing
 from shallower.errors import MethodError
 from shallower.modules import attachment
 from shallower.modules.layers import normal_after
@@ -43,7 +44,7 @@ Line = Literal["auto", "unit", "best"]
 
 @dataclass(frozen=True)
 class Normal:
-    """What an activation's input is like: h_j ~ N(mean_j, std_j^2).
+    """The distribution of an activation's input: h_j ~ N(mean_j, std_j^2).
 
     Attributes:
         mean, std: (n,) float64, std >= 0.
@@ -65,7 +66,7 @@ def input_statistics(
     inputs_of: InputsOf = default_inputs_of,
     mask_of: MaskOf | None = None,
 ) -> dict[str, Normal]:
-    """What each site's activation is fed with: from the BatchNorm in front of it, without data; measured where none is.
+    """The distribution of each activation's input: from the BatchNorm in front of it, without data, or else measured.
 
     A BatchNorm counts only if its output is the activation's input: behind a residual sum it says nothing.
 
@@ -78,24 +79,24 @@ def input_statistics(
         MethodError: a site has no BatchNorm, and there are no batches.
     """
     sites = tuple(sites)
-    told = {site.name: batchnorm_statistics(model, site) for site in sites}
-    silent = [site for site in sites if told[site.name] is None]
-    if silent and batches is None:
-        names = ", ".join(site.name for site in silent[:4]) + (" and more" if len(silent) > 4 else "")
-        raise MethodError(
-            f"no BatchNorm feeds the activation of {names}: give batches= to measure on, a few hundred samples"
-        )
-    measured = {}
-    if silent and batches is not None:
-        measured = collect(model, silent, batches, inputs_of=inputs_of, mask_of=mask_of)
-    found = {}
+    found: dict[str, Normal] = {}
+    open_ = []
     for site in sites:
-        normal = told[site.name]
+        normal = batchnorm_statistics(model, site)
         if normal is None:
-            moments = measured[site.name]
-            normal = Normal(moments.mean.cpu(), moments.std.cpu(), "measured", moments)
-        found[site.name] = normal
-    return found
+            open_.append(site)
+        else:
+            found[site.name] = normal
+    if open_ and batches is None:
+        names = listing([site.name for site in open_], 4)
+        raise MethodError(
+            f"no BatchNorm feeds the activation of {names}: use batches= to measure on, a few hundred samples"
+        )
+    if open_ and batches is not None:
+        measured = collect(model, open_, batches, inputs_of=inputs_of, mask_of=mask_of)
+        for name, moments in measured.items():
+            found[name] = Normal(moments.mean.cpu(), moments.std.cpu(), "measured", moments)
+    return {site.name: found[site.name] for site in sites}
 
 
 def batchnorm_statistics(model: nn.Module, site: Site) -> Normal | None:
@@ -162,7 +163,8 @@ def expected_change(normal: Normal, slope: Tensor, offset: Tensor, f: Callable[[
     points = torch.linspace(-10, 10, 2001, dtype=torch.float64)[:, None]
     weights = torch.exp(-points.square() / 2)
     h = normal.mean + normal.std * points
-    change = ((torch.relu(h) if f is None else f(h)) - slope * h - offset).abs()
+    answers = torch.relu(h) if f is None else f(h)
+    change = (answers - slope * h - offset).abs()
     mean: Tensor = (weights / weights.sum() * change).sum(0)
     return mean
 

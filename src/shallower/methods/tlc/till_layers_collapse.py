@@ -35,6 +35,7 @@ from shallower.core.processes import from_first_process
 from shallower.errors import MethodError
 from shallower.methods.base import Method, activation_of, linearisable
 from shallower.methods.tlc.criteria import Line, Normal, input_statistics, lines, relative_change, sign_entropies
+from shallower.methods.tlc.linearised import Linearised
 from shallower.modules import attachment
 from shallower.modules.activations import recognise
 from shallower.planning.entries import Entry, Fate
@@ -47,65 +48,6 @@ from shallower.training.recipe import Checkpoint, History, Recipe
 from shallower.training.rounds import Rounds, Training
 
 Criterion = Literal["loss", "batchnorm", "entropy", "random"]
-
-
-class Linearised(nn.Module):
-    """An activation f, or, once `set` has been called, a line in its place; which of the two is in its state.
-
-    Args:
-        f: the activation.
-        width: channels; None for one line for all.
-        gated: f is a gate: what takes its place is the constant `slope`, not slope * h.
-        channels_first: the channels are dimension 1, not the last.
-    """
-
-    slope: Tensor
-    offset: Tensor
-    linear: Tensor
-
-    def __init__(self, f: nn.Module, width: int | None, gated: bool, channels_first: bool) -> None:
-        super().__init__()
-        self.f = f
-        self.gated = gated
-        self.channels_first = channels_first
-        self.is_linear = False
-        self.register_buffer("slope", torch.ones(width or 1))
-        self.register_buffer("offset", torch.zeros(width or 1))
-        self.register_buffer("linear", torch.zeros(1, dtype=torch.bool))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """h of any shape that has its channels where `channels_first` says."""
-        if not self.is_linear:
-            result: Tensor = self.f(h)
-            return result
-        slope, offset = (self.aligned(t, h) for t in (self.slope, self.offset))
-        if self.gated:
-            return slope.expand_as(h)
-        return slope * h + offset if self.slope.numel() > 1 else h
-
-    def aligned(self, values: Tensor, like: Tensor) -> Tensor:
-        """(n,) in the dtype of `like`, shaped to broadcast over it."""
-        values = values.to(like.dtype)
-        return values.view(-1, *[1] * (like.dim() - 2)) if self.channels_first and values.numel() > 1 else values
-
-    def set(self, slope: Tensor, offset: Tensor) -> None:
-        """Put the line slope * h + offset, (n,) each, in the place of f."""
-        self.slope.copy_(slope)
-        self.offset.copy_(offset)
-        self.linear.fill_(True)
-        self.is_linear = True
-
-    def unset(self) -> None:
-        """f again."""
-        self.linear.fill_(False)
-        self.is_linear = False
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.is_linear = bool(self.linear.item())
-
-    def extra_repr(self) -> str:
-        return f"linear={self.is_linear}"
 
 
 @dataclass(frozen=True)
@@ -295,8 +237,9 @@ class TillLayersCollapse(Method):
     def _expected(self, names: Sequence[str]) -> dict[str, float]:
         costs = {}
         for name, normal in self._statistics([self.sites[name] for name in names]).items():
-            plain = self.activations[name].f
-            f = None if recognise(plain) == "relu" else copy.deepcopy(plain).cpu().double().eval()
+            f: nn.Module | None = None  # a ReLU, in closed form
+            if recognise(self.activations[name].f) != "relu":
+                f = copy.deepcopy(self.activations[name].f).cpu().double().eval()
             costs[name] = relative_change(self.sites[name], normal, self.line, f)
         return costs
 

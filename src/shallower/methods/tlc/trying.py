@@ -1,0 +1,226 @@
+"""The forms of a group of sites, built, fitted and timed in turn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from shallower.core.algebra import wide
+from shallower.core.inputs import Inputs, InputsOf, call, model_device, to_device
+from shallower.core.trees import tensors
+from shallower.errors import PlanError
+from shallower.measuring.timing import Ratio, times_in_turn
+from shallower.methods.tlc.chains import Chain
+from shallower.methods.tlc.fitting import PatchGram, narrowed_pair
+from shallower.methods.tlc.variants import Variant, all_channels, exact_variants, skips
+from shallower.modules.layers import weight_of
+from shallower.planning.entries import Entry, Fit
+from shallower.planning.forms import steps
+from shallower.planning.geometry import fitted_map
+from shallower.sites import LinearMap, Site
+from shallower.surgery.operating import operate
+
+_BLOCKS = 12
+"""Parts of the timing, which show the noise."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What was found of a group's variants.
+
+    Attributes:
+        variants: the first one keeps all channels and every layer.
+        errors: of the fitted ones, by label: squared, as a part of the output's variance.
+        seconds: by label, one median a block of the timing; "now" for the layers as they are.
+    """
+
+    variants: list[Variant]
+    errors: dict[str, float]
+    seconds: dict[str, list[float]]
+
+    def against(self, other: str) -> dict[str, Ratio]:
+        """Each variant's time as a part of another's, by label."""
+        return {v.label: Ratio.of(self.seconds[v.label], self.seconds[other]) for v in self.variants}
+
+
+@dataclass
+class Trial:
+    """Builds and times variants in a model that changes from group to group; see `choose_forms` for the fields."""
+
+    now: nn.Module
+    example_inputs: Inputs
+    batches: Iterable[Any] | None
+    kernels: Sequence[tuple[int, int]] | None
+    ranks: Sequence[float]
+    rounds: int
+    inputs_of: InputsOf
+
+    def of(self, group: Sequence[Entry]) -> Tried | None:
+        """Everything that can be done with a group; None where its layers alone are not what runs."""
+        sites = [entry.site for entry in group]
+        x = self._read_by_first(sites)
+        chains = {"now": Chain(self.now, sites)}
+        if not chains["now"].runs_on(x):
+            return None
+        variants = [all_channels(group), *exact_variants(group)]
+        models = {variant.label: self._built(variant) for variant in variants}
+        errors: dict[str, float] = {}
+        if self.batches is not None and len(group) == 1 and _can_be_fitted(sites[0]):
+            apart = next((v for v in variants if v.label == "apart"), variants[0])
+            fits, judge = self._fitted(apart, models[apart.label])
+            wanted = Chain(models[apart.label], sites)(judge)
+            for variant in fits:
+                models[variant.label] = self._built(variant)
+                found = Chain(models[variant.label], sites, variant.entries)(judge)
+                errors[variant.label] = relative_error(found, wanted)
+            variants += fits
+        for variant in variants:
+            chains[variant.label] = Chain(models[variant.label], sites, variant.entries)
+        blocks = max(1, min(_BLOCKS, self.rounds))
+        seconds = times_in_turn(chains, x, blocks=blocks, passes=-(-self.rounds // blocks))
+        return Tried(variants, errors, dict(seconds))
+
+    def _built(self, variant: Variant) -> nn.Module:
+        small = copy.deepcopy(self.now)
+        for step in steps(variant.entries):
+            operate(small, step)
+        return small
+
+    def _read_by_first(self, sites: Sequence[Site]) -> Tensor:
+        """What the first map of a group reads on the example inputs."""
+        first = cast("LinearMap", sites[0].producer).name
+        with _recorded(self.now, first) as seen:
+            call(self.now, to_device(self.example_inputs, model_device(self.now)))
+        x, _ = seen[first]
+        return x
+
+    def _fitted(self, apart: Variant, linear: nn.Module) -> tuple[list[Variant], Tensor]:
+        """Variants that come close on the batches, and the input of the last batch to judge them by.
+
+        Args:
+            apart: the site without its activation, exactly.
+            linear: the model with that form.
+        """
+        (entry,) = apart.entries
+        site = entry.site
+        producer, consumer = cast("LinearMap", site.producer), site.consumers[0]
+        grams = self._grams(producer, consumer)
+        moments, total, count = torch.zeros(()), torch.zeros(()), 0
+        x = torch.zeros(())
+        for number, pair in enumerate(self._seen(linear, producer.name, consumer.name)):
+            x = pair.x
+            if pair.is_last and number:
+                break
+            for gram in grams.values():
+                gram.add(pair.x, pair.y)
+            z = _rows(pair.z, site.bridge.dim)
+            moments, total, count = moments + z.T @ z, total + z.sum(0), count + len(z)
+        collapsed = Entry.collapse(site)
+        found = []
+        for kernel, gram in grams.items():
+            weight, bias = gram.solve()
+            fit = Fit((), (bias,), None, (weight,))
+            for folded in skips(site, gram.map):
+                label = f"one fitted {kernel[0]}x{kernel[1]} kernel{' with the skip inside' * folded}"
+                found.append(Variant(label, (_with(collapsed, fit, "merged", folded),), fitted=True))
+        first, second = linear.get_submodule(producer.name), linear.get_submodule(consumer.name)
+        width = len(weight_of(first))
+        for part in self.ranks:
+            rank = max(1, round(part * width))
+            if producer.kind == "conv1d" or rank >= width:
+                continue
+            narrow = narrowed_pair(first, second, moments / count, total / count, rank)
+            variant = Variant(f"narrowed to {rank}", (_with(collapsed, narrow, "pair"),), fitted=True)
+            if variant.cost < apart.cost:
+                found.append(variant)
+        return found, x
+
+    def _grams(self, producer: LinearMap, consumer: LinearMap) -> dict[tuple[int, int], PatchGram]:
+        """Empty moments for each size of kernel that keeps the output's size."""
+        if consumer.kind != "conv2d":
+            return {}
+        sizes = self.kernels
+        if sizes is None:
+            larger = max(producer.kernel[0], consumer.kernel[0]), max(producer.kernel[1], consumer.kernel[1])
+            sizes = []
+            if producer.taps > 1 and consumer.taps > 1:
+                sizes = [larger, (1, 1)]
+        grams = {}
+        for kernel in sizes:
+            try:
+                grams[kernel] = PatchGram(fitted_map(producer, consumer, kernel))
+            except PlanError:
+                continue  # no padding keeps the output's size
+        return grams
+
+    def _seen(self, model: nn.Module, first: str, second: str) -> Iterator[_Seen]:
+        """What two layers in a row read and return on each batch."""
+        device = model_device(model)
+        batches = iter(cast("Iterable[Any]", self.batches))
+        following = next(batches, None)
+        while following is not None:
+            batch, following = following, next(batches, None)
+            with _recorded(model, first, second) as seen:
+                call(model, to_device(self.inputs_of(batch), device))
+            x, _ = seen[first]
+            z, y = seen[second]
+            yield _Seen(x, z, y, following is None)
+
+
+@contextmanager
+def _recorded(model: nn.Module, *names: str) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """What layers read and return in a pass, (input, output) by name."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        seen[name] = next(tensors((args, kwargs))).detach(), output.detach()
+
+    with ExitStack() as hooks:
+        for name in names:
+            layer = model.get_submodule(name)
+            hooks.callback(layer.register_forward_hook(partial(keep, name), with_kwargs=True).remove)
+        yield seen
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """x -> first layer -> z -> second layer -> y, on one batch."""
+
+    x: Tensor
+    z: Tensor
+    y: Tensor
+    is_last: bool
+
+
+def _can_be_fitted(site: Site) -> bool:
+    """Whether one kernel or a narrower pair can be fitted to the site's two layers."""
+    maps = site.maps
+    return len(maps) == 2 and all(m.groups == 1 for m in maps)
+
+
+def relative_error(found: Tensor, reference: Tensor) -> float:
+    """||found - reference||^2 as a part of the reference's variance over everything but its channels."""
+    channels = 1 if reference.dim() == 4 else reference.dim() - 1
+    dims = [dim for dim in range(reference.dim()) if dim != channels]
+    found, reference = wide(found), wide(reference)
+    centred = reference - reference.mean(dims, keepdim=True)
+    return float((found - reference).square().sum() / centred.square().sum().clamp_min(1e-300))
+
+
+def _with(entry: Entry, fit: Fit, becomes: Any, fold_skip: bool = False) -> Entry:
+    return Entry(
+        entry.site, entry.fates, entry.slopes, entry.offsets, fit=fit, becomes=becomes, fold_skip=fold_skip
+    )  # fmt: skip
+
+
+def _rows(z: Tensor, dim: int) -> Tensor:
+    """(positions, channels), float64."""
+    z = z.movedim(dim, -1)
+    return wide(z.reshape(-1, z.shape[-1]))
