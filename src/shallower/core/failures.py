@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from shallower.errors import OutOfMemoryError, ShallowerError
+from shallower.errors import ForwardError, OutOfMemoryError, ShallowerError
 
 _ALLOCATION = re.compile(r"allocate (?:an array .*? requires )?([\d.]+ ?\w+)")
 _EXHAUSTED = ("can't allocate memory", "cannot allocate memory", "out of memory", "not enough memory", "bad_alloc")
@@ -55,6 +55,8 @@ def failing(
 ) -> Iterator[None]:
     """Let whatever fails within be one sentence: where, what, and what to do.
 
+    Errors of Shallower pass unchanged, except that one of a model's forward pass also says where it was.
+
         with failing(ExportError, f"{path}: cannot be written", "Give another path"):
             ...
 
@@ -62,7 +64,7 @@ def failing(
         error: the class to raise.
         where: how the sentence begins.
         advice: how it ends.
-        through: exceptions that pass unchanged, besides those of Shallower itself.
+        through: other exceptions that pass unchanged.
 
     Raises:
         OutOfMemoryError: instead of `error`, where there is not enough memory.
@@ -70,6 +72,8 @@ def failing(
     passing: tuple[type[BaseException], ...] = (ShallowerError, *through)
     try:
         yield
+    except ForwardError as cause:
+        raise error(f"{where}: {cause}") from cause
     except passing:
         raise
     except Exception as cause:

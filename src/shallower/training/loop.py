@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from shallower.core.files import read_state, write_state
 from shallower.core.inputs import reiterable, tensors, to_device
-from shallower.errors import ShallowerError, SiteError, TrainingError
+from shallower.errors import ForwardError, ShallowerError, SiteError, TrainingError
 from shallower.training.accelerating import Prepared, placed, prepared, started
 from shallower.training.randomness import kept, seed, seed_order, set_state, state
 from shallower.training.recipe import Checkpoint, History, Recipe
@@ -370,6 +370,8 @@ def _told(what: str) -> Iterator[None]:
     """What fails in a user's model, loss or data is one sentence that names the step."""
     try:
         yield
+    except ForwardError as error:
+        raise TrainingError(f"{what}: {error}") from error
     except ShallowerError:
         raise
     except torch.OutOfMemoryError as error:
