@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,6 +82,14 @@ def mapped(model: M) -> M:
 def shared_weights(model: nn.Module) -> dict[int, Any]:
     """A memo for `copy.deepcopy` with which copies share the weights that are mapped from files."""
     return {id(p): _shared(p, p.detach()) for p in model.parameters() if is_mapped(p)}
+
+
+def lent(parameters: Iterable[nn.Parameter]) -> dict[int, Any]:
+    """A memo for `copy.deepcopy` with which copies, and copies of these, share the given parameters.
+
+    part = copy.deepcopy(model, lent(model.embeddings.parameters()))
+    """
+    return {id(p): _shared(p, p.detach()) for p in parameters}
 
 
 def is_mapped(parameter: Tensor) -> bool:

@@ -10,16 +10,14 @@ from torch import nn
 from shallower.calibrating import recalibration
 from shallower.core.inputs import Inputs, InputsOf, default_inputs_of
 from shallower.core.tensors import has_no_numbers
-from shallower.errors import PlanError, SurgeryError
-from shallower.modules.attachment import detached_copy
+from shallower.errors import PlanError
 from shallower.modules.offloading import mapped
 from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
 from shallower.surgery.checking import check_fits
 from shallower.surgery.configs import update_head_counts, update_widths
-from shallower.surgery.operating import operate
 from shallower.surgery.padding import border_error
-from shallower.surgery.proof import Proof
+from shallower.surgery.proof import proven
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -67,13 +65,7 @@ def apply(
     plan.warn_of_cost()
     todo = steps(plan.entries)
     _refuse_border_errors(model, todo, example_inputs)
-    proof = Proof.of(model, plan, example_inputs, operate)
-    small = detached_copy(model)
-    for step in todo:
-        with proof.of_step(small, step):
-            operate(small, step)
-    _check_finite(small, todo)
-    proof.check(small)
+    small = proven(model, todo, example_inputs)
     update_widths(small, todo)
     update_head_counts(small, plan.entries)
     if recalibrate is not None:
@@ -92,14 +84,3 @@ def _refuse_border_errors(model: nn.Module, todo: Sequence[Step], inputs: Inputs
             names = ", ".join(f"`{m.name}`" for m in site.consumers)
             measured = f". Merged as it is, the output of {names} would differ by {error:.1e} on the example inputs"
         raise PlanError(f"{site.name}: its layers cannot be merged: {why}{measured}")
-
-
-def _check_finite(model: nn.Module, todo: list[Step]) -> None:
-    for step in todo:
-        for m in step.form.maps:
-            for parameter in model.get_submodule(m.name).parameters():
-                if not parameter.is_meta and not bool(parameter.isfinite().all()):
-                    raise SurgeryError(
-                        f"{step.entry.site.name}: the layer `{m.name}` after surgery has numbers that "
-                        f"{parameter.dtype} cannot hold. Convert the model to a wider type first, or exclude the site"
-                    )

@@ -1,27 +1,27 @@
 """A plan tried out on the original layers: what surgery must equal.
 
 Every channel is replaced by its fate and nothing is merged or sliced. On purpose this file shares no arithmetic with
-surgery.py, which is proven against it.
+what does surgery, which is proven against it: channels are told apart by the shape of a tensor (its halves, its
+blocks), never by numbers of rows and columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shallower.calibrating.selection import columns_of
 from shallower.errors import PlanError
 from shallower.modules.attachment import detached_copy
 from shallower.modules.rewriting import externalise
 from shallower.planning.entries import Entry, Fate, Fit
-from shallower.planning.forms import steps
+from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
 from shallower.sites import Site
-from shallower.sites.heads import columns, heads_of
 from shallower.surgery.checking import check_fits
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,13 +38,13 @@ def simulate(model: M, plan: Plan) -> M:
     """
     copied = detached_copy(model)
     check_fits(copied, plan)
-    impose(copied, plan)
+    impose(copied, steps(plan.entries))
     return copied
 
 
-def impose(copied: nn.Module, plan: Plan) -> None:
+def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
     """Make a model do what `simulate` says, in place; nothing is checked."""
-    done = {step.entry.site.name: step for step in steps(plan.entries)}
+    done = {step.entry.site.name: step for step in todo}
     entries = [step.entry for step in done.values()]
     for entry in entries:
         place = entry.site.activation
@@ -62,12 +62,12 @@ def impose(copied: nn.Module, plan: Plan) -> None:
         site, fit = entry.site, entry.fit
         if site.producer is None:
             continue
-        read_by, selected = site.producer.name, None
+        read_by, left = site.producer.name, None
         if fit is not None and (fit.ups or fit.producer is not None or fit.gate is not None):
-            read_by, selected = _source(entry, done)
+            read_by, left = _source(entry, done)
         names = [m.name for m in site.maps] + ([site.norm_before] if site.norm_before else [])
         modules = {name: copied.get_submodule(name) for name in names}
-        hook(entry, copied.get_submodule(read_by), modules, selected)
+        hook(entry, copied.get_submodule(read_by), modules, left)
 
 
 def fated(entry: Entry, f: nn.Module) -> nn.Module:
@@ -80,14 +80,14 @@ def fated(entry: Entry, f: nn.Module) -> nn.Module:
     return f if entry.site.between else _Fates(entry, f)
 
 
-def hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], selected: Tensor | None = None) -> None:
+def hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], left: _Left | None = None) -> None:
     """Make the maps of a site do what the fates or the fit say, by hooks.
 
     Args:
         entry: the fates.
         reader: the module that reads the x of a fitted linear path.
         modules: the site's linear maps and its first BatchNorm by name.
-        selected: the channels of x that the path and a fitted producer read; None for all.
+        left: the channels of x that the path and a fitted producer read; None for all.
     """
     site, fit = entry.site, entry.fit
     if site.gated or site.between:
@@ -98,22 +98,26 @@ def hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], sele
     if fit is None or site.producer is None:
         return
     producer = modules[site.producer.name]
-    memory = _Memory(selected, site.channels_first)
+    memory = _Memory(left, site.bridge.dim)
     if fit.ups or fit.producer is not None or fit.gate is not None:
         reader.register_forward_pre_hook(memory, with_kwargs=True)
         if site.gate is not None and reader is producer:  # the gate reads the same, and may run first
             modules[site.gate.name].register_forward_pre_hook(memory, with_kwargs=True)
-    up, gate = _rows(site, entry.kept)
-    for module, channels, weight, bias in (
-        (producer, up, fit.producer, fit.producer_bias),
-        (modules[site.gate.name] if site.gate is not None else producer, gate, fit.gate, fit.gate_bias),
-    ):
-        if module is producer and bias is not None and site.norm_before:
-            _set_shift(site, modules[site.norm_before], channels, bias)
-            bias = None
-        if weight is not None:
-            rows = _FittedRows(site, channels, weight, bias, memory)
-            module.register_forward_hook(rows, with_kwargs=True)
+    shift = fit.producer_bias
+    if shift is not None and site.norm_before:
+        _set_shift(site, modules[site.norm_before], entry.kept, shift)
+        shift = None
+    up_half, gate_half = None, None
+    if site.packed:
+        up_half = 1 if site.packed == "gate-first" else 0
+        gate_half = 1 - up_half
+    if fit.producer is not None:
+        rows = _FittedRows(site, entry.kept, fit.producer, shift, memory, up_half)
+        producer.register_forward_hook(rows, with_kwargs=True)
+    if fit.gate is not None:
+        gate = producer if site.gate is None else modules[site.gate.name]
+        rows = _FittedRows(site, entry.kept, fit.gate, fit.gate_bias, memory, gate_half)
+        gate.register_forward_hook(rows, with_kwargs=True)
     for i, m in enumerate(site.consumers):
         modules[m.name].register_forward_hook(_Fitted(site, fit, i, entry.kept, memory, producer), with_kwargs=True)
 
@@ -125,15 +129,21 @@ def _set_shift(site: Site, norm: nn.Module, channels: Tensor, shift: Tensor) -> 
         norm.bias[channels.to(norm.bias.device)] = shift.to(norm.bias)
 
 
-def _rows(site: Site, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Which outputs of their layers are the kept channels of the up projection, and of the gate."""
-    return (
-        kept + site.width if site.packed == "gate-first" else kept,
-        kept + site.width if site.packed == "up-first" else kept,
-    )
+@dataclass(frozen=True)
+class _Left:
+    """Which channels of a tensor an earlier entry leaves: blocks of equal length, one for each of `width` channels."""
+
+    width: int
+    kept: Tensor
+
+    def of(self, x: Tensor, dim: int) -> Tensor:
+        """Their blocks, side by side."""
+        blocks = torch.unflatten(x, dim, (self.width, -1))
+        dim = dim % x.dim()
+        return blocks.index_select(dim, self.kept.to(x.device)).flatten(dim, dim + 1)
 
 
-def _source(entry: Entry, plan: Mapping[str, Any]) -> tuple[str, Tensor | None]:
+def _source(entry: Entry, plan: Mapping[str, Step]) -> tuple[str, _Left | None]:
     """Which module reads what the site reads after the earlier entries of the plan, and which channels are left."""
     producer = entry.site.producer
     if producer is None:
@@ -143,7 +153,7 @@ def _source(entry: Entry, plan: Mapping[str, Any]) -> tuple[str, Tensor | None]:
             if step.form.kind == "merged":
                 return _source(step.entry, plan)
             if step.form.kind == "narrower":
-                return producer.name, columns_of(step.entry.kept, step.entry.site.block)
+                return producer.name, _Left(step.entry.site.width, step.entry.kept)
             raise PlanError(
                 f"{entry.site.name}: its linear path reads what `{step.entry.site.name}` becomes, a linear path "
                 "itself. Apply that entry first, and fit this site on the result"
@@ -155,10 +165,6 @@ def _vector(values: Tensor, like: Tensor, channels_first: bool) -> Tensor:
     """(n,) aligned with the channels of `like`."""
     values = values.to(like.device, like.dtype)
     return values.reshape(-1, *[1] * (like.dim() - 2)) if channels_first else values
-
-
-def _select(x: Tensor, channels: Tensor, channels_first: bool) -> Tensor:
-    return x.index_select(1 if channels_first else -1, channels.to(x.device))
 
 
 class _Fates(nn.Module):
@@ -206,36 +212,43 @@ class _Affine:
 
 
 class _FittedRows:
-    """Some outputs of a producer from fitted rows."""
+    """Some outputs of a producer from fitted rows; of a packed producer, in its first half (0) or its second (1)."""
 
-    def __init__(self, site: Site, channels: Tensor, weight: Tensor, bias: Tensor | None, memory: _Memory) -> None:
-        self.channels, self.weight, self.bias, self.memory = channels, weight, bias, memory
-        self.site, self.channels_first = site, site.channels_first
+    def __init__(
+        self, site: Site, kept: Tensor, weight: Tensor, bias: Tensor | None, memory: _Memory, half: int | None
+    ) -> None:  # fmt: skip
+        self.site, self.kept, self.weight, self.bias = site, kept, weight, bias
+        self.memory, self.half = memory, half
 
     def __call__(self, module: nn.Module, _: Any, __: Any, output: Tensor) -> Tensor:
-        x = self.memory.read(self.site)
-        rows = _apply(module, self.weight, x)
+        dim, kept, half = self.site.bridge.dim, self.kept.to(output.device), self.half
+        rows = _apply(module, self.weight, self.memory.read(self.site))
         bias = self.bias
         if bias is None and isinstance(module.bias, Tensor):
-            bias = module.bias.detach()[self.channels.to(output.device)]
+            own = module.bias.detach()
+            if half is not None:
+                own = own.chunk(2)[half]
+            bias = own[kept]
         if bias is not None:
-            rows = rows + _vector(bias, rows, self.channels_first)
-        output = output.clone()
-        output.index_copy_(1 if self.channels_first else -1, self.channels.to(output.device), rows)
-        return output
+            rows = rows + _vector(bias, rows, self.site.channels_first)
+        if half is None:
+            return output.index_copy(dim, kept, rows)
+        halves = list(output.chunk(2, dim))
+        halves[half] = halves[half].index_copy(dim, kept, rows)
+        return torch.cat(halves, dim)
 
 
 class _Memory:
-    """The last input of a module."""
+    """The last input of a module, or of its channels those that are left."""
 
-    def __init__(self, selected: Tensor | None, channels_first: bool) -> None:
-        self.selected = selected
-        self.channels_first = channels_first
+    def __init__(self, left: _Left | None, dim: int) -> None:
+        self.left, self.dim = left, dim
         self.x: Tensor | None = None
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = _input(args, kwargs)
-        self.x = x if self.selected is None else _select(x, self.selected, self.channels_first)
+        self.x = _input(args, kwargs)
+        if self.left is not None:
+            self.x = self.left.of(self.x, self.dim)
 
     def read(self, site: Site) -> Tensor:
         """What was remembered."""
@@ -256,8 +269,8 @@ class _Fitted:
         z, fit, i = _input(args, kwargs), self.fit, self.i
         y = torch.zeros_like(output)
         if len(self.kept):
-            columns = columns_of(self.kept, self.site.block)
-            y = y + _apply(module, fit.consumers[i], _select(z, columns, self.site.channels_first))
+            left = _Left(self.site.width, self.kept).of(z, self.site.bridge.dim)
+            y = y + _apply(module, fit.consumers[i], left)
         if fit.ups:
             x = self.memory.read(self.site)
             if fit.down is None:
@@ -293,7 +306,11 @@ def _apply_full(producer: nn.Module, consumer: nn.Module, weight: Tensor, x: Ten
         inner, outer = d1 * (k1 - 1), s1 * d2 * (k2 - 1)
         whole = inner + outer
         # the size of the exact composition, spread as that is where one of the two has a single tap
-        spread = s1 * d2 if inner == 0 and outer else d1 if outer == 0 and inner else 1
+        spread = 1
+        if inner == 0 and outer:
+            spread = s1 * d2
+        elif outer == 0 and inner:
+            spread = d1
         step = spread if weight.shape[2 + i] == whole // spread + 1 else 1
         missing = whole - step * (weight.shape[2 + i] - 1)
         stride.append(s1 * consumer.stride[i])
@@ -315,24 +332,24 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def impose_heads(model: nn.Module, entry: Entry) -> None:
-    """Make a model with all its heads do what `narrow` makes of it, by hooks: dropped heads give zeros."""
-    heads, consumer = heads_of(entry.site), model.get_submodule(entry.site.consumers[0].name)
-    chosen = columns(heads, entry.kept)
+    """Make a model with all its heads do what is left of them, by hooks: what dropped heads give becomes zero."""
+    site, fit = entry.site, entry.fit
+    consumer = model.get_submodule(site.consumers[0].name)
+    left = _Left(site.width, entry.kept)
 
     def zero_the_dropped(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        z: Tensor = args[0] if args else next(iter(kwargs.values()))
-        stays = torch.zeros(z.shape[-1], dtype=torch.bool, device=z.device)
-        stays[chosen.to(z.device)] = True
-        return (torch.where(stays, z, torch.zeros_like(z)),), {}
+        z = _input(args, kwargs)
+        stays = torch.zeros(site.width, 1, dtype=torch.bool, device=z.device)
+        stays[entry.kept.to(z.device)] = True
+        heads = torch.unflatten(z, -1, (site.width, -1))
+        return (torch.where(stays, heads, torch.zeros_like(heads)).flatten(-2),), {}
 
     def fitted(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        z: Tensor = args[0] if args else next(iter(kwargs.values()))
-        fit = entry.fit
-        assert fit is not None
-        weight, bias = fit.consumers[0].to(z.device, z.dtype), fit.biases[0].to(z.device, z.dtype)
-        return F.linear(z[..., chosen.to(z.device)], weight, bias).to(output.dtype)
+        z, given = left.of(_input(args, kwargs), -1), cast("Fit", fit)
+        weight, bias = given.consumers[0].to(z.device, z.dtype), given.biases[0].to(z.device, z.dtype)
+        return F.linear(z, weight, bias).to(output.dtype)
 
-    if entry.fit is None:
+    if fit is None:
         consumer.register_forward_pre_hook(zero_the_dropped, with_kwargs=True)
     else:
         consumer.register_forward_hook(fitted, with_kwargs=True)

@@ -1,0 +1,133 @@
+"""Surgery on a model in a narrow type whose float32 copy would not fit into memory: proven block by block.
+
+    small = block_by_block(model, todo, inputs, edits_of)
+
+A block is the smallest part of the model that holds all of a site, or of several that lie in one another. Each runs in
+float32 on the inputs that it has in the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from shallower.core.trees import cloned
+from shallower.modules.attachment import detached_copy
+from shallower.modules.offloading import lent
+from shallower.planning.forms import Step
+from shallower.sites import Place, Site
+from shallower.surgery.observing import Pass
+from shallower.surgery.whole import (
+    EditsOf,
+    after_surgery,
+    check_distance,
+    check_rounded,
+    distance,
+    is_narrow,
+    simulated,
+    whole,
+    wide_enough,
+    widen,
+)
+
+M = TypeVar("M", bound=nn.Module)
+
+_LOOSE = 16
+"""How many units of rounding the outputs of two models in the narrow type may be apart."""
+
+
+def block_by_block(model: M, todo: Sequence[Step], run: Pass, edits_of: EditsOf) -> M:
+    """The model after surgery, each block proven in float32 and then rounded.
+
+    Args:
+        model: untouched.
+        todo: the steps of a plan.
+        run: of the whole model.
+        edits_of: what surgery does.
+
+    Raises:
+        SurgeryError: the result differs from the simulated model beyond rounding.
+    """
+    small = detached_copy(model)
+    blocks = _blocks(model, todo)
+    calls = _calls(model, list(blocks), run)
+    for part in [part for part in blocks if part and not calls[part]]:
+        # a list of modules, or one whose forward the model does not call: all of it is one block
+        blocks.setdefault("", []).extend(blocks.pop(part))
+    if "" in blocks:
+        blocks = {"": list(todo)}
+    for part, steps in blocks.items():
+        inputs = run.inputs if part == "" else calls.pop(part)
+        own = {id(p) for p in model.get_submodule(part).parameters()}
+        others = [p for p in model.parameters() if id(p) not in own]
+        wide = copy.deepcopy(model, lent(others))
+        widen(wide.get_submodule(part))
+        exact = whole(wide, steps, Pass(inputs, part).converted(wide_enough), edits_of, small)
+        check_rounded(exact.get_submodule(part), small.get_submodule(part))
+    dtype = next(p.dtype for p in model.parameters() if is_narrow(p))
+    error = distance(simulated(model, todo, run, ()), after_surgery(small, todo, run, ()))
+    check_distance(error, _LOOSE * torch.finfo(dtype).eps, dtype)
+    return small
+
+
+def _blocks(model: nn.Module, todo: Sequence[Step]) -> dict[str, list[Step]]:
+    """The steps by the part of the model that holds all of their sites."""
+    blocks: dict[str, list[Step]] = {}
+    for step in todo:
+        part = _part_of(model, step.entry.site)
+        within = [name for name in blocks if _holds(part, name)]
+        around = next((name for name in blocks if _holds(name, part)), part)
+        steps = [*blocks.pop(around, []), step]
+        for name in within:
+            steps += blocks.pop(name, [])
+        blocks[around] = [each for each in todo if any(each is one for one in steps)]
+    return blocks
+
+
+def _holds(outer: str, inner: str) -> bool:
+    return outer in ("", inner) or inner.startswith(f"{outer}.")
+
+
+def _part_of(model: nn.Module, site: Site) -> str:
+    """The smallest part that holds all modules of a site and can be called."""
+    places = [Place(m.name) for m in site.maps] + [Place(norm) for norm in site.bridge.norms]
+    places += [*site.bridge.activations, *site.dropouts]
+    if site.heads is not None:
+        places.append(Place(site.heads.module, (("forward", 0),)))
+    if site.residual is not None:
+        places += [site.residual.place, Place(site.residual.norm or site.maps[0].name)]
+    # of a call, the module whose forward makes it; of a module, what holds it
+    holders = [place.module.split(".") if place.calls else place.module.split(".")[:-1] for place in places]
+    common: list[str] = []
+    for names in zip(*holders, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    part = ".".join(filter(None, common))
+    while isinstance(model.get_submodule(part), (nn.ModuleList, nn.ModuleDict)):
+        part = part.rpartition(".")[0]
+    return part
+
+
+def _calls(model: nn.Module, parts: Sequence[str], run: Pass) -> dict[str, list[Any]]:
+    """The arguments of all calls of these parts in one pass over the model."""
+    calls: dict[str, list[Any]] = {part: [] for part in parts}
+    with ExitStack() as stack, torch.no_grad():
+        for part in parts:
+            hook = _keeper(calls[part])
+            handle = model.get_submodule(part).register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        run.over(model)
+    return calls
+
+
+def _keeper(calls: list[Any]) -> Any:
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((cloned(args), cloned(kwargs)))
+
+    return keep
