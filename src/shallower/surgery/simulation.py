@@ -62,12 +62,12 @@ def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
         site, fit = entry.site, entry.fit
         if site.producer is None:
             continue
-        read_by, left = site.producer.name, None
+        origin = _Origin(site.producer.name)
         if fit is not None and (fit.ups or fit.producer is not None or fit.gate is not None):
-            read_by, left = _source(entry, done)
+            origin = _origin(entry, done)
         names = [m.name for m in site.maps] + ([site.norm_before] if site.norm_before else [])
         modules = {name: copied.get_submodule(name) for name in names}
-        hook(entry, copied.get_submodule(read_by), modules, left)
+        _hook(entry, copied.get_submodule(origin.reader), modules, origin)
 
 
 def fated(entry: Entry, f: nn.Module) -> nn.Module:
@@ -80,14 +80,14 @@ def fated(entry: Entry, f: nn.Module) -> nn.Module:
     return f if entry.site.between else _Fates(entry, f)
 
 
-def hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], left: _Left | None = None) -> None:
+def _hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], origin: _Origin) -> None:
     """Make the maps of a site do what the fates or the fit say, by hooks.
 
     Args:
         entry: the fates.
         reader: the module that reads the x of a fitted linear path.
         modules: the site's linear maps and its first BatchNorm by name.
-        left: the channels of x that the path and a fitted producer read; None for all.
+        origin: what earlier entries make of that x.
     """
     site, fit = entry.site, entry.fit
     if site.gated or site.between:
@@ -98,7 +98,7 @@ def hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], left
     if fit is None or site.producer is None:
         return
     producer = modules[site.producer.name]
-    memory = _Memory(left, site.bridge.dim)
+    memory = _Memory(origin.left, site.bridge.dim)
     if fit.ups or fit.producer is not None or fit.gate is not None:
         reader.register_forward_pre_hook(memory, with_kwargs=True)
         if site.gate is not None and reader is producer:  # the gate reads the same, and may run first
@@ -112,11 +112,11 @@ def hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], left
         up_half = 1 if site.packed == "gate-first" else 0
         gate_half = 1 - up_half
     if fit.producer is not None:
-        rows = _FittedRows(site, entry.kept, fit.producer, shift, memory, up_half)
+        rows = _FittedRows(site, entry.kept, fit.producer, shift, memory, origin, up_half)
         producer.register_forward_hook(rows, with_kwargs=True)
     if fit.gate is not None:
         gate = producer if site.gate is None else modules[site.gate.name]
-        rows = _FittedRows(site, entry.kept, fit.gate, fit.gate_bias, memory, gate_half)
+        rows = _FittedRows(site, entry.kept, fit.gate, fit.gate_bias, memory, origin, gate_half)
         gate.register_forward_hook(rows, with_kwargs=True)
     for i, m in enumerate(site.consumers):
         modules[m.name].register_forward_hook(_Fitted(site, fit, i, entry.kept, memory, producer), with_kwargs=True)
@@ -142,23 +142,54 @@ class _Left:
         dim = dim % x.dim()
         return blocks.index_select(dim, self.kept.to(x.device)).flatten(dim, dim + 1)
 
+    def without(self, x: Tensor, dim: int) -> Tensor:
+        """The whole tensor with zeros in their place."""
+        blocks = torch.unflatten(x, dim, (self.width, -1))
+        dim = dim % x.dim()
+        return blocks.index_fill(dim, self.kept.to(x.device), 0).flatten(dim, dim + 1)
 
-def _source(entry: Entry, plan: Mapping[str, Step]) -> tuple[str, _Left | None]:
-    """Which module reads what the site reads after the earlier entries of the plan, and which channels are left."""
-    producer = entry.site.producer
-    if producer is None:
-        raise PlanError(f"{entry.site.name}: an activation place has no maps to fit")
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a producer reads, and adds as its bias, after the earlier entries of a plan.
+
+    Attributes:
+        reader: the module that reads the same in the simulated model.
+        left: the channels of it that are left; None for all.
+        bias: of the producer after an earlier fit; None where it follows from its own bias and what is left.
+    """
+
+    reader: str
+    left: _Left | None = None
+    bias: Tensor | None = None
+
+
+def _origin(entry: Entry, plan: Mapping[str, Step]) -> _Origin:
+    site, fit = entry.site, entry.fit
+    if site.producer is None:
+        raise PlanError(f"{site.name}: an activation place has no maps to fit")
     for step in plan.values():
-        if producer.name in [m.name for m in step.entry.site.consumers]:
-            if step.form.kind == "merged":
-                return _source(step.entry, plan)
-            if step.form.kind == "narrower":
-                return producer.name, _Left(step.entry.site.width, step.entry.kept)
+        names = [m.name for m in step.entry.site.consumers]
+        if site.producer.name not in names:
+            continue
+        i, earlier = names.index(site.producer.name), step.entry
+        if step.form.kind == "narrower":
+            bias = None if earlier.fit is None else earlier.fit.biases[i]
+            return _Origin(site.producer.name, _Left(earlier.site.width, earlier.kept), bias)
+        if step.form.kind != "merged":
             raise PlanError(
-                f"{entry.site.name}: its linear path reads what `{step.entry.site.name}` becomes, a linear path "
-                "itself. Apply that entry first, and fit this site on the result"
+                f"{site.name}: its linear path reads what `{earlier.site.name}` becomes, a linear path itself. Apply "
+                "that entry first, and fit this site on the result"
             )
-    return producer.name, None
+        rows = fit is not None and (fit.producer is not None or fit.gate is not None)
+        whole_bias = fit is not None and fit.producer_bias is not None and not site.norm_before and not site.gated
+        if rows and step.form.consumers[i].bias and not whole_bias:
+            raise PlanError(
+                f"{site.name}: its rows were fitted for the bias of `{site.producer.name}`, which the entry of "
+                f"`{earlier.site.name}` changes. Apply that entry first, or fit the bias, too"
+            )
+        return _Origin(_origin(earlier, plan).reader)
+    return _Origin(site.producer.name)
 
 
 def _vector(values: Tensor, like: Tensor, channels_first: bool) -> Tensor:
@@ -215,27 +246,37 @@ class _FittedRows:
     """Some outputs of a producer from fitted rows; of a packed producer, in its first half (0) or its second (1)."""
 
     def __init__(
-        self, site: Site, kept: Tensor, weight: Tensor, bias: Tensor | None, memory: _Memory, half: int | None
+        self, site: Site, kept: Tensor, weight: Tensor, bias: Tensor | None, memory: _Memory, origin: _Origin,
+        half: int | None,
     ) -> None:  # fmt: skip
         self.site, self.kept, self.weight, self.bias = site, kept, weight, bias
-        self.memory, self.half = memory, half
+        self.memory, self.origin, self.half = memory, origin, half
 
-    def __call__(self, module: nn.Module, _: Any, __: Any, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         dim, kept, half = self.site.bridge.dim, self.kept.to(output.device), self.half
         rows = _apply(module, self.weight, self.memory.read(self.site))
-        bias = self.bias
-        if bias is None and isinstance(module.bias, Tensor):
-            own = module.bias.detach()
+        if self.bias is not None:
+            rows = rows + _vector(self.bias, rows, self.site.channels_first)
+        else:
+            standing = self._standing(module, _input(args, kwargs), output)
             if half is not None:
-                own = own.chunk(2)[half]
-            bias = own[kept]
-        if bias is not None:
-            rows = rows + _vector(bias, rows, self.site.channels_first)
+                standing = standing.chunk(2, dim)[half]
+            rows = rows + standing.index_select(dim, kept)
         if half is None:
             return output.index_copy(dim, kept, rows)
         halves = list(output.chunk(2, dim))
         halves[half] = halves[half].index_copy(dim, kept, rows)
         return torch.cat(halves, dim)
+
+    def _standing(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """What the producer gives beside its weights on what is left: its bias, and the answer to constants."""
+        if self.origin.bias is not None:
+            return _vector(self.origin.bias, output, self.site.channels_first).expand_as(output)
+        gone = torch.zeros_like(x)
+        if self.origin.left is not None:
+            gone = self.origin.left.without(x, self.site.bridge.dim)
+        answer: Tensor = module.forward(gone)  # past the hooks
+        return answer
 
 
 class _Memory:
