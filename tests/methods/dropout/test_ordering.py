@@ -81,5 +81,5 @@ def test_what_is_no_order_is_refused() -> None:
 
 def test_no_batches_are_told() -> None:
     model = network([1.0, 2.0, 3.0])
-    with pytest.raises(FitError, match="no batches"):
+    with pytest.raises(FitError, match="`batches` is empty"):
         by_elimination(model, find_sites(model, torch.randn(2, 4).double()), [])

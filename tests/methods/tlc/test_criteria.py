@@ -151,5 +151,5 @@ def test_entropy_of_signs_is_that_of_the_activations_input() -> None:
 
 def test_entropy_without_batches_is_an_error() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
-    with pytest.raises(MethodError, match="no batches"):
+    with pytest.raises(MethodError, match="`batches` is empty"):
         sign_entropies(model, find_sites(model, torch.randn(2, 3)), [])

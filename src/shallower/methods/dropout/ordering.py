@@ -26,11 +26,11 @@ from shallower.core.inputs import (
     to_device,
 )
 from shallower.core.modes import evaluating
+from shallower.core.watching import read, watching
 from shallower.errors import FitError
 from shallower.methods.dropout.prefix import Block, prefix, produced
-from shallower.modules import attachment
 from shallower.modules.layers import weight_of
-from shallower.sites import Place, Site, Sites
+from shallower.sites import Site, Sites
 
 _RIDGE = 1e-4
 
@@ -167,35 +167,35 @@ def _grams(
     model: nn.Module, sites: Sites, batches: Iterable[Any], inputs_of: InputsOf, mask_of: MaskOf
 ) -> Mapping[str, Tensor]:
     """For each site (n, n), the second moments of what its consumers read; (columns,) their diagonal for others."""
-    sums: dict[str, Tensor] = {}
-    mask: list[Tensor | None] = [None]
-
-    def watch(site: Site) -> Any:
-        full = site.heads is None and not site.channels_first
-
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            z = args[0].detach()
-            if site.channels_first:
-                z = z.transpose(1, -1).flatten(0, -2)
-            elif mask[0] is not None and z.dim() == 3 and mask[0].shape == z.shape[:2]:
-                z = z[mask[0].bool()]
-            z = z.flatten(0, -2).double()
-            found = z.t() @ z if full else z.square().sum(0)
-            sums[site.name] = sums[site.name] + found if site.name in sums else found
-
-        return hook
-
+    reads = {site.name: _Reads(site) for site in sites}
+    before = {site.consumers[0].name: reads[site.name] for site in sites}
     device = model_device(model)
-    consumers = [(site, Place(site.consumers[0].name)) for site in sites]
-    with attachment.exposed(model, [place for _, place in consumers]) as modules, evaluating(model):
-        handles = [modules[place].register_forward_pre_hook(watch(site)) for site, place in consumers]
-        try:
-            for batch in batches:
-                mask[0] = to_device(mask_of(batch), device)
-                call(model, to_device(inputs_of(batch), device))
-        finally:
-            for handle in handles:
-                handle.remove()
-    if len(sums) < len(sites):
-        raise FitError("there are no batches to order the channels on")
-    return sums
+    with evaluating(model), watching(model, before=before):
+        for batch in batches:
+            mask = mask_of(batch)
+            for each in reads.values():
+                each.mask = None if mask is None else mask.to(device).bool()
+            call(model, to_device(inputs_of(batch), device))
+    if any(isinstance(each.sum, float) for each in reads.values()):
+        raise FitError("the order of channels needs data: `batches` is empty. Use a few hundred samples")
+    return {name: torch.as_tensor(each.sum) for name, each in reads.items()}
+
+
+class _Reads:
+    """Second moments of what a consumer reads, over batches."""
+
+    def __init__(self, site: Site) -> None:
+        self.dim = site.bridge.dim
+        self.full = site.heads is None and not site.channels_first
+        self.mask: Tensor | None = None
+        self.sum: Tensor | float = 0.0
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        z = read(args, kwargs).detach().movedim(self.dim, -1)
+        if self.mask is not None and z.dim() == 3 and self.mask.shape == z.shape[:2]:
+            z = z[self.mask]
+        z = z.flatten(0, -2).double()
+        found = z.square().sum(0)
+        if self.full:
+            found = z.t() @ z
+        self.sum = self.sum + found

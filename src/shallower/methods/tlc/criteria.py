@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,15 +28,15 @@ from shallower.core.inputs import (
     default_mask_of,
     model_device,
     reiterable,
-    tensors,
     to_device,
 )
 from shallower.core.modes import evaluating
 from shallower.core.text import listing
+from shallower.core.watching import read, watching
 from shallower.errors import MethodError
 from shallower.modules import attachment
 from shallower.modules.layers import normal_after
-from shallower.sites import Site
+from shallower.sites import Place, Site
 
 Line = Literal["auto", "unit", "best"]
 
@@ -211,38 +210,42 @@ def sign_entropies(
 
     Reference: EASIER, arXiv 2404.18949, and NEPENTHE, arXiv 2404.16890.
     """
-    sites = [site for site in sites if site.activation is not None]
-    places = [site.activation for site in sites if site.activation is not None]
-    counts = {site.name: _Signs(site.channels_first) for site in sites}
+    counts: dict[Place, _Signs] = {}
+    named: dict[str, Place] = {}
+    for site in sites:
+        if site.activation is not None:
+            named[site.name] = site.activation
+            counts[site.activation] = _Signs(site.bridge.dim)
     device = model_device(model)
-    with attachment.exposed(model, places) as modules, ExitStack() as hooks, evaluating(model):
-        for site, place in zip(sites, places, strict=True):
-            handle = modules[place].register_forward_pre_hook(counts[site.name], with_kwargs=True)
-            hooks.callback(handle.remove)
+    with attachment.exposed(model, list(counts)) as modules, evaluating(model), watching(modules, before=counts):
         for batch in tqdm(reiterable(batches), desc="entropies", delay=2):
-            mask = default_mask_of(batch) if mask_of is None else mask_of(batch)
+            mask = (mask_of or default_mask_of)(batch)
+            if mask is not None:
+                mask = mask.to(device).bool().reshape(-1)
             for count in counts.values():
-                count.mask = None if mask is None else mask.to(device).bool().reshape(-1)
+                count.mask = mask
             call(model, to_device(inputs_of(batch), device))
     if any(count.total == 0 for count in counts.values()):
-        raise MethodError("there are no batches to measure the entropy on")
-    return {name: float(binary_entropy(count.rate).mean()) for name, count in counts.items()}
+        raise MethodError("the entropy needs data: `batches` is empty. Use a few hundred samples")
+    return {name: float(binary_entropy(counts[place].rate).mean()) for name, place in named.items()}
 
 
 class _Signs:
     """Counts, channel by channel, how often an activation's input is positive."""
 
-    def __init__(self, channels_first: bool) -> None:
-        self.channels_first = channels_first
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
         self.mask: Tensor | None = None
         self.positive: Tensor | float = 0.0
         self.total = 0
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        h = next(tensors((args, kwargs))).detach()
-        h = h.movedim(1, -1) if self.channels_first and h.dim() > 2 else h
+        h = read(args, kwargs).detach()
+        if h.dim() > 2:
+            h = h.movedim(self.dim, -1)
         h = h.reshape(-1, h.shape[-1])
-        h = h[self.mask] if self.mask is not None and len(self.mask) == len(h) else h
+        if self.mask is not None and len(self.mask) == len(h):
+            h = h[self.mask]
         self.positive = self.positive + (h > 0).sum(0, dtype=torch.float64)
         self.total += len(h)
 

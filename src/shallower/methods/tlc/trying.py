@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from shallower.core.algebra import wide
 from shallower.core.inputs import Inputs, InputsOf, call, model_device, to_device
-from shallower.core.trees import tensors
+from shallower.core.watching import recorded
 from shallower.errors import PlanError
 from shallower.measuring.timing import Ratio, times_in_turn
 from shallower.methods.tlc.chains import Chain
@@ -96,10 +94,9 @@ class Trial:
     def _read_by_first(self, sites: Sequence[Site]) -> Tensor:
         """What the first map of a group reads on the example inputs."""
         first = cast("LinearMap", sites[0].producer).name
-        with _recorded(self.now, first) as seen:
+        with recorded(self.now, [first], outputs=False) as seen:
             call(self.now, to_device(self.example_inputs, model_device(self.now)))
-        x, _ = seen[first]
-        return x
+        return seen.inputs[first][-1]
 
     def _fitted(self, apart: Variant, linear: nn.Module) -> tuple[list[Variant], Tensor]:
         """Variants that come close on the batches, and the input of the last batch to judge them by.
@@ -167,26 +164,10 @@ class Trial:
         following = next(batches, None)
         while following is not None:
             batch, following = following, next(batches, None)
-            with _recorded(model, first, second) as seen:
+            with recorded(model, [first, second]) as seen:
                 call(model, to_device(self.inputs_of(batch), device))
-            x, _ = seen[first]
-            z, y = seen[second]
+            x, z, y = seen.inputs[first][-1], seen.inputs[second][-1], seen.outputs[second][-1]
             yield _Seen(x, z, y, following is None)
-
-
-@contextmanager
-def _recorded(model: nn.Module, *names: str) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """What layers read and return in a pass, (input, output) by name."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def keep(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        seen[name] = next(tensors((args, kwargs))).detach(), output.detach()
-
-    with ExitStack() as hooks:
-        for name in names:
-            layer = model.get_submodule(name)
-            hooks.callback(layer.register_forward_hook(partial(keep, name), with_kwargs=True).remove)
-        yield seen
 
 
 @dataclass(frozen=True)
