@@ -16,7 +16,9 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 import time
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -98,6 +100,17 @@ def replacing(directory: Path, *, error: type[ShallowerError]) -> Iterator[Path]
             shutil.rmtree(partial, ignore_errors=True)
             if directory.exists():
                 shutil.rmtree(previous, ignore_errors=True)
+
+
+def temporary_folder(owner: object, *, error: type[ShallowerError]) -> Path:
+    """A new folder for files that are removed together with `owner`, or by the next run where this one is killed."""
+    place = Path(tempfile.gettempdir()) / "shallower"
+    with failing(error, f"{place.parent}: no temporary folder can be made"):
+        _remove_leftovers(place, "temporary")
+        folder = _beside(place, "temporary")
+        folder.mkdir()
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def write_text(path: Path, text: str, *, error: type[ShallowerError]) -> None:
