@@ -102,14 +102,14 @@ def test_a_truncated_file(name: str, part: float, attacked: Path):
 @pytest.mark.parametrize("name", ["model.safetensors", "buffers.safetensors", "shallower.json", "config.json"])
 def test_a_missing_file(name: str, attacked: Path):
     (attacked / name).unlink()
-    refuses(attacked, "there is no such file")
+    refuses(attacked, "No such file")
 
 
 @pytest.mark.parametrize("header", [b"\xff" * 8, b"\x00" * 8, (1 << 40).to_bytes(8, "little"), b"\x02" + b"\x00" * 7])
 def test_a_header_of_impossible_length(header: bytes, attacked: Path):
     content = (attacked / "model.safetensors").read_bytes()
     (attacked / "model.safetensors").write_bytes(header + content[8:])
-    refuses(attacked, "damaged or not a safetensors file")
+    refuses(attacked, "damaged, or not a safetensors file")
 
 
 def test_a_pickle_in_the_place_of_the_tensors_is_not_opened(attacked: Path, tmp_path: Path):
@@ -118,9 +118,9 @@ def test_a_pickle_in_the_place_of_the_tensors_is_not_opened(attacked: Path, tmp_
             return os.mkdir, (str(tmp_path / "opened"),)
 
     (attacked / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
-    refuses(attacked, "damaged or not a safetensors file")
+    refuses(attacked, "damaged, or not a safetensors file")
     torch.save({"bomb": Bomb()}, attacked / "model.safetensors")
-    refuses(attacked, "damaged or not a safetensors file")
+    refuses(attacked, "damaged, or not a safetensors file")
     assert not (tmp_path / "opened").exists()
 
 
@@ -147,7 +147,7 @@ def test_json_that_is_no_description(name: str, content: bytes, attacked: Path):
 def test_a_description_of_gigabytes_is_not_read(attacked: Path):
     with (attacked / "shallower.json").open("r+b") as file:
         file.truncate(8 << 30)
-    refuses(attacked, "too large to be a description")
+    refuses(attacked, "larger than 64 MiB")
 
 
 # ---------------------------------------------------------------------------------------------------- shallower.json
@@ -167,7 +167,7 @@ def test_another_schema(schema: Any, attacked: Path):
 
 def test_an_unknown_key(attacked: Path):
     rewrite(attacked / "shallower.json", lambda data: data.update(run_this="x"))
-    refuses(attacked, "missing or unknown keys: run_this")
+    refuses(attacked, "'run_this' is not a key of Description")
 
 
 KEYS = ["source", "edits", "tensors", "buffers", "tied", "frozen", "training", "files"]
@@ -176,7 +176,7 @@ KEYS = ["source", "edits", "tensors", "buffers", "tied", "frozen", "training", "
 @pytest.mark.parametrize("key", KEYS)
 def test_a_missing_key(key: str, attacked: Path):
     rewrite(attacked / "shallower.json", lambda data: {name: data[name] for name in data if name != key})
-    refuses(attacked, f"missing or unknown keys: {key}")
+    refuses(attacked, f"`{key}` is missing")
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -194,7 +194,7 @@ WEIGHT = "model.layers.1.mlp.down_proj.weight"
 @pytest.mark.parametrize("dtype", ["object", "torch.float32", "float32 ", "__class__", "", None, 5, ["float32"], {}])
 def test_a_dtype_that_does_not_exist(dtype: Any, attacked: Path):
     rewrite(attacked / "shallower.json", lambda data: data["tensors"][WEIGHT].update(dtype=dtype))
-    refuses(attacked, f"tensor {WEIGHT}: the dtype .* is unknown")
+    refuses(attacked, f"tensors.{WEIGHT}.*is unknown|tensors.{WEIGHT}.dtype: .* is not a text")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int32", "bool"])
@@ -208,13 +208,13 @@ def test_a_dtype_that_the_file_does_not_have(dtype: str, attacked: Path):
 )
 def test_a_shape_that_the_model_does_not_have(shape: Any, attacked: Path):
     rewrite(attacked / "shallower.json", lambda data: data["tensors"][WEIGHT].update(shape=shape))
-    refuses(attacked, f"tensor {WEIGHT}: ")
+    refuses(attacked, f"tensor {WEIGHT}: |tensors.{WEIGHT}.shape")
 
 
 @pytest.mark.parametrize("order", [[0], [0, 0], [0, 2], [1, 0, 2], "10", [1.0, 0.0], None])
 def test_an_order_that_is_no_order(order: Any, attacked: Path):
     rewrite(attacked / "shallower.json", lambda data: data["tensors"][WEIGHT].update(order=order))
-    refuses(attacked, f"tensor {WEIGHT}: .* is not an order")
+    refuses(attacked, f"tensors.{WEIGHT}.*is not (an order|a list|a whole number)")
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.missing", "__class__", "", "..", "a\x00b", "x" * 100_000])
@@ -440,13 +440,13 @@ def test_tensors_that_are_not_those_described(change: Callable[[dict[str, torch.
 def test_a_link_that_leaves_the_directory(name: str, attacked: Path, tmp_path: Path):
     (attacked / name).rename(tmp_path / name)
     (attacked / name).symlink_to(tmp_path / name)
-    refuses(attacked, "leads out of the directory")
+    refuses(attacked, "this is a link")
 
 
 def test_a_pipe_is_not_waited_for(attacked: Path):
     (attacked / "model.safetensors").unlink()
     os.mkfifo(attacked / "model.safetensors")
-    refuses(attacked, "there is no such file")
+    refuses(attacked, "not a regular file")
 
 
 @pytest.mark.parametrize(
@@ -467,14 +467,14 @@ def test_a_pipe_is_not_waited_for(attacked: Path):
 def test_a_shard_that_is_elsewhere(shard: Any, split: Path):
     shutil.copy(next(split.glob("model-00001-*")), split.parent / "model-00001-of-00003.safetensors")
     rewrite(split / "model.safetensors.index.json", lambda index: index["weight_map"].update({WEIGHT: shard}))
-    refuses(split, r"is not the name of a file beside it|there is no such file|not the index of a model")
+    refuses(split, r"is not the name of a file beside it|No such file|not the index of a model")
 
 
 def test_a_shard_that_is_a_link(split: Path, tmp_path: Path):
     shard = next(split.glob("model-00001-*"))
     shard.rename(tmp_path / shard.name)
     shard.symlink_to(tmp_path / shard.name)
-    refuses(split, "leads out of the directory")
+    refuses(split, "this is a link")
 
 
 def test_a_tensor_that_lies_in_two_shards(split: Path):

@@ -13,12 +13,14 @@ import copy
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from shallower.core.files import replacing, write_json, write_tensors, write_text
 from shallower.errors import CheckpointError, ModelError
 from shallower.modules.attachment import attached_places, detached_copy
 from shallower.modules.edits import replay
@@ -31,15 +33,7 @@ from shallower.saving.reading import read_buffers, read_config, read_description
 from shallower.saving.skeletons import Limits, build_skeleton
 from shallower.saving.slots import Stored, check_fits, check_whole, put_in, stored, unwrapped, without_weights
 from shallower.saving.sources import LIBRARIES, source_of
-from shallower.saving.writing import (
-    bytes_of,
-    check_as_written,
-    check_replaceable,
-    replacing,
-    write_json,
-    write_tensors,
-    write_weights,
-)
+from shallower.saving.writing import bytes_of, check_as_written, check_replaceable, write_weights
 
 _FACTORY = re.compile(r"[\w.]+:\w+(\?.*)?")
 
@@ -85,15 +79,15 @@ def save(
     _check_names(source, config)
     directory = _resolved(directory)
     check_replaceable(directory)
-    with replacing(directory) as partial:
+    with replacing(directory, error=CheckpointError) as partial:
         if config is not None:
-            write_json(partial / CONFIG, config)
-        write_json(partial / DESCRIPTION, description.to_json())
+            write_json(partial / CONFIG, config, error=CheckpointError)
+        write_json(partial / DESCRIPTION, description.to_json(), error=CheckpointError)
         # Everything is read from the files from here on, as `load` will.
         _prove(model, partial)
         write_weights(partial, kept.tensors, most)
         if kept.buffers:
-            write_tensors(partial / BUFFERS, kept.buffers)
+            write_tensors(partial / BUFFERS, kept.buffers, error=CheckpointError)
         check_as_written(kept.tensors, read_tensors(partial, description))
         check_as_written(kept.buffers, read_buffers(partial, description))
         if config is not None and model.can_generate():  # type: ignore[operator]
@@ -103,10 +97,10 @@ def save(
         if beside is not None:
             beside(partial)
         if not (partial / CARD).exists():
-            (partial / CARD).write_text(plain_card(directory.name, source), encoding="utf-8")
+            write_text(partial / CARD, plain_card(directory.name, source), error=CheckpointError)
         written = (path for path in partial.rglob("*") if path.is_file() and path.name != DESCRIPTION)
-        description.files = sorted(str(path.relative_to(partial)) for path in written)
-        write_json(partial / DESCRIPTION, description.to_json())
+        description = replace(description, files=sorted(str(path.relative_to(partial)) for path in written))
+        write_json(partial / DESCRIPTION, description.to_json(), error=CheckpointError)
 
 
 def check_source(model: nn.Module, source: str | None = None) -> None:
@@ -205,6 +199,7 @@ def _described(
         tied=kept.tied,
         frozen=kept.frozen,
         training=record,
+        files=[],
     )
     return model, source, kept, description
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
+from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import CheckpointError
 
-SCHEMA = "shallower"
-VERSION = 3
-_EARLIER = (1, 2)
+VERSION: Literal[3] = 3
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -30,12 +29,13 @@ DTYPES = {
     )
 }
 
-_MOST = 1 << 48
 # Edits have numbers that are no sizes: strides, paddings, ordinals of calls.
 _SMALL = 1 << 16
 # Each wraps what stands at its place; a second or third round on a result may add one more.
 _WRAPS = ("slope", "partial")
 _MOST_WRAPS = 8
+
+Count = Annotated[int, Bounds(0, 1 << 48)]
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,24 @@ class Entry:
         dtype: torch's name.
         shape: of it.
         strides: in memory, where they are not those of a contiguous tensor of this shape.
+        order: what files of earlier versions have instead: dimensions from the slowest to the fastest.
     """
 
     dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...] = ()
+    shape: tuple[Count, ...]
+    strides: tuple[Count, ...] = ()
+    order: tuple[Count, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise CheckpointError(f"the dtype {self.dtype!r:.40} is unknown")
+        if self.order:
+            if sorted(self.order) != list(range(len(self.shape))):
+                raise CheckpointError(f"{self.order!r:.80} is not an order of its dimensions")
+            object.__setattr__(self, "strides", _in_order(self.shape, self.order))
+            object.__setattr__(self, "order", ())
+        if self.strides and not _is_dense(self.shape, self.strides):
+            raise CheckpointError(f"{self.strides!r:.80} are not strides of its shape")
 
     @classmethod
     def of(cls, tensor: Tensor) -> Entry:
@@ -60,30 +73,6 @@ class Entry:
         shape, strides = tuple(tensor.shape), tensor.stride()
         plain = strides == _contiguous(shape) or not _is_dense(shape, strides)
         return cls(str(tensor.dtype).removeprefix("torch."), shape, () if plain else strides)
-
-    @classmethod
-    def from_json(cls, name: str, data: Any) -> Entry:
-        """Read and check one; earlier versions have an `order` of dimensions instead of strides."""
-        if not isinstance(data, dict) or not {"dtype", "shape"} <= set(data) <= {"dtype", "shape", "strides", "order"}:
-            raise CheckpointError(f"tensor {name:.200}: it must be described by dtype, shape and perhaps strides")
-        dtype, shape = data["dtype"], data["shape"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise CheckpointError(f"tensor {name:.200}: the dtype {dtype!r:.40} is unknown")
-        if not _are_counts(shape):
-            raise CheckpointError(f"tensor {name:.200}: {shape!r:.80} is not a shape")
-        strides, order = data.get("strides", []), data.get("order", [])
-        if not _are_counts(order) or (order and sorted(order) != list(range(len(shape)))):
-            raise CheckpointError(f"tensor {name:.200}: {order!r:.80} is not an order of its dimensions")
-        if order:
-            strides = _in_order(shape, order)
-        if not _are_counts(strides) or (strides and not _is_dense(shape, strides)):
-            raise CheckpointError(f"tensor {name:.200}: {strides!r:.80} are not strides of its shape")
-        return cls(dtype, tuple(shape), tuple(strides))
-
-    def to_json(self) -> dict[str, Any]:
-        """As it is written."""
-        plain: dict[str, Any] = {"dtype": self.dtype, "shape": list(self.shape)}
-        return {**plain, "strides": list(self.strides)} if self.strides else plain
 
     def arranged(self, tensor: Tensor) -> Tensor:
         """A copy of the `tensor` of a file, in the memory layout that it had.
@@ -121,18 +110,26 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return all(stride <= step for stride in strides)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Description:
     """What shallower.json says; docs/format.md has the meaning of each key."""
 
-    source: str
+    source: Annotated[str, Bounds(0, 4000)]
     edits: list[dict[str, Any]]
     tensors: dict[str, Entry]
     buffers: dict[str, Entry]
     tied: list[list[str]]
     frozen: list[str]
     training: dict[str, Any]
-    files: list[str] = field(default_factory=list)
+    files: list[str]
+    version: Literal[1, 2, 3] = VERSION
+    schema: Literal["shallower"] = field(default="shallower", init=False)
+
+    def __post_init__(self) -> None:
+        _check_ties(self.tied, self.tensors, self.buffers)
+        if not set(self.frozen) <= set(self.tensors):
+            raise CheckpointError("frozen names a tensor that is not there")
+        _check_edits(self.edits, self.largest)
 
     @property
     def names(self) -> dict[str, str]:
@@ -143,66 +140,44 @@ class Description:
     @property
     def largest(self) -> int:
         """The largest dimension of a tensor."""
-        return max(
-            (size for entry in (*self.tensors.values(), *self.buffers.values()) for size in entry.shape), default=0
-        )
+        entries = (*self.tensors.values(), *self.buffers.values())
+        return max((size for entry in entries for size in entry.shape), default=0)
 
     def to_json(self) -> dict[str, Any]:
         """As it is written."""
-        return {
-            "schema": SCHEMA,
-            "version": VERSION,
-            "source": self.source,
-            "edits": self.edits,
-            "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
-            "buffers": {name: entry.to_json() for name, entry in self.buffers.items()},
-            "tied": self.tied,
-            "frozen": self.frozen,
-            "training": self.training,
-            "files": self.files,
-        }
+        data: dict[str, Any] = encode(self, special={Entry: _entry})
+        return data
 
     @classmethod
-    def from_json(cls, data: Any) -> Description:
+    def from_json(cls, data: Any, at: str = DESCRIPTION) -> Description:
         """Read and check one.
 
         Raises:
             CheckpointError: it is of an unknown version or malformed.
         """
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            raise CheckpointError("this is not the description of a saved model")
+        if not isinstance(data, dict) or data.get("schema") != "shallower":
+            raise CheckpointError(f"{at}: this is not the description of a saved model")
         version = data.get("version")
-        if type(version) is not int or version not in (*_EARLIER, VERSION):
+        if type(version) is not int or version not in (1, 2, VERSION):
             raise CheckpointError(
-                f"the files have version {version!r:.40} of the format, and this Shallower reads version {VERSION}; "
-                "install a newer one"
+                f"{at}: the files have version {version!r:.40} of the format, and this Shallower reads version "
+                f"{VERSION}; install a newer one"
             )
-        kinds: dict[str, type] = {
-            **{"source": str, "edits": list, "tensors": dict, "buffers": dict, "tied": list, "frozen": list},
-            **{"training": dict, "files": list},
-        }
-        odd = set(data) ^ {"schema", "version", *kinds}
-        if odd:
-            raise CheckpointError(f"missing or unknown keys: {', '.join(sorted(odd))[:200]}")
-        for key, kind in kinds.items():
-            if not isinstance(data[key], kind):
-                raise CheckpointError(f"{key} must be a {kind.__name__}, not a {type(data[key]).__name__}")
-        tensors = {name: Entry.from_json(name, entry) for name, entry in data["tensors"].items()}
-        buffers = {name: Entry.from_json(name, entry) for name, entry in data["buffers"].items()}
-        _check_ties(data["tied"], tensors, buffers)
-        if not _are_names(data["frozen"]) or not set(data["frozen"]) <= set(tensors):
-            raise CheckpointError("frozen names a tensor that is not there")
-        if not _are_names(data["files"]):
-            raise CheckpointError("files must be a list of names")
-        found = cls(**{**{key: data[key] for key in kinds}, "tensors": tensors, "buffers": buffers})
-        _check_edits(found.edits, found.largest)
+        found: Description = decode(cls, data, at=at, error=CheckpointError)
         return found
 
 
-def _check_ties(tied: list[Any], tensors: dict[str, Entry], buffers: dict[str, Entry]) -> None:
+def _entry(entry: Entry, _at: str) -> dict[str, Any]:
+    plain: dict[str, Any] = {"dtype": entry.dtype, "shape": list(entry.shape)}
+    if entry.strides:
+        plain["strides"] = list(entry.strides)
+    return plain
+
+
+def _check_ties(tied: list[list[str]], tensors: dict[str, Entry], buffers: dict[str, Entry]) -> None:
     taken = {*tensors, *buffers}
     for group in tied:
-        if not _are_names(group) or len(group) < 2 or group[0] not in tensors:
+        if len(group) < 2 or group[0] not in tensors:
             raise CheckpointError(f"{group!r:.80} is not a group of tied names")
         for alias in group[1:]:
             if alias in taken:
@@ -210,12 +185,10 @@ def _check_ties(tied: list[Any], tensors: dict[str, Entry], buffers: dict[str, E
             taken.add(alias)
 
 
-def _check_edits(edits: list[Any], largest: int) -> None:
+def _check_edits(edits: list[dict[str, Any]], largest: int) -> None:
     """What performing the edits one by one cannot see: how much they make, and how deep they nest."""
     wraps: dict[str, int] = {}
     for i, edit in enumerate(edits):
-        if not isinstance(edit, dict):
-            raise CheckpointError(f"edit {i} of the saved model is not an object")
         groups = edit.get("groups", 1)
         for key, value in edit.items():
             most = max(_SMALL, largest * groups if isinstance(groups, int) and key in ("d_in", "d_out") else largest)
@@ -229,11 +202,3 @@ def _check_edits(edits: list[Any], largest: int) -> None:
                 raise CheckpointError(
                     f"edit {i}: the activation at {place!r:.200} is wrapped more than {_MOST_WRAPS} times"
                 )
-
-
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(type(item) is int and 0 <= item < _MOST for item in value)
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -2,75 +2,61 @@
 
 from __future__ import annotations
 
-import json
+import glob
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from shallower.core import files
 from shallower.core.failures import failing
 from shallower.errors import CheckpointError
 from shallower.saving.description import BUFFERS, CONFIG, DESCRIPTION, GENERATION, INDEX, WEIGHTS, Description, Entry
 from shallower.saving.sources import source_of
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_MOST_JSON = 64 << 20
-
-
-# ------------------------------------------------------------------------------------------------------- reading
-
-
-def _read_json(directory: Path, name: str) -> Any:
-    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            raise ValueError("a key is given twice")
-        return result
-
-    path = _inside(directory, name)
-    with failing(CheckpointError, f"{path}: not readable as JSON"):
-        if path.stat().st_size > _MOST_JSON:
-            raise CheckpointError(f"{path}: larger than {_MOST_JSON >> 20} MiB, too large to be a description")
-        return json.loads(path.read_text("utf-8"), object_pairs_hook=unique)
-
-
-def _inside(directory: Path, name: str) -> Path:
-    """The file of that name, which must lie in the directory itself."""
-    path = directory / name
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    if path.resolve().parent != directory.resolve():
-        raise CheckpointError(f"{path}: leads out of the directory; copy the file itself into it")
-    return path
 
 
 def read_description(directory: Path) -> Description:
+    """What shallower.json says.
+
+    Raises:
+        CheckpointError: the directory or the file is missing, or damaged.
+    """
     if not directory.is_dir():
-        kept = sorted(directory.parent.glob(f".{directory.name}.previous-*")) if directory.name else []
+        pattern = f".{glob.escape(directory.name)}.previous-*"
+        kept = sorted(directory.parent.glob(pattern)) if directory.name else []
         hint = f"; an interrupted save left the earlier one at {kept[-1]}, rename it" if kept else ""
         raise CheckpointError(f"{directory}: there is no such directory{hint}")
-    try:
-        return Description.from_json(_read_json(directory, DESCRIPTION))
-    except CheckpointError as error:
-        raise CheckpointError(f"{directory}: {error}" if str(directory) not in str(error) else str(error)) from error
+    path = directory / DESCRIPTION
+    return Description.from_json(files.read_json(path, error=CheckpointError), str(path))
 
 
 def read_config(directory: Path, source: str) -> dict[str, Any] | None:
+    """config.json of a Transformers model, None of any other.
+
+    Raises:
+        CheckpointError: it is missing, or damaged.
+    """
     if not source.startswith("transformers:"):
         return None
-    config = _read_json(directory, CONFIG)
+    config = files.read_json(directory / CONFIG, error=CheckpointError)
     if not isinstance(config, dict):
         raise CheckpointError(f"{directory / CONFIG}: not the config of a model")
     return config
 
 
 def read_tensors(directory: Path, description: Description) -> dict[str, Tensor]:
+    """The parameters and persistent buffers, from one file or several.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or does not hold exactly what is described.
+    """
     if not (directory / INDEX).exists():
-        return _read_safetensors(directory, WEIGHTS, description.tensors)
-    index = _read_json(directory, INDEX)
+        return _read_described(directory / WEIGHTS, description.tensors)
+    index = files.read_json(directory / INDEX, error=CheckpointError)
     shard_of = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
         raise CheckpointError(f"{directory / INDEX}: not the index of a model in several files")
@@ -83,24 +69,27 @@ def read_tensors(directory: Path, description: Description) -> dict[str, Tensor]
         shards.setdefault(shard, {})[name] = description.tensors[name]
     absent = next((name for name in description.tensors if name not in shard_of), None)
     if absent is not None:
-        raise CheckpointError(f"tensor {absent}: it is not in the index")
+        raise CheckpointError(f"tensor {absent:.200}: it is not in the index")
     tensors: dict[str, Tensor] = {}
     for shard, entries in shards.items():
-        tensors |= _read_safetensors(directory, shard, entries)
+        tensors |= _read_described(directory / shard, entries)
     return tensors
 
 
 def read_buffers(directory: Path, description: Description) -> dict[str, Tensor]:
-    return _read_safetensors(directory, BUFFERS, description.buffers) if description.buffers else {}
+    """The buffers that no state dict holds.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or does not hold exactly what is described.
+    """
+    return _read_described(directory / BUFFERS, description.buffers) if description.buffers else {}
 
 
-def _read_safetensors(directory: Path, name: str, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    path = _inside(directory, name)
-    with failing(CheckpointError, f"{path}: damaged or not a safetensors file"):
-        tensors: dict[str, Tensor] = load_file(path)
+def _read_described(path: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    tensors = files.read_tensors(path, error=CheckpointError)
     for key in (*entries, *tensors):
         if key not in tensors:
-            raise CheckpointError(f"tensor {key}: it is not in {path}")
+            raise CheckpointError(f"tensor {key:.200}: it is not in {path}")
         if key not in entries:
             raise CheckpointError(f"tensor {key:.200}: it is in {path} and not in {DESCRIPTION}")
         found = Entry.of(tensors[key])
@@ -113,8 +102,14 @@ def _read_safetensors(directory: Path, name: str, entries: Mapping[str, Entry]) 
 
 
 def read_generation_config(model: nn.Module, directory: Path) -> None:
-    if not source_of(model) or not (directory / GENERATION).exists():
+    """Give a Transformers model the settings for generating text that lie beside it, if there are any.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = directory / GENERATION
+    if not source_of(model) or not path.exists():
         return
-    settings = _read_json(directory, GENERATION)
-    with failing(CheckpointError, f"{directory / GENERATION}: not a generation config"):
+    settings = files.read_json(path, error=CheckpointError)
+    with failing(CheckpointError, f"{path}: not a generation config"):
         cast("Any", model).generation_config = type(cast("Any", model).generation_config).from_dict(settings)

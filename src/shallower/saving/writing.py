@@ -1,38 +1,23 @@
-"""A directory written whole or not at all."""
+"""The weights of a saved directory, and whether it may be written at all."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
 from shallower.core.failures import failing
+from shallower.core.files import write_json, write_tensors
 from shallower.core.tensors import content
 from shallower.errors import CheckpointError
 from shallower.saving.description import DESCRIPTION, INDEX
 from shallower.saving.reading import read_description
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write plain data as JSON; infinite numbers and NaN are errors."""
-    path.write_text(json.dumps(data, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as one file."""
-    save_file({key: _alone(tensor) for key, tensor in tensors.items()}, path, {"format": "pt"})
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?(KB|MB|GB|TB)")
 
 
 def write_weights(directory: Path, tensors: Mapping[str, Tensor], most: int) -> None:
@@ -40,11 +25,12 @@ def write_weights(directory: Path, tensors: Mapping[str, Tensor], most: int) -> 
     split = split_torch_state_dict_into_shards(
         dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=most
     )
-    for file, keys in split.filename_to_tensors.items():
-        write_tensors(directory / file, {key: tensors[key] for key in keys})
+    for name, keys in split.filename_to_tensors.items():
+        part = {key: tensors[key] for key in keys}
+        write_tensors(directory / name, part, error=CheckpointError, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(directory / INDEX, index)
+        write_json(directory / INDEX, index, error=CheckpointError)
 
 
 def bytes_of(size: int | str) -> int:
@@ -53,21 +39,13 @@ def bytes_of(size: int | str) -> int:
         bytes_of("5GB")     # 5_000_000_000
 
     Raises:
-        CheckpointError: it is none, or not positive.
+        CheckpointError: it is no size, or not positive.
     """
-    text = (
-        re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(KB|MB|GB|TB)", size.strip().upper()) if isinstance(size, str) else None
-    )
+    text = _SIZE.fullmatch(size.strip().upper()) if isinstance(size, str) else None
     found = int(float(text[1]) * _UNITS[text[2]]) if text else size
     if type(found) is not int or found < 1:
         raise CheckpointError(f"{size!r:.40} is not the size of a file: give a positive number of bytes, or '5GB'")
     return found
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """The values on the CPU, contiguous, in a storage that holds nothing else."""
-    values = tensor.detach().cpu().contiguous()
-    return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
 
 
 def check_as_written(tensors: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
@@ -105,38 +83,3 @@ def check_replaceable(directory: Path) -> None:
                 raise CheckpointError(f"{directory}: not empty, and not the result of an earlier save; {advice}")
             if name not in known:
                 raise CheckpointError(f"{directory}: holds {name}, which no save wrote; {advice}")
-
-
-@contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """A new directory to write into, which takes the place of `directory` at the end, or leaves no trace."""
-    token = secrets.token_hex(4)
-    partial = directory.with_name(f".{directory.name}.partial-{token}")
-    previous = directory.with_name(f".{directory.name}.previous-{token}")
-    try:
-        with failing(CheckpointError, f"{directory}: cannot be written"):
-            partial.mkdir(parents=True)
-            yield partial
-            for path in (*partial.rglob("*"), partial):
-                _to_disk(path)
-            if directory.exists():
-                directory.rename(previous)
-            try:
-                partial.rename(directory)
-            except BaseException:
-                if previous.exists():
-                    previous.rename(directory)
-                raise
-            _to_disk(directory.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if directory.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
