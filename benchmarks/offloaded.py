@@ -23,6 +23,7 @@ from benchmarks.squeeze import remembered
 from shallower.core.memory import give_back
 from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import count_params
+from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze
 from shallower.saving.checkpoint import save
 from shallower.saving.vision import repair_torchvision
@@ -90,7 +91,8 @@ def squeezed(way: str, folder: Path) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder / "whole", **place).eval()
         weights = sum(p.nbytes for p in model.parameters())
         sites = find_sites(model, batches[0])
-        plan = squeeze(model, sites, batches, "params:80%", uniform=True, sensitivity=False, producers=False)
+        options = SqueezeOptions(sensitivity=False, producers=False)
+        plan = squeeze(model, sites, batches, "params:80%", uniform=True, options=options)
         small = apply(model, plan, batches[0])
         save(small, folder / f"small-{way.replace(' ', '-')}")
         spent = time.process_time() - cpu

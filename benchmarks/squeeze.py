@@ -73,8 +73,10 @@ from shallower.core.inputs import call
 from shallower.errors import ModelError, TargetError
 from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import compare, count_macs, count_params
+from shallower.methods.squeezing.calibration import Calibration
+from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze
-from shallower.methods.squeezing.sweeping import Calibration, Sweep
+from shallower.methods.squeezing.sweeping import Sweep
 from shallower.saving.vision import repair_torchvision
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
@@ -223,7 +225,15 @@ def depth_or_width(subject: Subject, cache: Path) -> list[dict[str, Any]]:
     def width(latency: float, inputs: dict[str, Tensor]) -> dict[str, Any]:
         target = f"latency:{100 * latency:.1f}%"
         try:
-            plan = squeeze(model, sites, subject.batches, target, uniform=True, round_to=16, example_inputs=inputs)
+            plan = squeeze(
+                model,
+                sites,
+                subject.batches,
+                target,
+                uniform=True,
+                example_inputs=inputs,
+                options=SqueezeOptions(round_to=16),
+            )
         except TargetError:
             return {"way": "no width of all is as fast", "latency": None}
         kept = {len(entry.kept) for entry in plan.entries}
@@ -254,7 +264,7 @@ def squeezed(subject: Subject, cut: float, method: str, cache: Path) -> dict[str
     """
     batches = subject.others.get(method, subject.batches)
     ours = f"-{_slug(method)}" if method in subject.others else ""
-    checkpoint = cache / f"{subject.name}-{cut}{ours}.safetensors"
+    checkpoint = cache / f"{subject.name}-{cut}{ours}"
     equal = cache / f"{subject.name}-{cut}-squeeze-equal.json"
     with growth() as grown:
         start, cpu = time.perf_counter(), time.process_time()
@@ -270,9 +280,8 @@ def squeezed(subject: Subject, cut: float, method: str, cache: Path) -> dict[str
                 batches,
                 target,
                 uniform=uniform,
-                collapse=False,
-                producers=method not in subject.others,
                 checkpoint=checkpoint,
+                options=SqueezeOptions(collapse=False, producers=method not in subject.others),
             )
             small = apply(subject.model, plan, _first(subject.batches[0]))
         spent = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}

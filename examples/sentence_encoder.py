@@ -42,7 +42,8 @@ def main():
     parts = [train[i : i + 16] for i in range(0, len(train), 16)]
     batches = [dict(tokenizer(p, padding=True, truncation=True, max_length=64, return_tensors="pt")) for p in parts]
     sites = sh.find_sites(encoder, batches[0]).select("*layer*")
-    plan = sh.squeeze(encoder, sites, batches, arguments.target, uniform=True, producers=False)
+    options = sh.SqueezeOptions(producers=False)
+    plan = sh.squeeze(encoder, sites, batches, arguments.target, uniform=True, options=options)
     small = sh.apply(encoder, plan, batches[0])
     sh.save(small, arguments.output, processor=tokenizer)
     from sentence_transformers import SentenceTransformer  # after load_model, which mends torchvision where it must

@@ -12,7 +12,10 @@ from .methods.collapsing.layer_folding import LayerFolding as LayerFolding
 from .methods.collapsing.stages import Stages as Stages
 from .methods.dropout.options import DropoutOptions as DropoutOptions
 from .methods.dropout.structural_dropout import StructuralDropout as StructuralDropout
+from .methods.squeezing.options import SqueezeOptions as SqueezeOptions
 from .methods.squeezing.squeeze import squeeze as squeeze
+from .methods.squeezing.sweeping import CalibrationWarning as CalibrationWarning
+from .methods.squeezing.uniformity import UniformWarning as UniformWarning
 from .methods.tlc.choosing import choose_forms as choose_forms
 from .methods.tlc.till_layers_collapse import Pace as Pace
 from .methods.tlc.till_layers_collapse import TillLayersCollapse as TillLayersCollapse

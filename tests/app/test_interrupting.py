@@ -64,10 +64,10 @@ def test_an_interrupted_squeezing_goes_on_and_ends_as_an_undisturbed_one(
         given = ("--data", tmp_path / "rows.npz", "--task", "image-classification", "--device", "cpu", "--uniform")
         return ["compress", DEEP, *given, "--target", "params:40%", "--output", tmp_path / output, *options]
 
-    progress = tmp_path / ".out.progress" / "squeeze.safetensors"
+    progress = tmp_path / ".out.progress" / "squeeze"
     with shallower(*command("out")) as running:
         until = time.monotonic() + 300
-        while not progress.exists() and running.poll() is None and time.monotonic() < until:
+        while not list(progress.glob("*-0000")) and running.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
         running.send_signal(signal.SIGINT)
         _, told = running.communicate(timeout=300)
@@ -75,7 +75,7 @@ def test_an_interrupted_squeezing_goes_on_and_ends_as_an_undisturbed_one(
     assert "the same command goes on from" in told
     assert "Traceback" not in told
     assert not (tmp_path / "out").exists()
-    assert load_file(progress)
+    assert list(progress.glob("*-0000/plan.json"))
     for output in ("out", "undisturbed"):
         with shallower(*command(output)) as running:
             _, told = running.communicate(timeout=600)

@@ -11,8 +11,10 @@ from shallower.calibrating.replay import Replay, course_of
 from shallower.calibrating.walking import Walk
 from shallower.core.inputs import call
 from shallower.finding.matching import find_sites
+from shallower.methods.squeezing.calibration import Calibration
+from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import narrowable
-from shallower.methods.squeezing.sweeping import Calibration, Sweep
+from shallower.methods.squeezing.sweeping import Sweep
 from shallower.sites import Site
 from tests.zoo import ZOO, Specimen
 
@@ -68,7 +70,7 @@ def test_plans_are_those_of_passes_from_the_inputs(name: str) -> None:
     model, inputs = specimen.build()
     sites = narrowable(find_sites(model, inputs))
     widths = {site.name: max(1, site.width // 2) for site in sites}
-    calibration = Calibration([inputs] * 3, sensitivity=False)
+    calibration = Calibration([inputs] * 3, SqueezeOptions(sensitivity=False))
     plans = [Sweep(model, sites, calibration, walking=walking).plan(widths)[0] for walking in (True, False)]
     for one, other in zip(plans[0].entries, plans[1].entries, strict=True):
         assert torch.equal(one.fates, other.fates)

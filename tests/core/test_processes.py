@@ -46,7 +46,7 @@ torch.manual_seed(0)
 model = Blocks(16, 128)
 x = torch.randn(8, 64, 16)
 sites = find_sites(model, x[0])
-plan = squeeze(model, sites, list(x[rank::2]), sys.argv[2], checkpoint=sys.argv[1] + "/progress.safetensors")
+plan = squeeze(model, sites, list(x[rank::2]), sys.argv[2], checkpoint=sys.argv[1] + "/progress")
 plan.save(f"{sys.argv[1]}/{rank}")
 """
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from shallower.errors import ModelError
 from shallower.finding.matching import find_sites
+from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze
 from shallower.modules.offloading import held_bytes, is_mapped, is_offloaded, mapped
 from shallower.saving.checkpoint import load, save
@@ -70,7 +71,7 @@ def test_an_offloaded_model_is_squeezed_as_one_in_memory(offload: Offload, tmp_p
     results = []
     for each in (model, offloaded):
         sites = find_sites(each, batches()[0])
-        plan = squeeze(each, sites, batches(), "params:85%", round_to=4)
+        plan = squeeze(each, sites, batches(), "params:85%", options=SqueezeOptions(round_to=4))
         results.append((plan, apply(each, plan, batches()[0])))
     (plan, small), (other, found) = results
     assert plan.to_json() == other.to_json()

@@ -55,6 +55,11 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         )
 
 
+def arguments_in(inputs: Inputs) -> int:
+    """How many arguments a model is called with."""
+    return len(inputs) if isinstance(inputs, (tuple, list, Mapping)) else 1
+
+
 def model_device(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer; the CPU where it has none."""
     tensor = next(chain(model.parameters(), model.buffers()), None)

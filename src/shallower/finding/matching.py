@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from shallower.core.inputs import Inputs
+from shallower.core.inputs import Inputs, arguments_in
 from shallower.finding.attention import head_sites
 from shallower.finding.candidates import MOST_STEPS, Found, Walk
 from shallower.finding.counting import with_counts
@@ -58,7 +58,8 @@ def find_sites(model: nn.Module, example_inputs: Inputs, *, places: bool = False
     matcher = Matcher(Graph(trace_forward(model, example_inputs)))
     found, skipped = head_sites(matcher.graph) if heads else ([], {})
     found, refused = with_counts(model, example_inputs, found)
-    return matcher.sites(places=places, heads=found, skipped=skipped | refused)
+    sites = matcher.sites(places=places, heads=found, skipped=skipped | refused)
+    return replace(sites, arguments=arguments_in(example_inputs))
 
 
 class Matcher:

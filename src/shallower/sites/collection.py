@@ -28,12 +28,14 @@ class Sites(Sequence[Site]):
         skipped: name -> reason.
         params: parameters of the whole model.
         macs: MACs of the whole model on the example inputs.
+        arguments: how many arguments the model was found with; 0 where that is not known.
     """
 
     ordered: tuple[Site, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
     params: int = 0
     macs: int = 0
+    arguments: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ordered", tuple(self.ordered))

@@ -14,8 +14,10 @@ from benchmarks.__main__ import execute
 from shallower.calibrating.recalibration import recalibrate
 from shallower.errors import CheckpointError, FitError, MethodError, SiteError, TargetError
 from shallower.finding.matching import find_sites
+from shallower.methods.squeezing.calibration import Calibration
+from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze
-from shallower.methods.squeezing.sweeping import Calibration, CalibrationWarning, Sweep
+from shallower.methods.squeezing.sweeping import CalibrationWarning, Sweep
 from shallower.planning.plan import Plan
 from shallower.surgery.applying import apply
 
@@ -72,7 +74,7 @@ def share(model: nn.Module, plan: Plan) -> float:
 def test_channels_that_others_can_stand_for_are_found() -> None:
     model = Mlp()
     sites = find_sites(model, rows_of()[0])
-    plan = squeeze(model, sites, rows_of(), target="params:35%", collapse=False)
+    plan = squeeze(model, sites, rows_of(), target="params:35%", options=SqueezeOptions(collapse=False))
     small = apply(model, plan, rows_of()[0])
     assert share(model, plan) <= 0.35
     assert error(small, model, rows_of(1)[0]) < 1e-3
@@ -82,7 +84,7 @@ def test_channels_that_others_can_stand_for_are_found() -> None:
 def test_targets_are_met_and_hardly_undercut(target: str) -> None:
     model = Mlp()
     sites = find_sites(model, rows_of()[0])
-    plan = squeeze(model, sites, rows_of(), target=target, collapse=False)
+    plan = squeeze(model, sites, rows_of(), target=target, options=SqueezeOptions(collapse=False))
     left = 1 - plan.macs_saved / sites.macs if target.startswith("macs") else share(model, plan)
     limit = {"params:70%": 0.7, "macs:60%": 0.6, "memory:70%": 0.7, "params:1.5x": 1 / 1.5}[target]
     assert limit - 0.05 < left <= limit
@@ -115,7 +117,7 @@ def test_a_memory_target_counts_what_batchnorms_hold() -> None:
 def test_uniform_widths_are_equal_and_rounded() -> None:
     model = Mlp(n=32)
     sites = find_sites(model, rows_of()[0])
-    plan = squeeze(model, sites, rows_of(), target="params:60%", uniform=True, round_to=8)
+    plan = squeeze(model, sites, rows_of(), target="params:60%", uniform=True, options=SqueezeOptions(round_to=8))
     assert {len(entry.kept) for entry in plan.entries} == {16}
 
 
@@ -124,7 +126,7 @@ def test_sites_that_matter_less_keep_less() -> None:
     with torch.no_grad():
         model.down[1].weight.mul_(0.01)
     sites = find_sites(model, rows_of()[0])
-    plan = squeeze(model, sites, rows_of(), target="params:60%", collapse=False)
+    plan = squeeze(model, sites, rows_of(), target="params:60%", options=SqueezeOptions(collapse=False))
     kept = {entry.site.name: len(entry.kept) for entry in plan.entries}
     assert kept.get(sites[0].name, 24) > kept[sites[1].name]
 
@@ -146,7 +148,9 @@ def test_compensation_helps_later_sites() -> None:
     sites = find_sites(model, rows_of()[0])
     errors = []
     for compensation in (0.0, 1.0):
-        plan = squeeze(model, sites, rows_of(), "params:50%", uniform=True, compensation=compensation)
+        plan = squeeze(
+            model, sites, rows_of(), "params:50%", uniform=True, options=SqueezeOptions(compensation=compensation)
+        )
         errors.append(error(apply(model, plan, rows_of()[0]), model, torch.cat(rows_of())))
     assert errors[1] < errors[0]
 
@@ -169,7 +173,7 @@ def test_convolutions_are_squeezed_through_their_patches() -> None:
             block.conv1.weight.copy_(block.conv1.weight[copies])
     images = [torch.randn(8, 4, 8, 8) for _ in range(4)]
     sites = find_sites(model, images[0])
-    plan = squeeze(model, sites, images, "params:40%", collapse=False)
+    plan = squeeze(model, sites, images, "params:40%", options=SqueezeOptions(collapse=False))
     small = apply(model, plan, images[0])
     assert error(small, model, images[0]) < 1e-2
     assert recalibrate(small, images) == 4
@@ -184,7 +188,7 @@ def test_a_gated_language_model_is_squeezed_without_new_biases() -> None:
     model = LlamaForCausalLM(config).eval()
     batches = [{"input_ids": torch.randint(0, 50, (4, 16))} for _ in range(4)]
     sites = find_sites(model, batches[0])
-    plan = squeeze(model, sites, batches, "params:80%", uniform=True, round_to=4)
+    plan = squeeze(model, sites, batches, "params:80%", uniform=True, options=SqueezeOptions(round_to=4))
     small = apply(model, plan, batches[0])
     assert small.config.intermediate_size == len(plan.entries[0].kept)
     assert small.model.layers[0].mlp.down_proj.bias is None
@@ -209,7 +213,10 @@ def test_padding_changes_nothing() -> None:
         for i in ids
     ]
     sites = find_sites(model, bare[0])
-    plans = [squeeze(model, sites, b, "params:80%", uniform=True, sensitivity=False) for b in (bare, padded)]
+    plans = [
+        squeeze(model, sites, b, "params:80%", uniform=True, options=SqueezeOptions(sensitivity=False))
+        for b in (bare, padded)
+    ]
     for one, other in zip(plans[0].entries, plans[1].entries, strict=True):
         assert torch.equal(one.fates, other.fates)
         assert one.fit is not None
@@ -237,7 +244,7 @@ def test_impossible_requests_are_errors_that_tell_what_to_do() -> None:
     with pytest.raises(MethodError, match="score="):
         squeeze(model, sites, rows_of(), "drop:1%")
     with pytest.raises(MethodError, match="compensation"):
-        squeeze(model, sites, rows_of(), "params:50%", compensation=2.0)
+        SqueezeOptions(compensation=2.0)
     with pytest.raises(TargetError, match="allows a score"):
         squeeze(model, sites, rows_of(), "drop:0.01", score=lambda m: float(m is model))
     with pytest.raises(SiteError, match="no site"):
@@ -308,7 +315,7 @@ class Passes:
 def test_an_interrupted_squeezing_goes_on_with_the_same_result(tmp_path: Path, uniform: bool) -> None:
     models = [Mlp(blocks=3) for _ in range(3)]
     sites = find_sites(models[0], rows_of()[0])
-    path = tmp_path / "squeeze.safetensors"
+    path = tmp_path / "squeeze"
     whole = Passes(models[0])
     plan = squeeze(models[0], sites, rows_of(), "params:60%", uniform=uniform)
     Passes(models[1], most=whole.count - 12)
@@ -323,10 +330,18 @@ def test_an_interrupted_squeezing_goes_on_with_the_same_result(tmp_path: Path, u
 def test_the_checkpoint_of_another_squeezing_is_refused(tmp_path: Path) -> None:
     model = Mlp()
     sites = find_sites(model, rows_of()[0])
-    path = tmp_path / "squeeze.safetensors"
+    path = tmp_path / "squeeze"
     squeeze(model, sites, rows_of(), "params:60%", uniform=True, checkpoint=path)
-    with pytest.raises(CheckpointError, match=r"options differ"):
-        squeeze(model, sites, rows_of(), "params:60%", uniform=True, checkpoint=path, compensation=0.5)
+    with pytest.raises(CheckpointError, match=r"compensation differ"):
+        squeeze(
+            model,
+            sites,
+            rows_of(),
+            "params:60%",
+            uniform=True,
+            checkpoint=path,
+            options=SqueezeOptions(compensation=0.5),
+        )
     with pytest.raises(CheckpointError, match=r"data differ"):
         squeeze(model, sites, rows_of(9), "params:60%", uniform=True, checkpoint=path)
     with torch.no_grad():
@@ -341,7 +356,9 @@ def test_a_latency_is_met_by_fewer_channels(tmp_path: Path, monkeypatch: pytest.
     model = Mlp(d=32, n=512, different=64)
     batches = rows_of(3, 256, 32)
     sites = find_sites(model, batches[0])
-    plan = squeeze(model, sites, batches, "latency:60%", uniform=uniform, round_to=32, sensitivity=False)
+    plan = squeeze(
+        model, sites, batches, "latency:60%", uniform=uniform, options=SqueezeOptions(round_to=32, sensitivity=False)
+    )
     assert plan.macs_saved > 0.1 * sites.macs
     assert all(len(entry.kept) % 32 == 0 for entry in plan.entries)
     assert (tmp_path / "latencies.json").exists()

@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from shallower.core.inputs import call, tensors
 from shallower.errors import SiteError
 from shallower.finding.matching import find_sites
+from shallower.methods.squeezing.calibration import Calibration
+from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.refitting import may_have_path, price_of_path
 from shallower.methods.squeezing.squeeze import narrowable, squeeze
-from shallower.methods.squeezing.sweeping import Calibration, Sweep
+from shallower.methods.squeezing.sweeping import Sweep
 from shallower.modules.activations import PartialActivation
 from shallower.planning.entries import Entry, Fit
 from shallower.planning.plan import Plan
@@ -124,7 +126,9 @@ def test_what_is_linear_of_a_hidden_tensor_goes_through_the_path() -> None:
     model, batches = PartlyLinear().eval(), rows()
     sites = find_sites(model, batches[0])
     plans = [
-        squeeze(model, sites, batches, "macs:38%", collapse=False, producers=False, linear_path=path)
+        squeeze(
+            model, sites, batches, "macs:38%", options=SqueezeOptions(collapse=False, producers=False, linear_path=path)
+        )
         for path in (False, True)
     ]
     without, with_path = (error(apply(model, plan, batches[0]), model, rows(1, seed=2)[0]) for plan in plans)
@@ -137,8 +141,8 @@ def test_what_is_linear_of_a_hidden_tensor_goes_through_the_path() -> None:
 @pytest.mark.parametrize("unit", ["macs", "params"])
 def test_a_path_beside_a_gate_costs_no_more_than_was_asked_for(make: type[Gated], unit: str) -> None:
     model, batches = make().eval(), rows()
-    options = {"collapse": False, "producers": False, "linear_path": True}
-    plan = squeeze(model, find_sites(model, batches[0]), batches, f"{unit}:60%", **options)  # type: ignore[arg-type]
+    options = SqueezeOptions(collapse=False, producers=False, linear_path=True)
+    plan = squeeze(model, find_sites(model, batches[0]), batches, f"{unit}:60%", options=options)
     small = apply(model, plan, batches[0])
     (entry,) = plan.entries
     assert rank(entry) > 0
@@ -153,7 +157,7 @@ def test_a_path_beside_a_gate_costs_no_more_than_was_asked_for(make: type[Gated]
 def test_convolutions_of_one_pixel_have_paths() -> None:
     model, batches = Pointwise().eval(), rows(8, 8, 6, 5, 5)
     sites = find_sites(model, batches[0])
-    plan = squeeze(model, sites, batches, "macs:30%", producers=False, linear_path=True)
+    plan = squeeze(model, sites, batches, "macs:30%", options=SqueezeOptions(producers=False, linear_path=True))
     assert rank(plan.entries[0]) > 0
     apply(model, plan, batches[0])  # proves itself
 
@@ -163,7 +167,10 @@ def test_other_convolutions_are_squeezed_as_without_the_option() -> None:
     model = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 3, 3, padding=1)).eval()
     batches = rows(4, 8, 3, 6, 6)
     sites = find_sites(model, batches[0])
-    first, second = (squeeze(model, sites, batches, "macs:50%", linear_path=path).entries[0] for path in (False, True))
+    first, second = (
+        squeeze(model, sites, batches, "macs:50%", options=SqueezeOptions(linear_path=path)).entries[0]
+        for path in (False, True)
+    )
     assert first.fit is not None
     assert second.fit is not None
     assert torch.equal(first.fates, second.fates)
@@ -179,7 +186,10 @@ def test_a_path_is_taken_only_where_held_out_rows_say_that_it_is_better(seed: in
     batches = rows(4, 48, 6, seed=seed)
     sites = find_sites(model, batches[0])
     for producers in (False, True):
-        sweeps = [Sweep(model, sites, Calibration(batches, producers=producers, paths=p)) for p in (0, 1)]
+        sweeps = [
+            Sweep(model, sites, Calibration(batches, SqueezeOptions(producers=producers, linear_path=path)))
+            for path in (False, True)
+        ]
         without, found = (sweep.plan({sites[0].name: 7})[0].entries[0] for sweep in sweeps)
         assert told(found) <= told(without)
         assert rank(found) > 0 or torch.equal(found.fates, without.fates)
@@ -188,7 +198,10 @@ def test_a_path_is_taken_only_where_held_out_rows_say_that_it_is_better(seed: in
 def test_the_curve_of_errors_knows_of_the_path() -> None:
     model, batches = PartlyLinear().eval(), rows()
     sites = find_sites(model, batches[0])
-    without, found = (Sweep(model, sites, Calibration(batches, paths=paths)).errors[sites[0].name] for paths in (0, 1))
+    without, found = (
+        Sweep(model, sites, Calibration(batches, SqueezeOptions(linear_path=path))).errors[sites[0].name]
+        for path in (False, True)
+    )
     assert all(found[width] <= without[width] * (1 + 1e-9) for width in range(1, 17))
     assert found[6] < 0.01 * without[6]
 
@@ -196,7 +209,9 @@ def test_the_curve_of_errors_knows_of_the_path() -> None:
 def test_rank_and_width_are_multiples() -> None:
     model, batches = Gated(n=64).eval(), rows()
     sites = find_sites(model, batches[0])
-    (entry,) = squeeze(model, sites, batches, "macs:50%", producers=False, linear_path=True, round_to=4).entries
+    (entry,) = squeeze(
+        model, sites, batches, "macs:50%", options=SqueezeOptions(producers=False, linear_path=True, round_to=4)
+    ).entries
     assert rank(entry) > 0
     assert len(entry.kept) % 4 == 0
     assert rank(entry) % 4 == 0
@@ -207,7 +222,7 @@ def test_of_overlapping_sites_the_earlier_has_no_path() -> None:
     layers = [nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4)]
     model, batches = nn.Sequential(*layers).eval(), rows()
     sites = find_sites(model, batches[0])
-    plan = squeeze(model, sites, batches, "params:40%", collapse=False, linear_path=True)
+    plan = squeeze(model, sites, batches, "params:40%", options=SqueezeOptions(collapse=False, linear_path=True))
     assert [rank(entry) > 0 for entry in plan.entries] == [False, True]
     apply(model, plan, batches[0])  # proves itself
 
@@ -218,13 +233,21 @@ def test_a_latency_is_timed_with_paths(monkeypatch: pytest.MonkeyPatch, tmp_path
     model = nn.Sequential(nn.Linear(64, 2048), nn.GELU(), nn.Linear(2048, 64)).eval()
     batches = rows(4, 256, 64)
     sites = find_sites(model, batches[0])
-    (entry,) = squeeze(model, sites, batches, "latency:1.5x", linear_path=True, producers=False).entries
+    (entry,) = squeeze(
+        model, sites, batches, "latency:1.5x", options=SqueezeOptions(linear_path=True, producers=False)
+    ).entries
     assert len(entry.kept) + rank(entry) < 2048
 
 
 def test_a_path_survives_saving_and_loading(tmp_path: Path) -> None:
     model, batches = Gated().eval(), rows()
-    plan = squeeze(model, find_sites(model, batches[0]), batches, "macs:60%", producers=False, linear_path=True)
+    plan = squeeze(
+        model,
+        find_sites(model, batches[0]),
+        batches,
+        "macs:60%",
+        options=SqueezeOptions(producers=False, linear_path=True),
+    )
     assert rank(plan.entries[0]) > 0
     plan.save(tmp_path / "plan")
     small = apply(model, Plan.load(tmp_path / "plan"), batches[0])
@@ -238,7 +261,13 @@ def test_a_path_is_exported(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model, batches = Gated().eval(), rows()
-    plan = squeeze(model, find_sites(model, batches[0]), batches, "macs:60%", producers=False, linear_path=True)
+    plan = squeeze(
+        model,
+        find_sites(model, batches[0]),
+        batches,
+        "macs:60%",
+        options=SqueezeOptions(producers=False, linear_path=True),
+    )
     assert rank(plan.entries[0]) > 0
     small = apply(model, plan, batches[0])
     export(small, batches[0], tmp_path / "small.onnx")

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from shallower.finding.matching import find_sites
-from shallower.methods.squeezing.sweeping import Calibration, Sweep
+from shallower.methods.squeezing.calibration import Calibration
+from shallower.methods.squeezing.options import SqueezeOptions
+from shallower.methods.squeezing.sweeping import Sweep
 from shallower.surgery.applying import apply
 from tests.processes import in_two_processes
 
@@ -62,7 +64,8 @@ def test_fitting_the_producers_too_comes_nearer_to_the_dense_network() -> None:
     sites = find_sites(model, batches()[0])
     widths = {s.name: s.width // 3 for s in sites}
     found = [
-        Sweep(model, sites, Calibration(batches(), producers=producers)).plan(widths)[1] for producers in (False, True)
+        Sweep(model, sites, Calibration(batches(), SqueezeOptions(producers=producers))).plan(widths)[1]
+        for producers in (False, True)
     ]
     assert error(model, found[1]) < 0.8 * error(model, found[0])
 
@@ -81,7 +84,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from shallower.finding.matching import find_sites
-from shallower.methods.squeezing.sweeping import Calibration, Sweep
+from shallower.methods.squeezing.calibration import Calibration
+from shallower.methods.squeezing.options import SqueezeOptions
+from shallower.methods.squeezing.sweeping import Sweep
 from tests.methods.squeezing.test_sweeping import batches, network
 
 dist.init_process_group("gloo")

@@ -8,8 +8,9 @@ import torch
 from shallower.core.inputs import call, tensors
 from shallower.errors import SiteError
 from shallower.finding.matching import find_sites
+from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.squeeze import narrowable
-from shallower.methods.squeezing.sweeping import Calibration, Sweep
+from shallower.methods.squeezing.sweeping import Sweep
 from shallower.surgery.applying import apply
 from tests.zoo import ZOO, Specimen
 

@@ -15,6 +15,7 @@ from shallower.calibrating.varying import varied
 from shallower.core.inputs import Inputs
 from shallower.errors import DataError
 from shallower.finding.matching import find_sites
+from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import narrowable, squeeze
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
@@ -106,6 +107,9 @@ class SqueezeRun:
         if target.unit == "drop":
             assert work.floor is not None
             target, score = Target("drop", "absolute", max(0.0, work.score(work.model) - work.floor)), work.score
+        options = SqueezeOptions(
+            round_to=self.round_to, linear_path=self.linear_path, logits=work.logits, seed=work.recipe.seed
+        )
         return squeeze(
             work.model,
             work.sites,
@@ -113,12 +117,9 @@ class SqueezeRun:
             target,
             score=score,
             uniform=self.uniform,
-            round_to=self.round_to,
-            linear_path=self.linear_path,
             example_inputs=work.example,
-            checkpoint=work.checkpoints and work.checkpoints / "squeeze.safetensors",
-            logits=work.logits,
-            seed=work.recipe.seed,
+            checkpoint=work.checkpoints and work.checkpoints / "squeeze",
+            options=options,
         )
 
 

@@ -1,0 +1,164 @@
+"""What a model costs with its sites at given widths: counted, or timed on this machine.
+
+counts = Counts(model, sites)
+counts.after({"layer.0": 384, "layer.1": 0})        # 0: one linear map in the place of the site
+times = Times(model, sites, example_inputs)
+times.measured({"layer.0": 384, "layer.1": 0})      # seconds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from itertools import chain
+
+from torch import nn
+
+from shallower.calibrating.site_grams import may_collapse
+from shallower.core.inputs import Inputs
+from shallower.measuring.measurement import compare
+from shallower.methods.squeezing.latencies import Latency, narrowed_copy, site_latencies, stand_in
+from shallower.methods.squeezing.options import SqueezeOptions
+from shallower.planning.plan import Plan
+from shallower.planning.targets import Cost
+from shallower.sites import Site, Sites
+
+Widths = Mapping[str, int]
+"""Site name -> channels that stay; 0 for one linear map in the place of the site."""
+
+_ROUNDS = 15
+"""The whole model is timed in so many rounds; on a busy machine in more, until the ratio is precise or time is up."""
+
+_PRECISION = 0.01
+_SECONDS = 3.0
+_ROUND_SECONDS = 2e-3
+"""A round takes at least this long for each model, see `compare`."""
+
+_TRUST = (0.5, 2.0)
+"""Bounds of the part of the sites' savings that the whole model is taken to save."""
+
+
+class Counts:
+    """Parameters, MACs and bytes of the model, by the widths of its sites.
+
+    Attributes:
+        dense: the model as it is.
+        sites: that may be squeezed.
+    """
+
+    def __init__(self, dense: nn.Module, sites: Sites) -> None:
+        self.dense = dense
+        self.sites = sites
+        self._alone: dict[tuple[str, int], tuple[int, int]] = {}
+
+    @cached_property
+    def before(self) -> Cost:
+        """Of the model as it is."""
+        tensors = {id(t): t for t in chain(self.dense.parameters(), self.dense.buffers())}.values()
+        params = {id(t): t for t in self.dense.parameters()}.values()
+        memory = sum(t.numel() * t.element_size() for t in tensors)
+        return Cost(sum(t.numel() for t in params), self.sites.macs, memory)
+
+    def after(self, widths: Widths) -> Cost:
+        """Of the model with its sites at these widths."""
+        params, macs = self._saved(widths)
+        wide = next(self.dense.parameters()).element_size()
+        # a BatchNorm's running mean and variance go with its channels
+        statistics = sum(2 * site.norms * (site.width - widths[site.name]) for site in self.sites)
+        before = self.before
+        return Cost(before.params - params, before.macs - macs, before.memory - wide * (params + statistics))
+
+    def of_site(self, site: Site, width: int, unit: str) -> float:
+        """What one site costs at a width, in MACs for a target of MACs, else in parameters."""
+        params, macs = self._saved_alone(site, width)
+        return site.macs - macs if unit == "macs" else site.params - params
+
+    def _saved_alone(self, site: Site, width: int) -> tuple[int, int]:
+        """Parameters and MACs that this width alone saves."""
+        key = (site.name, width)
+        if key not in self._alone:
+            saved = (0, 0)
+            if width != site.width:
+                entry = stand_in(site, width)
+                saved = (site.params - entry.params_after, site.macs - entry.macs_after)
+            self._alone[key] = saved
+        return self._alone[key]
+
+    @cached_property
+    def _overlapping(self) -> bool:
+        """Whether a consumer of one site is a producer of another, so that their savings do not add up."""
+        consumers = {m.name for site in self.sites for m in site.consumers}
+        return any(m.name in consumers for site in self.sites for m in site.maps[: -len(site.consumers)])
+
+    def _saved(self, widths: Widths) -> tuple[int, int]:
+        """Parameters and MACs that these widths save together."""
+        if self._overlapping:
+            changed = [site for site in self.sites if widths[site.name] != site.width]
+            plan = Plan(tuple(stand_in(site, widths[site.name]) for site in changed))
+            return plan.params_saved, plan.macs_saved
+        params = macs = 0
+        for site in self.sites:
+            saved = self._saved_alone(site, widths[site.name])
+            params, macs = params + saved[0], macs + saved[1]
+        return params, macs
+
+
+class Times:
+    """Seconds of the model, by the widths of its sites: predicted from the sites' latencies, or measured.
+
+    Attributes:
+        dense: the model as it is.
+        sites: that may be squeezed.
+        inputs: what is timed, on the model's device.
+        options: which widths may be asked for.
+        trust: part of the time saved by single sites that the whole model saves, as far as it was measured.
+    """
+
+    def __init__(self, dense: nn.Module, sites: Sites, inputs: Inputs, options: SqueezeOptions) -> None:
+        self.dense = dense
+        self.sites = sites
+        self.inputs = inputs
+        self.options = options
+        self.trust = 1.0
+
+    @cached_property
+    def before(self) -> float:
+        """Of the model as it is."""
+        return compare({"dense": self.dense}, self.inputs, rounds=_ROUNDS)["dense"].latency
+
+    @cached_property
+    def latencies(self) -> dict[str, Latency]:
+        """Of the sites, as parts of the whole model's."""
+        merged = [site.name for site in self.sites if self.options.collapse and may_collapse(site)]
+        return site_latencies(self.dense, self.sites, self.inputs, round_to=self.options.round_to, collapse=merged)
+
+    def predicted(self, widths: Widths) -> float:
+        """Of the model with its sites at these widths, if it saves what they save one by one."""
+        saved = 0.0
+        for site in self.sites:
+            latency = self.latencies[site.name]
+            saved += latency.part - latency.at(widths[site.name])
+        return self.before * (1 - saved)
+
+    def expected(self, widths: Widths) -> float:
+        """The same, corrected by what was measured so far."""
+        return self.before - self.trust * (self.before - self.predicted(widths))
+
+    def measured(self, widths: Widths) -> float:
+        """Of the model with its sites at these widths, timed in turns with the dense model."""
+        small = narrowed_copy(self.dense, self.sites, widths, paths=self.options.linear_path)
+        models = {"dense": self.dense, "small": small}
+        found = compare(models, self.inputs, rounds=_ROUNDS)["small"]
+        # the spread of a median falls with the root of the number of rounds
+        wanted = round((found.ratio_spread / found.ratio / _PRECISION) ** 2)
+        affordable = round(_SECONDS / (2 * max(self.before, _ROUND_SECONDS)))
+        rounds = min(wanted, affordable)
+        if rounds > _ROUNDS:
+            found = compare(models, self.inputs, rounds=rounds)["small"]
+        return found.ratio * self.before
+
+    def learn(self, widths: Widths, seconds: float) -> None:
+        """Correct what is expected by a measurement at these widths."""
+        ratio = (self.before - seconds) / (self.before - self.predicted(widths))
+        # a little less than was saved, so that the next widths are rather too small than too large
+        self.trust = 0.99 * min(max(ratio, _TRUST[0]), _TRUST[1])

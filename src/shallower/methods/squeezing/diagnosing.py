@@ -1,0 +1,127 @@
+"""What keeps a model from being squeezed on some data: checked before, and found out after something failed.
+
+check_model(model, sites)
+check_call(model, inputs, "the first calibration batch", remedy)
+raise explained(model, sites, calibration, error) or error
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from shallower.core.failures import is_out_of_memory, sentence
+from shallower.core.inputs import Inputs, call, model_device
+from shallower.core.modes import evaluating
+from shallower.core.tensors import has_no_numbers
+from shallower.core.trees import tensors, to_device
+from shallower.errors import FitError, ForwardError, OutOfMemoryError, ShallowerError, SiteError
+from shallower.methods.squeezing.calibration import Calibration
+from shallower.modules.layers import kind_of, weight_of
+from shallower.sites import LinearMap, Site
+
+
+def check_model(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Check that the model has weights, and the layers of the sites.
+
+    Raises:
+        SiteError: it has not.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if has_no_numbers(tensor):
+            raise SiteError(f"`{name}` is on the meta device: calibration runs the model, so load its weights first")
+    for site in sites:
+        for m in site.maps:
+            if not _has_layer(model, m):
+                raise SiteError(
+                    f"{site.name}: the model has no layer `{m.name}` of {m.d_in} inputs and {m.d_out} outputs. The "
+                    "sites were found in another model: find them in this one, find_sites(model, example_inputs)"
+                )
+
+
+def _has_layer(model: nn.Module, m: LinearMap) -> bool:
+    try:
+        module = model.get_submodule(m.name)
+    except AttributeError:
+        return False
+    if kind_of(module) != m.kind:
+        return False
+    return tuple(weight_of(module).shape[:2]) == (m.d_out, m.d_in // m.groups)
+
+
+def check_call(model: nn.Module, inputs: Inputs, which: str, remedy: str) -> Any:
+    """What the model returns for such inputs.
+
+    Args:
+        model: in any mode; left as it is.
+        inputs: of one call.
+        which: for people, what inputs these are.
+        remedy: what to do where the model cannot be called with them.
+
+    Raises:
+        SiteError: it cannot.
+    """
+    try:
+        with evaluating(model):
+            return call(model, to_device(inputs, model_device(model)))
+    except (ForwardError, SiteError) as error:
+        cause = sentence(error.__cause__ or error)
+        raise SiteError(f"the model cannot be called with {which} ({_shapes(inputs)}): {cause}. {remedy}") from error
+
+
+def explained(
+    model: nn.Module, sites: Iterable[Site], calibration: Calibration, error: Exception
+) -> ShallowerError | None:
+    """What was wrong with the data where squeezing failed with `error`; None where nothing is found.
+
+    All batches run once more: the first that the model cannot read is named, or the first site whose layers read
+    something that is not finite.
+    """
+    if is_out_of_memory(error):
+        return OutOfMemoryError(f"squeezing: {sentence(error)}. Use smaller batches, or squeeze fewer sites at a time")
+    if isinstance(error, ShallowerError) and not isinstance(error, (FitError, ForwardError)):
+        return None
+    found: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for site in sites:
+            for m in site.consumers:
+                hook = _finite(site.name, found)
+                handle = model.get_submodule(m.name).register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+        for index, batch in enumerate(calibration.batches):
+            inputs = calibration.inputs_of(batch)
+            try:
+                call(model, to_device(inputs, model_device(model)))
+            except (ForwardError, SiteError) as failure:
+                return SiteError(
+                    f"the model cannot be called with batch {index} ({_shapes(inputs)}): "
+                    f"{sentence(failure.__cause__ or failure)}. All calibration batches must be like the example "
+                    "inputs that the sites were found with"
+                )
+            if found:
+                return FitError(
+                    f"{found[0]}: what its consumers read is not finite on batch {index}; does the model overflow, or "
+                    "does the batch hold NaN?"
+                )
+    return None
+
+
+def _finite(name: str, found: list[str]) -> Any:
+    """A hook that notes the first site at which something is not finite."""
+
+    def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+        for tensor in tensors((args, kwargs)):
+            if not found and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                found.append(name)
+
+    return hook
+
+
+def _shapes(inputs: object) -> str:
+    """Types and shapes of the tensors in a batch."""
+    shapes = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors(inputs)]
+    return ", ".join(shapes) or "no tensors"

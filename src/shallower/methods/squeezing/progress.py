@@ -1,0 +1,314 @@
+"""What a squeezing has found so far, in a folder, so that it goes on where it was interrupted.
+
+    progress = Progress("out.progress/squeeze", identity_of(model, sites, calibration))
+    entries = progress.entries(key)     # of the sites that were done under this key, in order; [] at first
+    progress.keep(key, 4, entry)        # the fifth: written once, beside the others
+
+    identity.json       what the results depend on; a folder with another one is refused
+    curves.json         the sites' curves of error
+    <key>-0004/         the plan of one site
+
+A file or folder appears whole or not at all. Of several processes the first reads and writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from shallower import __version__
+from shallower.core.processes import from_first_process, is_first
+from shallower.core.tensors import content
+from shallower.errors import CheckpointError, PlanError
+from shallower.methods.squeezing.options import SqueezeOptions
+from shallower.planning.entries import Entry
+from shallower.planning.plan import Plan
+from shallower.sites import Site
+
+Curves = dict[str, dict[int, float]]
+"""Site name -> width -> error; at width 0, of one linear map in the place of the site."""
+
+T = TypeVar("T")
+
+_IDENTITY = "identity.json"
+_CURVES = "curves.json"
+
+_READ_GLOBALLY = (bool, int, float, str, tuple, Tensor, types.FunctionType)
+"""Kinds of global values by which functions that read them are told apart."""
+
+
+class Progress:
+    """Entries of plans by key, and curves of error.
+
+    Attributes:
+        folder: where they are kept; made with the first of them.
+        identity: what the results depend on, plain JSON data.
+
+    Raises:
+        CheckpointError: the folder cannot be read, or holds another computation; the error says what differs.
+    """
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.identity = dict(identity)
+        from_first_process(lambda: self._guarded("read", self._check))
+
+    def entries(self, key: str) -> list[Entry]:
+        """Those kept under this key, in order; none at first.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        return from_first_process(lambda: self._guarded("read", lambda: self._read_entries(key)))
+
+    def keep(self, key: str, index: int, entry: Entry) -> None:
+        """Keep the entry with this index.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+
+        def write() -> None:
+            self._begin()
+            place = self.folder / f"{_hashed(key)}-{index:04}"
+            unfinished = self.folder / f".{place.name}.partial-{secrets.token_hex(4)}"
+            Plan((entry,)).save(unfinished)
+            unfinished.rename(place)
+
+        if is_first():
+            self._guarded("written", write)
+
+    def curves(self) -> Curves | None:
+        """The curves that were kept, or None.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        return from_first_process(lambda: self._guarded("read", self._read_curves))
+
+    def keep_curves(self, curves: Curves) -> None:
+        """Keep these curves.
+
+        Raises:
+            CheckpointError: they cannot be written.
+        """
+
+        def write() -> None:
+            self._begin()
+            self._write_json(_CURVES, curves)
+
+        if is_first():
+            self._guarded("written", write)
+
+    def _check(self) -> None:
+        """That the folder holds this computation, or nothing; what a killed run left unfinished goes."""
+        if self.folder.is_file():
+            raise CheckpointError(f"{self.folder} is a file, and a checkpoint is a folder; delete it or give another")
+        if not self.folder.is_dir():
+            return
+        for left in self.folder.glob(".*.partial-*"):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+        path = self.folder / _IDENTITY
+        if not path.exists():
+            if any(self.folder.iterdir()):
+                raise CheckpointError(f"{self.folder} holds something else than a checkpoint; give another folder")
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path} is damaged; delete the folder to start again")
+        if other := differences(found, self.identity):
+            raise CheckpointError(
+                f"{self.folder} is the checkpoint of another computation ({', '.join(other)} differ); delete it to "
+                "start again, or give another folder"
+            )
+
+    def _begin(self) -> None:
+        """Make the folder, with its identity, where there is none yet."""
+        if not (self.folder / _IDENTITY).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_json(_IDENTITY, self.identity)
+
+    def _write_json(self, name: str, value: object) -> None:
+        unfinished = self.folder / f".{name}.partial-{secrets.token_hex(4)}"
+        with unfinished.open("w", encoding="utf-8") as file:
+            json.dump(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(self.folder / name)
+
+    def _read_entries(self, key: str) -> list[Entry]:
+        found: list[Entry] = []
+        while (place := self.folder / f"{_hashed(key)}-{len(found):04}").is_dir():
+            found += Plan.load(place).entries
+        return found
+
+    def _read_curves(self) -> Curves | None:
+        path = self.folder / _CURVES
+        if not path.exists():
+            return None
+        curves: Curves = {}
+        for name, curve in json.loads(path.read_text(encoding="utf-8")).items():
+            curves[str(name)] = {int(width): float(error) for width, error in curve.items()}
+        return curves
+
+    def _guarded(self, what: str, action: Callable[[], T]) -> T:
+        """What `action` returns; whatever goes wrong with files in it is told in one sentence."""
+        try:
+            return action()
+        except CheckpointError:
+            raise
+        except (PlanError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{str(self.folder)!r:.200}: the checkpoint cannot be {what}: {error}; delete it to start again, or "
+                "give another folder"
+            ) from error
+
+
+def identity_of(
+    model: nn.Module, sites: Iterable[Site], data: Iterable[Any], options: SqueezeOptions
+) -> dict[str, Any]:
+    """What the result of a squeezing to given widths depends on, as plain data.
+
+        identity_of(model, sites, data, SqueezeOptions())["weights"]
+
+    Args:
+        model: whose weights are hashed, all of them, and whose modules' names, classes and sizes.
+        sites: that are squeezed.
+        data: the calibration set as read: inputs and mask of each batch.
+        options: with their functions, which are told apart by their code and by what they have enclosed.
+    """
+    chosen = {field.name: _told_apart(getattr(options, field.name)) for field in fields(options)}
+    return {
+        "version": f"{__version__}, torch {torch.__version__}",
+        "modules": _hashed(*map(_described, model.named_modules())),
+        "weights": _hash_of_weights(model),
+        "sites": _hashed(*(site.to_json() for site in sites)),
+        "data": _together(hash_of_data(data)),
+        "options": chosen,
+    }
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, in words."""
+    names: list[str] = []
+    for key in sorted({*found, *wanted}):
+        here, there = found.get(key), wanted.get(key)
+        if here == there:
+            continue
+        if isinstance(here, dict) and isinstance(there, dict):
+            names += differences(here, there)
+        else:
+            names.append(key)
+    return names
+
+
+def hash_of_data(data: Iterable[Any]) -> str:
+    """SHA-256 of every tensor and plain value of nested batches, and of how they are nested."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
+            digest.update(content(value))
+        elif isinstance(value, Mapping):
+            digest.update(f"mapping of {len(value)} ".encode())
+            for key, item in value.items():
+                digest.update(f"{key!r}: ".encode())
+                add(item)
+        elif isinstance(value, (tuple, list)):
+            digest.update(f"{len(value)} items ".encode())
+            for item in value:
+                add(item)
+        elif isinstance(value, (bool, int, float, str, bytes, type(None))):
+            digest.update(f"{value!r} ".encode())
+        else:
+            digest.update(type(value).__qualname__.encode())
+            add(getattr(value, "__dict__", {}))
+
+    for batch in data:
+        add(batch)
+    return digest.hexdigest()
+
+
+def _together(own: str) -> str:
+    """One hash of what all processes have, in order of rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
+    return _hashed(*found)
+
+
+def _hash_of_weights(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(content(tensor))
+    return digest.hexdigest()
+
+
+def _described(named: tuple[str, nn.Module]) -> str:
+    name, module = named
+    return f"{name} {type(module).__module__}.{type(module).__qualname__}({module.extra_repr()})"
+
+
+def _hashed(*values: Any) -> str:
+    """The first half of the SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
+
+
+def _told_apart(value: Any, above: tuple[int, ...] = ()) -> Any:
+    """Plain data that differ where the value does; of a function its code, and what it encloses or finds globally."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if id(value) in above:
+        return "itself"
+    inside = partial(_told_apart, above=(*above, id(value)))
+    if isinstance(value, Tensor):
+        return hashlib.sha256(content(value)).hexdigest()
+    if isinstance(value, (tuple, list)):
+        return list(map(inside, value))
+    if isinstance(value, Mapping):
+        return list(map(inside, value.items()))
+    if isinstance(value, partial):
+        return [inside(value.func), inside(value.args), inside(value.keywords)]
+    if isinstance(value, types.MethodType):
+        return [inside(value.__func__), inside(value.__self__)]
+    if isinstance(value, types.FunctionType):
+        enclosed = [cell.cell_contents for cell in value.__closure__ or ()]
+        known = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
+        own = {name: item for name, item in known.items() if isinstance(item, _READ_GLOBALLY)}
+        return [_code(value.__code__), inside(enclosed), inside(value.__defaults__), inside(own)]
+    named = [type(value).__module__, type(value).__qualname__, str(getattr(value, "__qualname__", ""))]
+    if isinstance(value, (type, types.ModuleType)) or not hasattr(value, "__dict__"):
+        return named
+    return [*named, inside(vars(value))]
+
+
+def _code(code: types.CodeType) -> str:
+    """A hash of what a function's code does, without its place in a file."""
+    digest = hashlib.sha256(code.co_code)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            digest.update(_code(constant).encode())
+        elif isinstance(constant, frozenset):
+            digest.update(repr(sorted(map(repr, constant))).encode())  # their order differs from process to process
+        else:
+            digest.update(repr(constant).encode())
+    digest.update(repr((code.co_names, code.co_varnames, code.co_freevars)).encode())
+    return digest.hexdigest()

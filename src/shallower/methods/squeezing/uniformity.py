@@ -1,0 +1,120 @@
+"""Which sites a stock class of Transformers can load with another width.
+
+    sites = only_expressible(model, sites)      # the others are left as they are, with a warning that names them
+
+Found by trying, without weights: all sites are narrowed, the config follows, the stock class is built from it, and the
+sites are left out whose layers have other sizes there. A pooler as wide as the model, for example, has no number of its
+own in the config.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any, cast
+
+from torch import Size, nn
+
+from shallower.core.text import listing
+from shallower.errors import ModelError
+from shallower.methods.squeezing.latencies import stand_in
+from shallower.modules.attachment import detach
+from shallower.planning.forms import steps
+from shallower.saving.sources import build_skeleton, source_of
+from shallower.sites import Site, Sites
+from shallower.surgery.configs import update_widths
+from shallower.surgery.operating import operate
+
+_REASON = "the config does not express its width as a number of its own"
+
+
+class UniformWarning(UserWarning):
+    """Sites keep their width, or no stock class can load the result, though equal widths were asked for."""
+
+
+def only_expressible(model: nn.Module, sites: Sites) -> Sites:
+    """The sites whose width the model's config expresses, so that its stock class loads the result; or all sites.
+
+    All, where the model has no part of Transformers; and with a warning, where the config expresses none of them.
+
+    Warns:
+        UniformWarning: sites are left out, or the stock class will not load the result.
+    """
+    chosen, left = sites, dict[str, str]()
+    while chosen and (found := _inexpressible(model, chosen)):
+        left |= dict.fromkeys(found, _REASON)
+        chosen = sites.only(site for site in sites if site.name not in left)
+    if not left:
+        return sites
+    if not chosen:
+        warnings.warn(
+            f"no stock class will load the result, but `load` of this library will: {_REASON.replace('its', 'the')} "
+            f"at {listing(left, 4)}",
+            UniformWarning,
+            stacklevel=3,
+        )
+        return sites
+    warnings.warn(
+        f"these sites keep their width, so that the stock class loads the result: {listing(left, 4)} ({_REASON}). "
+        "Without uniform=True they are squeezed too",
+        UniformWarning,
+        stacklevel=3,
+    )
+    return chosen.only(chosen, left)
+
+
+def _inexpressible(model: nn.Module, sites: Sites) -> set[str]:
+    """Names of sites that have another size in the stock class than after surgery, if all of these are narrowed."""
+    trial = _without_weights(model)
+    narrower = [stand_in(site, site.width // 2) for site in sites if site.width > 1]
+    todo = steps(narrower)
+    for step in todo:
+        operate(trial, step)
+    update_widths(trial, todo)
+    wrong: set[str] = set()
+    for prefix, part in _stock_parts(trial):
+        try:
+            config = cast("Any", part.config).to_dict()
+            stock = _shapes(build_skeleton(source_of(part), config), prefix)
+        except ModelError:
+            continue  # a class that cannot be built without weights is not judged
+        narrowed = _shapes(part, prefix)
+        wrong.update(site.name for site in sites if _differs(site, narrowed, stock))
+    return wrong
+
+
+def _differs(site: Site, narrowed: Mapping[str, Size], stock: Mapping[str, Size]) -> bool:
+    for m in site.maps:
+        weight = f"{m.name}.weight"
+        if weight in narrowed and narrowed[weight] != stock.get(weight):
+            return True
+    return False
+
+
+def _stock_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that are models of Transformers, with their names as prefixes."""
+    above: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in above):
+            continue
+        if source_of(module):
+            prefix = f"{name}." * (name != "")
+            above.append(prefix)
+            yield prefix, module
+
+
+def _shapes(model: nn.Module, prefix: str) -> dict[str, Size]:
+    return {prefix + name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A detached copy on the meta device."""
+    empty: dict[int, object] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        meta = tensor.detach().to("meta")
+        empty[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    duplicate = copy.deepcopy(model, empty)
+    detach(duplicate)
+    return duplicate
