@@ -22,7 +22,8 @@ from shallower.errors import ModelError
 from shallower.methods.squeezing.latencies import stand_in
 from shallower.modules.attachment import detach
 from shallower.planning.forms import steps
-from shallower.saving.sources import build_skeleton, source_of
+from shallower.saving.skeletons import build_skeleton
+from shallower.saving.sources import source_of
 from shallower.sites import Site, Sites
 from shallower.surgery.configs import update_widths
 from shallower.surgery.operating import operate
