@@ -14,7 +14,18 @@ from benchmarks import results
 from benchmarks.record import circumstances, write_json
 from shallower.errors import ShallowerError
 
-NAMES = ("vgg", "sst2", "vit", "slope_overhead", "squeeze", "selection", "structural_dropout", "tlc", "offloaded")
+NAMES = (
+    "vgg",
+    "sst2",
+    "vit",
+    "slope_overhead",
+    "squeeze",
+    "selection",
+    "structural_dropout",
+    "tlc",
+    "offloaded",
+    "mutations",
+)
 ROOT = Path(__file__).parents[1]
 
 
