@@ -62,7 +62,8 @@ from shallower.measuring.timing import Ratio, times_in_turn
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.methods.collapsing.stages import Stages
 from shallower.methods.tlc.choosing import choose_forms
-from shallower.methods.tlc.till_layers_collapse import Pace, Round, TillLayersCollapse
+from shallower.methods.tlc.pace import Pace, Round
+from shallower.methods.tlc.till_layers_collapse import TillLayersCollapse
 from shallower.planning.entries import Entry
 from shallower.planning.forms import steps
 from shallower.planning.plan import Plan

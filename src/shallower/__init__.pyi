@@ -17,7 +17,7 @@ from .methods.squeezing.squeeze import squeeze as squeeze
 from .methods.squeezing.sweeping import CalibrationWarning as CalibrationWarning
 from .methods.squeezing.uniformity import UniformWarning as UniformWarning
 from .methods.tlc.choosing import choose_forms as choose_forms
-from .methods.tlc.till_layers_collapse import Pace as Pace
+from .methods.tlc.pace import Pace as Pace
 from .methods.tlc.till_layers_collapse import TillLayersCollapse as TillLayersCollapse
 from .planning.curve import Curve as Curve
 from .planning.entries import Entry as Entry

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from shallower.errors import MethodError, TargetError
 from shallower.finding.matching import find_sites
 from shallower.methods.tlc.choosing import choose_forms
-from shallower.methods.tlc.till_layers_collapse import Pace, TillLayersCollapse
+from shallower.methods.tlc.pace import Pace
+from shallower.methods.tlc.till_layers_collapse import TillLayersCollapse
 from shallower.modules.attachment import detached_copy
 from shallower.planning.entries import Fate
 from shallower.surgery.applying import apply

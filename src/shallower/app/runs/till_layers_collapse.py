@@ -15,7 +15,8 @@ from shallower.errors import SiteError, TargetError
 from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import compare
 from shallower.methods.tlc.choosing import choose_forms
-from shallower.methods.tlc.till_layers_collapse import Pace, Round, TillLayersCollapse
+from shallower.methods.tlc.pace import Pace, Round
+from shallower.methods.tlc.till_layers_collapse import TillLayersCollapse
 from shallower.modules.attachment import detached_copy
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target

@@ -1,10 +1,5 @@
 """Till the Layers Collapse: whole sites become linear, a few at a time, where their activation does least.
 
-    method = sh.TillLayersCollapse(model, find_sites(model, inputs, places=True), batches=calibration)
-    method.fit(loader, task_loss, recipe, validation=held_out, score=score, floor=0.90, checkpoint="run/")
-    plan = method.plan()                            # what is linear now
-    plan = method.plan(count=4)                     # or at once, without training
-
 A channel whose input is positive on average passes as it is, the others become 0, as in the paper. What tells how the
 inputs lie is the BatchNorm in front of the activation, without data. Where there is none, statistics are measured, and
 the line nearest to the activation takes its place.
@@ -16,11 +11,9 @@ is that of the entropy of the signs of h, `criterion="entropy"`.
 from __future__ import annotations
 
 import copy
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +29,7 @@ from shallower.errors import MethodError
 from shallower.methods.base import Method, activation_of, linearisable
 from shallower.methods.tlc.criteria import Line, Normal, input_statistics, lines, relative_change, sign_entropies
 from shallower.methods.tlc.linearised import Linearised
+from shallower.methods.tlc.pace import Pace, Round
 from shallower.modules import attachment
 from shallower.modules.activations import recognise
 from shallower.planning.entries import Entry, Fate
@@ -44,73 +38,22 @@ from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target, shortest_prefix
 from shallower.sites import Site, Sites
 from shallower.training.loop import Loss, Score
-from shallower.training.recipe import Checkpoint, History, Recipe
+from shallower.training.recipe import Checkpoint, Recipe
 from shallower.training.rounds import Rounds, Training
 
 Criterion = Literal["loss", "batchnorm", "entropy", "random"]
 
 
-@dataclass(frozen=True)
-class Round:
-    """One round of `TillLayersCollapse.fit`.
-
-    Attributes:
-        linearised: names of the sites whose activation went in this round.
-        removed: names of all sites that are linear after it.
-        costs: what each site was taken to cost at the start of the round, cheapest first; in the unit of the criterion.
-        base: validation loss at the start of the round; None without validation batches.
-        joint: validation loss with the round's sites linear, before the training; None likewise.
-        score: of the model at its end; None without `score`.
-        taken_back: the score was under the floor, so that the model is as it was before the round.
-        history: of the training.
-    """
-
-    linearised: tuple[str, ...]
-    removed: tuple[str, ...]
-    costs: Mapping[str, float]
-    base: float | None
-    joint: float | None
-    score: float | None
-    taken_back: bool
-    history: History
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How fast `TillLayersCollapse.fit` takes activations away.
-
-        method.fit(loader, task_loss, recipe, sh.Pace(per_round=2, rounds=3))
-
-    Attributes:
-        per_round: so many a round, at most; None: as many as leave the validation loss no higher, and 1 where there are
-            no validation batches.
-        rounds: at most so many; None: until no activation is left.
-
-    Raises:
-        MethodError: a number is less than 1.
-    """
-
-    per_round: int | None = None
-    rounds: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse numbers less than 1."""
-        for name in ("per_round", "rounds"):
-            value = getattr(self, name)
-            if value is not None and not value >= 1:
-                raise MethodError(f"{name}={value!r}: pass a number of at least 1, or None")
-
-    @property
-    def most(self) -> float:
-        """The number of rounds after which it ends."""
-        return math.inf if self.rounds is None else self.rounds
-
-
 class TillLayersCollapse(Method):
     """Takes activations away, whole sites at a time, and trains the network again in between.
 
+        method = sh.TillLayersCollapse(model, sh.find_sites(model, inputs, places=True), batches=calibration)
+        method.fit(loader, task_loss, recipe, validation=held_out, score=score, floor=0.90, checkpoint="run/")
+        plan = method.plan()                            # what is linear now
+        plan = method.plan(count=4)                     # or at once, without training
+
     Attaches to the model at once; as long as no site is linear the model computes what it computed. Sites that cannot
-    become linear are left alone, and told in `method.sites.skipped`. Each activation is either as it was or a fixed
+    become linear are left alone, and listed in `method.sites.skipped`. Each activation is either as it was or a fixed
     line, which is part of the model's `state_dict`.
 
     Args:
@@ -119,7 +62,7 @@ class TillLayersCollapse(Method):
         criterion: in which order activations go.
             "loss": the validation loss with that site alone linear, minus the loss now; the paper's loop.
             "batchnorm": the expected change of the activation's output, relative to its expected size, under the normal
-                distribution that the BatchNorm in front of it tells, or under measured statistics; needs no labels.
+                distribution given by the BatchNorm in front of it, or under measured statistics; needs no labels.
             "entropy": mean binary entropy of the signs of h, measured on `batches` (EASIER, NEPENTHE).
             "random": any, from `seed`.
         line: what takes the place of f. "unit", the paper's: h where its mean is positive, 0 where it is not; the
@@ -128,7 +71,8 @@ class TillLayersCollapse(Method):
             nearly everywhere, so that "unit" would drop most of the site).
         batches: to measure statistics on where no BatchNorm feeds the activation, and entropies; a few hundred
             samples.
-        inputs_of, mask_of: see `shallower.statistics.collect`.
+        inputs_of: picks the model's inputs out of a batch.
+        mask_of: picks the mask of padding out of a batch; by default a two-dimensional `attention_mask`.
         seed: of the random order.
 
     Raises:
@@ -268,7 +212,7 @@ class TillLayersCollapse(Method):
         with evaluating(self.model):
             values = [float(loss(self.model, to_device(batch, device))) for batch in reiterable(validation)]
         if not values:
-            raise MethodError("there are no validation batches")
+            raise MethodError("the loss needs validation batches, and there are none")
         return from_first_process(lambda: sum(values) / len(values))
 
     def _statistics(self, sites: Iterable[Site]) -> dict[str, Normal]:
@@ -276,9 +220,12 @@ class TillLayersCollapse(Method):
 
     def _lines(self, sites: Iterable[Site]) -> dict[str, tuple[Tensor, Tensor]]:
         sites = list(sites)
-        normals = self._statistics([site for site in sites if site.kind != "activation"])
         unit = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        return {s.name: lines(s, normals[s.name], self.line) if s.name in normals else unit for s in sites}
+        found = {site.name: unit for site in sites}
+        normals = self._statistics([site for site in sites if site.kind != "activation"])
+        for name, normal in normals.items():
+            found[name] = lines(self.sites[name], normal, self.line)
+        return found
 
     def _open(self) -> list[str]:
         return [name for name, module in self.activations.items() if not module.is_linear]
@@ -323,7 +270,7 @@ class TillLayersCollapse(Method):
             TargetError: the target cannot be read, or all activations together do not reach it.
         """
         if count is not None and target is not None:
-            raise MethodError("give count= or target=, not both")
+            raise MethodError("use count= or target=, not both")
         now = {name: (self.activations[name].slope, self.activations[name].offset) for name in self.linear}
         if count is None and target is None:
             return self._plan(now)
@@ -335,7 +282,8 @@ class TillLayersCollapse(Method):
         following = self._lines([self.sites[name] for name in order])
         if count is not None:
             return self._plan(now | {name: following[name] for name in order[: count - len(now)]})
-        target = Target.parse(target) if isinstance(target, str) else target
+        if isinstance(target, str):
+            target = Target.parse(target)
         assert target is not None
         if target.unit == "drop":
             if score is None:
