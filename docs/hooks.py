@@ -30,7 +30,6 @@ def results(name: str) -> str:
 
 def help_of(command: str) -> str:
     """The help of a command, as it stands in a terminal of 80 columns."""
-    words = [sys.executable, "-m", "shallower.cli", *([command] if command else []), "--help"]
-    code = f"import sys; sys.argv = {['shallower', *words[3:]]!r}; from shallower.cli import main; main()"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    words = [sys.executable, "-m", "shallower", *filter(None, [command]), "--help"]
+    told = subprocess.run(words, capture_output=True, text=True, check=True)
     return f"```text\n{told.stdout.rstrip()}\n```\n"

@@ -12,6 +12,7 @@ from torch import nn
 
 from shallower.app.batching import Augmented, ImageFormat, ImageReader, TextReader, TokenReader, loader, packed
 from shallower.app.data import Labels, read_rows
+from shallower.app.options import DataOptions
 from shallower.app.tasks import LanguageModelling
 from shallower.errors import DataError
 
@@ -139,13 +140,13 @@ def test_a_picture_with_other_channels_than_the_model_is_refused() -> None:
 
 
 def test_real_pictures_and_sentences_are_read(data: Path) -> None:
-    pictures = read_rows(str(data / "cifar10" / "test.parquet"), "image-classification", limit=8)
+    pictures = read_rows(str(data / "cifar10" / "test.parquet"), "image-classification", DataOptions(limit=8))
     assert pictures.labels is not None
     assert pictures.labels.names[:2] == ("airplane", "automobile")
     reader = ImageReader(pictures.columns.image, pictures.columns.label, pictures.labels)
     x, _ = next(iter(loader(pictures.train, reader, 8)))
     assert x.shape == (8, 3, 32, 32)
-    sentences = read_rows(str(data / "sst2"), "text-classification", limit=5)
+    sentences = read_rows(str(data / "sst2"), "text-classification", DataOptions(limit=5))
     assert (sentences.columns.text, sentences.columns.label) == (("sentence",), "label")
     assert [len(part) for part in (sentences.train, sentences.validation, sentences.test)] == [5, 5, 5]
 
@@ -154,7 +155,7 @@ def test_a_real_language_model_has_its_known_perplexity(data: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(data / "stories260k")
     tokens = str(data / "tinystories" / "train.parquet")
-    rows = read_rows(tokens, "causal-lm", eval_source=tokens)
+    rows = read_rows(tokens, "causal-lm", DataOptions(eval_data=tokens))
     first = loader(rows.train.select(range(100)), TokenReader(rows.columns.tokens, 512), 10)
     task = LanguageModelling()
     assert task.show(task.score(model, first)) == "4.086"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from shallower import load
-from shallower.app import cli, compression
+from shallower.app import cli
 from shallower.app.jobs import task_of
 from tests.processes import listen_to_ctrl_c
 
@@ -371,7 +371,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     monkeypatch.setattr(Net, "interrupt_in", 33)
     stopped = compress(shallower, pictures, tmp_path / "out", "--target", "params:5%")
     assert stopped.status == 130
-    assert f"the same command goes on from {tmp_path / '.out.progress'}" in stopped.err
+    assert f"the same command continues from {tmp_path / '.out.progress'}" in stopped.err
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(Net, "interrupt_in", 12)
     assert compress(shallower, pictures, tmp_path / "out", "--target", "params:5%").status == 0
@@ -429,10 +429,10 @@ def test_a_target_that_is_not_met_exits_with_3(
     [
         (("--target", "size:1%"), "not of the form UNIT:AMOUNT"),
         (("--target", "params:100%"), "less than 100 %"),
-        (("--target", "params:50%", "--strength", "1"), "it is for --method layer-collapse"),
+        (("--target", "params:50%", "--strength", "1"), "it belongs to --method layer-collapse"),
         (("--target", "params:50%", "--epochs", "2"), "--heal 2 distils"),
         (("--target", "params:50%", "--lr", "0.1"), "does not train, unless with --heal"),
-        (("--target", "params:50%", "--method", "layer-collapse", "--uniform"), "it is for --method squeeze"),
+        (("--target", "params:50%", "--method", "layer-collapse", "--uniform"), "it belongs to --method squeeze"),
         (("--target", "params:50%", "--eval-data", "x.csv", "--held-out", "0.2"), "leave one of the two out"),
         (("--target", "params:50%", "--method", "magic"), "magic"),
         (("--target", "params:50%", "--samples", "3"), "--samples"),
@@ -567,7 +567,7 @@ def test_ctrl_c_leaves_a_state_that_resumes(shallower: Shallower, pictures: Path
     options = ("--method", "layer-collapse", "--task", "image-classification", "--device", "cpu", "--lr", "0.01")
     paths = ("--data", str(pictures), "--output", str(tmp_path / "out"))
     command = ["compress", NET, *paths, *options, "--epochs", "300", "--target", "params:5%", "--dense-epochs", "4"]
-    program = [sys.executable, "-c", "from shallower.cli import main; main()"]
+    program = [sys.executable, "-m", "shallower"]
     with subprocess.Popen(
         [*program, *command],
         stderr=subprocess.PIPE,
@@ -582,7 +582,7 @@ def test_ctrl_c_leaves_a_state_that_resumes(shallower: Shallower, pictures: Path
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=300)
     assert running.returncode == 130
-    assert "the same command goes on from" in err
+    assert "the same command continues from" in err
     assert "Traceback" not in err
     assert stage.exists()
     assert not (tmp_path / "out").exists()
@@ -595,15 +595,6 @@ def test_ctrl_c_leaves_a_state_that_resumes(shallower: Shallower, pictures: Path
 
 @pytest.mark.slow
 def test_help_answers_in_a_process_of_its_own() -> None:
-    finished = subprocess.run(
-        [sys.executable, "-c", "from shallower.cli import main; main()", "--help"], capture_output=True, text=True
-    )
+    finished = subprocess.run([sys.executable, "-m", "shallower", "--help"], capture_output=True, text=True)
     assert finished.returncode == 0
     assert "inspect" in finished.stdout
-
-
-def test_rows_of_the_table_tell_predicted_and_measured_speed() -> None:
-    dense, small = (compression.Side(0.5, n, 10 * n, 4 * n, n / 1e5) for n in (1000, 500))
-    verdict = compression.Verdict(dense, small, measured=1.9, spread=0.1)
-    assert verdict.predicted == 2
-    assert verdict.to_json()["speed"] == {"predicted": 2, "measured": 1.9, "spread": 0.1}

@@ -13,6 +13,7 @@ datasets = pytest.importorskip("datasets")
 Image = pytest.importorskip("PIL.Image")
 
 from shallower.app.data import Labels, read_rows  # noqa: E402
+from shallower.app.options import DataOptions  # noqa: E402
 from shallower.errors import DataError  # noqa: E402
 
 REVIEWS = "text,label\n" + "".join(f"review {i},{'good' if i % 2 else 'bad'}\n" for i in range(20))
@@ -59,7 +60,7 @@ def test_rows_without_classes_are_read_where_none_are_needed(tmp_path: Path, tex
 def test_a_column_of_classes_that_is_named_must_be_one(tmp_path: Path) -> None:
     path = write(tmp_path / "reviews.csv", "text,mark\n" + "".join(f"review {i},{i / 7}\n" for i in range(20)))
     with pytest.raises(DataError, match="scores"):
-        read_rows(path, "text-classification", label_column="mark", need_labels=False)
+        read_rows(path, "text-classification", DataOptions(label_column="mark"), need_labels=False)
 
 
 def test_features_need_text_only(tmp_path: Path) -> None:
@@ -70,7 +71,10 @@ def test_features_need_text_only(tmp_path: Path) -> None:
 
 def test_the_held_out_rows_depend_on_the_seed_only(tmp_path: Path) -> None:
     path = write(tmp_path / "reviews.csv", REVIEWS)
-    held = [read_rows(path, "text-classification", held_out=0.3, seed=seed).validation["text"][:] for seed in (0, 0, 1)]
+    held = [
+        read_rows(path, "text-classification", DataOptions(held_out=0.3), seed=seed).validation["text"][:]
+        for seed in (0, 0, 1)
+    ]
     assert held[0] == held[1] != held[2]
 
 
@@ -84,7 +88,7 @@ def test_every_table_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> 
         path.write_text("text\tlabel\na b\t0\nc\t1\nd\t1\n")
     else:
         path.write_text("\n".join(json.dumps(row) for row in table))
-    rows = read_rows(str(path), "text-classification", eval_source=str(path))
+    rows = read_rows(str(path), "text-classification", DataOptions(eval_data=str(path)))
     assert rows.train[:] == rows.validation[:] == {"text": ["a b", "c", "d"], "label": [0, 1, 1]}
     assert rows.labels == Labels((), 2, {0: 0, 1: 1})
 
@@ -113,7 +117,7 @@ def test_a_test_part_without_labels_is_left_out(tmp_path: Path) -> None:
 def test_pairs_of_sentences_are_found_and_can_be_named(tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.csv", "premise,hypothesis,note,label\n" + "a,b,c,0\nd,e,f,1\n" * 3)
     assert read_rows(path, "text-classification").columns.text == ("premise", "hypothesis")
-    named = read_rows(path, "text-classification", text_column="note, premise")
+    named = read_rows(path, "text-classification", DataOptions(text_column="note, premise"))
     assert named.columns.text == ("note", "premise")
 
 
@@ -122,7 +126,7 @@ def test_columns_that_cannot_be_guessed_are_an_error_that_lists_them(tmp_path: P
     with pytest.raises(DataError, match=r"which column holds the text\?.*left \(string\), right \(string\)"):
         read_rows(path, "text-classification")
     with pytest.raises(DataError, match=r"no column 'middle' as --text-column says; the columns are left"):
-        read_rows(path, "text-classification", text_column="middle")
+        read_rows(path, "text-classification", DataOptions(text_column="middle"))
     with pytest.raises(DataError, match=r"which column holds the picture\?"):
         read_rows(path, "image-classification")
 
@@ -180,12 +184,12 @@ def test_an_unknown_class_in_the_validation_part_is_refused(tmp_path: Path) -> N
     train = write(tmp_path / "a.csv", "text,label\na,good\nb,bad\n")
     other = write(tmp_path / "b.csv", "text,label\na,fine\n")
     with pytest.raises(DataError, match=r"'fine' in the validation part"):
-        read_rows(train, "text-classification", eval_source=other)
+        read_rows(train, "text-classification", DataOptions(eval_data=other))
 
 
 def test_limit_draws_rows_at_random(tmp_path: Path) -> None:
     path = write(tmp_path / "sorted.csv", "text,label\n" + "a,0\n" * 100 + "b,1\n" * 100)
-    rows = read_rows(path, "text-classification", limit=40)
+    rows = read_rows(path, "text-classification", DataOptions(limit=40))
     assert len(rows.train) == 40
     assert len(rows.validation) == 20
     assert set(rows.train["label"]) == {0, 1}
@@ -223,7 +227,7 @@ def image_folder(folder: Path) -> str:
 
 
 def test_an_image_folder_names_its_classes(tmp_path: Path) -> None:
-    rows = read_rows(image_folder(tmp_path), "image-classification", held_out=0.3)
+    rows = read_rows(image_folder(tmp_path), "image-classification", DataOptions(held_out=0.3))
     assert rows.labels is not None
     assert rows.labels.names == ("dark", "light")
     assert [np.asarray(row["image"]).mean() > 100 for row in rows.train] == [row["label"] == 1 for row in rows.train]
@@ -244,7 +248,7 @@ def test_arrays_are_read_by_their_names(tmp_path: Path, names: tuple[str, str]) 
 def test_parts_of_an_archive_are_found_by_their_names(tmp_path: Path) -> None:
     x, y = np.zeros((6, 2, 2, 3), np.float32), np.array([0, 1] * 3)
     np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
-    rows = read_rows(str(tmp_path / "a.npz"), "image-classification", held_out=0.5)
+    rows = read_rows(str(tmp_path / "a.npz"), "image-classification", DataOptions(held_out=0.5))
     assert (len(rows.train), len(rows.validation), len(rows.test)) == (3, 3, 2)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from shallower import find_sites, load
 from shallower.app.demo import CONTESTANTS, VGG, WAYS, ViT, check, digits, run
-from shallower.app.results import read_result
+from shallower.app.results import read_record
 from shallower.errors import CheckpointError
 
 pytest.importorskip("sklearn")
@@ -65,8 +65,8 @@ def test_every_saved_network_has_its_numbers_and_a_report(finished: tuple[Path, 
     output, _ = finished
     for folder in (output / f"{name}-{way}" for name in CONTESTANTS for way in WAYS):
         assert (folder / "report.html").is_file()
-        told = read_result(folder)
-        assert told["small"]["params"] < told["dense"]["params"]
+        verdict = read_record(folder).verdict
+        assert verdict.small.params < verdict.dense.params
 
 
 def test_an_answer_that_differs_in_one_bit_fails_the_check(finished: tuple[Path, str]) -> None:
@@ -93,7 +93,7 @@ def test_the_check_runs_as_a_command(finished: tuple[Path, str]) -> None:
 def test_the_whole_demo_loses_no_accuracy_to_speak_of(tmp_path: Path) -> None:
     run(tmp_path)
     for name in CONTESTANTS:
-        squeezed, collapsed = (read_result(tmp_path / f"{name}-{way}") for way in WAYS)
-        assert squeezed["dense"]["score"] > 0.95
-        assert squeezed["small"]["score"] > squeezed["dense"]["score"] - 0.03
-        assert collapsed["small"]["score"] > squeezed["dense"]["score"] - 0.015
+        squeezed, collapsed = (read_record(tmp_path / f"{name}-{way}").verdict for way in WAYS)
+        assert squeezed.dense.score > 0.95
+        assert squeezed.small.score > squeezed.dense.score - 0.03
+        assert collapsed.small.score > squeezed.dense.score - 0.015

@@ -39,7 +39,7 @@ def make_deep() -> nn.Module:
 
 def shallower(*arguments: object) -> subprocess.Popen[str]:
     """The command in a process of its own."""
-    program = [sys.executable, "-c", "from shallower.cli import main; main()", *map(str, arguments)]
+    program = [sys.executable, "-m", "shallower", *map(str, arguments)]
     return subprocess.Popen(
         program,
         stderr=subprocess.PIPE,
@@ -72,7 +72,7 @@ def test_an_interrupted_squeezing_goes_on_and_ends_as_an_undisturbed_one(
         running.send_signal(signal.SIGINT)
         _, told = running.communicate(timeout=300)
     assert running.returncode == 130, told
-    assert "the same command goes on from" in told
+    assert "the same command continues from" in told
     assert "Traceback" not in told
     assert not (tmp_path / "out").exists()
     assert list(progress.glob("*-0000/plan.json"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shallower.app.results import CURVE, RESULT, comparison, read_points, read_result, show
+from shallower.app.results import CURVE, RESULT, Measured, Verdict, comparison, read_points, read_record
 from shallower.errors import CheckpointError
 
 
@@ -51,7 +51,7 @@ def test_different_machines_are_told(tmp_path: Path) -> None:
 )
 def test_a_damaged_result_is_refused(tmp_path: Path, numbers: Any) -> None:
     with pytest.raises(CheckpointError, match=RESULT):
-        read_result(folder(tmp_path / "a", numbers))
+        read_record(folder(tmp_path / "a", numbers))
 
 
 def test_a_damaged_curve_is_refused(tmp_path: Path) -> None:
@@ -59,13 +59,15 @@ def test_a_damaged_curve_is_refused(tmp_path: Path) -> None:
         read_points(tmp_path)
     for text in ("{", "{}", '{"points": [{"score": 1}]}', "[1]"):
         (tmp_path / CURVE).write_text(text)
-        with pytest.raises(CheckpointError, match="not a curve"):
+        with pytest.raises(CheckpointError, match=r"not a curve|not readable"):
             read_points(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("quality", "score", "text"),
-    [("accuracy", 0.934, "93.40 %"), ("perplexity", -2.0, "7.389"), ("cosine", 0.9876, "0.9876")],
-)
-def test_scores_are_shown_as_people_say_them(quality: str, score: float, text: str) -> None:
-    assert show(quality, score) == text
+def test_the_table_of_a_verdict_has_predicted_and_measured_speed() -> None:
+    dense, small = (Measured(0.5, n, 10 * n, 4 * n, n / 1e5) for n in (1000, 500))
+    verdict = Verdict(dense, small, speedup=1.9, spread=0.1)
+    assert verdict.predicted == 2
+    assert verdict.to_json()["speed"] == {"predicted": 2, "measured": 1.9, "spread": 0.1}
+    first, second = verdict.rows("accuracy", "net", "squeezed")
+    assert first[:3] == ("net", "50.00 %", "1K")
+    assert second[-2:] == ("2.00x", "1.90x")

@@ -9,6 +9,8 @@ are decoded batch by batch.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -21,8 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from shallower.app.data import Labels, Rows
-from shallower.app.tasks import IGNORED, TaskName, logits_of
-from shallower.core.inputs import Inputs, call, default_inputs_of, model_device, to_device
+from shallower.app.models import LoadedModel
+from shallower.app.options import DataOptions, TaskName
+from shallower.app.tasks import IGNORED, class_count, first_output
+from shallower.core.inputs import Inputs, default_inputs_of
+from shallower.core.text import amount
 from shallower.errors import DataError
 
 Row = Mapping[str, Any]
@@ -178,6 +183,7 @@ class ImageReader:
         format: how a picture becomes a tensor.
         processor: a Transformers image processor, which then takes the place of `format`.
         mapping: whether the model takes a Transformers batch, not the pictures as its one argument.
+        dtype: of the pictures, where that is not float32.
     """
 
     image: str
@@ -186,12 +192,14 @@ class ImageReader:
     format: ImageFormat = ImageFormat()
     processor: Callable[..., Any] | None = None
     mapping: bool = False
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor] | tuple[Tensor, Tensor] | Tensor:
         """pixel_values (rows, channels, height, width) and labels (rows,), if there are any.
 
         Raises:
-            DataError: the pictures differ in size, and nothing says which one the model wants.
+            DataError: the pictures differ in size, and nothing says which one the model wants; or a number in them is
+                not finite.
         """
         pictures = [row[self.image] for row in rows]
         if self.processor is not None:
@@ -203,6 +211,9 @@ class ImageReader:
             if len(shapes) > 1:
                 raise DataError(f"the pictures have sizes such as {shapes[0]} and {shapes[-1]}: give one --image-size")
             values = torch.stack(tensors)
+        values = values.to(self.dtype)
+        if not bool(values.isfinite().all()):
+            raise DataError(f"column {self.image!r} holds numbers that are not finite (NaN or inf): remove those rows")
         if self.labels is None:
             return {"pixel_values": values} if self.mapping else values
         labels = torch.tensor([self.labels(row[self.label]) for row in rows])
@@ -269,90 +280,155 @@ def loader(rows: Any, reader: Reader, batch_size: int, seed: int | None = None) 
 
 @dataclass(frozen=True)
 class Batches:
-    """What a model is trained on, chosen by and reported on.
+    """What a model is trained, validated and tested on.
 
     Attributes:
         train: shuffled anew in each pass.
         validation: to choose on.
-        test: to report on; `validation` where the data has no test part.
+        test: to report on; `validation` where the data has no test split.
         example: the model's inputs of the first batch of `validation`.
+        seed: of the rows that `sampled` draws.
+        classes: names of the classes, where they have some.
     """
 
     train: DataLoader[Any]
     validation: DataLoader[Any]
     test: DataLoader[Any]
     example: Inputs
+    seed: int = 0
+    classes: tuple[str, ...] = ()
 
     @property
-    def parts(self) -> dict[str, DataLoader[Any]]:
-        """The three loaders by name."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}
+    def counts(self) -> dict[str, int | None]:
+        """How many rows there are of each split; None for a test split that is not there."""
+        loaders = {"train": self.train, "validation": self.validation, "test": self.test}
+        counts: dict[str, int | None] = {name: len(part.dataset) for name, part in loaders.items()}  # type: ignore[arg-type]
+        if self.test is self.validation:
+            counts["test"] = None
+        return counts
+
+    def sampled(self) -> DataLoader[Any]:
+        """The training rows in one random order, the same in every call and whatever was trained before; as they are,
+        not augmented."""
+        reader: Any = self.train.collate_fn
+        if isinstance(reader, Augmented):
+            reader = reader.reader
+        return loader(self.train.dataset, reader, self.train.batch_size or 1, self.seed)
 
 
 def make_batches(
     rows: Rows,
     task: TaskName,
-    model: nn.Module,
-    processor: Any | None = None,
+    loaded: LoadedModel,
+    options: DataOptions = DataOptions(),
     *,
-    batch_size: int = 32,
-    length: int | None = None,
-    image_size: int | None = None,
     augment: bool = False,
     seed: int = 0,
 ) -> Batches:
-    """The batches of `rows` that `model` takes.
+    """The batches of `rows` that a model takes. One of them is tried: what comes later has a model that runs.
 
     Args:
         rows: as `read_rows` gives them.
         task: what the rows are for.
-        model: a Transformers model gets mappings, any other model pairs (inputs, labels).
-        processor: its tokenizer or image processor.
-        batch_size: rows in a batch.
-        length: tokens in a row at most; by default what the model has positions for, at most 256, and 512 for the
-            blocks of a language model.
-        image_size: height and width of pictures; by default what the model is known to want.
-        augment: move and mirror the pictures of the training part at random.
+        loaded: a Transformers model gets mappings, any other model pairs (inputs, labels).
+        options: rows in a batch; the longest text, by default what the model has positions for, at most 256, and 512
+            for the blocks of a language model; the size of images, by default what the model is known to want.
+        augment: shift and mirror the images of the training split at random.
         seed: of the order of the training rows.
 
     Raises:
-        DataError: the classes do not fit the model, text has no tokenizer, or what is not pictures is to be augmented.
+        DataError: the classes do not fit the model, text has no tokenizer, or what is not images is to be augmented.
+        ModelError: the model does not run on the data, or returns something else than the task needs.
     """
     if augment and "image" not in task:
-        raise DataError("only pictures can be augmented (--augment)")
+        raise DataError("only images can be augmented (--augment)")
     parts = rows.parts
-    mapping = hasattr(model, "main_input_name")
     reader: Reader
     if "image" in task:
-        form = ImageFormat.of(model, image_size)
-        reader = ImageReader(rows.columns.image, rows.columns.label, rows.labels, form, processor, mapping)
-    elif task != "causal-lm":
-        limit = length or _positions(model, processor, 256)
-        reader = TextReader(_tokenizer(processor), rows.columns.text, rows.columns.label, rows.labels, limit)
+        reader = _image_reader(rows, loaded, options)
+    elif task == "causal-lm":
+        reader, parts = _language_reader(rows, loaded, options)
     else:
-        limit = length or _positions(model, processor, 512)
-        pad = getattr(processor, "pad_token_id", None)
-        reader = TokenReader("input_ids", limit, 0 if pad is None else pad, mapping)
-        if rows.columns.tokens:
-            reader = replace(reader, column=rows.columns.tokens)
-        else:
-            tokenizer = _tokenizer(processor)
-            parts = {k: part and packed(part, rows.columns.text[0], tokenizer, limit) for k, part in parts.items()}
-    example = default_inputs_of(
-        reader([parts["validation"][i] for i in range(min(batch_size, len(parts["validation"])))])
-    )
+        limit = options.length or _positions(loaded.model, loaded.processor, 256)
+        tokenizer = _tokenizer(loaded)
+        reader = TextReader(tokenizer, rows.columns.text, rows.columns.label, rows.labels, limit)
+    size = options.batch_size
+    first = parts["validation"]
+    example = default_inputs_of(reader([first[i] for i in range(min(size, len(first)))]))
+    output = first_output(loaded.model, example)
+    classes: tuple[str, ...] = ()
     if isinstance(reader, TextReader | ImageReader) and reader.labels is not None:
-        reader = replace(reader, labels=reader.labels.fitted(_outputs(model, example), _class_names(model)))
-    validation = loader(parts["validation"], reader, batch_size)
-    test = validation if parts["test"] is None else loader(parts["test"], reader, batch_size)
-    moving = Augmented(reader) if augment and isinstance(reader, ImageReader) else reader
-    return Batches(loader(parts["train"], moving, batch_size, seed), validation, test, example)
+        labels = reader.labels.fitted(class_count(output), _class_names(loaded.model))
+        reader, classes = replace(reader, labels=labels), labels.names
+    validation = test = loader(first, reader, size)
+    if parts["test"] is not None:
+        test = loader(parts["test"], reader, size)
+    moving: Reader = reader
+    if augment and isinstance(reader, ImageReader):
+        moving = Augmented(reader)
+    return Batches(loader(parts["train"], moving, size, seed), validation, test, example, seed, classes)
 
 
-def _tokenizer(processor: Any | None) -> Any:
-    if processor is None or not hasattr(processor, "eos_token_id"):
+def _image_reader(rows: Rows, loaded: LoadedModel, options: DataOptions) -> ImageReader:
+    form = ImageFormat.of(loaded.model, options.image_size)
+    _check_memory(form, options.batch_size)
+    return ImageReader(
+        rows.columns.image,
+        rows.columns.label,
+        rows.labels,
+        form,
+        loaded.processor,
+        _takes_mappings(loaded.model),
+        torch.promote_types(loaded.dtype, torch.float32),
+    )
+
+
+def _language_reader(rows: Rows, loaded: LoadedModel, options: DataOptions) -> tuple[TokenReader, dict[str, Any]]:
+    """The reader of a language model, and its rows: token numbers as they are, or texts packed into blocks."""
+    limit = options.length or _positions(loaded.model, loaded.processor, 512)
+    pad = getattr(loaded.processor, "pad_token_id", None) or 0
+    mapping, parts = _takes_mappings(loaded.model), rows.parts
+    if rows.columns.tokens:
+        return TokenReader(rows.columns.tokens, limit, pad, mapping), parts
+    tokenizer = _tokenizer(loaded)
+    for name, part in parts.items():
+        if part is not None:
+            parts[name] = packed(part, rows.columns.text[0], tokenizer, limit)
+    return TokenReader("input_ids", limit, pad, mapping), parts
+
+
+def _takes_mappings(model: nn.Module) -> bool:
+    """Whether the model is of Transformers, or named as those are."""
+    return hasattr(model, "main_input_name")
+
+
+def _check_memory(form: ImageFormat, batch_size: int) -> None:
+    """Raise DataError where one batch of images is larger than the memory that is free."""
+    if form.size is None:
+        return
+    height, width = form.size
+    needed = 4 * batch_size * (form.channels or 3) * height * width
+    if 4 * needed > _memory():
+        raise DataError(
+            f"a batch of {batch_size} images of {height} x {width} takes {amount(needed)}B, too much of the machine's "
+            f"{amount(_memory())}B of memory: use smaller images (--image-size) or batches (--batch-size)"
+        )
+
+
+def _memory() -> float:
+    """Bytes of memory that the machine has; without bound where that is not known."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def _tokenizer(loaded: LoadedModel) -> Any:
+    if loaded.no_processor:
+        raise DataError(loaded.no_processor)
+    if loaded.processor is None or not hasattr(loaded.processor, "eos_token_id"):
         raise DataError("text needs the model's tokenizer: save it beside the model, or give rows of input_ids")
-    return processor
+    return loaded.processor
 
 
 def _positions(model: nn.Module, tokenizer: Any | None, most: int) -> int:
@@ -362,11 +438,6 @@ def _positions(model: nn.Module, tokenizer: Any | None, most: int) -> int:
     if config is not None and hasattr(config, "get_text_config"):
         limits.append(getattr(config.get_text_config(), "max_position_embeddings", None))
     return min(limit for limit in limits if isinstance(limit, int) and limit > 0)
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, example: Inputs) -> int:
-    return logits_of(call(model, to_device(example, model_device(model)))).shape[-1]
 
 
 def _class_names(model: nn.Module) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ Everything is one run: at each setting the two models are timed in turn, and rat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,13 +19,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shallower.app.models import LoadedModel, load_model
-from shallower.app.results import RESULT, read_result
-from shallower.core.inputs import Inputs, tensors
+from shallower.app.results import RESULT, read_record
+from shallower.core.inputs import Inputs
 from shallower.core.text import table
+from shallower.core.trees import mapped, tensors
 from shallower.errors import DataError, ModelError
 from shallower.measuring.measurement import compare
 from shallower.saving.checkpoint import load, read_source
 from shallower.saving.description import DESCRIPTION
+
+_MOST_NUMBERS = 2**28
+"""In a row of an example."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,18 @@ def pair(directory: Path, original: str = "") -> tuple[LoadedModel, nn.Module]:
     directory = directory.expanduser()
     source = read_source(directory)
     if not original:
-        original = str(read_result(directory)["options"].get("model", "")) if (directory / RESULT).is_file() else source
+        original = source
+        if (directory / RESULT).is_file():
+            original = read_record(directory).model
         if not source and not (original and Path(original).is_dir()):
             raise ModelError(
                 f"{directory} was made of {original or 'a model of your own'}, which is only imported when you say so: "
                 "add --original package.module:factory"
             )
     before = load_model(original, pretrained=False)
-    return before, load(directory) if source else load(directory, model=before.model)
+    if source:
+        return before, load(directory)
+    return before, load(directory, model=before.model)
 
 
 def loaded_with(model: str, original: str = "") -> LoadedModel:
@@ -96,14 +105,19 @@ def example_of(model: LoadedModel, directory: Path, *, batch: int, length: int, 
         ModelError: nothing says what the model takes.
     """
     if not shape and not model.source and model.example is None and (directory / RESULT).is_file():
-        shape = ",".join(str(read_result(directory).get("example", "")).split(" x ")[1:])
+        shape = ",".join(map(str, read_record(directory).example[1:]))
     if shape:
-        try:
-            return torch.zeros(batch, *(int(size) for size in shape.split(",")))
-        except (ValueError, RuntimeError):
-            raise DataError(f"--shape {shape!r}: give the sizes of one row, for example 3,32,32") from None
+        return torch.zeros(batch, *_sizes(shape))
     example: Inputs = _resized(model.make_example_inputs(batch=batch, length=length), batch)
     return example
+
+
+def _sizes(shape: str) -> list[int]:
+    """The sizes in "3,32,32"."""
+    sizes = shape.split(",")
+    if not all(size.strip().isdecimal() and int(size) for size in sizes) or math.prod(map(int, sizes)) > _MOST_NUMBERS:
+        raise DataError(f"--shape {shape!r}: give the sizes of one row, for example 3,32,32")
+    return list(map(int, sizes))
 
 
 def bench(
@@ -160,12 +174,10 @@ def bench_json(timings: Sequence[Timing]) -> list[dict[str, Any]]:
 
 def _resized(example: Any, batch: int) -> Any:
     """Inputs of a factory with the wanted number of rows: the first ones, again and again."""
-    if isinstance(example, Tensor):
-        if not example.dim() or len(example) == batch:
-            return example
-        return example[torch.arange(batch) % len(example)]
-    if isinstance(example, dict):
-        return {key: _resized(value, batch) for key, value in example.items()}
-    if isinstance(example, (tuple, list)):
-        return type(example)(_resized(value, batch) for value in example)
-    return example
+
+    def repeated(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or len(tensor) == batch:
+            return tensor
+        return tensor[torch.arange(batch) % len(tensor)]
+
+    return mapped(repeated, example)

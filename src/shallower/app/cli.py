@@ -1,6 +1,7 @@
 """The command line: inspect, compress, pick, compare, bench, export, report, demo.
 
-Nothing heavy is imported before a command runs, so that --help answers at once.
+Nothing heavy is imported before a command runs, so that --help answers at once. Every failure ends in `main` as one
+line on stderr; see `failures`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from shallower.app.failures import DEBUG, one_line, plain_warnings, print_traceback, terminable
+from shallower.app.options import (
+    METHODS,
+    MOST_SEED,
+    TARGET_TEXT,
+    DataOptions,
+    Goal,
+    Manner,
+    MethodOptions,
+    RunOptions,
+    Scope,
+    TrainingOptions,
+)
+from shallower.app.parameters import given_options, with_options, wrong_usage
 from shallower.errors import ShallowerError, SiteError, TargetError
 
 if TYPE_CHECKING:
-    from shallower.app.compression import MethodRun
     from shallower.app.models import LoadedModel
+    from shallower.planning.targets import Target
     from shallower.sites import Sites
 
 
@@ -41,63 +56,29 @@ class Sections(TyperCommand):
             with formatter.section(title):
                 formatter.write_dl(records)
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. What ends the process in code of the user's is a failure, not a silent exit."""
+        try:
+            return super().invoke(ctx)
+        except SystemExit as error:
+            raise ShallowerError(
+                f"the model's or the data's own code ended the program: sys.exit({error.code!r}) was called"
+            ) from error
+
 
 app = typer.Typer(
     name="shallower",
-    help="Squeeze the depth and the width out of trained PyTorch networks.",
+    help="Make trained PyTorch networks shallower and narrower.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="A MODEL is a directory (of Transformers, or one that a command here wrote), a name on the hub, timm:NAME, "
-    "torchvision:NAME or package.module:factory; the last three with options, NAME?num_classes=10. "
-    "Exit status: 0 done, 1 an error, told in one line, 2 wrong usage, 3 the target was not met, 130 interrupted.",
+    "torchvision:NAME or package.module:factory; the last three with options, 'NAME?num_classes=10'. "
+    "Exit codes: 0 success, 1 error (one line on stderr), 2 wrong usage, 3 target not met, 130 interrupted.",
 )
 
 _MODEL_HELP = "A directory, a hub name, timm:NAME, torchvision:NAME or package.module:factory."
-
-
-class TaskOption(str, Enum):
-    """What --task takes."""
-
-    text = "text-classification"
-    image = "image-classification"
-    language = "causal-lm"
-    features = "feature-extraction"
-    image_features = "image-feature-extraction"
-
-
-class MethodOption(str, Enum):
-    """What --method takes."""
-
-    squeeze = "squeeze"
-    layer_collapse = "layer-collapse"
-    tlc = "tlc"
-    structural_dropout = "structural-dropout"
-
-
-class CriterionOption(str, Enum):
-    """What --criterion takes."""
-
-    batchnorm = "batchnorm"
-    loss = "loss"
-    entropy = "entropy"
-    random = "random"
-
-
-class OrderOption(str, Enum):
-    """What --order takes."""
-
-    sensitivity = "sensitivity"
-    last_first = "last-first"
-
-
-class PrecisionOption(str, Enum):
-    """What --precision takes."""
-
-    no = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 class DeviceOption(str, Enum):
@@ -113,11 +94,13 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors o
 
 
 def main() -> None:
-    """Run the command line. An error raised on purpose is one line on stderr, and the exit status is 1, or 3."""
+    """Run the command line. Whatever fails is one line on stderr, and the exit status is 1, or 3 for a target."""
     try:
-        app(prog_name="shallower")
-    except (ShallowerError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        with terminable(), plain_warnings():
+            app(prog_name="shallower")
+    except Exception as error:
+        print_traceback(error)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(3 if isinstance(error, TargetError) else 1)
 
 
@@ -132,7 +115,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks, too.")] = False,
 ) -> None:
+    if debug:
+        os.environ[DEBUG] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
@@ -171,114 +157,25 @@ def inspect(
         raise SiteError(f"{model} has no site that can be squeezed")
 
 
-_DATA, _TRAINING, _RUN = "Data", "Training", "The run"
-_SQUEEZE = "Squeezing: a few hundred rows, no training (--method squeeze)"
-_COLLAPSE = "Collapsing: train until layers merge (--method layer-collapse)"
-_TLC = "Taking activations away, a few at a time (--method tlc)"
-_DROPOUT = "All widths at once, to pick from (--method structural-dropout)"
-
-
 @app.command(cls=Sections)
+@with_options(variants={MethodOptions: METHODS})
 def compress(
-    ctx: typer.Context,
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)],
-    data: Annotated[str, typer.Option("--data", "-d", help="A file, a folder or a name on the hub.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")],
-    target: Annotated[
-        str, typer.Option("--target", "-t", help="params:60%, macs:50%, memory:40MB, latency:1.5x or drop:1%.")
-    ] = "",
-    method: Annotated[MethodOption, typer.Option("--method", "-m", help="How to squeeze.")] = MethodOption.squeeze,
-    task: Annotated[
-        TaskOption | None,
-        typer.Option(
-            metavar="TASK",
-            help="What the model is for, where it does not say so itself: text-classification, image-classification, "
-            "causal-lm, feature-extraction or image-feature-extraction.",
-        ),
-    ] = None,
-    sites: Annotated[str, typer.Option(help="Only sites with such names: 'encoder.layer.*'.")] = "*",
-    quality_floor: Annotated[
-        float | None, typer.Option(help="Least accuracy (0.9), or greatest perplexity (20), allowed.")
-    ] = None,
-    eval_data: Annotated[str, typer.Option(help="Other data to choose on.", rich_help_panel=_DATA)] = "",
-    text_column: Annotated[
-        str, typer.Option(help="Column of the text; two with a comma for pairs.", rich_help_panel=_DATA)
-    ] = "",
-    label_column: Annotated[str, typer.Option(help="Column of the class.", rich_help_panel=_DATA)] = "",
-    image_column: Annotated[str, typer.Option(help="Column of the picture.", rich_help_panel=_DATA)] = "",
-    limit: Annotated[
-        int | None, typer.Option(min=2, help="At most so many rows of each part.", rich_help_panel=_DATA)
-    ] = None,
-    held_out: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Part to choose on, if there is none.", rich_help_panel=_DATA)
-    ] = 0.1,
-    length: Annotated[int | None, typer.Option(min=2, help="Tokens in a row at most.", rich_help_panel=_DATA)] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Height and width of pictures.", rich_help_panel=_DATA)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.", rich_help_panel=_DATA)] = 32,
-    samples: Annotated[int, typer.Option(min=16, help="Rows to calibrate on.", rich_help_panel=_SQUEEZE)] = 512,
-    uniform: Annotated[
-        bool, typer.Option("--uniform", help="The same share of every site is kept.", rich_help_panel=_SQUEEZE)
-    ] = False,
-    round_to: Annotated[int, typer.Option(min=1, help="Widths are multiples of it.", rich_help_panel=_SQUEEZE)] = 1,
-    linear_path: Annotated[
-        bool,
-        typer.Option("--linear-path", help="A linear map beside kept channels, if it pays.", rich_help_panel=_SQUEEZE),
-    ] = False,
-    vary: Annotated[
-        bool, typer.Option("--vary", help="Calibrate on rearranged text, too.", rich_help_panel=_SQUEEZE)
-    ] = False,
-    heal: Annotated[int, typer.Option(min=0, help="Passes of distillation afterwards.", rich_help_panel=_SQUEEZE)] = 0,
-    strength: Annotated[float, typer.Option(min=0, help="Of the pull on the slopes.", rich_help_panel=_COLLAPSE)] = 0.5,
-    tolerance: Annotated[
-        float, typer.Option(min=0, max=1, help="How near to 1 a slope is linear.", rich_help_panel=_COLLAPSE)
-    ] = 0.05,
-    order: Annotated[
-        OrderOption, typer.Option(help="Which sites go first.", rich_help_panel=_COLLAPSE)
-    ] = OrderOption.sensitivity,
-    stages: Annotated[
-        int, typer.Option(min=1, help="Rounds among which the sites are divided.", rich_help_panel=_COLLAPSE)
-    ] = 1,
-    criterion: Annotated[
-        CriterionOption, typer.Option(help="Which activations go first.", rich_help_panel=_TLC)
-    ] = CriterionOption.batchnorm,
-    per_round: Annotated[int | None, typer.Option(min=1, help="So many go at a time.", rich_help_panel=_TLC)] = None,
-    lower_bound: Annotated[str, typer.Option(help="Smallest width that is trained.", rich_help_panel=_DROPOUT)] = "25%",
-    points: Annotated[int, typer.Option(min=2, help="Of the curve.", rich_help_panel=_DROPOUT)] = 8,
-    heads: Annotated[bool, typer.Option("--heads", help="Attention heads, too.", rich_help_panel=_DROPOUT)] = False,
-    epochs: Annotated[
-        int, typer.Option(min=1, help="Passes over the data in each stage.", rich_help_panel=_TRAINING)
-    ] = 3,
-    dense_epochs: Annotated[
-        int, typer.Option(min=0, help="Passes before, with the model as it is.", rich_help_panel=_TRAINING)
-    ] = 0,
-    lr: Annotated[float, typer.Option(min=0, help="Highest learning rate.", rich_help_panel=_TRAINING)] = 1e-4,
-    augment: Annotated[
-        bool, typer.Option("--augment", help="Move and mirror pictures at random.", rich_help_panel=_TRAINING)
-    ] = False,
-    precision: Annotated[
-        PrecisionOption, typer.Option(help="Of the training.", rich_help_panel=_TRAINING)
-    ] = PrecisionOption.no,
-    device: Annotated[DeviceOption, typer.Option(help="Where to compute.", rich_help_panel=_RUN)] = DeviceOption.auto,
-    seed: Annotated[int, typer.Option(help="Of everything that is random.", rich_help_panel=_RUN)] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume/--fresh", help="Go on after an interruption, or not.", rich_help_panel=_RUN)
-    ] = True,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", "-n", help="Tell the plan, and write nothing.", rich_help_panel=_RUN)
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object, and nothing else.", rich_help_panel=_RUN)
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=_RUN)] = False,
+    goal: Goal,
+    rows: DataOptions,
+    method: MethodOptions,
+    scope: Scope,
+    training: TrainingOptions,
+    machine: RunOptions,
+    manner: Manner,
 ) -> None:
     """Make MODEL smaller with the help of DATA, and write the smaller model.
 
     Squeezing, the default, needs a few hundred rows, no labels and no training. The other methods train the model on
     DATA. The result is in --output: model.safetensors and shallower.json (shallower.load reads them), the tokenizer,
-    the plan, and result.json with all numbers. It is written at the end, and only if the target was met. Ctrl-C leaves
-    what was done beside the output, and the same command goes on from there.
+    the plan, and result.json with all numbers. It is written at the end, and only if the target was met. After Ctrl-C
+    the work so far is kept beside the output, and the same command continues from there.
 
     \b
     Examples:
@@ -288,72 +185,29 @@ def compress(
         --heal 1 --output smaller
       shallower compress ./my-llama --data stories.txt --target drop:2% \\
         --output smaller --dry-run
-      shallower compress ./my-bert --data reviews.csv --target macs:60% \\
+      shallower compress ./my-bert --data reviews.csv --target macs:80% \\
         --method layer-collapse --epochs 3 --output smaller
     """
-    from shallower.app.jobs import Job, run
-    from shallower.app.jobs import dry_run as tell_only
+    _check_usage(given_options(context), method, goal, training, rows)
+    from shallower.app.jobs import Job, dry_run, run
+    from shallower.app.runs import run_of
 
-    options = {
-        "samples": samples,
-        "uniform": uniform,
-        "round_to": round_to,
-        "linear_path": linear_path,
-        "vary": vary,
-        "heal": heal,
-        "strength": strength,
-        "tolerance": tolerance,
-        "order": order.value,
-        "stages": stages,
-        "criterion": criterion.value,
-        "per_round": per_round,
-        "lower_bound": lower_bound,
-        "points": points,
-        "heads": heads,
-    }
-    method_run = _run(ctx, method.value, options)
-    job = Job(
-        model=model,
-        data=data,
-        target=_target(target) if target else None,
-        output=output.expanduser(),
-        run=method_run,
-        task=task.value if task else None,
-        eval_data=eval_data,
-        text_column=text_column,
-        label_column=label_column,
-        image_column=image_column,
-        limit=limit,
-        held_out=held_out,
-        length=length,
-        image_size=image_size,
-        augment=augment,
-        epochs=epochs,
-        dense_epochs=dense_epochs,
-        lr=lr,
-        batch_size=batch_size,
-        sites=sites,
-        quality_floor=quality_floor,
-        precision=precision.value,
-        device=device.value,
-        seed=seed,
-    )
+    target = _target(goal.target) if goal.target else None
+    job = Job(model, goal.data, target, goal.output.expanduser(), run_of(method), scope, rows, training, machine)
     try:
-        with _speaking(as_json, quiet):
-            told = tell_only(job) if dry_run else run(job, resume=resume)
-        _tell(told.text, told.data, as_json, quiet)
+        with _speaking(manner.as_json, manner.quiet):
+            answer = dry_run(job) if manner.dry_run else run(job, resume=manner.resume)
+        _tell(answer.text, answer.data, manner.as_json, manner.quiet)
     except KeyboardInterrupt:
-        if not dry_run:
-            print(f"interrupted; the same command goes on from {job.progress}", file=sys.stderr)
+        if not manner.dry_run:
+            print(f"interrupted; the same command continues from {job.progress}", file=sys.stderr)
         raise
 
 
 @app.command(cls=Sections)
 def pick(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a network trained at all widths.")],
-    target: Annotated[
-        str, typer.Option("--target", "-t", help="params:60%, macs:50%, memory:40MB, latency:1.5x or drop:1%.")
-    ],
+    target: Annotated[str, typer.Option("--target", "-t", help=TARGET_TEXT)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the chosen model.")],
     original: Annotated[str, typer.Option(help="The factory, for a model of your own class.")] = "",
     as_json: JsonOption = False,
@@ -388,10 +242,10 @@ def compare(
     Example:
       shallower compare small-50 small-25 collapsed
     """
-    from shallower.app.results import comparison, read_result
+    from shallower.app.results import comparison, read_record
 
     with _speaking(as_json):
-        results = {str(directory): read_result(directory.expanduser()) for directory in directories}
+        results = {str(directory): dict(read_record(directory.expanduser()).raw) for directory in directories}
         text = comparison([directory.expanduser() for directory in directories])
     _tell(text, results, as_json)
 
@@ -481,7 +335,7 @@ def report(
 @app.command(cls=Sections)
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo-out"),
-    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Random seed.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Train for a moment only.")] = False,
 ) -> None:
     """Train two small networks on scanned digits, squeeze both, save them and check them.
@@ -513,7 +367,7 @@ def _tell(text: str, data: Mapping[str, Any], as_json: bool, quiet: bool = False
         print(text)
 
 
-def _target(text: str) -> Any:
+def _target(text: str) -> Target:
     from shallower.planning.targets import Target
 
     try:
@@ -532,47 +386,32 @@ def _counts(text: str, option: str) -> list[int]:
     return counts
 
 
-def _run(ctx: typer.Context, method: str, options: Mapping[str, Any]) -> MethodRun:
-    """The method with its own options; options of another method are wrong usage."""
-    from dataclasses import fields
+def _check_usage(
+    given: set[str], method: MethodOptions, goal: Goal, training: TrainingOptions, rows: DataOptions
+) -> None:
+    """Refuse options that mean nothing together.
 
-    from shallower.app.runs import run_named, run_names
-
-    # By its name, since typer may bring a click of its own.
-    given = {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
-    own = {field.name for field in fields(run_named(method))}  # type: ignore[arg-type]
-    for other in run_names():
-        for field in fields(run_named(other)):  # type: ignore[arg-type]
-            if field.name in given - own:
-                option = "--" + field.name.replace("_", "-")
-                raise typer.BadParameter(
-                    f"it is for --method {other}; --method {method} does not know it", param_hint=f"'{option}'"
-                )
-    run = run_named(method, **{name: options[name] for name in own})
-    trains = run.needs_labels or (options["heal"] and "heal" in own) or ctx.params["dense_epochs"]
-    if run.needs_target and not ctx.params["target"]:
-        raise typer.BadParameter("say how small, how fast or how good: params:60%", param_hint="'--target'")
-    if not run.needs_target and ctx.params["target"]:
-        raise typer.BadParameter(
-            f"--method {method} trains all sizes at once: choose one afterwards, with shallower pick "
-            f"{ctx.params['output']} --target {ctx.params['target']}",
-            param_hint="'--target'",
+    Raises:
+        BadParameter: the first of them; the exit status is then 2.
+    """
+    if method.needs_target and not goal.target:
+        raise wrong_usage("say how small, how fast or how good: params:60%", "target")
+    if not method.needs_target and goal.target:
+        raise wrong_usage(
+            f"--method {method.name} trains all sizes at once: choose one afterwards, with shallower pick "
+            f"{goal.output} --target {goal.target}",
+            "target",
         )
-    if "epochs" in given and not run.needs_labels:
-        raise typer.BadParameter(
-            f"--method {method} does not train; --heal {ctx.params['epochs']} distils the result from the original",
-            param_hint="'--epochs'",
+    if "epochs" in given and not method.needs_labels:
+        raise wrong_usage(
+            f"--method {method.name} does not train; --heal {training.epochs} distils the result from the original",
+            "epochs",
         )
     for name in ("lr", "augment", "precision"):
-        if name in given and not trains:
-            raise typer.BadParameter(
-                f"--method {method} does not train, unless with --heal or --dense-epochs", param_hint=f"'--{name}'"
-            )
-    if "held_out" in given and ctx.params["eval_data"]:
-        raise typer.BadParameter(
-            "--eval-data says what to choose on: leave one of the two out", param_hint="'--held-out'"
-        )
-    return run
+        if name in given and not method.trains and not training.dense_epochs:
+            raise wrong_usage(f"--method {method.name} does not train, unless with --heal or --dense-epochs", name)
+    if "held_out" in given and rows.eval_data:
+        raise wrong_usage("--eval-data is the validation data: leave one of the two out", "held_out")
 
 
 def _loaded(model: str, meta: bool) -> LoadedModel:

@@ -1,17 +1,17 @@
 """The whole way of `shallower compress`: a trained model and its data in, a smaller model out, with what it cost.
 
     batches = make_batches(read_rows("reviews.csv", task), task, loaded.model, loaded.processor)
-    result = compress(loaded.model, batches, task_named(task), Settings(Target.parse("params:60%"), SqueezeRun()))
-    print(verdict_table(...))
+    work = Work(loaded.model, batches, task_named(task), Target.parse("params:60%"))
+    result = compress(work, SqueezeRun())
 
-What a method does on this way is in `runs/`, one file each; here is what they share: the sites, the limits, the
-judgement of the result.
+What a method does on this way is in `runs/`, one file each; here is what they share: the sites, the limits, and the
+comparison of the result with the original.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -19,9 +19,11 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from shallower.app.batching import Batches
+from shallower.app.results import Measured, Verdict
 from shallower.app.tasks import Likeness, Task
-from shallower.core.inputs import Inputs, model_device, to_device
-from shallower.core.text import amount, table
+from shallower.core.inputs import Inputs, model_device
+from shallower.core.modes import evaluating
+from shallower.core.trees import to_device
 from shallower.errors import SiteError, TargetError
 from shallower.measuring.measurement import compare, count_macs, count_params
 from shallower.modules.attachment import detached_copy
@@ -29,34 +31,41 @@ from shallower.planning.forms import steps
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target
 from shallower.sites import Sites
-from shallower.training import Recipe, train
+from shallower.training import Checkpoint, Recipe, train
+
+_KEEP_EVERY = 200
+"""Steps of a training after which its state is kept."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a method is given to work on.
+    """What there is to do, for `compress` and for a method.
 
     Attributes:
-        model: where it is to be trained; may be changed.
-        sites: those that may be squeezed.
-        batches: to calibrate or train on, and to choose by.
-        task: gives the loss and the score.
+        model: where it is to be trained; a method that trains does so in place.
+        batches: to calibrate or train on, to validate and to test on.
+        task: has the loss and the score.
         goal: what the result has to reach; None where the method makes all sizes at once.
         recipe: of a training.
-        floor: the lowest score allowed on the rows to choose by; a `drop` target sets one of its own.
-        checkpoints: a folder; after an interruption the same work goes on from there.
+        dense_epochs: passes that train the unchanged model first: for a head that is new.
+        floor: the lowest score allowed on the validation set; a `drop` target sets one of its own.
+        sites: glob on the names of the sites that may change.
+        checkpoints: a folder; after an interruption the same work continues from there.
         cpu: stay on the CPU.
+        remarks: what people should know about the model and the data.
     """
 
     model: nn.Module
-    sites: Sites
     batches: Batches
     task: Task
-    goal: Target | None
-    recipe: Recipe
+    goal: Target | None = None
+    recipe: Recipe = Recipe(3, 1e-4, warmup=0.1)
+    dense_epochs: int = 0
     floor: float | None = None
+    sites: str = "*"
     checkpoints: Path | None = None
     cpu: bool = False
+    remarks: tuple[str, ...] = ()
 
     @property
     def target(self) -> Target:
@@ -66,23 +75,12 @@ class Work:
             TargetError: there is none.
         """
         if self.goal is None:
-            raise TargetError(
-                "there is no target to reach: say how small, fast or good the result has to be (--target)"
-            )
+            raise TargetError("there is no target: say how small, fast or good the result has to be (--target)")
         return self.goal
-
-    def score(self, model: nn.Module) -> float:
-        """On the rows to choose by."""
-        return self.task.score(model, self.batches.validation, label="scoring")
-
-    def probe(self, rows: int) -> list[Any]:
-        """Batches of about so many rows of the training part, drawn at random; the same in every pass."""
-        size = self.batches.train.batch_size or 1
-        return list(islice(self.batches.train, -(-rows // size)))
 
     @property
     def logits(self) -> bool:
-        """Whether the model answers with logits, not with features."""
+        """Whether the model returns logits, not features."""
         return not (isinstance(self.task, Likeness) and self.task.features)
 
     @property
@@ -91,20 +89,44 @@ class Work:
         inputs: Inputs = to_device(self.batches.example, model_device(self.model))
         return inputs
 
+    def score(self, model: nn.Module) -> float:
+        """The score on the validation set."""
+        return self.task.score(model, self.batches.validation, label="scoring")
+
+    def sample(self, rows: int) -> list[Any]:
+        """Batches of about so many rows of the training set, drawn at random; the same in every call."""
+        size = self.batches.train.batch_size or 1
+        return list(islice(self.batches.sampled(), -(-rows // size)))
+
+    def sample_size(self, rows: int) -> int:
+        """How many rows `sample` draws: whole batches, and not more than there are."""
+        size = self.batches.train.batch_size or 1
+        return min(-(-rows // size) * size, self.batches.counts["train"] or 0)
+
+    def kept(self, name: str) -> Path | None:
+        """The checkpoint of that name, where there is a folder for them."""
+        return self.checkpoints and self.checkpoints / name
+
+    def training(self, name: str = "") -> Checkpoint | None:
+        """The state of a training, kept every now and then under that name, or in the folder itself."""
+        if self.checkpoints is None:
+            return None
+        return Checkpoint(self.checkpoints / name, _KEEP_EVERY)
+
 
 @dataclass(frozen=True)
-class Made:
+class Outcome:
     """What a method made of a model.
 
     Attributes:
         model: the smaller one.
         plan: how it was made.
-        note: of a few words, for the table: "3 collapsed".
+        note: a few words for the table: "3 collapsed".
         advice: what to do where this is not enough.
-        score: on the rows to choose by, where it is known.
+        score: on the validation set, where it is known.
         details: more for result.json, plain data.
         points: of the curve of quality against cost, where the method has one; plain data.
-        files: more tensors to be saved, by the name of the file.
+        files: more tensors to save, by the name of the file.
     """
 
     model: nn.Module
@@ -118,121 +140,22 @@ class Made:
 
 
 class MethodRun(Protocol):
-    """One method on its whole way, with its own options; a frozen dataclass, see `runs/`."""
+    """A method on its whole way: its options (see `options.py`), and what it does with them (see `runs/`)."""
 
     name: ClassVar[str]
-    """As `--method` says it."""
     needs_labels: ClassVar[bool]
-    """Whether it trains on the task's loss."""
-    needs_target: ClassVar[bool]
-    """Whether it works towards one size, not all of them at once."""
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:
         """The sites of the model, of the kinds that the method can use."""
 
     def usable(self, sites: Sites, target: Target | None) -> Sites:
-        """Those of a selection with which this method can get nearer to the target; SiteError where there is none."""
+        """Those of a selection that bring the result nearer to the target; SiteError where there is none."""
 
-    def preview(self, work: Work) -> Plan:
-        """What it would do, as far as that can be told without training."""
+    def preview(self, work: Work, sites: Sites) -> Plan:
+        """What it would do, as far as that is known without training."""
 
-    def make(self, work: Work) -> Made:
+    def make(self, work: Work, sites: Sites) -> Outcome:
         """Do it."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to compress.
-
-    Attributes:
-        target: what the result has to reach; None where the method makes all sizes at once.
-        run: the method, with its options.
-        recipe: of the training, for methods that train.
-        dense_epochs: passes that train the model as it is, before: for a head that is new.
-        floor: the lowest score allowed; a `drop` target sets one of its own.
-        sites: glob on the names of the sites that may be squeezed.
-    """
-
-    target: Target | None
-    run: MethodRun
-    recipe: Recipe = Recipe(3, 1e-4, warmup=0.1)  # noqa: RUF009 - it is frozen
-    dense_epochs: int = 0
-    floor: float | None = None
-    sites: str = "*"
-
-
-@dataclass(frozen=True)
-class Side:
-    """A model before or after: its score on the test rows, and its cost on the example inputs.
-
-    Attributes:
-        score: higher is better.
-        params: number of parameters.
-        macs: multiply-accumulates of one forward pass.
-        memory: bytes of parameters and buffers.
-        latency: median seconds of one forward pass.
-    """
-
-    score: float
-    params: int
-    macs: int
-    memory: int
-    latency: float
-
-    @property
-    def cost(self) -> Cost:
-        """All but the score."""
-        return Cost(self.params, self.macs, self.memory, self.latency)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A model and the smaller one that was made of it, side by side.
-
-    Attributes:
-        dense, small: the two.
-        measured: how many times faster the small one is, timed in turn with the dense one.
-        spread: interquartile range of the ratio of the two times.
-    """
-
-    dense: Side
-    small: Side
-    measured: float
-    spread: float
-
-    @property
-    def predicted(self) -> float:
-        """How many times faster the small one would be if time were MACs alone."""
-        return self.dense.macs / max(1, self.small.macs)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        speed = {"predicted": self.predicted, "measured": self.measured, "spread": self.spread}
-        return {"dense": asdict(self.dense), "small": asdict(self.small), "speed": speed}
-
-    def rows(self, task: Task, name: str, note: str = "") -> list[tuple[str, ...]]:
-        """Two rows of `verdict_table`: dense and small."""
-        dense, small = self.dense, self.small
-        change = f"{small.params / dense.params - 1:+.0%}"
-        return [
-            (name, task.show(dense.score), amount(dense.params), "", amount(dense.macs), _ms(dense.latency), "", ""),
-            (
-                f"  {note}".rstrip(),
-                task.show(small.score),
-                amount(small.params),
-                change,
-                amount(small.macs),
-                _ms(small.latency),
-                f"{self.predicted:.2f}x",
-                f"{self.measured:.2f}x",
-            ),
-        ]
-
-
-def verdict_table(quality: str, rows: Sequence[tuple[str, ...]]) -> str:
-    """The rows of one or more verdicts under their header."""
-    header = ("model", quality, "params", "", "MACs", "latency", "predicted", "measured")
-    return table(header, rows, right=range(1, 8))
 
 
 @dataclass(frozen=True)
@@ -240,72 +163,56 @@ class Result:
     """What `compress` returns.
 
     Attributes:
-        made: the smaller model, and how the method made it.
-        verdict: dense against small.
-        task: what the scores are of.
+        outcome: the smaller model, and how the method made it.
+        verdict: the original beside it.
+        task: has the score.
     """
 
-    made: Made
+    outcome: Outcome
     verdict: Verdict
     task: Task
 
     @property
     def model(self) -> nn.Module:
         """The smaller model."""
-        return self.made.model
+        return self.outcome.model
 
 
-def compress(
-    model: nn.Module,
-    batches: Batches,
-    task: Task,
-    settings: Settings,
-    *,
-    checkpoints: Path | None = None,
-    cpu: bool = False,
-) -> Result:
-    """Make `model` as small as the target asks for, by the method that the settings name.
+def compress(work: Work, method: MethodRun) -> Result:
+    """Make a model as small as the target asks for.
 
-    Args:
-        model: where it is to be trained. A method that trains does so in place.
-        batches: to calibrate or train on, to choose by and to report on.
-        task: gives the loss and the score.
-        settings: the target, the method and how to train.
-        checkpoints: a folder; after an interruption the same call goes on from there.
-        cpu: stay on the CPU.
+        result = compress(Work(model, batches, task, Target.parse("params:60%")), SqueezeRun())
+        result.model, result.verdict
 
     Raises:
         SiteError: no site can be squeezed.
         TargetError: the target cannot be met, or was not met above the floor.
         TrainingError, MethodError, FitError: see the method.
     """
-    sites = _sites(model, batches, settings)
-    if settings.dense_epochs:
-        recipe = replace(settings.recipe, epochs=settings.dense_epochs)
-        path = checkpoints and checkpoints / "dense.safetensors"
-        train(model, batches.train, task.loss, recipe, checkpoint=path, label="training the model as it is", cpu=cpu)
-    dense = detached_copy(model).eval()
-    if isinstance(task, Likeness):
-        task = task.to(dense)
-    base, floor = _limits(dense, batches, task, settings)
-    work = Work(model, sites, batches, task, settings.target, settings.recipe, floor, checkpoints, cpu)
-    made = settings.run.make(work)
-    if floor is not None:
-        score = work.score(made.model) if made.score is None else made.score
-        if score < floor:
+    sites = _sites(work, method)
+    if work.dense_epochs:
+        _train_dense(work)
+    dense, base, work = _judged(work)
+    outcome = method.make(work, sites)
+    task = work.task
+    if work.floor is not None:
+        score = outcome.score
+        if score is None:
+            score = work.score(outcome.model)
+        if score < work.floor:
             raise TargetError(
-                f"the {task.quality} of the result is {task.show(score)}, and {task.show(floor)} is the limit: "
-                f"{made.advice}"
+                f"the {task.quality} of the result is {task.show(score)}, and {task.show(work.floor)} is the limit: "
+                f"{outcome.advice}"
             )
-    verdict = judge(dense, made.model, batches, task, base if batches.test is batches.validation else None)
-    _check_target(settings.target, verdict, made)
-    return Result(made, verdict, task)
+    if work.batches.test is not work.batches.validation:
+        base = None
+    verdict = judge(dense, outcome.model, work.batches, task, base)
+    _check_target(work.goal, verdict, outcome)
+    return Result(outcome, verdict, task)
 
 
-def preview(
-    model: nn.Module, batches: Batches, task: Task, settings: Settings, *, cpu: bool = False
-) -> tuple[Plan, Cost, Cost]:
-    """What `compress` would do, as far as that can be told without training; what the model costs before and after.
+def preview(work: Work, method: MethodRun) -> tuple[Plan, Cost, Cost]:
+    """What `compress` would do, as far as that is known without training; what the model costs before and after.
 
     Nothing is written, and the model stays as it is.
 
@@ -313,36 +220,46 @@ def preview(
         SiteError: no site can be squeezed.
         TargetError: the target cannot be met.
     """
-    sites = _sites(model, batches, settings)
-    dense = detached_copy(model).eval()
-    if isinstance(task, Likeness):
-        task = task.to(dense)
-    _, floor = _limits(dense, batches, task, settings)
-    work = Work(model, sites, batches, task, settings.target, settings.recipe, floor, None, cpu)
-    plan = settings.run.preview(work)
+    sites = _sites(work, method)
+    dense, _, work = _judged(work)
+    plan = method.preview(work, sites)
     before = cost_of(dense, work.example)
     return plan, before, cost_after(plan, before, dense)
 
 
 def judge(dense: nn.Module, small: nn.Module, batches: Batches, task: Task, known: float | None = None) -> Verdict:
-    """Score both on the test rows, count their costs, and time them in turn; `known` is the score of the dense one."""
+    """Score both on the test set, count their costs, and time them in turn.
+
+    Args:
+        dense, small: the two models.
+        batches: of the data.
+        task: has the score.
+        known: the score of the dense one, where it was taken already.
+    """
     example = to_device(batches.example, model_device(dense))
     times = compare({"dense": dense, "small": small}, example)
-    scores = {"dense": known} if known is not None else {}
-    sides = {}
-    for name, model in (("dense", dense), ("small", small)):
-        score = scores[name] if name in scores else task.score(model, batches.test, label=f"scoring: {name}")
-        cost = cost_of(model, example)
-        sides[name] = Side(score, cost.params, cost.macs, cost.memory, times[name].latency)
+    if known is None:
+        known = task.score(dense, batches.test, label="scoring: dense")
+    scores = {"dense": known, "small": task.score(small, batches.test, label="scoring: small")}
+    sides = {
+        name: measured(scores[name], cost_of(model, example), times[name].latency)
+        for name, model in (("dense", dense), ("small", small))
+    }
     return Verdict(sides["dense"], sides["small"], times["small"].speedup, times["small"].ratio_spread)
+
+
+def measured(score: float, cost: Cost, latency: float | None) -> Measured:
+    """A score beside counted costs and a latency."""
+    return Measured(score, cost.params, cost.macs, cost.memory, latency)
 
 
 def cost_of(model: nn.Module, example: Inputs) -> Cost:
     """What a model costs on example inputs, all but the latency."""
-    model.eval()
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
     memory = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return Cost(count_params(model), count_macs(model, example), memory)
+    with evaluating(model):
+        macs = count_macs(model, example)
+    return Cost(count_params(model), macs, memory)
 
 
 def cost_after(plan: Plan, before: Cost, model: nn.Module) -> Cost:
@@ -352,66 +269,88 @@ def cost_after(plan: Plan, before: Cost, model: nn.Module) -> Cost:
     return Cost(before.params - saved, before.macs - plan.macs_saved, before.memory - wide * saved)
 
 
-def site_table(plan: Plan) -> list[dict[str, Any]]:
-    """What became of each site of a plan, as plain data."""
-    return [
-        {
-            "name": step.entry.site.name,
-            "kind": step.entry.site.kind,
-            "width": step.entry.site.width,
-            "kept": len(step.entry.kept),
-            "linear": len(step.entry.linear),
-            "dropped": len(step.entry.dropped),
-            "becomes": step.form.kind,
-            "rank": step.form.rank,
-            "params": [step.form.params_before, step.form.params],
-            "macs": [step.form.macs_before, step.form.macs],
-            "note": getattr(step.entry, "note", ""),
+def site_table(plan: Plan) -> dict[str, dict[str, Any]]:
+    """What became of each site of a plan, by its name, as plain data."""
+    found = {}
+    for step in steps(plan.entries):
+        entry, form = step.entry, step.form
+        found[entry.site.name] = {
+            "kind": entry.site.kind,
+            "width": entry.site.width,
+            "kept": len(entry.kept),
+            "linear": len(entry.linear),
+            "dropped": len(entry.dropped),
+            "becomes": form.kind,
+            "rank": form.rank,
+            "params": [form.params_before, form.params],
+            "macs": [form.macs_before, form.macs],
+            "note": entry.note,
         }
-        for step in steps(plan.entries)
-    ]
+    return found
 
 
-def _sites(model: nn.Module, batches: Batches, settings: Settings) -> Sites:
-    found = settings.run.find(model, to_device(batches.example, model_device(model)))
-    chosen = found.select(settings.sites)
+def _train_dense(work: Work) -> None:
+    recipe = replace(work.recipe, epochs=work.dense_epochs)
+    train(
+        work.model,
+        work.batches.train,
+        work.task.loss,
+        recipe,
+        checkpoint=work.kept("dense.safetensors"),
+        label="training the unchanged model",
+        cpu=work.cpu,
+    )
+
+
+def _sites(work: Work, method: MethodRun) -> Sites:
+    found = method.find(work.model, work.example)
     try:
-        return settings.run.usable(chosen, settings.target)
+        return method.usable(found.select(work.sites), work.goal)
     except SiteError as error:
-        if settings.sites == "*":
+        if work.sites == "*":
             raise
-        raise SiteError(f"of the sites that --sites {settings.sites!r} selects: {error}") from error
+        raise SiteError(f"of the sites that --sites {work.sites!r} selects: {error}") from error
 
 
-def _limits(dense: nn.Module, batches: Batches, task: Task, settings: Settings) -> tuple[float | None, float | None]:
-    """The model's score on the rows to choose by and the lowest one allowed, where they are needed."""
-    target, drop = settings.target, settings.target is not None and settings.target.unit == "drop"
-    if not drop and settings.floor is None:
-        return None, None
-    base = task.score(dense, batches.validation, label="scoring the model as it is")
-    floors = [settings.floor, target.floor(base) if drop and target is not None else None]
-    floor = max(value for value in floors if value is not None)
+def _judged(work: Work) -> tuple[nn.Module, float | None, Work]:
+    """A copy of the model as it is, its score on the validation set where that sets a limit, and the work with it.
+
+    Raises:
+        TargetError: the model itself is below the limit.
+    """
+    dense = detached_copy(work.model).eval()
+    if isinstance(work.task, Likeness):
+        work = replace(work, task=work.task.to(dense))
+    task, target = work.task, work.goal
+    floors = []
+    if work.floor is not None:
+        floors.append(work.floor)
+    drops = target is not None and target.unit == "drop"
+    if not drops and not floors:
+        return dense, None, work
+    base = task.score(dense, work.batches.validation, label="scoring the unchanged model")
+    if target is not None and drops:
+        floors.append(target.floor(base))
+    floor = max(floors)
     if base < floor:
         raise TargetError(
-            f"the {task.quality} of the model as it is, {task.show(base)}, does not reach {task.show(floor)}: "
+            f"the {task.quality} of the unchanged model, {task.show(base)}, does not reach {task.show(floor)}: "
             "allow less, or train the model first (--dense-epochs)"
         )
-    return base, floor
+    return dense, base, replace(work, floor=floor)
 
 
-def _check_target(target: Target | None, verdict: Verdict, made: Made) -> None:
+def _check_target(target: Target | None, verdict: Verdict, outcome: Outcome) -> None:
+    """Raise TargetError unless the result meets a target of cost."""
     if target is None or target.unit == "drop":
         return
-    # A latency counts as reached where the limit lies within the spread of the measurement.
-    ratio = 1 / verdict.measured - verdict.spread / 2
-    before, after = verdict.dense.cost, replace(verdict.small.cost, latency=verdict.dense.latency * ratio)
+    before, after = (Cost(side.params, side.macs, side.memory, side.latency) for side in (verdict.dense, verdict.small))
+    if before.latency is not None:
+        # A latency counts as reached where the limit lies within the spread of the measurement.
+        after = replace(after, latency=before.latency * (1 / verdict.speedup - verdict.spread / 2))
     if not target.met(before, after):
         whole = target.amount_of(before)
         raise TargetError(
             f"the target {target} asks for {target.limit(before) / whole:.1%} of the model's {target.unit}, and "
-            f"{target.amount_of(after) / whole:.1%} was reached: {made.advice}"
+            f"{target.amount_of(after) / whole:.1%} was reached: {outcome.advice}"
         )
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"

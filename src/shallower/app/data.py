@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from shallower.app.tasks import TaskName
+from shallower.app.options import DataOptions, TaskName
+from shallower.core.text import listing
 from shallower.errors import DataError
 
 _FORMATS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -45,6 +46,10 @@ _PAIRS = (
 )
 _TEXTS = ("text", "sentence", "content", "review", "document", "comment", "tweet")
 _LABELS = ("label", "labels", "target", "class", "category", "fine_label", "y")
+_MOST_CLASSES = 100_000
+_MOST_DIMENSIONS = 5
+_UNNAMED = re.compile(r"LABEL_\d+")
+"""What Transformers calls a class that nobody named."""
 _IMAGES = ("image", "images", "img", "pixel_values", "picture", "x")
 
 
@@ -87,19 +92,30 @@ class Labels:
         """These labels, for a model with so many outputs; where the model names the same classes, in the model's order.
 
         Raises:
-            DataError: the number of classes does not fit the model.
+            DataError: the classes do not fit the model, or nothing says which output stands for which of them.
         """
         if self.count > outputs or (self.names and self.count != outputs):
-            classes = f" ({_listed(self.names)})" if self.names else ""
+            classes = ""
+            if self.names:
+                classes = f" ({listing(self.names)})"
             raise DataError(
                 f"the data has {self.count} classes{classes} and the model has {outputs} outputs: "
                 "use a model whose head was made for this data, or another label column"
             )
-        order = {name.casefold(): number for number, name in enumerate(names)}
-        if not self.names or set(order) != {name.casefold() for name in self.names}:
+        if not self.names or not names:
             return self
-        model_number = [order[name.casefold()] for name in self.names]
-        return replace(self, numbers={value: model_number[number] for value, number in self.numbers.items()})
+        order = {name.casefold(): number for number, name in enumerate(names)}
+        if set(order) == {name.casefold() for name in self.names}:
+            model_number = [order[name.casefold()] for name in self.names]
+            return replace(self, numbers={value: model_number[number] for value, number in self.numbers.items()})
+        unnamed = all(map(_UNNAMED.fullmatch, names))
+        if unnamed and not any(isinstance(value, str) for value in self.numbers):
+            return self
+        raise DataError(
+            f"the classes of the data are {listing(self.names)}, the model's are {listing(names)}, and nothing says "
+            "which is which: put the model's class numbers into the label column, or the names into the model's config "
+            "(id2label)"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,7 @@ class Rows:
         test: to report on; None where the data has no labelled test part.
         columns: what is read of each row.
         labels: the classes; None where the task or the data has none.
+        remarks: what people should know of the data.
     """
 
     train: Any
@@ -119,6 +136,11 @@ class Rows:
     test: Any | None
     columns: Columns
     labels: Labels | None
+    remarks: tuple[str, ...] = ()
+
+    def unlabelled(self) -> Rows:
+        """The same rows without their classes."""
+        return replace(self, columns=replace(self.columns, label=""), labels=None)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -129,27 +151,21 @@ class Rows:
 def read_rows(
     source: str,
     task: TaskName,
+    options: DataOptions = DataOptions(),
     *,
-    eval_source: str = "",
-    text_column: str = "",
-    label_column: str = "",
-    image_column: str = "",
-    held_out: float = 0.1,
-    limit: int | None = None,
     seed: int = 0,
     need_labels: bool = True,
 ) -> Rows:
     """Read data and find the columns that a task needs.
 
+        read_rows("reviews.csv", "text-classification", DataOptions(label_column="stars"))
+
     Args:
         source: a file (csv, tsv, json, jsonl, parquet, txt, npz), a folder of such files whose names say train,
             validation or test, a folder of images with one folder for each class, a folder written by
             `save_to_disk`, or a name on the hub ("imdb", "glue:sst2" with its configuration).
-        eval_source: likewise, the rows to choose on. Without it, the validation part of `source`, else a held-out
-            part of its training rows.
-        text_column, label_column, image_column: where detection should not decide; two text columns with a comma.
-        held_out: the part of the training rows to hold out, where there are no others to choose on.
-        limit: at most so many rows of each part, drawn at random.
+        task: what the rows are for.
+        options: the validation data, the columns, and how many rows.
         seed: of the rows held out and drawn.
         need_labels: whether data without classes, or with scores in their place, is an error.
 
@@ -157,44 +173,46 @@ def read_rows(
         DataError: the data cannot be read, is empty, or lacks a column; the error names what was found.
     """
     parts = _parts(source)
-    if eval_source:
-        others = _parts(eval_source)
+    if options.eval_data:
+        others = _parts(options.eval_data)
         parts["validation"] = next(others[name] for name in ("validation", "test", "train") if name in others)
     for name, part in parts.items():
         if not len(part):
-            raise DataError(f"{source}: there are no rows in its {name} part")
+            raise DataError(f"{source}: there are no rows in its {name} split")
     if "train" not in parts:
         raise DataError(
-            f"{source}: there is no training part among {', '.join(parts)}; name the file to train on, "
+            f"{source}: there is no training split among {', '.join(parts)}; name the file to train on, "
             "and give the other one with --eval-data"
         )
-    optional = not need_labels and not label_column
-    columns = _columns(parts["train"], source, task, text_column, label_column, image_column, optional)
-    labels = None
+    optional = not need_labels and not options.label_column
+    columns = _columns(parts["train"], source, task, options, optional)
+    labels, remarks = None, []
     if columns.label:
         try:
             labels = _labels(parts, columns.label, source)
-        except DataError:
+        except DataError as error:
             if not optional:
                 raise
+            remarks.append(f"the labels were not used: {error}")
     if labels is None or (optional and labels.count < 2):
         columns, labels = replace(columns, label=""), None
     for name in list(parts):
         _check_columns(parts[name], f"{source} ({name})", columns)
     if "validation" not in parts:
-        if len(parts["train"]) < 2:
-            raise DataError(f"{source}: one row is too few to train on some and choose on others")
-        order = np.random.default_rng(seed).permutation(len(parts["train"]))
-        count = min(max(1, round(held_out * len(order))), len(order) - 1)
-        parts["train"], parts["validation"] = (
-            parts["train"].select(part, keep_in_memory=True)
-            for part in (np.sort(order[count:]), np.sort(order[:count]))
-        )
-    if limit is not None:
-        if limit < 1:
-            raise DataError(f"a limit of {limit} leaves no rows")
-        parts = {name: _sample(part, limit, seed) for name, part in parts.items()}
-    return Rows(parts["train"], parts["validation"], parts.get("test"), columns, labels)
+        parts["train"], parts["validation"] = _divided(parts["train"], source, options.held_out, seed)
+    if options.limit is not None:
+        parts = {name: _sample(part, options.limit, seed) for name, part in parts.items()}
+    return Rows(parts["train"], parts["validation"], parts.get("test"), columns, labels, tuple(remarks))
+
+
+def _divided(part: Any, source: str, held_out: float, seed: int) -> tuple[Any, Any]:
+    """Rows to train on, and rows held out for validation, drawn at random."""
+    if len(part) < 2:
+        raise DataError(f"{source}: one row is too few to train on some and validate on others")
+    order = np.random.default_rng(seed).permutation(len(part))
+    count = min(max(1, round(held_out * len(order))), len(order) - 1)
+    train, validation = np.sort(order[count:]), np.sort(order[:count])
+    return part.select(train, keep_in_memory=True), part.select(validation, keep_in_memory=True)
 
 
 def _parts(source: str) -> dict[str, Any]:
@@ -261,7 +279,7 @@ def _folder(path: Path) -> dict[str, Any]:
             if split:
                 parts[split] = file
         if not parts:
-            raise DataError(f"{path}: no file name says train, validation or test: {_listed([f.name for f in files])}")
+            raise DataError(f"{path}: no file name says train, validation or test: {listing([f.name for f in files])}")
         if files[0].suffix.lower() == ".npz" and len(files) == 1:
             return _npz(files[0])
         return {
@@ -282,6 +300,7 @@ def _npz(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: the arrays cannot be read: {str(error).splitlines()[0]}") from error
     parts: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
+        _check_array(path, name, array)
         split = _split_of(name) or "train"
         words = [w for w in re.split(r"[_\W]+", name.lower()) if not any(w in names for names in _SPLITS.values())]
         word = "_".join(words)
@@ -292,6 +311,19 @@ def _npz(path: Path) -> dict[str, Any]:
             found = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
             raise DataError(f"{path}: the arrays of the {split} part must have the same number of rows: {found}")
     return {split: _arrays(columns) for split, columns in parts.items()}
+
+
+def _check_array(path: Path, name: str, array: np.ndarray[Any, Any]) -> None:
+    """Raise DataError where an array cannot be a column of rows."""
+    problem = ""
+    if array.dtype.kind not in "biufUS":
+        problem = "numbers or texts are read"
+    elif array.ndim > _MOST_DIMENSIONS:
+        problem = f"at most {_MOST_DIMENSIONS} dimensions are read"
+    elif array.ndim and not len(array):
+        problem = "it has no rows"
+    if problem:
+        raise DataError(f"{path}: the array {name!r} is {array.dtype} of shape {array.shape}, and {problem}")
 
 
 def _arrays(columns: Mapping[str, np.ndarray[Any, Any]]) -> Any:
@@ -327,7 +359,8 @@ def _split_of(name: str) -> str:
     return next((split for split, names in _SPLITS.items() if any(word in names for word in words)), "")
 
 
-def _columns(part: Any, source: str, task: TaskName, text: str, label: str, image: str, optional: bool) -> Columns:
+def _columns(part: Any, source: str, task: TaskName, options: DataOptions, optional: bool) -> Columns:
+    text, label, image = options.text_column, options.label_column, options.image_column
     datasets = _library()
     features: Mapping[str, Any] = part.features
     found = f"the columns are {_described(features)}"
@@ -395,9 +428,9 @@ def _labels(parts: dict[str, Any], column: str, source: str) -> Labels:
         names = tuple(sorted(values))
         numbers = {name: number for number, name in enumerate(names)}
     elif all(isinstance(value, (int, np.integer)) for value in values) and min(values) >= 0:
-        names, numbers = (), {number: number for number in range(max(map(int, values)) + 1)}
+        names, numbers = (), {int(number): int(number) for number in values}
     else:
-        shown = _listed([str(value) for value in values[:4]])
+        shown = listing([str(value) for value in values[:4]])
         raise DataError(
             f"{source}: the label column {column!r} holds {shown}; a class is a text or a number from 0, "
             "and scores (regression) are not a task here"
@@ -409,13 +442,21 @@ def _labels(parts: dict[str, Any], column: str, source: str) -> Labels:
         if name == "test" and unknown in ([-1], [None]):
             del parts["test"]
         elif not names and all(isinstance(value, (int, np.integer)) and value >= 0 for value in unknown):
-            numbers |= {number: number for number in range(max(map(int, unknown), default=-1) + 1)}
+            numbers |= {int(number): int(number) for number in unknown}
         elif unknown:
             raise DataError(
                 f"{source}: the label column {column!r} holds {unknown[0]!r} in the {name} part, "
                 "which is no class of the training part"
             )
-    return Labels(names, len(numbers), numbers)
+    count = len(numbers)
+    if not names:
+        count = max(numbers) + 1
+    if count > _MOST_CLASSES:
+        raise DataError(
+            f"{source}: the label column {column!r} holds {count - 1}; a number is the model's number of a class, from "
+            "0: number the classes anew, or write their names"
+        )
+    return Labels(names, count, numbers)
 
 
 def _check_columns(part: Any, source: str, columns: Columns) -> None:
@@ -437,8 +478,4 @@ def _described(features: Mapping[str, Any]) -> str:
     def kind(feature: Any) -> str:
         return str(getattr(feature, "dtype", None) or type(feature).__name__).replace("large_string", "string")
 
-    return _listed([f"{name} ({kind(feature)})" for name, feature in features.items()]) or "none"
-
-
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return listing([f"{name} ({kind(feature)})" for name, feature in features.items()])

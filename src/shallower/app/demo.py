@@ -1,6 +1,6 @@
 """`shallower demo`: two small networks on scikit-learn's digits, each squeezed in two ways, saved and checked.
 
-Once without training, from a few hundred pictures, and once by training until layers merge.
+Once without training, from some hundred pictures, and once by training until layers merge.
 
 python -m shallower.demo demo-out       # loads what was saved and compares its answers, bit for bit
 """
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from shallower.app.batching import Batches
-from shallower.app.compression import MethodRun, Result, Settings, compress, verdict_table
+from shallower.app.compression import MethodRun, Result, Work, compress
 from shallower.app.jobs import numbers_of, write
 from shallower.app.models import LoadedModel
+from shallower.app.results import verdict_table
 from shallower.app.runs.layer_collapse import LayerCollapseRun
 from shallower.app.runs.squeeze import SqueezeRun
 from shallower.app.tasks import Classification
@@ -34,6 +35,7 @@ from shallower.saving.checkpoint import load
 from shallower.training import Recipe, train
 
 CLASSES = 10
+SAMPLES = 768
 WAYS = ("squeezed", "collapsed")
 """What is done with each network: without training, and with."""
 
@@ -161,7 +163,8 @@ def digits(seed: int = 0, batch_size: int = 64) -> Batches:
         TensorDataset(pictures[part], labels[part]) for part in (order[600:], order[:300], order[300:600])
     )
     shuffled = DataLoader(train_part, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
-    return Batches(shuffled, DataLoader(validation, 300), DataLoader(test, 300), validation.tensors[0][:128])
+    example = validation.tensors[0][:128]
+    return Batches(shuffled, DataLoader(validation, 300), DataLoader(test, 300), example, seed)
 
 
 def run(output: Path, *, seed: int = 0, quick: bool = False) -> str:
@@ -187,17 +190,16 @@ def run(output: Path, *, seed: int = 0, quick: bool = False) -> str:
         )
         train(model, batches.train, task.loss, dense, label=f"{name}: training", cpu=True)
         target = Target.parse(contestant.target)
-        runs: tuple[MethodRun, ...] = (SqueezeRun(samples=768), LayerCollapseRun())
+        runs: tuple[MethodRun, ...] = (SqueezeRun(samples=SAMPLES), LayerCollapseRun())
         for method, way in zip(runs, WAYS, strict=True):
             print(f"{name}: {way} to {target}", file=sys.stderr)
             started = time.perf_counter()
-            result = compress(model, batches, task, Settings(target, method, trained), cpu=True)
+            result = compress(Work(model, batches, task, target, trained, cpu=True), method)
             options = {"model": name, "data": "digits", "method": method.name, "target": str(target), "seed": seed}
-            counts = {part: len(loader.dataset) for part, loader in batches.parts.items()}  # type: ignore[arg-type]
-            numbers = numbers_of(result, options, counts, batches.example, seconds=time.perf_counter() - started)
-            write(result.model, output / f"{name}-{way}", LoadedModel(model, ""), result.made.plan, numbers)
+            numbers = numbers_of(result, options, batches, seconds=time.perf_counter() - started)
+            write(result.model, output / f"{name}-{way}", LoadedModel(model, ""), result.outcome.plan, numbers)
             _keep_answers(result, batches, output / f"{name}-{way}-{ANSWERS}")
-            found = result.verdict.rows(task, name, result.made.note)
+            found = result.verdict.rows(task.quality, name, result.outcome.note)
             rows += found if way == WAYS[0] else found[1:]
     command = [sys.executable, "-m", "shallower.app.demo", str(output)]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}

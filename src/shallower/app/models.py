@@ -13,8 +13,9 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,9 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shallower.app.tasks import TaskName
+from shallower.app.failures import one_line
+from shallower.app.options import HUB_NAME, TaskName
+from shallower.core.failures import sentence
 from shallower.core.inputs import Inputs
 from shallower.errors import ModelError, ShallowerError
+from shallower.saving.checkpoint import load, read_source
 from shallower.saving.description import DESCRIPTION
 from shallower.saving.sources import (
     first_line,
@@ -38,9 +42,7 @@ from shallower.saving.sources import (
 )
 from shallower.saving.vision import import_torchvision
 
-"""The file that tells a directory written by `save`."""
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\?.*)?")
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _AUTO_CLASSES: Mapping[TaskName, str] = {
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
@@ -58,13 +60,22 @@ class LoadedModel:
         model: in eval mode.
         source: how `save` may say what it is; "" where nothing can rebuild it (a factory).
         processor: its tokenizer or image processor, from Transformers; None where there is none.
+        no_processor: why there is none, where its files are there and cannot be read.
         example: inputs that a factory gave along with the model.
+        dtype: what the model's weights are saved in, where it computes in a wider type.
     """
 
     model: nn.Module
     source: str
     processor: Any | None = None
     example: Inputs | None = None
+    no_processor: str = ""
+    dtype: torch.dtype = field(default=torch.float32, init=False)
+
+    def __post_init__(self) -> None:
+        """Keep the type of the weights as they were read."""
+        floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        object.__setattr__(self, "dtype", next(floating, torch.float32))
 
     def make_example_inputs(self, *, batch: int = 1, length: int = 32, seed: int = 0) -> Inputs:
         """Random inputs that fit the model.
@@ -133,7 +144,7 @@ def load_model(
         return LoadedModel(model.eval(), f"{library}:{format_options(name, options)}")
     if _FACTORY.fullmatch(spec):
         return _factory(spec)
-    if _HUB_NAME.fullmatch(spec):
+    if HUB_NAME.fullmatch(spec):
         return _transformers(spec, task, num_labels, pretrained)
     raise ModelError(
         f"{spec}: no such directory, and not a model name either: give a Transformers directory or hub name, "
@@ -161,19 +172,36 @@ def _torchvision_size(description: str) -> tuple[int, int, int]:
 def _factory(spec: str) -> LoadedModel:
     path, options = parse_options(spec)
     package, _, name = path.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        factory = getattr(importlib.import_module(package), name)
-        made = factory(**options)
+        with _importable(str(Path.cwd())):
+            factory = getattr(importlib.import_module(package), name)
+            made = factory(**options)
     except ShallowerError:
         raise
+    except SystemExit as error:
+        raise ModelError(f"{spec}: the factory ended the program: sys.exit({error.code!r})") from error
     except Exception as error:
-        raise ModelError(f"{spec}: {first_line(error)}") from error
-    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+        raise ModelError(f"{spec}: {one_line(error)}") from error
+    model, example = made, None
+    if isinstance(made, tuple) and len(made) == 2:
+        model, example = made
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec}: returned a {type(model).__name__}, not a torch.nn.Module")
     return LoadedModel(model.eval(), source_of(model), None, example)
+
+
+@contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """Meanwhile modules of `folder` can be imported."""
+    if "" in sys.path or folder in sys.path:
+        yield
+        return
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            sys.path.remove(folder)
 
 
 def _transformers(spec: str, task: TaskName | None, num_labels: int | None, pretrained: bool) -> LoadedModel:
@@ -195,14 +223,14 @@ def _transformers(spec: str, task: TaskName | None, num_labels: int | None, pret
     except Exception as error:
         known = "" if local else "; there is no such directory, and the hub does not have it or cannot be reached"
         raise ModelError(f"{spec}: {first_line(error)}{known}") from error
-    processor = _processor(library, spec, model, where)
+    processor, no_processor = _processor(library, spec, model, where)
     if task == "text-classification" and processor is not None:
         # GPT-like models have no padding token, and cannot tell a row's last token without one.
         if processor.pad_token is None:
             processor.pad_token = processor.eos_token
         if model.config.pad_token_id is None:
             model.config.pad_token_id = processor.pad_token_id
-    return LoadedModel(model.eval(), source_of(model), processor)
+    return LoadedModel(model.eval(), source_of(model), processor, no_processor=no_processor)
 
 
 def _architecture(library: ModuleType, task: TaskName | None, config: Any) -> Any:
@@ -215,29 +243,29 @@ def _architecture(library: ModuleType, task: TaskName | None, config: Any) -> An
     return library.AutoModel
 
 
-def _processor(library: ModuleType, spec: str, model: Any, where: Mapping[str, Any]) -> Any | None:
-    """The tokenizer or image processor that lies beside the weights, or None."""
-    images = model.main_input_name == "pixel_values"
-    auto = library.AutoImageProcessor if images else library.AutoTokenizer
-    if Path(spec).is_dir():
-        beside = ("preprocessor_config.json", "processor_config.json") if images else ("tokenizer_config.json",)
-        if not any((Path(spec) / name).exists() for name in (*beside, *(() if images else ("tokenizer.json",)))):
-            return None
+def _processor(library: ModuleType, spec: str, model: Any, where: Mapping[str, Any]) -> tuple[Any | None, str]:
+    """The tokenizer or image processor that lies beside the weights; or None, and why it cannot be read."""
+    auto, names = library.AutoTokenizer, ("tokenizer_config.json", "tokenizer.json")
+    if model.main_input_name == "pixel_values":
+        auto, names = library.AutoImageProcessor, ("preprocessor_config.json", "processor_config.json")
+    local = Path(spec).is_dir()
+    if local and not any((Path(spec) / name).exists() for name in names):
+        return None, ""
     try:
-        return auto.from_pretrained(spec, **where)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
+        return auto.from_pretrained(spec, **where), ""
+    except Exception as error:
+        if not local and isinstance(error, OSError):
+            return None, ""
+        return None, f"{spec}: {names[0]} and what belongs to it cannot be read: {sentence(error)}"
 
 
 def _saved(path: Path) -> LoadedModel:
-    from shallower.saving.checkpoint import load, read_source
-
-    model = load(path)
-    source = read_source(path)
+    model, source = load(path), read_source(path)
     if not source.startswith("transformers:"):
         return LoadedModel(model, source)
     where = {"trust_remote_code": False, "local_files_only": True}
-    return LoadedModel(model, source, _processor(import_transformers(), str(path), model, where))
+    processor, no_processor = _processor(import_transformers(), str(path), model, where)
+    return LoadedModel(model, source, processor, no_processor=no_processor)
 
 
 def _transformers_inputs(model: Any, batch: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:

@@ -7,22 +7,22 @@ smaller model can still be judged by its likeness to the original (`Likeness`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shallower.core.inputs import call, default_inputs_of, model_device, tensors, to_device
-from shallower.errors import DataError, ModelError
-
-TaskName = Literal[
-    "text-classification", "image-classification", "causal-lm", "feature-extraction", "image-feature-extraction"
-]
-TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
+from shallower.app.failures import one_line
+from shallower.app.options import TASK_NAMES
+from shallower.app.quality import shown
+from shallower.core.inputs import Inputs, call, default_inputs_of, model_device
+from shallower.core.modes import evaluating
+from shallower.core.text import listing
+from shallower.core.trees import tensors, to_device
+from shallower.errors import DataError, ForwardError, ModelError
 
 IGNORED = -100
 """The label of a position that counts for nothing."""
@@ -57,11 +57,10 @@ class Classification:
         logits, labels = _answer(model, batch)
         return F.cross_entropy(logits.float(), labels)
 
-    @torch.no_grad()
     def score(self, model: nn.Module, batches: Iterable[Any], *, label: str = "") -> float:
         """The part of the inputs, 0 to 1, whose largest logit is that of the label."""
         right = rows = 0
-        with _evaluating(model):
+        with evaluating(model):
             for batch in _progress(batches, label):
                 logits, labels = _answer(model, batch)
                 right += int((logits.argmax(-1) == labels).sum())
@@ -72,7 +71,7 @@ class Classification:
 
     def show(self, score: float) -> str:
         """93.40 %."""
-        return f"{score * 100:.2f} %"
+        return shown(self.quality, score)
 
     def score_of(self, quality: float) -> float:
         """The accuracy itself, 0 to 1.
@@ -95,11 +94,10 @@ class LanguageModelling:
         total, tokens = self._token_losses(model, batch)
         return total / tokens.clamp(min=1)
 
-    @torch.no_grad()
     def score(self, model: nn.Module, batches: Iterable[Any], *, label: str = "") -> float:
         """Minus the summed loss of all tokens over their number."""
         total, tokens = 0.0, 0
-        with _evaluating(model):
+        with evaluating(model):
             for batch in _progress(batches, label):
                 losses, count = self._token_losses(model, batch)
                 total += float(losses)
@@ -110,7 +108,7 @@ class LanguageModelling:
 
     def show(self, score: float) -> str:
         """exp(-score), the perplexity."""
-        return f"{math.exp(min(-score, 700.0)):.4g}"
+        return shown(self.quality, score)
 
     def score_of(self, quality: float) -> float:
         """Minus the logarithm of a perplexity.
@@ -153,7 +151,7 @@ class Likeness:
         return Likeness(self.features, original)
 
     def loss(self, _model: nn.Module, _batch: Any) -> Tensor:
-        """None.
+        """Not available.
 
         Raises:
             DataError: always: without labels there is nothing to train on.
@@ -163,7 +161,6 @@ class Likeness:
             "training (--method squeeze)"
         )
 
-    @torch.no_grad()
     def score(self, model: nn.Module, batches: Iterable[Any], *, label: str = "") -> float:
         """1 where the models answer alike on all batches.
 
@@ -172,7 +169,7 @@ class Likeness:
         """
         original = model if self.original is None else self.original
         pairs = []
-        with _evaluating(model), _evaluating(original):
+        with evaluating(model), evaluating(original):
             for batch in _progress(batches, label):
                 pairs.append((self._answer(original, batch), self._answer(model, batch)))
         if not pairs:
@@ -185,7 +182,7 @@ class Likeness:
 
     def show(self, score: float) -> str:
         """98.50 %, or a cosine of 0.9850."""
-        return f"{score:.4f}" if self.features else f"{score * 100:.2f} %"
+        return shown(self.quality, score)
 
     def score_of(self, quality: float) -> float:
         """The agreement or the cosine itself.
@@ -273,21 +270,43 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
+def first_output(model: nn.Module, inputs: Inputs) -> Any:
+    """What a model returns for its first batch. It is the user's code that runs here, and nothing is known of it.
+
+    Raises:
+        ModelError: the model fails on these inputs, or returns numbers that are not finite.
+    """
+    try:
+        with evaluating(model):
+            output = call(model, to_device(inputs, model_device(model)))
+    except (ForwardError, SystemExit) as error:
+        cause = error.__cause__ or error
+        shapes = listing(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors(inputs))
+        raise ModelError(f"the model does not run on the data ({shapes}): {one_line(cause)}") from error
+    if not all(bool(part.isfinite().all()) for part in tensors(output)):
+        raise ModelError("the model returns numbers that are not finite (NaN or inf) for the data")
+    return output
+
+
+def class_count(output: Any) -> int:
+    """How many classes the logits in an output are of.
+
+    Raises:
+        ModelError: they have not one row for each input.
+    """
+    logits = logits_of(output)
+    if logits.dim() != 2:
+        raise ModelError(
+            f"the model returns a tensor of shape {tuple(logits.shape)}, and classes need one row of logits for each "
+            "input: (rows, classes)"
+        )
+    return logits.shape[1]
+
+
 def _answer(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     device = model_device(model)
     inputs, labels = default_inputs_of(batch), labels_of(batch)
     return logits_of(call(model, to_device(inputs, device))), labels.to(device)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _progress(batches: Iterable[Any], label: str) -> Iterable[Any]:

@@ -20,7 +20,7 @@ def test_a_result_gets_a_card_with_its_numbers(tmp_path: Path) -> None:
     assert "| accuracy | 90.00 % | 88.00 % |" in text
     assert "| parameters | 1K | 600 |" in text
     assert "`models/tiny-bert` made smaller by calibrated squeezing" in text
-    assert "On 300 test rows" in text
+    assert "Measured on 300 test rows" in text
     assert "sh.load('small'" in text
 
 

@@ -5,7 +5,7 @@
 `data.py` is what the page says, `charts.py` its plots, `page.py` puts them into page.html.
 """
 
-from shallower.app.report.data import Point, Report, SiteRow, read_report
-from shallower.app.report.page import NAME, render, write_report
+from shallower.app.report.data import Report, read_report
+from shallower.app.report.page import PAGE, render, write_report
 
-__all__ = ["NAME", "Point", "Report", "SiteRow", "read_report", "render", "write_report"]
+__all__ = ["PAGE", "Report", "read_report", "render", "write_report"]

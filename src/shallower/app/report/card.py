@@ -8,17 +8,17 @@ The front matter is what model hubs read; the numbers are those of result.json.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
-from shallower.app.report.data import METHODS, RESULT, Report, read_report, source_of
-from shallower.app.report.page import summary, usage
+from shallower.app import quality as qualities
+from shallower.app.options import HUB_NAME
+from shallower.app.report.data import Report, read_report, source_of
+from shallower.app.report.page import summary, title, usage
+from shallower.app.results import RESULT
 from shallower.core.files import write_text
 from shallower.core.text import amount
 from shallower.errors import ReportError
 from shallower.saving.card import NAME, plain_card
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def write_card(directory: str | Path, *, at: str | Path | None = None) -> Path:
@@ -46,26 +46,31 @@ def write_card(directory: str | Path, *, at: str | Path | None = None) -> Path:
 
 def card(report: Report) -> str:
     """The card of a result with numbers."""
-    before, after = report.before, report.after
-    method = METHODS.get(report.method, report.method)
+    before, after, record = report.before, report.after, report.record
     rows = [
-        (report.quality, report.told(before.score), report.told(after.score)),
+        (report.quality, report.shown(before.score), report.shown(after.score)),
         ("parameters", amount(before.params), amount(after.params)),
         ("MACs", amount(before.macs), amount(after.macs)),
         ("memory", f"{amount(before.memory)}B", f"{amount(after.memory)}B"),
     ]
     if before.latency is not None and after.latency is not None:
-        rows.append(("latency", f"{before.latency * 1e3:.3g} ms", f"{after.latency * 1e3:.3g} ms"))
+        rows.append(("latency", qualities.seconds(before.latency), qualities.seconds(after.latency)))
     table = "\n".join(f"| {name} | {old} | {new} |" for name, old, new in rows)
     measured = "\n".join(f"- {what}: {how}" for what, how in report.measured)
     code = "\n\n".join(f"{s.title}:\n\n```{s.language}\n{s.code}\n```" for s in usage(report))
-    name = Path(report.model.partition("?")[0]).name
-    made_from = name if Path(report.model).expanduser().exists() else report.model
-    notes = "".join(f"\n> {warning}\n" for warning in report.warnings)
+    if report.not_stock:
+        code += f"\n\nTransformers alone does not load it (`from_pretrained`): {report.not_stock}"
+    made_from = record.model
+    if Path(record.model).expanduser().exists():
+        made_from = Path(record.model.partition("?")[0]).name
+    target = ""
+    if record.target:
+        target = f" (target `{record.target}`)"
+    notes = "".join(f"\n> {warning}\n" for warning in record.warnings)
     return f"""{_front_matter(report)}
-# {name}, squeezed
+# {title(report)}
 
-`{made_from}` made smaller by {method}{f" (target `{report.target}`)" if report.target else ""}. {summary(report)}
+`{made_from}` made smaller by {report.method}{target}. {summary(report)}
 {notes}
 | | before | after |
 |---|---:|---:|
@@ -79,18 +84,25 @@ def card(report: Report) -> str:
 
 {measured}
 
-The whole story is in `report.html`, the plan in `plan.json`, all numbers in `result.json`.
+The report is `report.html`, the plan `plan.json`; all numbers are in `result.json`.
 """
 
 
 def _front_matter(report: Report) -> str:
-    lines = [f"library_name: {'transformers' if report.stock else 'shallower'}"]
-    local = Path(report.model).expanduser().exists()
-    if not local and _HUB_NAME.fullmatch(report.model):
-        lines.append(f"base_model: {json.dumps(report.model)}")
-    if _HUB_NAME.fullmatch(report.data) and not Path(report.data).expanduser().exists():
-        lines += ["datasets:", f"- {json.dumps(report.data)}"]
+    library, record = "shallower", report.record
+    if report.stock:
+        library = "transformers"
+    lines = [f"library_name: {library}"]
+    if _is_on_hub(record.model):
+        lines.append(f"base_model: {json.dumps(record.model)}")
+    if _is_on_hub(record.data):
+        lines += ["datasets:", f"- {json.dumps(record.data)}"]
     lines += ["tags:", "- shallower", "- compressed"]
-    if report.method:
-        lines.append(f"- {json.dumps(report.method)}")
+    if record.method:
+        lines.append(f"- {json.dumps(record.method)}")
     return "\n".join(["---", *lines, "---"])
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether a name is one of a hub, not of a folder here."""
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).expanduser().exists()

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from shallower.app.report.data import Report, SiteRow
-
-UNITS = ("params", "macs", "memory", "latency")
+from shallower.app import quality as qualities
+from shallower.app.report.data import Report
+from shallower.app.results import SiteRow
 
 _AXIS = {
     "domain": False,
@@ -57,8 +57,11 @@ def _library() -> str:
 
 def curve(report: Report, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Quality against cost. The parameters `cost`, `budget` and `shown` (index of a point) are set by the page."""
-    better = "lower is better" if report.lower_is_better else "higher is better"
-    unit = " %" if report.percent else ""
+    better, unit = "higher is better", ""
+    if qualities.lower_is_better(report.quality):
+        better = "lower is better"
+    if report.quality in qualities.PERCENT:
+        unit = " %"
     y = {
         "field": "quality",
         "type": "quantitative",
@@ -135,23 +138,18 @@ def curve(report: Report, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def sites(rows: Sequence[SiteRow]) -> dict[str, Any]:
     """For every site the parts of its channels that met each fate, and its error."""
-    names = short_names([row.name for row in rows])
-    values = [
-        {
-            "site": f"{i}|{short}",
-            "fate": fate,
-            "order": order,
-            "share": count / max(1, row.kept + row.linear + row.dropped),
-            "told": f"{row.name}: {count:,} of {row.width:,} channels {fate}; {becomes(row)}",
-        }
-        for i, (row, short) in enumerate(zip(rows, names, strict=True))
-        for order, (fate, count) in enumerate(fates(row))
-        if count
-    ]
-    marks = [
-        {"site": f"{i}|{short}", "note": becomes(row) + ("" if row.error is None else f", error {row.error:.2%}")}
-        for i, (row, short) in enumerate(zip(rows, names, strict=True))
-    ]
+    values, marks = [], []
+    for i, (row, short) in enumerate(zip(rows, short_names([row.name for row in rows]), strict=True)):
+        site = f"{i}|{short}"
+        note = becomes(row)
+        for order, (fate, count) in enumerate(fates(row)):
+            if count:
+                share = count / max(1, row.kept + row.linear + row.dropped)
+                told = f"{row.name}: {count:,} of {row.width:,} channels {fate}; {note}"
+                values.append({"site": site, "fate": fate, "order": order, "share": share, "told": told})
+        if row.error is not None:
+            note += f", error {row.error:.2%}"
+        marks.append({"site": site, "note": note})
     y = {
         "field": "site",
         "type": "nominal",
@@ -215,7 +213,9 @@ def fates(row: SiteRow) -> tuple[tuple[str, int], ...]:
 
 def becomes(row: SiteRow) -> str:
     """The form of a site in words."""
-    noun = "heads" if row.kind == "heads" else "channels"
+    noun = "channels"
+    if row.kind == "heads":
+        noun = "heads"
     words = {
         "merged": "one linear map",
         "pair": "two linear maps, nothing between",

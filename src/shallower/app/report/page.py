@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,13 +13,24 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from shallower.app import quality as qualities
 from shallower.app.report import charts
-from shallower.app.report.data import METHODS, Point, Report, read_report
+from shallower.app.report.data import Report, read_report
+from shallower.app.results import Measured, SiteRow
 from shallower.core.files import write_text
 from shallower.core.text import amount
 from shallower.errors import ReportError
 
-NAME = "report.html"
+PAGE = "report.html"
+
+_UNITS = {"params": "parameters", "macs": "MACs", "memory": "memory", "latency": "latency"}
+_NOUNS = (("params", "parameters"), ("macs", "MACs"), ("memory", ""), ("latency", ""))
+
+_FASTER = 1.005
+"""Below this speed-up a model is no faster."""
+
+_LEAST = 1e-12
+"""In the place of a cost of nothing, to divide by."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,10 @@ def write_report(directory: str | Path, report: Report | None = None, *, at: str
         ReportError: a file is missing or damaged, or the page cannot be written.
     """
     directory = Path(directory).expanduser()
-    page = directory / NAME
-    write_text(page, render(read_report(directory, at=at) if report is None else report), error=ReportError)
+    if report is None:
+        report = read_report(directory, at=at)
+    page = directory / PAGE
+    write_text(page, render(report), error=ReportError)
     return page
 
 
@@ -56,51 +70,67 @@ def render(report: Report) -> str:
     """The page. Without the package that carries Vega it has tables in the place of plots, and says so."""
     points = _points(report)
     rows = report.sites
-    library = charts.library() if points or rows else None
+    library = None
+    if points or rows:
+        library = charts.library()
     data: dict[str, Any] = {"directory": report.directory, "command": report.command}
     if points:
         data["points"] = points
     if library is not None:
-        data["curve"] = charts.curve(report, points) if points else None
-        data["sites"] = charts.sites(rows) if rows else None
-    units = [(unit, name) for unit, name in _UNITS.items() if not points or all(p[unit] is not None for p in points)]
+        data |= _plots(report, points)
+    units = [(unit, name) for unit, name in _UNITS.items() if all(point[unit] is not None for point in points)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(_file("page.html")).render(
         report=report,
-        title=f"{_short(report.model)}, squeezed",
+        record=report.record,
+        title=title(report),
         summary=summary(report),
-        method=METHODS.get(report.method, report.method),
         cards=_cards(report),
         units=units,
-        points=[
-            {
-                "index": p["index"],
-                "label": p["label"],
-                "score": report.told(p["score"]),
-                "costs": {unit: _cost(unit, p[unit]) for unit, _ in units},
-            }
-            for p in points
-        ],
+        points=[_point_row(report, point, units) for point in points],
         where=_where(report),
-        rows=[
-            {
-                "site": site,
-                "becomes": charts.becomes(site),
-                "costs": [amount(cost) for cost in (*site.params, *site.macs)],
-                "error": "" if site.error is None else f"{site.error:.2%}",
-            }
-            for site in rows
-        ],
+        rows=list(map(_site_row, rows)),
         errors=any(site.error is not None for site in rows),
         notes=any(site.note for site in rows),
         curve_text=f"{report.quality} of {len(points)} models against their cost; all numbers are in the table below",
         sites_text=f"the fates of the channels of {len(rows)} sites; all numbers are in the table below",
         usage=usage(report),
-        library=None if library is None else Markup(library),
+        library=library and Markup(library),
         style=Markup(_file("page.css")),
         script=Markup(_file("page.js")),
         data=Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c")),
     )
+
+
+def _plots(report: Report, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The specifications of those plots for which there is data."""
+    plots: dict[str, Any] = {"curve": None, "sites": None}
+    if points:
+        plots["curve"] = charts.curve(report, points)
+    if report.sites:
+        plots["sites"] = charts.sites(report.sites)
+    return plots
+
+
+def _point_row(report: Report, point: dict[str, Any], units: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    costs = {unit: _cost(unit, point[unit]) for unit, _ in units}
+    return {"index": point["index"], "label": point["label"], "score": report.shown(point["score"]), "costs": costs}
+
+
+def _site_row(site: SiteRow) -> dict[str, Any]:
+    error = ""
+    if site.error is not None:
+        error = f"{site.error:.2%}"
+    costs = list(map(amount, (*site.params, *site.macs)))
+    return {"site": site, "becomes": charts.becomes(site), "costs": costs, "error": error}
+
+
+def title(report: Report) -> str:
+    """What the result is called: "resnet18, by LayerCollapse"."""
+    name = _short(report.record.model)
+    if not report.method:
+        return f"{name}, smaller"
+    return f"{name}, by {report.method}"
 
 
 def summary(report: Report) -> str:
@@ -111,9 +141,11 @@ def summary(report: Report) -> str:
         f"{after.macs / max(1, before.macs):.0%} of the MACs",
     ]
     if report.speedup is not None:
-        parts.append(f"{report.speedup:.2f} times as fast" if report.speedup >= 1.005 else "no faster")
+        parts.append("no faster")
+        if report.speedup >= _FASTER:
+            parts[-1] = f"{report.speedup:.2f} times as fast"
     return (
-        f"{', '.join(parts)}; {report.quality} {report.told(after.score)}, was {report.told(before.score)} "
+        f"{', '.join(parts)}; {report.quality} {report.shown(after.score)}, was {report.shown(before.score)} "
         f"({report.difference()})."
     )
 
@@ -121,37 +153,39 @@ def summary(report: Report) -> str:
 def usage(report: Report) -> list[Snippet]:
     """How to use the result: code to copy."""
     where = report.directory
-    again = "" if report.source.partition(":")[0] in ("timm", "torchvision", "transformers") else ", model=make_model()"
-    hint = "" if not again else "# make_model: a fresh instance of the original,\n# whatever its weights\n"
+    again, hint = "", ""
+    if report.again:
+        again = ", model=make_model()"
+        hint = "# make_model: a fresh instance of the original,\n# whatever its weights\n"
     load = f"import shallower as sh\n\n{hint}model = sh.load({where!r}{again})"
     snippets = [Snippet("Load it in Python", "python", load)]
     if report.stock:
         code = f"from transformers import {report.stock}\n\nmodel = {report.stock}.from_pretrained({where!r})"
         snippets.append(Snippet("Or without Shallower: it is a stock model", "python", code))
-    onnx = f"shallower export {_quoted(where)} model.onnx\nshallower bench {_quoted(where)}"
-    if not again:
+    if not report.again:
+        onnx = f"shallower export {shlex.quote(where)} model.onnx\nshallower bench {shlex.quote(where)}"
         snippets.append(Snippet("Run it without PyTorch, or time it on this machine", "sh", onnx))
     return snippets
-
-
-_UNITS = {"params": "parameters", "macs": "MACs", "memory": "memory", "latency": "latency"}
 
 
 def _cost(unit: str, value: float | None) -> str:
     if value is None:
         return ""
     if unit == "latency":
-        return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
-    return f"{amount(value)}B" if unit == "memory" else amount(value)
+        return qualities.seconds(value)
+    if unit == "memory":
+        return f"{amount(value)}B"
+    return amount(value)
 
 
 def _cards(report: Report) -> list[dict[str, Any]]:
+    """The numbers on top: the quality, and each cost that was measured."""
     before, after = report.before, report.after
     cards: list[dict[str, Any]] = [
         {
             "name": report.quality,
-            "after": report.told(after.score),
-            "before": report.told(before.score),
+            "after": report.shown(after.score),
+            "before": report.shown(before.score),
             "change": f"({report.difference()})",
             "share": None,
         }
@@ -160,19 +194,13 @@ def _cards(report: Report) -> list[dict[str, Any]]:
         old, new = getattr(before, unit), getattr(after, unit)
         if old is None or new is None:
             continue
-        share = new / old if old else 1.0
+        share = new / max(old, _LEAST)
         change = f"({share - 1:+.0%})"
         if unit == "latency" and report.speedup is not None:
             share, change = 1 / report.speedup, f"({report.speedup:.2f}x as fast)"
-        cards.append(
-            {
-                "name": name,
-                "after": _cost(unit, new),
-                "before": _cost(unit, old),
-                "change": change,
-                "share": round(100 * min(1.0, share), 1),
-            }
-        )
+        width = round(100 * min(1.0, share), 1)
+        costs = {"after": _cost(unit, new), "before": _cost(unit, old)}
+        cards.append({"name": name, "change": change, "share": width, **costs})
     return cards
 
 
@@ -180,79 +208,93 @@ def _points(report: Report) -> list[dict[str, Any]]:
     """The models of the curve, cheapest first, with the two of the report; nothing where there is no curve."""
     if not report.curve:
         return []
-
-    def same(a: Point, b: Point) -> bool:
-        return (a.params, a.macs) == (b.params, b.macs)
-
-    twins = {id(q): p for q in (report.before, report.after) for p in report.curve if same(p, q)}
-    others = [p for p in report.curve if not (same(p, report.before) or same(p, report.after) or p.chosen)]
-    kinds = [(report.before, "before"), *[(p, "") for p in others], (report.after, "chosen")]
-    if same(report.before, report.after):  # trained at all widths, and saved at the full one
+    before, after = report.before, report.after
+    kinds = [(before, "before"), (after, "chosen")]
+    if _same(before, after):  # trained at all widths, and saved at the full one
         kinds = kinds[1:]
+    for point in report.curve:
+        if not (_same(point, before) or _same(point, after) or point.chosen):
+            kinds.append((point, ""))
     kinds.sort(key=lambda pair: (pair[0].params, pair[0].macs))
-    points = []
-    for index, (point, kind) in enumerate(kinds):
-        twin = twins.get(id(point), point)
-        label = twin.label or point.label
-        name = {"before": "the model as it was", "chosen": f"{label} (saved)" if label != "saved" else "saved"}.get(
-            kind, label
-        )
-        costs = [f"{_cost(unit, getattr(point, unit))} {noun}".strip() for unit, noun in _NOUNS if getattr(point, unit)]
-        words = f"{report.quality} {report.told(point.score)}, {', '.join(costs)}"
-        points.append(
-            {
-                "index": index,
-                "kind": kind,
-                "label": name,
-                "score": point.score,
-                "rank": twin.rank,
-                "quality": report.shown(point.score),
-                **{unit: getattr(point, unit) for unit in _UNITS},
-                "words": words,
-                "told": f"{name}: {words}",
-            }
-        )
-    for point_ in points:
-        point_["front"] = {unit: _on_front(point_, points, unit) for unit in _UNITS}
+    points = [_point(report, index, point, kind) for index, (point, kind) in enumerate(kinds)]
+    for found in points:
+        found["front"] = {unit: _on_front(found, points, unit) for unit in _UNITS}
     return points
 
 
-_NOUNS = (("params", "parameters"), ("macs", "MACs"), ("memory", ""), ("latency", ""))
+def _same(a: Measured, b: Measured) -> bool:
+    return (a.params, a.macs) == (b.params, b.macs)
+
+
+def _point(report: Report, index: int, point: Measured, kind: str) -> dict[str, Any]:
+    """A point of the plot: its numbers, and what is said where it is shown."""
+    twin = point
+    if kind:
+        # One of the two of the report: the curve has its name and the score that it was chosen by.
+        twin = next((other for other in report.curve if _same(other, point)), point)
+    name = twin.label or point.label
+    if kind == "before":
+        name = "the model as it was"
+    elif kind == "chosen" and name != "saved":
+        name = f"{name} (saved)"
+    costs = [f"{_cost(unit, getattr(point, unit))} {noun}".strip() for unit, noun in _NOUNS if getattr(point, unit)]
+    words = f"{report.quality} {report.shown(point.score)}, {', '.join(costs)}"
+    return {
+        "index": index,
+        "kind": kind,
+        "label": name,
+        "score": point.score,
+        "rank": twin.rank,
+        "quality": qualities.number(report.quality, point.score),
+        **{unit: getattr(point, unit) for unit in _UNITS},
+        "words": words,
+        "told": f"{name}: {words}",
+    }
 
 
 def _on_front(point: dict[str, Any], points: Sequence[dict[str, Any]], unit: str) -> bool:
     """Whether no other model is better and as cheap."""
     if point[unit] is None:
         return False
-    cheap = [p for p in points if p[unit] is not None and p[unit] <= point[unit] and p is not point]
-    return all(p["score"] < point["score"] or (p["score"], p[unit]) == (point["score"], point[unit]) for p in cheap)
+    for other in points:
+        if other is point or other[unit] is None or other[unit] > point[unit]:
+            continue
+        equal = (other["score"], other[unit]) == (point["score"], point[unit])
+        if other["score"] >= point["score"] and not equal:
+            return False
+    return True
 
 
 def _where(report: Report) -> str:
     rows = report.sites
-    merged = sum(1 for row in rows if row.becomes in ("merged", "pair", "apart", "removed"))
-    narrow = sum(1 for row in rows if row.becomes in ("narrower", "partial"))
+    forms = [row.becomes for row in rows]
+    merged = sum(map(forms.count, ("merged", "pair", "apart", "removed")))
+    narrow = sum(map(forms.count, ("narrower", "partial")))
     parts = []
-    if merged:
-        parts.append(f"{merged} {'lost its' if merged == 1 else 'lost their'} activation")
+    if merged == 1:
+        parts.append("1 lost its activation")
+    elif merged:
+        parts.append(f"{merged} lost their activation")
     if narrow:
         parts.append(f"{narrow} became narrower")
-    saved = max((row.params[0] - row.params[1], row.name) for row in rows) if rows else (0, "")
-    most = f" Most was saved at {saved[1]}: {amount(saved[0])} parameters." if saved[0] > 0 and len(rows) > 1 else ""
-    places = "site" if len(rows) == 1 else "sites"
-    return f"{len(rows)} {places} in the network: {' and '.join(parts) or 'none changed'}.{most}"
+    text = f"{amount_of(len(rows), 'site')} in the network: {' and '.join(parts) or 'none changed'}."
+    if len(rows) > 1:
+        saved, name = max((row.params[0] - row.params[1], row.name) for row in rows)
+        if saved > 0:
+            text += f" Most was saved at {name}: {amount(saved)} parameters."
+    return text
+
+
+def amount_of(count: int, noun: str) -> str:
+    """A count with its noun: "1 site", "3 sites"."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}s"
 
 
 def _short(model: str) -> str:
     """A model's name without folders and options."""
-    name = model.partition("?")[0].rstrip("/")
-    return name.rsplit("/", 1)[-1] if "/" in name else name
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
+    return model.partition("?")[0].rstrip("/").rpartition("/")[-1]
 
 
 def _file(name: str) -> str:

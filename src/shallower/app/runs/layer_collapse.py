@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar, Literal
 
 from torch import nn
 
-from shallower.app.compression import Made, Work, cost_after, cost_of
+from shallower.app.compression import Outcome, Work, cost_after, cost_of
+from shallower.app.options import LayerCollapsing
 from shallower.core.inputs import Inputs
 from shallower.errors import SiteError, TargetError
 from shallower.finding.matching import find_sites
@@ -21,37 +21,20 @@ from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target, shortest_prefix
 from shallower.sites import Site, Sites
 from shallower.surgery.applying import apply
-from shallower.training import Checkpoint
 
-PROBE = 256
+SENSITIVITY_ROWS = 256
 """Rows of the training data on which the sensitivity of the sites is measured."""
-
-KEEP_EVERY = 200
-"""Steps of the training after which its state is kept."""
 
 _COUNTED: Mapping[str, Unit] = {"params": "params", "memory": "params", "macs": "macs", "latency": "macs"}
 """What has to become less for a target; either of the two for any other."""
 
 
 @dataclass(frozen=True)
-class LayerCollapseRun:
-    """LayerCollapse, with its options.
+class LayerCollapseRun(LayerCollapsing):
+    """LayerCollapse.
 
-    Attributes:
-        strength: of the penalty.
-        tolerance: how near to 1 a slope counts as linear.
-        order: which sites go first: those that change the model least, or the last.
-        stages: into how many stages the sites are divided.
+    compress(work, LayerCollapseRun(strength=1.0))
     """
-
-    strength: float = 0.5
-    tolerance: float = 0.05
-    order: Literal["sensitivity", "last-first"] = "sensitivity"
-    stages: int = 1
-
-    name: ClassVar[str] = "layer-collapse"
-    needs_labels: ClassVar[bool] = True
-    needs_target: ClassVar[bool] = True
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:
         """All sites but attention heads and activation places."""
@@ -71,42 +54,43 @@ class LayerCollapseRun:
             raise SiteError(f"there is no site that can collapse and pays{': ' if listed else ''}{listed}")
         return sites.only(chosen)
 
-    def preview(self, work: Work) -> Plan:
+    def preview(self, work: Work, sites: Sites) -> Plan:
         """The collapse of the sites that would be chosen; for a `drop` target, of all."""
-        return Plan(tuple(Entry.collapse(site) for site in self._choose(work)), method=self.name)
+        return Plan(tuple(Entry.collapse(site) for site in self._choose(work, sites)), method=self.name)
 
-    def make(self, work: Work) -> Made:
+    def make(self, work: Work, sites: Sites) -> Outcome:
         """Choose the sites, train them linear, and merge.
 
         Raises:
             TargetError: no site came near enough to linear, or the first one took the score under the floor.
         """
         model = work.model
-        chosen = self._choose(work)
+        chosen = self._choose(work, sites)
+        count, score = min(self.stages, len(chosen)), None
+        if work.target.unit == "drop":
+            count = len(chosen)
+        if work.floor is not None:
+            score = work.score
         method = LayerCollapse(model, chosen, self.strength, include="*")
         try:
             stages = method.fit(
                 work.batches.train,
                 work.task.loss,
                 work.recipe,
-                Stages(
-                    len(chosen) if work.target.unit == "drop" else min(self.stages, len(chosen)),
-                    order=chosen.names,
-                    tolerance=self.tolerance,
-                ),
-                score=None if work.floor is None else work.score,
+                Stages(count, order=chosen.names, tolerance=self.tolerance),
+                score=score,
                 floor=work.floor,
-                checkpoint=work.checkpoints and Checkpoint(work.checkpoints, KEEP_EVERY),
+                checkpoint=work.training(),
                 cpu=work.cpu,
             )
-            plan = method.plan(self.tolerance, batches=work.probe(PROBE))
+            plan = method.plan(self.tolerance, batches=work.sample(SENSITIVITY_ROWS))
             collapsed, advice = stages[-1].collapsed, _advice(work, stages)
             if not collapsed:
                 raise TargetError(f"no site could collapse: {advice}")
             small = apply(model, plan, work.example).eval()
         finally:
             method.detach()
-        return Made(
+        return Outcome(
             small,
             plan,
             f"{len(collapsed)} collapsed",
@@ -114,15 +98,15 @@ class LayerCollapseRun:
             details={"collapsed": list(collapsed), "stages": [asdict(stage) for stage in stages]},
         )
 
-    def _choose(self, work: Work) -> Sites:
+    def _choose(self, work: Work, sites: Sites) -> Sites:
         """As few sites as meet the target, in the order in which they shall collapse; for a `drop` target, all."""
-        model, sites, target = work.model, work.sites, work.target
+        model, target = work.model, work.target
         if self.order == "last-first":
             order = list(reversed(sites))
         else:
             method = LayerCollapse(model, sites, self.strength, include="*")
             try:
-                costs = method.sensitivity(work.probe(PROBE))
+                costs = method.sensitivity(work.sample(SENSITIVITY_ROWS))
             finally:
                 method.detach()
             order = sorted(sites, key=lambda site: costs[site.name])

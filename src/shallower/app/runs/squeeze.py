@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shallower.app.compression import Made, Work
+from shallower.app.compression import Outcome, Work
+from shallower.app.options import Squeezing
 from shallower.calibrating.recalibration import recalibrate
 from shallower.calibrating.varying import varied
 from shallower.core.inputs import Inputs
@@ -30,28 +31,11 @@ FEWEST = 16
 
 
 @dataclass(frozen=True)
-class SqueezeRun:
-    """Squeezing by calibration, with its options.
+class SqueezeRun(Squeezing):
+    """Squeezing by calibration.
 
-    Attributes:
-        samples: rows of the training part to calibrate on.
-        uniform: keep the same share of every site, so that a stock class can express the result.
-        round_to: widths are multiples of this.
-        linear_path: let a linear map stand beside fewer kept channels where that pays.
-        vary: calibrate on rearranged text too, see `varying.py`: for few rows, and other text than theirs.
-        heal: passes of distillation from the original over the training part, afterwards.
+    compress(work, SqueezeRun(samples=256))
     """
-
-    samples: int = 512
-    uniform: bool = False
-    round_to: int = 1
-    linear_path: bool = False
-    vary: bool = False
-    heal: int = 0
-
-    name: ClassVar[str] = "squeeze"
-    needs_labels: ClassVar[bool] = False
-    needs_target: ClassVar[bool] = True
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:
         """All sites but attention heads and activation places."""
@@ -61,26 +45,26 @@ class SqueezeRun:
         """The sites whose channels can be kept one by one."""
         return narrowable(sites)
 
-    def preview(self, work: Work) -> Plan:
+    def preview(self, work: Work, sites: Sites) -> Plan:
         """The very plan."""
-        return self._plan(work, self._calibration(work))
+        return self._plan(work, sites, self._calibration(work))
 
-    def make(self, work: Work) -> Made:
+    def make(self, work: Work, sites: Sites) -> Outcome:
         """Calibrate, squeeze, measure BatchNorm again where that helps, and heal if asked to.
 
         Raises:
             DataError: there are too few rows to calibrate on.
         """
         calibration = self._calibration(work)
-        plan = self._plan(work, calibration)
+        plan = self._plan(work, sites, calibration)
         small = apply(work.model, plan, work.example).eval()
         small, recalibrated = _recalibrated(small, work, calibration)
-        details: dict[str, Any] = {"batchnorm_recalibrated": recalibrated}
+        details: dict[str, Any] = {"batchnorm_recalibrated": recalibrated, "calibrated": work.sample_size(self.samples)}
         if self.heal:
             details["healing"] = asdict(self._healed(small, work))
         healing = "" if self.heal else ", heal (--heal 1)"
         advice = f"ask for less{healing}, or calibrate on more (--samples, {self.samples} now)"
-        return Made(small, plan, "healed" if self.heal else "squeezed", advice, details=details)
+        return Outcome(small, plan, "healed" if self.heal else "squeezed", advice, details=details)
 
     def _healed(self, small: nn.Module, work: Work) -> History:
         from shallower.training.healing import Matching, heal
@@ -91,7 +75,7 @@ class SqueezeRun:
             work.batches.train,
             replace(work.recipe, epochs=self.heal),
             Matching(logits=work.logits),
-            checkpoint=work.checkpoints and work.checkpoints / "healing.safetensors",
+            checkpoint=work.kept("healing.safetensors"),
             cpu=work.cpu,
         )
 
@@ -99,10 +83,10 @@ class SqueezeRun:
         rows: Any = work.batches.train.dataset
         if len(rows) < FEWEST:
             raise DataError(f"{len(rows)} rows are too few to calibrate on; give a few hundred")
-        given = work.probe(self.samples)
+        given = work.sample(self.samples)
         return list(varied(given, seed=work.recipe.seed)) if self.vary else given
 
-    def _plan(self, work: Work, calibration: list[Any]) -> Plan:
+    def _plan(self, work: Work, sites: Sites, calibration: list[Any]) -> Plan:
         target, score = work.target, None
         if target.unit == "drop":
             assert work.floor is not None
@@ -112,13 +96,13 @@ class SqueezeRun:
         )
         return squeeze(
             work.model,
-            work.sites,
+            sites,
             calibration,
             target,
             score=score,
             uniform=self.uniform,
             example_inputs=work.example,
-            checkpoint=work.checkpoints and work.checkpoints / "squeeze",
+            checkpoint=work.kept("squeeze"),
             options=options,
         )
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from shallower.app.compression import Made, Work
+from shallower.app.compression import Outcome, Work
+from shallower.app.options import StructuralDropping
 from shallower.calibrating.recalibration import recalibrate
 from shallower.core.inputs import Inputs
 from shallower.errors import MethodError
@@ -26,32 +27,18 @@ from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
-from shallower.training import Checkpoint, train
+from shallower.training import train
 
-PROBE = 512
+NORM_ROWS = 512
 """Rows of the training data on which BatchNorm is measured at each width."""
-
-KEEP_EVERY = 200
-"""Steps of the training after which its state is kept."""
 
 
 @dataclass(frozen=True)
-class StructuralDropoutRun:
-    """Structural Dropout, with its options.
+class StructuralDropoutRun(StructuralDropping):
+    """Structural Dropout.
 
-    Attributes:
-        lower_bound: the smallest width, as a share of each site's.
-        points: of the curve.
-        heads: narrow attention heads, too.
+    compress(work, StructuralDropoutRun(points=4))
     """
-
-    lower_bound: str = "25%"
-    points: int = 8
-    heads: bool = False
-
-    name: ClassVar[str] = "structural-dropout"
-    needs_labels: ClassVar[bool] = True
-    needs_target: ClassVar[bool] = False
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:
         """All sites, with attention heads if asked for."""
@@ -61,16 +48,15 @@ class StructuralDropoutRun:
         """All of them; the method itself leaves out what cannot be narrowed."""
         return sites
 
-    def preview(self, work: Work) -> Plan:
+    def preview(self, work: Work, sites: Sites) -> Plan:
         """The smallest width that would be trained."""
-        method = self._method(detached_copy(work.model), work, sort=False)
+        method = self._method(detached_copy(work.model), work, sites, sort=None)
         return method.plan(self.lower_bound)
 
-    def make(self, work: Work) -> Made:
+    def make(self, work: Work, sites: Sites) -> Outcome:
         """Train, and measure the curve: choose on the rows to choose by, and report on the others."""
         model = work.model
-        path = work.checkpoints and work.checkpoints / "widths.safetensors"
-        method = self._method(model, work)
+        method = self._method(model, work, sites, sort="magnitude")
         try:
             history = train(
                 model,
@@ -78,12 +64,14 @@ class StructuralDropoutRun:
                 work.task.loss,
                 work.recipe,
                 method=method,
-                checkpoint=path and Checkpoint(path, KEEP_EVERY),
+                checkpoint=work.training("widths.safetensors"),
                 label="training all widths",
                 cpu=work.cpu,
             )
             model.eval()
-            rows = work.probe(PROBE) if any(isinstance(m, _BatchNorm) for m in model.modules()) else None
+            rows = None
+            if any(isinstance(module, _BatchNorm) for module in model.modules()):
+                rows = work.sample(NORM_ROWS)
             curve = method.curve(
                 work.score, points=self.points, recalibrate=rows, example_inputs=work.example, name=work.task.quality
             )
@@ -91,7 +79,9 @@ class StructuralDropoutRun:
             points, files = [], {}
             chosen = [p for p in curve if p is curve.full or p in curve.front().points]
             for number, point in enumerate(tqdm(chosen, desc="measuring the curve", disable=None)):
-                small = apply(full, method.plan(point), work.example).eval() if point is not curve.full else full
+                small = detached_copy(full)
+                if point is not curve.full:
+                    small = apply(full, method.plan(point), work.example).eval()
                 extra: dict[str, Any] = {}
                 if rows is not None:
                     recalibrate(small, rows)
@@ -102,11 +92,13 @@ class StructuralDropoutRun:
         finally:
             method.detach()
         details = {"widths": {site.name: site.width for site in method.sites}, "history": asdict(history)}
-        return Made(full, Plan((), method=self.name), "all widths", details=details, points=points, files=files)
+        return Outcome(full, Plan((), method=self.name), "all widths", details=details, points=points, files=files)
 
-    def _method(self, model: nn.Module, work: Work, sort: bool = True) -> StructuralDropout:
+    def _method(
+        self, model: nn.Module, work: Work, sites: Sites, sort: Literal["magnitude"] | None
+    ) -> StructuralDropout:
         options = DropoutOptions(lower_bound=self.lower_bound, seed=work.recipe.seed, logits=work.logits)
-        return StructuralDropout(model, work.sites, options, sort="magnitude" if sort else None)
+        return StructuralDropout(model, sites, options, sort=sort)
 
 
 def at_point(model: nn.Module, sites: Sites, point: Point, example: Inputs) -> tuple[nn.Module, Plan]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from torch import nn
 
-from shallower.app.compression import Made, Work, cost_of
+from shallower.app.compression import Outcome, Work, cost_of
+from shallower.app.options import TillLayersCollapsing
+from shallower.core.files import read_json, write_json
 from shallower.core.inputs import Inputs
-from shallower.errors import SiteError, TargetError
+from shallower.errors import CheckpointError, SiteError, TargetError
 from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import compare
 from shallower.methods.tlc.choosing import choose_forms
@@ -22,32 +23,19 @@ from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
-from shallower.training import Checkpoint
 
-PROBE = 256
+STATISTICS_ROWS = 256
 """Rows of the training data on which statistics are taken where no BatchNorm tells them."""
-
-KEEP_EVERY = 200
-"""Steps of the training after which its state is kept."""
 
 _TIMED = 10
 
 
 @dataclass(frozen=True)
-class TillLayersCollapseRun:
-    """TLC, with its options.
+class TillLayersCollapseRun(TillLayersCollapsing):
+    """TLC.
 
-    Attributes:
-        criterion: what tells which activation goes next.
-        per_round: how many go at a time; None: as many as leave the validation loss no higher, for a `drop` target.
+    compress(work, TillLayersCollapseRun(criterion="loss"))
     """
-
-    criterion: Literal["batchnorm", "loss", "entropy", "random"] = "batchnorm"
-    per_round: int | None = None
-
-    name: ClassVar[str] = "tlc"
-    needs_labels: ClassVar[bool] = True
-    needs_target: ClassVar[bool] = True
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:
         """All sites, and the activations outside of them."""
@@ -65,35 +53,39 @@ class TillLayersCollapseRun:
             raise SiteError(f"there is no activation that can be taken away: {'; '.join(reasons) or 'no site at all'}")
         return found
 
-    def preview(self, work: Work) -> Plan:
+    def preview(self, work: Work, sites: Sites) -> Plan:
         """The activations that would go now, without training in between."""
-        method = self._method(work)
+        method = self._method(work, sites)
         try:
             return self._one_shot(method, work)
         finally:
             method.detach()
 
-    def make(self, work: Work) -> Made:
+    def make(self, work: Work, sites: Sites) -> Outcome:
         """Take activations away round by round, merge what becomes cheaper so.
 
         Raises:
             TargetError: the first round already took the score under the floor.
         """
-        method = self._method(work)
+        method = self._method(work, sites)
         points = _Points(work)
-        drop = work.target.unit == "drop"
-        each = self.per_round or (None if drop else 1)
+        each, most, validation = self.per_round, None, None
+        if work.target.unit != "drop":
+            each = each or 1
+            most = -(-len(self._one_shot(method, work)) // each)
+        if self.criterion == "loss" or each is None:
+            validation = work.batches.validation
         try:
             rounds = method.fit(
                 work.batches.train,
                 work.task.loss,
                 work.recipe,
-                Pace(each, None if drop else -(-len(self._one_shot(method, work)) // (each or 1))),
-                validation=work.batches.validation if self.criterion == "loss" or each is None else None,
+                Pace(each, most),
+                validation=validation,
                 score=work.score,
                 floor=work.floor,
                 on_round=lambda round_: points.add(round_, method),
-                checkpoint=work.checkpoints and Checkpoint(work.checkpoints, KEEP_EVERY),
+                checkpoint=work.training(),
                 cpu=work.cpu,
             )
             removed = method.linear
@@ -109,7 +101,7 @@ class TillLayersCollapseRun:
             small = apply(plain, plan, work.example).eval()
         finally:
             method.detach()
-        return Made(
+        return Outcome(
             small,
             plan,
             f"{len(removed)} removed",
@@ -118,9 +110,9 @@ class TillLayersCollapseRun:
             points=points.found,
         )
 
-    def _method(self, work: Work) -> TillLayersCollapse:
+    def _method(self, work: Work, sites: Sites) -> TillLayersCollapse:
         return TillLayersCollapse(
-            work.model, work.sites, criterion=self.criterion, batches=work.probe(PROBE), seed=work.recipe.seed
+            work.model, sites, criterion=self.criterion, batches=work.sample(STATISTICS_ROWS), seed=work.recipe.seed
         )
 
     def _one_shot(self, method: TillLayersCollapse, work: Work) -> Plan:
@@ -138,10 +130,10 @@ class _Points:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.path: Path | None = work.checkpoints and work.checkpoints / "points.json"
+        self.path: Path | None = work.kept("points.json")
         self.found: list[dict[str, Any]] = []
         if self.path is not None and self.path.exists():
-            self.found = json.loads(self.path.read_text())
+            self.found = list(read_json(self.path, error=CheckpointError))
 
     def add(self, round_: Round, method: TillLayersCollapse) -> None:
         plain = detached_copy(self.work.model).eval()
@@ -152,4 +144,4 @@ class _Points:
         point = {"label": f"{count} removed", "removed": count, "score": round_.score, **asdict(cost)}
         self.found.append({**point, "latency": times[""].latency})
         if self.path is not None:
-            self.path.write_text(json.dumps(self.found))
+            write_json(self.path, self.found, error=CheckpointError)
