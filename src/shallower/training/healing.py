@@ -8,10 +8,9 @@ No labels are needed. Either the outputs are compared, or what every site gives 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,9 @@ from shallower.calibrating.fisher import OutputOf, default_output_of
 from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, default_mask_of, model_device
 from shallower.core.modes import evaluating
 from shallower.core.outputs import are_logits
-from shallower.errors import MethodError, SiteError
+from shallower.core.trees import tensors
+from shallower.core.watching import recorded
+from shallower.errors import MethodError
 from shallower.modules.attachment import attached_places, detached_copy
 from shallower.sites import Sites
 from shallower.training.accelerating import placed
@@ -125,8 +126,6 @@ def heal(
         raise MethodError("small and dense are the same model: pass the one that surgery made, and the original")
     chosen = Matching() if matching is None else matching
     teacher = detached_copy(dense) if attached_places(dense) else dense
-    for model in (small, teacher):
-        _check_layers(model, chosen.names)
     with ExitStack() as stack:
 
         def distance(student: nn.Module, batch: Any) -> Tensor:
@@ -134,12 +133,12 @@ def heal(
             device = model_device(student)
             if model_device(teacher) != device:
                 stack.enter_context(placed(teacher, device))
-            with evaluating(teacher), recorded(teacher, chosen.names) as there:
+            with evaluating(teacher), recorded(teacher, chosen.names, inputs=False) as there:
                 wanted = call(teacher, inputs)
-            with recorded(small, chosen.names) as here:
+            with recorded(small, chosen.names, inputs=False, keep=_as_it_is) as here:
                 given = call(student, inputs)
             if chosen.names:
-                pairs = zip(_all(here), _all(there), strict=True)
+                pairs = zip(tensors(here.outputs), tensors(there.outputs), strict=True)
                 return torch.stack([relative_error(a, b, mask) for a, b in pairs]).mean()
             return _distance(given, wanted, mask, chosen)
 
@@ -157,30 +156,9 @@ def _distance(given: Any, wanted: Any, mask: Tensor | None, matching: Matching) 
     return relative_error(a, b, mask)
 
 
-@contextmanager
-def recorded(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """What the layers of these names return while the context lasts, call by call."""
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
-    with ExitStack() as hooks:
-        for name, outputs in found.items():
-
-            def keep(_module: nn.Module, _args: Any, output: Tensor, outputs: list[Tensor] = outputs) -> None:
-                outputs.append(output)
-
-            hooks.callback(model.get_submodule(name).register_forward_hook(keep).remove)
-        yield found
-
-
-def _all(found: Mapping[str, list[Tensor]]) -> Iterator[Tensor]:
-    return chain.from_iterable(found.values())
-
-
-def _check_layers(model: nn.Module, names: Iterable[str]) -> None:
-    for name in names:
-        try:
-            model.get_submodule(name)
-        except AttributeError:
-            raise SiteError(f"{name}: the model has no such layer; were the sites found in the original?") from None
+def _as_it_is(tensor: Tensor) -> Tensor:
+    """With its history, for the backward pass."""
+    return tensor
 
 
 _default_recipe = recipe

@@ -14,20 +14,22 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from shallower.core.codec import decode
+from shallower.core.failures import failing
 from shallower.core.files import read_state, write_state
-from shallower.core.inputs import reiterable, tensors, to_device
-from shallower.errors import ForwardError, ShallowerError, SiteError, TrainingError
+from shallower.core.inputs import reiterable
+from shallower.core.processes import agreed, gathered
+from shallower.core.trees import tensors, to_device
+from shallower.errors import ShallowerError, SiteError, TrainingError
 from shallower.training.accelerating import Prepared, placed, prepared, started
 from shallower.training.randomness import kept, seed, seed_order, set_state, state
 from shallower.training.recipe import Checkpoint, History, Recipe
@@ -38,7 +40,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 Score = Callable[[nn.Module], float]
 """Of the model, higher is better."""
 
-SCHEMA = 2
+TRAINING_FORMAT = 2
 """Version of the checkpoint file."""
 
 _CHECK_EVERY = 10
@@ -165,7 +167,7 @@ class _Run:
         running = torch.full((), self.epoch_loss, device=device)
         for batch in self.batches(batches):
             self.recent.append((self.position, batch))
-            with _told(f"step {self.position + 1}: the model or the loss fails on this batch"):
+            with failing(TrainingError, f"step {self.position + 1}: the model or the loss fails on this batch"):
                 running += self.step(pair, loss, to_device(batch, device))
             self.position += 1
             bar.update()
@@ -206,7 +208,7 @@ class _Run:
         seed_order(batches, number, epoch)
         own = islice(batches, rank, self.steps * world, world)
         for place in range(self.steps):
-            with _told(f"batch {place * world + rank + 1} cannot be read"):
+            with failing(TrainingError, f"batch {place * world + rank + 1} cannot be read"):
                 batch = next(own, self)
             if batch is self:
                 raise TrainingError(
@@ -241,13 +243,11 @@ class _Run:
         """Score the model; keep it where it reaches the floor, go back and finish where it does not."""
         self.model.eval()
         with pair.own_forward() as model:
-            values = [float(score(model))]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(values)
-        self.history.scores.append(values[0])
+            value = agreed(float(score(model)))
+        self.history.scores.append(value)
         if self.floor is None:
             return
-        if values[0] >= self.floor:
+        if value >= self.floor:
             self.keep()
         else:
             self.model.load_state_dict(self.good)
@@ -260,10 +260,10 @@ class _Run:
         """Write the checkpoint: the main process does, with the random state of all."""
         if self.checkpoint is None:
             return
-        random_state: list[Any] = gather_object([state(self.accelerator.device)])
+        random_state = gathered(state(self.accelerator.device))
         if self.accelerator.is_main_process:
             found = {
-                "schema": SCHEMA,
+                "schema": TRAINING_FORMAT,
                 "recipe": dataclasses.asdict(self.recipe),
                 "steps": self.steps,
                 "position": self.position,
@@ -282,8 +282,10 @@ class _Run:
     def load(self, path: Path) -> None:
         found = read_state(path, error=TrainingError)
         try:
-            if found["schema"] != SCHEMA:
-                raise TrainingError(f"{path}: a checkpoint of schema {found['schema']}, this version reads {SCHEMA}")
+            if found["schema"] != TRAINING_FORMAT:
+                raise TrainingError(
+                    f"{path}: a checkpoint of version {found['schema']}, and this release reads {TRAINING_FORMAT}"
+                )
             saved = {**found["recipe"], "steps": found["steps"]}
             own = {**dataclasses.asdict(self.recipe), "steps": self.steps}
             if other := [name for name, value in own.items() if saved.get(name) != value]:
@@ -292,7 +294,7 @@ class _Run:
                 )
             self.position = int(found["position"])
             self.epoch_loss = float(found["epoch_loss"])
-            self.history = History(**found["history"])
+            self.history = decode(History, found["history"], at=f"{path}: history", error=TrainingError)
             self.history.resumed = self.position
             self.finished = bool(found["finished"])
             if len(found["random"]) == self.accelerator.num_processes and self.position % self.steps:
@@ -363,18 +365,3 @@ def _scalar(value: Any) -> Tensor:
             "without no_grad() or detach()"
         )
     return value
-
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    """What fails in a user's model, loss or data is one sentence that names the step."""
-    try:
-        yield
-    except ForwardError as error:
-        raise TrainingError(f"{what}: {error}") from error
-    except ShallowerError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(f"{what}: out of memory. Make the batches smaller") from error
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise TrainingError(f"{what}: {type(error).__name__}: {error}") from error

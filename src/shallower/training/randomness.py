@@ -38,7 +38,7 @@ def kept(device: torch.device, batches: Any = None) -> Iterator[None]:
 def seed(number: int, device: torch.device) -> None:
     """Seed torch's generators of the CPU and of `device`, NumPy's and Python's; other devices are left alone."""
     torch.default_generator.manual_seed(number)
-    if (module := _module(device)) is not None:
+    if (module := _device_module(device)) is not None:
         module.manual_seed(number)
     np.random.seed(number % 2**32)
     random.seed(number)
@@ -67,7 +67,7 @@ def state(device: torch.device) -> dict[str, Any]:
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
         "python": random.getstate(),
     }
-    if (module := _module(device)) is not None:
+    if (module := _device_module(device)) is not None:
         found[device.type] = module.get_rng_state()
     return found
 
@@ -78,7 +78,7 @@ def set_state(found: Mapping[str, Any], device: torch.device) -> None:
     name, keys, *rest = found["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(found["python"])
-    if device.type in found and (module := _module(device)) is not None:
+    if device.type in found and (module := _device_module(device)) is not None:
         module.set_rng_state(found[device.type])
 
 
@@ -86,7 +86,7 @@ def _holders(batches: Any) -> list[Any]:
     return [batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)]
 
 
-def _module(device: torch.device) -> Any:
+def _device_module(device: torch.device) -> Any:
     """torch.cuda for a CUDA device and its like; the CPU's generator is torch's default one."""
     if device.type in ("cpu", "meta"):
         return None

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor
 
+from shallower.core.codec import decode
 from shallower.core.files import read_state, write_state
 from shallower.core.modes import evaluating
-from shallower.core.processes import from_first_process, is_first
+from shallower.core.processes import agreed, barrier, is_first
 from shallower.errors import MethodError, ShallowerError, TrainingError
 from shallower.training.accelerating import placed, started
 from shallower.training.loop import Loss, Score, train
@@ -33,9 +34,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 R = TypeVar("R", bound="DataclassInstance")
-T = TypeVar("T")
 
-SCHEMA = 2
+ROUNDS_FORMAT = 2
 """Version of the file that rounds are kept in."""
 
 
@@ -136,10 +136,6 @@ class Rounds(Generic[R]):
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
-    def choose(self, compute: Callable[[], T]) -> T:
-        """What the first process computes, in all of them, so that they decide alike."""
-        return from_first_process(compute)
-
     def train(
         self, label: str, *, begin: Callable[[], object] | None = None, end: Callable[[], object] | None = None
     ) -> Outcome:
@@ -188,15 +184,14 @@ class Rounds(Generic[R]):
             return
         if is_first():
             state = {
-                "schema": SCHEMA,
+                "schema": ROUNDS_FORMAT,
                 "identity": self.identity,
                 "rounds": [dataclasses.asdict(record) for record in self.finished],
                 "chosen": self.chosen,
                 "model": dict(self.model.state_dict()),
             }
             write_state(self._file, state, error=TrainingError)
-        # The others wait until it is written.
-        from_first_process(lambda: None)
+        barrier()
 
     @property
     def steps(self) -> int:
@@ -220,26 +215,23 @@ class Rounds(Generic[R]):
         if self.training.score is None:
             return None
         with evaluating(self.model):
-            value = float(self.training.score(self.model))
-        return from_first_process(lambda: value)
+            return agreed(float(self.training.score(self.model)))
 
     def _resume(self) -> None:
         try:
-            state = _upgraded(read_state(self._file, error=TrainingError))
-            own = {**self.identity}
+            state = _upgraded(read_state(self._file, error=MethodError))
+            own = self.identity
             if other := [name for name in own if state["identity"].get(name) != own[name]]:
                 raise MethodError(f"{self._file} is of another run ({', '.join(other)} differ): pass another folder")
             self.model.load_state_dict(state["model"])
-            self.finished = list(map(self._decoded, state["rounds"]))
+            at = f"{self._file}: rounds"
+            self.finished = [decode(self.record, r, at=at, error=MethodError) for r in state["rounds"]]
             self.chosen = dict(state["chosen"])
             self.over = bool(state["rounds"]) and state["rounds"][-1]["taken_back"]
         except MethodError:
             raise
         except (ShallowerError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise MethodError(f"{self._file} does not fit this run ({error}): pass another folder") from error
-
-    def _decoded(self, record: Mapping[str, Any]) -> R:
-        return self.record(**{**record, "history": History(**record["history"])})
 
 
 def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -248,10 +240,10 @@ def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         MethodError: the version is unknown.
     """
-    if state["schema"] == SCHEMA:
+    if state["schema"] == ROUNDS_FORMAT:
         return state
     if state["schema"] != 1:
-        raise MethodError(f"the file has version {state['schema']}, and this release reads 1 and {SCHEMA}")
+        raise MethodError(f"the file has version {state['schema']}, and this release reads 1 and {ROUNDS_FORMAT}")
     if "stages" in state:
         identity, chosen = {"recipe": state["recipe"]}, {"groups": state["groups"]}
         return {"identity": identity, "rounds": state["stages"], "chosen": chosen, "model": state["model"]}

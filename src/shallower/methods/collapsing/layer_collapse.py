@@ -9,7 +9,6 @@ Reference: LayerCollapse, arXiv 2311.17943.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,18 +19,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from shallower.calibrating.moments import Moments, collect, gaussian_prelu
+from shallower.calibrating.moments import Moments, collect
 from shallower.core.inputs import InputsOf, MaskOf, default_inputs_of, reiterable
+from shallower.core.processes import from_first_process
 from shallower.errors import MethodError
 from shallower.methods.base import Method, activation_of, linearisable
+from shallower.methods.collapsing.fates import Fates, whole
 from shallower.methods.collapsing.sensitivity import costs_of
 from shallower.methods.collapsing.stages import Stage, Stages, check_tolerance
 from shallower.modules import attachment
 from shallower.modules.activations import SlopeActivation
-from shallower.modules.layers import normal_after
-from shallower.planning.entries import Entry, Family, Fate
+from shallower.planning.entries import Family
 from shallower.planning.fingerprints import fingerprint
 from shallower.planning.paying import paying
 from shallower.planning.plan import Plan
@@ -298,49 +297,19 @@ class LayerCollapse(Method):
             raise MethodError("affine='calibration' needs batches= to calibrate on")
         if not self.activations:
             raise MethodError("the method is detached, and its slopes are gone: make the plan before detach()")
-        linear = {name: (1 - slope).abs() < tolerance for name, slope in self.slopes().items()}
         moments: Mapping[str, Moments] = {}
         if batches is not None and affine in ("best", "calibration"):
-            collapsing = self.sites.only(site for site in self.sites if bool(linear[site.name].any()))
+            collapsing = (site for site in self.sites if self._arrived(site, tolerance))
             moments = collect(self.model, collapsing, batches, inputs_of=inputs_of, mask_of=mask_of)
-        found = (self._entry(site, linear[site.name], affine, moments.get(site.name)) for site in self.sites)
+        fates = Fates(self.model, tolerance, affine == "unit", moments)
+        found = (fates.entry(site, self.activations[site.name]) for site in self.sites)
         entries = tuple(entry for entry in found if entry is not None)
         return Plan(entries, fingerprint(self.model, [entry.site for entry in entries]), "layer-collapse")
 
-    def _entry(self, site: Site, linear: Tensor, affine: Affine, moments: Moments | None) -> Entry | None:
-        alphas = whole(self.activations[site.name].slope).detach().cpu().double()
-        linear = linear.cpu()
-        if self.family == "blend" and bool((alphas == 0).all()):
-            return None
-        if site.kind == "activation":
-            if not bool(linear.all()):
-                raise MethodError(
-                    f"{site.name}: an activation place is either linear or as it was, and its slope is "
-                    f"{float(alphas):.3f}: train it further, or leave the site out when you construct the method"
-                )
-            return Entry.collapse(site)
-        fates = torch.where(linear, int(Fate.LINEAR), int(Fate.KEEP)).to(torch.int8).expand(site.width).clone()
-        slopes, offsets = torch.ones(site.width, dtype=torch.float64), torch.zeros(site.width, dtype=torch.float64)
-        if bool(linear.any()) and affine != "unit":
-            slopes, offsets = self._line(site, moments) or (slopes, offsets)
-        family: Family = "blend" if site.bridge.gated else self.family
-        return Entry(site, fates, slopes, offsets, alphas=None if bool(linear.all()) else alphas, family=family)
-
-    def _line(self, site: Site, moments: Moments | None) -> tuple[Tensor, Tensor] | None:
-        """The line nearest to the slope activation: on data, or by the BatchNorm before it."""
-        if moments is not None:
-            slope, offset = moments.best_affine()
-            return slope.cpu(), offset.cpu()
-        if not site.norm_before or site.bridge.gated:
-            return None
-        normal = normal_after(self.model.get_submodule(site.norm_before))
-        if normal is None:
-            raise MethodError(f"{site.name}: {site.norm_before} before the activation is no BatchNorm any more")
-        module = self.activations[site.name]
-        if module.kernel == "relu":
-            return gaussian_prelu(*normal, whole(module.slope).cpu())
-        with torch.no_grad():
-            return Moments.gaussian(*normal, copy.deepcopy(module).cpu().double()).best_affine()
+    def _arrived(self, site: Site, tolerance: float) -> bool:
+        """Whether any channel of the site becomes linear."""
+        slope = whole(self.activations[site.name].slope)
+        return bool(((1 - slope).abs() < tolerance).any())
 
     # in stages
 
@@ -368,7 +337,7 @@ class LayerCollapse(Method):
         Raises:
             MethodError: there are no batches.
         """
-        changes = {name: partial(_linear, module.slope) for name, module in self.activations.items()}
+        changes = {name: partial(_made_linear, module.slope) for name, module in self.activations.items()}
         return costs_of(self.model, changes, batches, loss=loss, score=score, inputs_of=inputs_of)
 
     def fit(
@@ -429,7 +398,7 @@ class LayerCollapse(Method):
             def costs() -> dict[str, float]:
                 return self.sensitivity(list(probe), loss=rounds.training.loss)
 
-            rounds.chosen = {"groups": rounds.choose(lambda: options.divided(options.ordered(names, costs)))}
+            rounds.chosen = {"groups": from_first_process(lambda: options.divided(options.ordered(names, costs)))}
             rounds.keep()
         groups: list[list[str]] = rounds.chosen["groups"]
         return groups
@@ -461,13 +430,8 @@ class LayerCollapse(Method):
             module.slope.requires_grad_(name in self.active)
 
 
-def whole(slope: Tensor) -> Tensor:
-    """The slope of all shards, where FSDP has distributed it."""
-    return slope.full_tensor() if isinstance(slope, DTensor) else slope
-
-
 @contextmanager
-def _linear(slope: Tensor) -> Iterator[None]:
+def _made_linear(slope: Tensor) -> Iterator[None]:
     """The slope at 1 for the length of the context."""
     before = slope.detach().clone()
     with torch.no_grad():
