@@ -14,6 +14,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,12 @@ Score = Callable[[nn.Module], float]
 
 TRAINING_FORMAT = 2
 """Version of the checkpoint file."""
+
+_FAILURES: tuple[type[Exception], ...] = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError),
+    *(OSError, RuntimeError, TypeError, ValueError),
+)
+"""What Python and torch raise; a class of the user's own, which may end a training on purpose, is none of them."""
 
 _CHECK_EVERY = 10
 """Steps between two looks at the loss, each of which waits for the device."""
@@ -167,7 +174,7 @@ class _Run:
         running = torch.full((), self.epoch_loss, device=device)
         for batch in self.batches(batches):
             self.recent.append((self.position, batch))
-            with failing(TrainingError, f"step {self.position + 1}: the model or the loss fails on this batch"):
+            with _failing(f"step {self.position + 1}: the model or the loss fails on this batch"):
                 running += self.step(pair, loss, to_device(batch, device))
             self.position += 1
             bar.update()
@@ -208,7 +215,7 @@ class _Run:
         seed_order(batches, number, epoch)
         own = islice(batches, rank, self.steps * world, world)
         for place in range(self.steps):
-            with failing(TrainingError, f"batch {place * world + rank + 1} cannot be read"):
+            with _failing(f"batch {place * world + rank + 1} cannot be read"):
                 batch = next(own, self)
             if batch is self:
                 raise TrainingError(
@@ -365,3 +372,13 @@ def _scalar(value: Any) -> Tensor:
             "without no_grad() or detach()"
         )
     return value
+
+
+@contextmanager
+def _failing(where: str) -> Iterator[None]:
+    """What fails in a model, a loss or a loader is one sentence; exceptions of the user's own classes pass."""
+    try:
+        yield
+    except _FAILURES as error:
+        with failing(TrainingError, where):
+            raise error
