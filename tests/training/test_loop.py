@@ -318,6 +318,81 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
         train(Halves(), loader(), lambda model, batch: cross_entropy(model, batch) / 0, Recipe(epochs=1, lr=1e-2))
 
 
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model, batch: model(batch[0]).sum(1), r"shape \(16,\); return a scalar"),
+        (lambda model, batch: cross_entropy(model, batch).item(), r"is a float; .* without \.item"),
+        (lambda model, batch: cross_entropy(model, batch).detach(), "does not depend on any parameter"),
+        (lambda model, batch: model(batch[0][:, :3]).sum(), "step 1: the model or the loss fails on this batch"),
+        (lambda _, batch: batch["labels"], "step 1: the model or the loss fails on this batch"),
+    ],
+)
+def test_a_wrong_loss_is_one_sentence(loss: Any, message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        train(Halves(), loader(), loss, Recipe(epochs=1, lr=1e-2))
+    model = Halves()
+    with pytest.raises(TrainingError, match=message):
+        train(model, loader(), loss, Recipe(epochs=1, lr=1e-2), method=Recorder(model))
+
+
+def test_data_that_are_not_finite_are_named_and_not_the_learning_rate() -> None:
+    batches = list(loader())
+    batches[3][0][2, 5] = float("nan")
+    with pytest.raises(TrainingError, match="batch of step 4 contains NaN") as told:
+        train(Halves(), batches, cross_entropy, Recipe(epochs=1, lr=1e-2))
+    assert "learning rate" not in str(told.value)
+
+
+def test_batches_that_end_early_or_cannot_be_read_are_named() -> None:
+    class Short(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(list(super().__iter__())[:-1])
+
+    class Damaged(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield self[0]
+            raise OSError("the disk is gone")
+
+    with pytest.raises(TrainingError, match="ended after 5, and their length is 6"):
+        train(Halves(), Short(loader()), cross_entropy, Recipe(epochs=1, lr=1e-2))
+    with pytest.raises(TrainingError, match=r"batch 2 cannot be read: .*the disk is gone"):
+        train(Halves(), Damaged(loader()), cross_entropy, Recipe(epochs=1, lr=1e-2))
+
+
+def test_a_training_leaves_the_processs_random_numbers_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    model = Halves.__new__(Halves)
+    nn.Module.__init__(model)
+    model.layers = nn.Sequential(nn.Linear(8, 2), nn.Dropout())
+    torch.manual_seed(7)
+    train(model, loader(), cross_entropy, Recipe(epochs=1, lr=1e-2, seed=3))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("generator", [True, False])
+def test_a_loader_yields_the_same_order_after_a_training_and_after_a_read_one(tmp_path: Path, generator: bool) -> None:
+    def order(checkpoint: Path) -> list[Tensor]:
+        torch.manual_seed(11)
+        own = torch.Generator().manual_seed(5) if generator else None
+        model = Halves()
+        batches = DataLoader(problem(), batch_size=16, shuffle=True, generator=own)
+        train(model, batches, cross_entropy, Recipe(epochs=2, lr=1e-2), checkpoint=checkpoint)
+        return [x for x, _ in batches]
+
+    trained, read = (order(tmp_path / "run.safetensors") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(trained, read, strict=True))
+
+
+def test_every_module_is_in_its_own_mode_afterwards() -> None:
+    model = Halves()
+    model.layers[1].eval()
+    train(model, loader(), cross_entropy, Recipe(epochs=1, lr=1e-2), score=accuracy)
+    assert [module.training for module in model.layers] == [True, False, True, True, True]
+
+
 def test_a_floor_without_a_score_is_refused() -> None:
     with pytest.raises(TrainingError, match="score="):
         train(Halves(), loader(), cross_entropy, Recipe(epochs=1, lr=1e-2), floor=0.5)

@@ -30,7 +30,7 @@ from shallower.core.files import read_state, write_state
 from shallower.core.inputs import reiterable
 from shallower.core.processes import agreed, gathered
 from shallower.core.trees import tensors, to_device
-from shallower.errors import ShallowerError, SiteError, TrainingError
+from shallower.errors import ForwardError, ShallowerError, SiteError, TrainingError
 from shallower.training.accelerating import Prepared, placed, prepared, started
 from shallower.training.randomness import kept, seed, seed_order, set_state, state
 from shallower.training.recipe import Checkpoint, History, Recipe
@@ -379,6 +379,8 @@ def _failing(where: str) -> Iterator[None]:
     """What fails in a model, a loss or a loader is one sentence; exceptions of the user's own classes pass."""
     try:
         yield
+    except ForwardError as error:
+        raise TrainingError(f"{where}: {error}") from error
     except _FAILURES as error:
         with failing(TrainingError, where):
             raise error

@@ -655,3 +655,54 @@ def test_plan_of_an_attached_model_applies_to_its_detached_copy_too() -> None:
     set_slopes(method, 1.0, 1.0)
     plan: Plan = method.plan()
     torch.testing.assert_close(call(apply(detached_copy(model), plan, X), X), call(apply(model, plan, X), X))
+
+
+# ---------------------------------------------------------------------- wrong use
+
+
+@pytest.mark.parametrize("name", ["strength", "slope_lr", "arrive_in"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1])
+def test_numbers_that_are_no_sensible_numbers_are_refused(name: str, value: float) -> None:
+    with pytest.raises(MethodError, match=name):
+        method_on(network(), **{name: value})
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), 5.0, -0.1])
+def test_a_tolerance_out_of_range_is_refused(tolerance: float) -> None:
+    method = method_on(network())
+    with pytest.raises(MethodError, match="tolerance"):
+        method.plan(tolerance)
+    with pytest.raises(MethodError, match="tolerance"):
+        method.settle(tolerance)
+
+
+def test_a_plan_after_detaching_is_refused() -> None:
+    method = method_on(network())
+    method.detach()
+    with pytest.raises(MethodError, match="before detach"):
+        method.plan()
+
+
+def test_a_decoupled_step_needs_a_rate() -> None:
+    method = method_on(network(), decoupled=True)
+    with pytest.raises(MethodError, match="follow"):
+        method.after_step()
+    optimizer = torch.optim.SGD(method.param_groups(), lr=0.5)
+    method.follow(optimizer)
+    task_loss(method.model, BATCHES[0]).backward()
+    optimizer.step()
+    set_slopes(method, 0.0, 0.0)
+    method.after_step()
+    assert [float(a) for a in method.slopes().values()] == pytest.approx([0.5, 0.5])
+
+
+def test_a_fit_leaves_the_order_of_the_loader_to_what_follows(tmp_path: Path) -> None:
+    def order() -> list[Tensor]:
+        data = torch.utils.data.TensorDataset(X, LABELS)
+        generator = torch.Generator().manual_seed(4)
+        loader = torch.utils.data.DataLoader(data, batch_size=16, shuffle=True, generator=generator)
+        model = network()
+        method_on(model).fit(loader, task_loss, Recipe(epochs=1, lr=1e-3), 1, checkpoint=tmp_path, cpu=True)
+        return [x for x, _ in loader]
+
+    assert all(torch.equal(a, b) for a, b in zip(order(), order(), strict=True))
