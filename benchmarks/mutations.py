@@ -26,8 +26,9 @@ from shallower.errors import ShallowerError
 from shallower.finding.matching import find_sites
 from shallower.modules.attachment import detached_copy
 from shallower.modules.edits import Edit, Weights, perform
-from shallower.planning.entries import Entry, Fate, Fit
-from shallower.planning.forms import Step, steps
+from shallower.planning.entries import Entry, Fate
+from shallower.planning.fits import Fit
+from shallower.planning.steps import Step, steps
 from shallower.sites import Site
 from shallower.surgery.observing import relative_error
 from shallower.surgery.operating import edits_of_step

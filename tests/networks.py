@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from shallower.errors import PlanError
-from shallower.planning.entries import Entry, Fate, Fit
+from shallower.planning.entries import Entry, Fate
+from shallower.planning.fits import Fit
 from shallower.planning.geometry import composed, fitted_map
 from shallower.planning.plan import Plan
 from shallower.sites import Site

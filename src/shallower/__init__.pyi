@@ -22,7 +22,7 @@ from .methods.tlc.till_layers_collapse import TillLayersCollapse as TillLayersCo
 from .planning.curve import Curve as Curve
 from .planning.entries import Entry as Entry
 from .planning.entries import Fate as Fate
-from .planning.entries import Fit as Fit
+from .planning.fits import Fit as Fit
 from .planning.moving import worth_moving as worth_moving
 from .planning.plan import Plan as Plan
 from .planning.targets import Target as Target

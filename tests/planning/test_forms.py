@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 from shallower.errors import PlanError
 from shallower.finding.matching import find_sites
-from shallower.planning.entries import Entry, Fate, Fit
-from shallower.planning.forms import steps
+from shallower.planning.entries import Entry, Fate
+from shallower.planning.fits import Fit
+from shallower.planning.forms import form_of
 from shallower.planning.geometry import fitted_map
 from shallower.planning.plan import Plan
+from shallower.planning.steps import steps
 from shallower.saving.checkpoint import load, save
 from shallower.sites import LinearMap, Site
 from shallower.surgery.applying import apply
@@ -61,8 +63,8 @@ def test_two_padded_convolutions_stay_apart_without_activation_and_norm():
     assert [type(m).__name__ for m in (small.up, small.before, small.f, small.down)] == [
         *("Conv2d", "Identity", "Identity", "Conv2d")
     ]
-    assert plan.entries[0].form.kind == "apart"
-    assert "border" in plan.entries[0].form.why
+    assert form_of(plan.entries[0]).kind == "apart"
+    assert "border" in form_of(plan.entries[0]).why
     assert torch.equal(small.down.weight, model.down.weight)
 
 
@@ -84,12 +86,12 @@ def test_dropped_channels_that_are_zero_leave_nothing_behind():
 def test_two_dense_kernels_do_not_merge_where_that_is_dearer():
     model = block(n=4, padding=0)
     (site,) = find_sites(model, X)
-    form = Entry.collapse(site).form
+    form = form_of(Entry.collapse(site))
     assert form.kind in ("pair", "apart")
     assert "one layer would have" in form.why
     merged = Entry.collapse(site, becomes="merged")
-    assert merged.form.kind == "merged"
-    assert merged.form.macs > form.macs
+    assert form_of(merged).kind == "merged"
+    assert form_of(merged).macs > form.macs
     assert checked(model, Plan((merged,))).down.kernel_size == (5, 5)
 
 

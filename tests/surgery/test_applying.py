@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from shallower.errors import CheckpointError, PlanError, SurgeryError
 from shallower.finding.matching import find_sites
 from shallower.modules.edits import edits, encoded, replay
-from shallower.planning.entries import Entry, Fate, Fit
+from shallower.planning.entries import Entry, Fate
+from shallower.planning.fits import Fit
+from shallower.planning.forms import form_of
 from shallower.planning.plan import CostWarning, Plan
 from shallower.sites import LinearMap, Place, Site
 from shallower.surgery.applying import apply
@@ -204,7 +206,7 @@ def test_few_linear_channels_become_a_bottleneck():
     small = apply(model, Plan((entry,)), x)
     assert small[0].weight.shape == (2, 6)
     assert small[3].weight.shape == (5, 2)
-    assert entry.form.kind == "pair"
+    assert form_of(entry).kind == "pair"
 
 
 def test_a_narrower_site_has_the_very_same_numbers_in_stock_modules():
@@ -357,7 +359,7 @@ def test_a_plan_for_another_model_is_refused():
 def test_a_collapse_that_does_not_pay_is_done_with_a_warning():
     model = nn.Sequential(nn.Linear(8, 3, bias=False), nn.ReLU(), nn.Linear(3, 8))
     x = torch.randn(4, 8)
-    with pytest.warns(CostWarning, match="only sites that widen pay"):
+    with pytest.warns(CostWarning, match="not smaller"):
         plan = Plan.collapse(find_sites(model, x))
     with pytest.warns(CostWarning):
         apply(model, plan, x)

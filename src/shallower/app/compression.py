@@ -27,8 +27,8 @@ from shallower.core.trees import to_device
 from shallower.errors import SiteError, TargetError
 from shallower.measuring.measurement import compare, count_macs, count_params
 from shallower.modules.attachment import detached_copy
-from shallower.planning.forms import steps
 from shallower.planning.plan import Plan
+from shallower.planning.steps import steps
 from shallower.planning.targets import Cost, Target
 from shallower.sites import Sites
 from shallower.training import Checkpoint, Recipe, train

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import Tensor
 
 from shallower.errors import PlanError
-from shallower.sites import LinearMap, Site
-
-
-def padded(site: Site, consumers: Iterable[LinearMap]) -> bool:
-    """Whether something is put around what the consumers read, so that a constant in it has a border."""
-    passes = site.averaged or bool(site.pooled)  # a constant stays one
-    return any(c.padding != (0, 0) for c in consumers) or (bool(site.not_merged) and not passes)
+from shallower.sites import LinearMap
 
 
 def not_foldable(m: LinearMap) -> str:
@@ -40,7 +33,7 @@ def fitted_map(producer: LinearMap, consumer: LinearMap, kernel: tuple[int, int]
     Raises:
         PlanError: no padding keeps the size.
     """
-    exact = replace(composed(producer, consumer, bias), groups=1)
+    exact = ungrouped(composed(producer, consumer, bias))
     if kernel == exact.kernel:
         return exact
     if exact.kind != "conv2d":
@@ -76,12 +69,12 @@ def composed(producer: LinearMap, consumer: LinearMap, bias: bool, *, flattened:
         return merged
     if (producer.kind == "conv2d") != (consumer.kind == "conv2d"):
         raise PlanError(f"{consumer.name}: a convolution and a linear layer do not merge into one")
-    merged = replace(merged, size=producer.size)
     if producer.kind != "conv2d":
-        return merged
+        return merged if merged.size == producer.size else replace(merged, size=producer.size)
     axes = [_axis(producer, consumer, i) for i in (0, 1)]
     return replace(
         merged,
+        size=producer.size,
         kernel=(axes[0][0], axes[1][0]),
         dilation=(axes[0][1], axes[1][1]),
         stride=(producer.stride[0] * consumer.stride[0], producer.stride[1] * consumer.stride[1]),
@@ -117,10 +110,14 @@ def same_stride(consumers: tuple[LinearMap, ...]) -> bool:
 
 
 def resized(m: LinearMap, *, d_in: int | None = None, d_out: int | None = None, bias: bool | None = None) -> LinearMap:
-    bias = m.bias if bias is None else bias
-    return replace(
-        m,
-        d_in=m.d_in if d_in is None else d_in,
-        d_out=m.d_out if d_out is None else d_out,
-        bias=bias or m.kind == "conv1d",
-    )
+    """A map with other sizes; Transformers' `Conv1D` always has a bias."""
+    d_in, d_out = m.d_in if d_in is None else d_in, m.d_out if d_out is None else d_out
+    bias = m.kind == "conv1d" or (m.bias if bias is None else bias)
+    if (d_in, d_out, bias) == (m.d_in, m.d_out, m.bias):
+        return m
+    return replace(m, d_in=d_in, d_out=d_out, bias=bias)
+
+
+def ungrouped(m: LinearMap) -> LinearMap:
+    """A map with every output made of every input."""
+    return m if m.groups == 1 else replace(m, groups=1)

@@ -1,16 +1,21 @@
-"""Which sites are worth collapsing: those without which a network with merged layers would be dearer."""
+"""Which sites are worth collapsing: those without which a network with merged layers would be more expensive."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
+from shallower.errors import PlanError
 from shallower.planning.entries import Entry
-from shallower.planning.forms import steps
-from shallower.sites import LinearMap, Site
+from shallower.planning.forms import form_of
+from shallower.planning.steps import Walk, in_execution_order
+from shallower.sites import LinearMap, Site, overlapping
 
 Unit = Literal["", "params", "macs"]
+
+_NEAR = 5
+"""Sites of a chain that are judged together: one and the next ones that read what it writes."""
 
 
 def paying(sites: Iterable[Site], unit: Unit = "") -> tuple[tuple[Site, ...], dict[str, str]]:
@@ -29,58 +34,44 @@ def paying(sites: Iterable[Site], unit: Unit = "") -> tuple[tuple[Site, ...], di
 
     Returns:
         The sites that pay, in the order given, and name -> reason for the rest.
+
+    Raises:
+        PlanError: there is no such unit.
     """
+    if unit not in ("", "params", "macs"):
+        raise PlanError(f"what pays is counted in 'params' or 'macs' ('' for either), not in {unit!r:.40}")
     given = list(sites)
-    alone = {s.name: "no layers merge when it goes" for s in given if s.producer is None}
-    reasons = alone | {s.name: reason for s in given if (reason := cannot_be_linear(s))}
+    reasons = {site.name: str(refusal) for site in given if (refusal := site.bridge.not_linear) is not None}
+    reasons |= {site.name: "no layers merge when it goes" for site in given if site.producer is None}
     chosen: set[str] = set()
-    for group in _overlapping([site for site in given if site.name not in reasons]):
-        chosen |= {site.name for site in _needed(group, unit)}
+    for group in overlapping(site for site in given if site.name not in reasons):
+        chosen |= _needed(group, unit)
     for site in given:
         if site.name not in chosen and site.name not in reasons:
-            why = Entry.collapse(site).form.why
+            why = form_of(Entry.collapse(site)).why
             reasons[site.name] = "no layer becomes cheaper when it collapses" + (f": {why}" if why else "")
     return tuple(site for site in given if site.name in chosen), reasons
 
 
-def cannot_be_linear(site: Site) -> str:
-    """Why no channel of a site may become linear, "" where it may."""
-    return site.not_linear or ("" if site.activation is not None else "it has no activation")
-
-
-def _needed(group: Sequence[Site], unit: Unit) -> list[Site]:
-    """A group without the sites that could stay as they are at no cost, one after the other."""
-    needed = list(group)
-    cost = _cost(group, needed, unit)
-    for site in group:
-        others = [other for other in needed if other is not site]
-        without = _cost(group, others, unit)
-        if all(a <= b for a, b in zip(without, cost, strict=True)):
-            needed, cost = others, without
+def _needed(group: Sequence[Site], unit: Unit) -> set[str]:
+    """Names of a group's sites, without those that could stay as they are at no cost, one after the other."""
+    ordered = in_execution_order(map(Entry.collapse, group))
+    walk = Walk(ordered)
+    needed: set[str] = set()
+    for entry in ordered:
+        near = walk.following(entry)[:_NEAR]
+        names = {m.name for other in near for m in other.site.maps}
+        collapsed, others = walk.ahead(near), walk.ahead(near[1:])
+        cost = _cost(collapsed.maps, names - collapsed.gone, unit)
+        without = _cost(ChainMap(others.maps, walk.maps), names - others.gone, unit)
+        if any(a > b for a, b in zip(without, cost, strict=True)):
+            walk.take(entry, walk.best(entry, {}))
+            needed.add(entry.site.name)
     return needed
 
 
-def _cost(group: Sequence[Site], collapsed: Sequence[Site], unit: Unit) -> list[int]:
-    """Weights and MACs, or the one of them that counts, of a group of which some sites have collapsed."""
-    maps = {m.name: m for site in group for m in site.maps}
-    for step in steps(Entry.collapse(site) for site in collapsed):
-        for m in (step.entry.site.producer, step.entry.site.gate):
-            if m is not None:
-                del maps[m.name]
-        maps |= {m.name: m for m in step.form.maps}
-    weights, macs = sum(_weights(m) for m in maps.values()), sum(m.macs for m in maps.values())
+def _cost(maps: Mapping[str, LinearMap], names: Iterable[str], unit: Unit) -> list[int]:
+    """Weights and MACs of some maps, or the one of them that counts."""
+    found = [maps[name] for name in names]
+    weights, macs = sum(m.weights for m in found), sum(m.macs for m in found)
     return {"": [weights, macs], "params": [weights], "macs": [macs]}[unit]
-
-
-def _weights(m: LinearMap) -> int:
-    return replace(m, bias=False).params
-
-
-def _overlapping(sites: Sequence[Site]) -> list[list[Site]]:
-    """The sites in groups that share no layer, each in the order given."""
-    groups: list[list[Site]] = []
-    for site in sites:
-        names = {m.name for m in site.maps}
-        touching = [g for g in groups if any(names & {m.name for m in other.maps} for other in g)]
-        groups = [g for g in groups if g not in touching] + [[s for g in touching for s in g] + [site]]
-    return groups

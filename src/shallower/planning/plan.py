@@ -7,20 +7,22 @@ fates and, where they were computed, fitted maps. Saved as plan.json and plan.sa
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from shallower.core.text import amount
+from shallower.core.text import amount, listing, table
 from shallower.errors import PlanError
+from shallower.planning import plan_file
 from shallower.planning.entries import Entry
-from shallower.planning.forms import Step, steps
-from shallower.sites import Site
-
-"""Letters that an entry's note may have."""
+from shallower.planning.paying import paying
+from shallower.planning.steps import Step, steps
+from shallower.sites import Site, overlapping
 
 
 class CostWarning(UserWarning):
@@ -44,6 +46,7 @@ class Plan:
         fingerprint: of the weights the plan was made for (`fingerprint` in fingerprints.py); "" where it depends on no
             weights (a plain collapse).
         method: which method made it, for people.
+        left_out: name -> reason of the sites that were given and stay as they are, for people.
 
     Raises:
         PlanError: entries contradict one another.
@@ -52,52 +55,69 @@ class Plan:
     entries: tuple[Entry, ...]
     fingerprint: str = ""
     method: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "entries", tuple(self.entries))
-        names = [entry.site.name for entry in self.entries]
-        for name in names:
-            if names.count(name) > 1:
-                raise PlanError(f"{name}: the plan has two entries for this site")
-        steps(self.entries)
+        for name, count in Counter(entry.site.name for entry in self.entries).items():
+            if count > 1:
+                raise PlanError(f"{name}: the plan has {count} entries for this site")
+        self.steps  # noqa: B018 - raises where entries contradict one another
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """The entries in the order in which the network runs them, each with the form that its site takes."""
+        return tuple(steps(self.entries))
 
     @classmethod
     def collapse(cls, sites: Iterable[Site], names: Iterable[str] | None = None) -> Plan:
-        """Every channel of these sites linear with slope 1: the plain collapse to one linear map for each consumer.
+        """Every channel that may be linear with slope 1: the plain collapse to one linear map for each consumer.
+
+            plan = sh.Plan.collapse(sites)
+            plan.left_out                   # the sites that cannot be linear, and why
 
         Args:
-            sites: what to collapse.
-            names: only the sites of these names.
+            sites: what to collapse, where it may become linear.
+            names: only the sites of these names, all of which must be able to become linear.
 
         Raises:
-            PlanError: a site cannot be linear, or there is no site of that name.
+            PlanError: no site may become linear, or one of those named may not, or there is no site of that name.
 
         Warns:
             CostWarning: a site does not become cheaper, or loses its activation and no layer becomes cheaper.
         """
-        from shallower.planning.paying import paying
-
-        chosen = list(sites)
+        chosen, left_out = list(sites), {}
         if names is not None:
-            wanted = [names] if isinstance(names, str) else list(names)
-            known = {site.name for site in chosen}
-            for name in wanted:
-                if name not in known:
-                    raise PlanError(f"there is no site {name!r} to collapse")
+            wanted = {names} if isinstance(names, str) else set(names)
+            if unknown := sorted(wanted - {site.name for site in chosen}):
+                raise PlanError(f"there is no site {unknown[0]!r} to collapse")
             chosen = [site for site in chosen if site.name in wanted]
-        plan = cls(tuple(Entry.collapse(site) for site in chosen), method="collapse")
+        else:
+            refused = {site.name: site.bridge.not_linear for site in chosen}
+            left_out = {name: str(refusal) for name, refusal in refused.items() if refusal is not None}
+            if chosen and len(left_out) == len(chosen):
+                reasons = [f"{name}: {reason}" for name, reason in left_out.items()]
+                raise PlanError(f"no site may become linear. {'; '.join(reasons[:3])}")
+            chosen = [site for site in chosen if site.name not in left_out]
+        plan = cls(tuple(map(Entry.collapse, chosen)), method="collapse", left_out=left_out)
         plan.warn_of_cost()
-        apart = {step.entry.site.name for step in steps(plan.entries) if step.form.kind == "apart"}
-        idle = [name for name in paying(chosen)[1] if name in apart]
-        if idle:
-            shown = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
-            warnings.warn(
-                f"{shown}: the activation goes and the layers stay as they are, so that nothing is saved but the "
-                "operation. Leave such sites out, or move the padding first where that is what keeps layers apart",
-                CostWarning,
-                stacklevel=2,
-            )
+        plan._warn_of_idle()
         return plan
+
+    def _warn_of_idle(self) -> None:
+        """Warn of sites that lose their activation while no layer becomes cheaper."""
+        apart = {step.entry.site.name for step in self.steps if step.form.kind == "apart"}
+        if not apart:
+            return
+        reasons = paying(entry.site for entry in self.entries)[1]
+        if idle := [name for name in reasons if name in apart]:
+            warnings.warn(
+                f"{listing(idle, 5)}: the activation goes and the layers stay as they are, so that nothing is saved "
+                "but the operation. Leave such sites out, or move the padding first where that is what keeps layers "
+                "apart",
+                CostWarning,
+                stacklevel=3,
+            )
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -105,67 +125,56 @@ class Plan:
     def warn_of_cost(self) -> None:
         """Warn of every site that takes neither fewer parameters nor fewer MACs than it has.
 
-        Sites that overlap are judged together, since a later one may make cheaper what an earlier one made dearer.
-        There is no warning where the entry says what the site is to become, or why.
+        Sites that overlap are judged together, since a later one may make cheaper what an earlier one made more
+        expensive. There is no warning where the entry says what the site is to become, or why.
         """
-        for group in _connected(steps(self.entries)):
-            forms = [step.form for step in group]
+        by_site = {step.entry.site.name: step for step in self.steps}
+        for group in overlapping(step.entry.site for step in self.steps):
+            done = [by_site[site.name] for site in group]
+            forms = [step.form for step in done]
             params, macs = sum(f.params for f in forms), sum(f.macs for f in forms)
             before = sum(f.params_before for f in forms), sum(f.macs_before for f in forms)
-            decided = all(step.entry.becomes or step.entry.note for step in group)
+            decided = all(step.entry.becomes or step.entry.note for step in done)
             cheaper = params < before[0] or macs < before[1] or all(f.cheaper for f in forms)
             if decided or cheaper or all(f.kind == "narrower" for f in forms):
                 continue
-            names = ", ".join(step.entry.site.name for step in group)
-            now, then = (f"{amount(a)} parameters and {amount(b)} MACs" for a, b in ((params, macs), before))
             warnings.warn(
-                f"{names}: as planned it has {now}, and it had {then}. It is exact, but no "
-                "cheaper: only sites that widen pay",
+                f"{listing([site.name for site in group])}: the plan leaves {amount(params)} parameters and "
+                f"{amount(macs)} MACs, before it was {amount(before[0])} and {amount(before[1])}: exact, but not "
+                "smaller. Collapsing pays only where the hidden width is larger than what goes in and out",
                 CostWarning,
                 stacklevel=3,
             )
 
-    @property
+    @cached_property
     def params_saved(self) -> int:
         """How many parameters fewer the model has with all entries applied."""
-        return sum(step.form.params_before - step.form.params for step in steps(self.entries))
+        return sum(step.form.params_before - step.form.params for step in self.steps)
 
-    @property
+    @cached_property
     def macs_saved(self) -> int:
         """How many MACs fewer the model needs on the example inputs with all entries applied."""
-        return sum(step.form.macs_before - step.form.macs for step in steps(self.entries))
+        return sum(step.form.macs_before - step.form.macs for step in self.steps)
 
     def __str__(self) -> str:
-        """A table: site, fates, the form it takes, params and MACs before and after."""
-        noted = any(entry.note for entry in self.entries)
-        header = ("site", "keep", "linear", "drop", "becomes", "params", "after", "MACs", "after", "why" * noted)
-        rows = []
-        for step in steps(self.entries):
-            entry, form = step.entry, step.form
-            counts = [str(len(i)) if len(i) else "" for i in (entry.kept, entry.linear, entry.dropped)]
-            costs = [form.params_before, form.params, form.macs_before, form.macs]
-            path = (
-                f" + path of {form.rank}" if form.kind == "partial" else f" of rank {form.rank}" * (form.kind == "pair")
-            ) + ", skip inside" * entry.fold_skip
-            rows.append((entry.site.name, *counts, f"{form.kind}{path}", *[amount(cost) for cost in costs], entry.note))
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-        lines = [
-            "  ".join(
-                c.ljust(w) if i in (0, 4, 9) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in [header, *rows]
-        ]
+        """A table: site, fates, the form it takes, params and MACs before and after; then what was left out."""
         made_by = f" by {self.method}" if self.method else ""
         saved = f"{_signed(-self.params_saved)} params, {_signed(-self.macs_saved)} MACs"
-        return "\n".join([f"plan{made_by} for {len(self)} sites: {saved}", *(lines if rows else [])])
+        lines = [f"plan{made_by} for {len(self)} sites: {saved}"]
+        if self.entries:
+            why = "why" if any(entry.note for entry in self.entries) else ""
+            header = ("site", "keep", "linear", "drop", "becomes", "params", "after", "MACs", "after", why)
+            lines.append(table(header, list(map(_row, self.steps)), right=(1, 2, 3, 5, 6, 7, 8)))
+        if self.left_out:
+            lines.append("left as they are:")
+            lines += [f"  {name}: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join(lines)
 
     __repr__ = __str__
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON; tensors are named by their shape and hash (docs/format.md)."""
-        from shallower.planning.plan_file import plan_to_json
-
-        return plan_to_json(self)[0]
+        return plan_file.to_json(self._contents)[0]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> Plan:
@@ -178,9 +187,7 @@ class Plan:
         Raises:
             PlanError: it is not the description of a plan, or a tensor is missing or another one.
         """
-        from shallower.planning.plan_file import plan_from_json
-
-        return plan_from_json(data, tensors or {})
+        return cls._of(plan_file.from_json(data, tensors or {}))
 
     def save(self, directory: str | Path) -> None:
         """Write plan.json and plan.safetensors into `directory`, which is made if there is none.
@@ -188,9 +195,7 @@ class Plan:
         Raises:
             PlanError: it cannot be written.
         """
-        from shallower.planning.plan_file import save_plan
-
-        save_plan(self, Path(directory))
+        plan_file.save(self._contents, Path(directory))
 
     @classmethod
     def load(cls, directory: str | Path) -> Plan:
@@ -199,19 +204,33 @@ class Plan:
         Raises:
             PlanError: there is no plan, or it is damaged, of an unknown version or not a plan at all.
         """
-        from shallower.planning.plan_file import load_plan
+        return cls._of(plan_file.load(Path(directory)))
 
-        return load_plan(Path(directory))
+    @property
+    def _contents(self) -> plan_file.Contents:
+        saves = plan_file.Saves(self.params_saved, self.macs_saved)
+        return plan_file.Contents(self.entries, self.fingerprint, self.method, dict(self.left_out), saves)
+
+    @classmethod
+    def _of(cls, contents: plan_file.Contents) -> Plan:
+        plan = cls(contents.entries, contents.fingerprint, contents.method, contents.left_out)
+        if contents.saves != plan_file.Saves(plan.params_saved, plan.macs_saved):
+            raise PlanError(
+                f"the plan says that it saves {contents.saves.params} params and {contents.saves.macs} MACs, and its "
+                f"entries save {plan.params_saved} and {plan.macs_saved}; the file was changed"
+            )
+        return plan
 
 
-def _connected(done: Iterable[Step]) -> list[list[Step]]:
-    """The steps in groups that share no layer."""
-    groups: list[list[Step]] = []
-    for step in done:
-        names = {m.name for m in step.entry.site.maps}
-        touching = [g for g in groups if any(names & {m.name for m in s.entry.site.maps} for s in g)]
-        groups = [g for g in groups if g not in touching] + [[s for g in touching for s in g] + [step]]
-    return groups
+def _row(step: Step) -> tuple[str, ...]:
+    """A step's row of the table."""
+    entry, form = step.entry, step.form
+    fates = (str(len(channels) or "") for channels in (entry.kept, entry.linear, entry.dropped))
+    costs = map(amount, (form.params_before, form.params, form.macs_before, form.macs))
+    becomes = form.kind + {"partial": f" + path of {form.rank}", "pair": f" of rank {form.rank}"}.get(form.kind, "")
+    if entry.fold_skip:
+        becomes += ", skip inside"
+    return (entry.site.name, *fates, becomes, *costs, entry.note)
 
 
 def _signed(count: int) -> str:

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
 from itertools import groupby
 from pathlib import Path
@@ -24,13 +24,13 @@ from torch import Tensor
 
 from shallower.core.tensors import content
 from shallower.errors import PlanError, SiteError
-from shallower.planning.entries import Entry, Fate, Fit
-from shallower.planning.plan import Plan
+from shallower.planning.entries import Entry, Fate
+from shallower.planning.fits import Fit
 from shallower.sites import Between, Heads, LinearMap, Place, Residual, Site
 
 SCHEMA = "shallower.plan"
-VERSION = 3
-_EARLIER = (1, 2)
+VERSION = 4
+_EARLIER = (1, 2, 3)
 """The versions before, whose plans are read too: they had fewer fields."""
 
 _MOST_CHANNELS = 2**24
@@ -42,7 +42,30 @@ _SINGLES = ("down", "down_bias", "producer", "producer_bias", "gate", "gate_bias
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
-def plan_to_json(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Saves:
+    """What a plan saves of the model, counted.
+
+    Attributes:
+        params, macs: how many fewer.
+    """
+
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What the two files of a plan hold; `Plan` has the meaning of the fields."""
+
+    entries: tuple[Entry, ...]
+    fingerprint: str = ""
+    method: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    saves: Saves = Saves(0, 0)
+
+
+def to_json(contents: Contents) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A plan as plain data, and the tensors that it names."""
     tensors: dict[str, Tensor] = {}
 
@@ -54,7 +77,7 @@ def plan_to_json(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {"tensor": name, "dtype": kind, "shape": list(tensor.shape), "sha256": _sha256(tensor)}
 
     entries = []
-    for i, entry in enumerate(plan.entries):
+    for i, entry in enumerate(contents.entries):
         fit = entry.fit
         entries.append(
             {
@@ -78,21 +101,25 @@ def plan_to_json(plan: Plan) -> tuple[dict[str, Any], dict[str, Tensor]]:
     data = {
         "schema": SCHEMA,
         "version": VERSION,
-        "method": plan.method,
-        "fingerprint": plan.fingerprint,
-        "saves": {"params": plan.params_saved, "macs": plan.macs_saved},
+        "method": contents.method,
+        "fingerprint": contents.fingerprint,
+        "left_out": dict(contents.left_out),
+        "saves": asdict(contents.saves),
         "entries": entries,
     }
     return json.loads(json.dumps(data)), tensors
 
 
-def plan_from_json(data: object, tensors: Mapping[str, Tensor]) -> Plan:
-    """The plan that `plan_to_json` described.
+def from_json(data: object, tensors: Mapping[str, Tensor]) -> Contents:
+    """The plan that `to_json` described.
 
     Raises:
         PlanError: it is not the description of a plan, or a tensor is missing or another one.
     """
-    top = _object(data, "the plan", {"schema", "version", "method", "fingerprint", "saves", "entries"}, first="schema")
+    if isinstance(data, Mapping) and data.get("version") in _EARLIER:
+        data = {"left_out": {}, **data}
+    keys = {"schema", "version", "method", "fingerprint", "left_out", "saves", "entries"}
+    top = _object(data, "the plan", keys, first="schema")
     if top["schema"] != SCHEMA:
         raise PlanError(f"this is not a plan: its schema is {top['schema']!r:.60}, not {SCHEMA!r}")
     if type(top["version"]) is not int or top["version"] not in (*_EARLIER, VERSION):
@@ -100,30 +127,29 @@ def plan_from_json(data: object, tensors: Mapping[str, Tensor]) -> Plan:
             f"the plan has version {top['version']!r:.20} of the format and this is version {VERSION}; "
             "read it with the release of Shallower that wrote it"
         )
-    fingerprint, method = top["fingerprint"], top["method"]
+    fingerprint, method, left_out = top["fingerprint"], top["method"], top["left_out"]
     if not isinstance(method, str) or len(method) > 1000:
         raise PlanError("the plan's method is not a short text")
     if not isinstance(fingerprint, str) or not (fingerprint == "" or _HASH.fullmatch(fingerprint)):
         raise PlanError("the plan's fingerprint is not a SHA-256 in hexadecimal digits")
     if not isinstance(top["entries"], list):
         raise PlanError("the plan's entries are not a list")
+    if not isinstance(left_out, Mapping) or not all(isinstance(reason, str) for reason in left_out.values()):
+        raise PlanError("the plan's sites that are left out are not names with reasons")
     reader = _Reader(tensors)
     items = [_of_earlier_version(item) if top["version"] in _EARLIER else item for item in top["entries"]]
-    plan = Plan(tuple(reader.entry(i, item) for i, item in enumerate(items)), fingerprint, method)
+    entries = tuple(reader.entry(i, item) for i, item in enumerate(items))
     if left := sorted(set(tensors) - reader.read):
         raise PlanError(f"the plan does not name the tensor {left[0]!r}")
     saves = _object(top["saves"], "the plan's savings", {"params", "macs"})
-    if saves != {"params": plan.params_saved, "macs": plan.macs_saved}:
-        raise PlanError(
-            f"the plan says that it saves {saves['params']!r:.20} params and {saves['macs']!r:.20} MACs, and its "
-            f"entries save {plan.params_saved} and {plan.macs_saved}; the file was changed"
-        )
-    return plan
+    if not all(type(count) is int for count in saves.values()):
+        raise PlanError("the plan's savings are not whole numbers")
+    return Contents(entries, fingerprint, method, dict(left_out), Saves(saves["params"], saves["macs"]))
 
 
-def save_plan(plan: Plan, directory: Path) -> None:
+def save(contents: Contents, directory: Path) -> None:
     """Write plan.safetensors and then plan.json, each under a temporary name first."""
-    data, tensors = plan_to_json(plan)
+    data, tensors = to_json(contents)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "plan.safetensors", lambda path: save_file(tensors, path))
@@ -133,7 +159,7 @@ def save_plan(plan: Plan, directory: Path) -> None:
         raise PlanError(f"the plan cannot be written to {directory}: {error}") from error
 
 
-def load_plan(directory: Path) -> Plan:
+def load(directory: Path) -> Contents:
     """Read plan.json and plan.safetensors.
 
     Raises:
@@ -149,7 +175,7 @@ def load_plan(directory: Path) -> Plan:
         raise PlanError(f"{directory} holds no plan: {error.filename or error} is missing") from error
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise PlanError(f"the plan in {directory} cannot be read: {error}") from error
-    return plan_from_json(data, tensors)
+    return from_json(data, tensors)
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
@@ -175,7 +201,10 @@ def _of_earlier_version(entry: object) -> object:
     if isinstance(entry.get("fit"), Mapping):
         upgraded["fit"] = dict.fromkeys(_SINGLES) | dict(entry["fit"])
     if isinstance(entry.get("site"), Mapping):
-        upgraded["site"] = asdict(Site("", "head", 0, None, (), None)) | _with_sizes(entry["site"])
+        site = asdict(Site("", "head", 0, None, (), None)) | _with_sizes(entry["site"])
+        if isinstance(site["heads"], Mapping):
+            site["heads"] = {"products": 0, **site["heads"]}
+        upgraded["site"] = site
     return upgraded
 
 
@@ -356,7 +385,8 @@ def _check_heads(data: object, what: str) -> None:
     _check_texts(heads, ("module", "packed"), what)
     sizes = ("head_dim", "value_dim", "queries_per_group")
     rows = [heads[key] for key in ("query_rows", "key_rows", "value_rows")]
-    valid = all(_is_count(heads[key], 1) for key in sizes) and heads["packed"] in ("", "blocks", "heads")
+    valid = _is_count(heads["products"], 0, _MOST_COUNT)
+    valid = valid and all(_is_count(heads[key], 1) for key in sizes) and heads["packed"] in ("", "blocks", "heads")
     valid = valid and all(len(_list(row)) == 3 and all(map(_is_count, _list(row))) for row in rows)
     valid = valid and all(
         isinstance(count, (list, tuple)) and len(count) == 2 and isinstance(count[0], str) and _is_count(count[1])

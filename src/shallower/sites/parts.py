@@ -64,14 +64,19 @@ class LinearMap:
         return self.kernel[0] * self.kernel[1]
 
     @property
+    def weights(self) -> int:
+        """Numbers in the weight."""
+        return self.d_in // self.groups * self.d_out * self.taps
+
+    @property
     def params(self) -> int:
         """Weights and bias."""
-        return self.d_in // self.groups * self.d_out * self.taps + self.d_out * self.bias
+        return self.weights + self.d_out * self.bias
 
     @property
     def macs(self) -> int:
         """Multiply-accumulate operations on the example inputs, all calls together."""
-        return self.positions * (self.d_in // self.groups) * self.d_out * self.taps
+        return self.positions * self.weights
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,8 @@ class Heads:
         query_rows, key_rows, value_rows: which rows of their maps a channel has.
         counts: integer attributes of `module` that have to change with the number of channels, each with its value
             for one channel: (("num_heads", 1), ("split_size", 64)).
+        products: MACs of one channel's products with the sequence (queries with keys, weights with values) on the
+            example inputs, all calls together.
     """
 
     module: str
@@ -156,6 +163,7 @@ class Heads:
     key_rows: Rows
     value_rows: Rows
     counts: tuple[tuple[str, int], ...] = ()
+    products: int = 0
 
     @property
     def block(self) -> int:

@@ -130,7 +130,7 @@ class Site:
             return self.heads.block
         return self.consumers[0].size[0] * self.consumers[0].size[1] if self.flattened else 1
 
-    @property
+    @cached_property
     def maps(self) -> tuple[LinearMap, ...]:
         """All linear maps of the site: gate and producer (or query, key and value), those between, consumers."""
         made = (self.gate, self.producer) if self.heads is None else self.heads.maps
@@ -149,9 +149,14 @@ class Site:
         return len(self.bridge.norms)
 
     @property
+    def products(self) -> int:
+        """MACs of attention's products with the sequence; 0 for other sites."""
+        return 0 if self.heads is None else self.width * self.heads.products
+
+    @property
     def macs(self) -> int:
-        """Multiply-accumulate operations of the site's maps on the example inputs, now."""
-        return sum(m.macs for m in self.maps)
+        """Multiply-accumulate operations of the site on the example inputs, now."""
+        return sum(m.macs for m in self.maps) + self.products
 
     @property
     def params_collapsed(self) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 
 from shallower.modules.layers import kind_of, weight_of
 from shallower.planning.entries import Entry
-from shallower.planning.forms import Step
+from shallower.planning.steps import Step
 from shallower.sites.heads import heads_of
 
 WIDTHS = (

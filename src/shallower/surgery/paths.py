@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from shallower.core.algebra import compose, norm_as_affine, response, scale_rows, ungrouped, wide
 from shallower.errors import PlanError
 from shallower.modules.layers import bias_of, weight_of
-from shallower.planning.entries import Entry, Fit
-from shallower.planning.forms import Form
-from shallower.planning.geometry import padded
+from shallower.planning.entries import Entry
+from shallower.planning.fits import Fit
+from shallower.planning.form import Form
 from shallower.sites import LinearMap, Site
 
 
@@ -169,7 +169,7 @@ def affine(model: nn.Module, norm: str) -> tuple[Tensor, Tensor] | None:
 
 
 def _check_border(site: Site, consumer: LinearMap, *constants: Tensor) -> None:
-    if not padded(site, [consumer]):
+    if not site.bridge.pads([consumer]):
         return
     for constant in constants:
         # what rounding leaves of an offset that was chosen so that the norm maps it to zero

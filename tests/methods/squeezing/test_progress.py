@@ -16,7 +16,8 @@ from shallower.errors import CheckpointError
 from shallower.finding.matching import find_sites
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.progress import Progress, differences, hash_of_data, identity_of
-from shallower.planning.entries import Entry, Fit
+from shallower.planning.entries import Entry
+from shallower.planning.fits import Fit
 from shallower.sites import LinearMap, Place, Site
 
 SITE = Site(

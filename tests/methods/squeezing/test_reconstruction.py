@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from shallower.calibrating.site_grams import Rows
 from shallower.finding.matching import find_sites
 from shallower.methods.squeezing.reconstruction import Layers, Reconstruction, reconstruct
-from shallower.planning.entries import Entry, Fit
+from shallower.planning.entries import Entry
+from shallower.planning.fits import Fit
 from shallower.planning.plan import Plan
 from shallower.sites import Site
 from shallower.surgery.applying import apply

@@ -18,6 +18,7 @@ from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze
 from shallower.methods.squeezing.sweeping import CalibrationWarning, Sweep
+from shallower.planning.forms import form_of
 from shallower.planning.plan import Plan
 from shallower.surgery.applying import apply
 
@@ -139,7 +140,7 @@ def test_a_nearly_linear_site_collapses() -> None:
     sites = find_sites(model, rows_of()[0])
     plan = squeeze(model, sites, rows_of(), target="params:25%")
     small = apply(model, plan, rows_of()[0])
-    assert [entry.form.kind for entry in plan.entries] == ["merged", "merged"]
+    assert [form_of(entry).kind for entry in plan.entries] == ["merged", "merged"]
     assert error(small, model, rows_of(1)[0]) < 0.01
 
 

@@ -20,7 +20,9 @@ from shallower.methods.squeezing.refitting import may_have_path, price_of_path
 from shallower.methods.squeezing.squeeze import narrowable, squeeze
 from shallower.methods.squeezing.sweeping import Sweep
 from shallower.modules.activations import PartialActivation
-from shallower.planning.entries import Entry, Fit
+from shallower.planning.entries import Entry
+from shallower.planning.fits import Fit
+from shallower.planning.forms import form_of
 from shallower.planning.plan import Plan
 from shallower.saving.checkpoint import load, save
 from shallower.saving.exporting import export
@@ -148,7 +150,7 @@ def test_a_path_beside_a_gate_costs_no_more_than_was_asked_for(make: type[Gated]
     assert rank(entry) > 0
     assert len(entry.kept) + price_of_path(entry.site) * rank(entry) <= 0.6 * entry.site.width
     assert any(isinstance(module, PartialActivation) for module in small.modules())
-    before, after = (entry.site.macs, entry.macs_after) if unit == "macs" else (entry.site.params, entry.params_after)
+    before, after = getattr(entry.site, unit), getattr(form_of(entry), unit)
     assert after <= 0.6 * before
     if unit == "params":
         assert sum(p.numel() for p in small.parameters()) <= 0.6 * sum(p.numel() for p in model.parameters())
@@ -294,7 +296,7 @@ def test_fitted_paths_are_applied_exactly(specimen: Specimen) -> None:
     torch.manual_seed(0)
     plan = Plan(tuple(with_random_path(site) for site in sites))
     small = apply(model, plan, inputs)
-    assert all(entry.form.kind == "partial" for entry in plan.entries)
+    assert all(form_of(entry).kind == "partial" for entry in plan.entries)
     with torch.no_grad():
         outputs = [next(tensors(call(m, inputs))) for m in (small, simulate(model, plan))]
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-3)

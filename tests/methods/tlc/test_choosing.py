@@ -13,6 +13,7 @@ from shallower.finding.matching import find_sites
 from shallower.measuring.timing import Ratio
 from shallower.methods.tlc.choosing import choose_forms, surely_fastest
 from shallower.planning.entries import Entry
+from shallower.planning.forms import form_of
 from shallower.planning.plan import Plan
 from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate
@@ -58,14 +59,14 @@ def collapsed(model: nn.Module, x: Tensor) -> Plan:
 def test_a_widening_site_merges_into_one_layer() -> None:
     model, x = feed_forward()
     entry = chosen(model, x)
-    assert entry.form.kind == "merged"
+    assert form_of(entry).kind == "merged"
     assert entry.note.startswith("merged: -15.6K params, -983K MACs, 0.")
 
 
 def test_padded_convolutions_stay_apart_without_data() -> None:
     model, x = block()
     entry = chosen(model, x)
-    assert entry.form.kind == "apart"
+    assert form_of(entry).kind == "apart"
     assert "merged" not in entry.note
 
 
@@ -74,8 +75,8 @@ def test_with_data_one_kernel_with_the_skip_inside_takes_the_place_of_a_pair() -
     batches = [torch.randn(4, 16, 16, 16) for _ in range(3)]
     plan = collapsed(model, x)
     (entry,) = choose_forms(model, plan, torch.randn(8, 16, 32, 32), batches=batches, error=1.0, ranks=()).entries
-    assert entry.form.kind == "merged"
-    assert entry.form.consumers[0].taps < 25
+    assert form_of(entry).kind == "merged"
+    assert form_of(entry).consumers[0].taps < 25
     assert "kernel" in entry.note
 
 
@@ -83,7 +84,7 @@ def test_what_errs_too_much_is_told_and_not_taken() -> None:
     model, x = block()
     batches = [torch.randn(4, 8, 16, 16) for _ in range(3)]
     entry = chosen(model, x, batches=batches, error=0.0)
-    assert entry.form.kind == "apart"
+    assert form_of(entry).kind == "apart"
     assert "more than 0" in entry.note
 
 
@@ -116,7 +117,7 @@ def test_overlapping_sites_are_decided_together() -> None:
     model = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8)).eval()
     x = torch.randn(64, 32)
     plan = choose_forms(model, collapsed(model, x), x, rounds=5)
-    assert [entry.form.kind for entry in plan.entries] == ["merged", "merged"]
+    assert [form_of(entry).kind for entry in plan.entries] == ["merged", "merged"]
     torch.testing.assert_close(apply(model, plan, x)(x), simulate(model, plan)(x), rtol=1e-4, atol=1e-4)
 
 

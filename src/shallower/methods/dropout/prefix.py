@@ -25,7 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from shallower.errors import MethodError
 from shallower.modules import attachment
 from shallower.modules.layers import bias_of, is_conv1d
-from shallower.planning.entries import Entry, Fit
+from shallower.planning.entries import Entry
+from shallower.planning.fits import Fit
 from shallower.sites import Heads, LinearMap, Place, Site, Sites
 
 Block = tuple[int, int]

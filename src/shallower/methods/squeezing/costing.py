@@ -19,6 +19,7 @@ from shallower.core.inputs import Inputs
 from shallower.measuring.measurement import compare
 from shallower.methods.squeezing.latencies import Latency, narrowed_copy, site_latencies, stand_in
 from shallower.methods.squeezing.options import SqueezeOptions
+from shallower.planning.forms import form_of
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost
 from shallower.sites import Site, Sites
@@ -80,7 +81,8 @@ class Counts:
             saved = (0, 0)
             if width != site.width:
                 entry = stand_in(site, width)
-                saved = (site.params - entry.params_after, site.macs - entry.macs_after)
+                form = form_of(entry)
+                saved = (site.params - form.params, site.macs - form.macs)
             self._alone[key] = saved
         return self._alone[key]
 

@@ -33,7 +33,7 @@ from shallower.core.algebra import norm_as_affine
 from shallower.errors import FitError
 from shallower.modules import attachment
 from shallower.modules.layers import bias_of, weight_of
-from shallower.planning.entries import Fit
+from shallower.planning.fits import Fit
 from shallower.sites import LinearMap, Place, Site
 
 STEPS = 4

@@ -19,7 +19,8 @@ from shallower.calibrating.site_grams import SiteGrams, may_collapse
 from shallower.errors import FitError
 from shallower.methods.squeezing.linear_paths import PathGains, eliminate_beyond, path, path_gains
 from shallower.methods.squeezing.reconstruction import Layers, Reconstruction, over_processes, reconstruct
-from shallower.planning.entries import Entry, Fate, Fit
+from shallower.planning.entries import Entry, Fate
+from shallower.planning.fits import Fit
 from shallower.sites import Site
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)

@@ -29,8 +29,8 @@ from shallower.methods.squeezing.refitting import collapsed, enough_for_producer
 from shallower.modules.attachment import detach
 from shallower.planning.entries import Entry
 from shallower.planning.fingerprints import fingerprint
-from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
+from shallower.planning.steps import Step, steps
 from shallower.sites import Site
 from shallower.surgery.operating import operate
 

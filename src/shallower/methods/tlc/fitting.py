@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from shallower.core.algebra import response, wide
 from shallower.errors import MethodError
 from shallower.modules.layers import bias_of, weight_of
-from shallower.planning.entries import Fit
+from shallower.planning.fits import Fit
 from shallower.sites import LinearMap
 
 _ELEMENTS = 1 << 24

@@ -19,9 +19,10 @@ from shallower.methods.tlc.chains import Chain
 from shallower.methods.tlc.fitting import PatchGram, narrowed_pair
 from shallower.methods.tlc.variants import Variant, all_channels, exact_variants, skips
 from shallower.modules.layers import weight_of
-from shallower.planning.entries import Entry, Fit
-from shallower.planning.forms import steps
+from shallower.planning.entries import Entry
+from shallower.planning.fits import Fit
 from shallower.planning.geometry import fitted_map
+from shallower.planning.steps import steps
 from shallower.sites import LinearMap, Site
 from shallower.surgery.operating import operate
 

@@ -10,8 +10,9 @@ from typing import cast
 import torch
 
 from shallower.errors import PlanError
-from shallower.planning.entries import Entry, Fate
-from shallower.planning.forms import Becomes, inexact, steps
+from shallower.planning.constants import inexact
+from shallower.planning.entries import Becomes, Entry, Fate
+from shallower.planning.steps import steps
 from shallower.sites import LinearMap, Site
 
 _MOST_TOGETHER = 4

@@ -1,0 +1,228 @@
+"""Entries in the order in which the network runs them, each with the form that its site takes there.
+
+done = steps(plan.entries)
+[(step.entry.site.name, step.form.kind) for step in done]
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from shallower.core.text import listing
+from shallower.errors import PlanError
+from shallower.planning.entries import Becomes, Entry
+from shallower.planning.form import Form
+from shallower.planning.forms import form_of
+from shallower.sites import LinearMap, Site
+
+_AHEAD = 6
+"""Following sites over which two forms of one site are compared. What lies farther is rarely changed by it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """An entry of a plan and the form its site takes in the model that the earlier steps left."""
+
+    entry: Entry
+    form: Form
+
+
+def steps(entries: Iterable[Entry]) -> list[Step]:
+    """The entries in the order in which the network runs them, each with the form that its site takes.
+
+    Where sites overlap - the consumer of one is the producer of the next - a later site starts from what the earlier
+    one left: after a full collapse, from the merged map at the consumer's name.
+
+    Raises:
+        PlanError: two entries change the same layer in the same role or the same activation, or a linear path does not
+            fit what it reads.
+    """
+    ordered = in_execution_order(entries)
+    walk = Walk(ordered)
+    prefer = _chained(ordered)
+    return [Step(entry, walk.take(entry, walk.best(entry, prefer))) for entry in ordered]
+
+
+class Walk:
+    """Goes through entries in the order of execution, with the linear maps as the steps so far have left them.
+
+    Attributes:
+        maps: by name; those that became identities are in `gone`.
+        gone: names of the maps that are no more.
+        reads: for a merged map, the map whose input it reads: the first of its chain.
+        behind: for each map, the entry whose hidden tensor it makes.
+        position: of each entry, by the name of its site.
+    """
+
+    def __init__(self, ordered: Sequence[Entry]) -> None:
+        self.maps: dict[str, LinearMap] = {}
+        self.gone: set[str] = set()
+        self.reads: dict[str, str] = {}
+        self.behind = {name: entry for entry in ordered for name in made_by(entry.site)}
+        self.position = {entry.site.name: i for i, entry in enumerate(ordered)}
+        self._known: dict[tuple[object, ...], Form] = {}
+        for entry in ordered:
+            for m in entry.site.maps:
+                self.maps.setdefault(m.name, m)
+
+    def take(self, entry: Entry, prefer: Becomes = "") -> Form:
+        """The form that the next entry's site takes, after which its maps are those of the form."""
+        producer = entry.site.producer
+        first = None if producer is None else self.reads.get(producer.name, producer.name)
+        form = self._form(entry, prefer, first)
+        self.maps.update((m.name, m) for m in form.maps)
+        if form.kind == "merged" and first is not None:
+            self.reads.update((m.name, first) for m in form.consumers)
+            self.gone.update(made_by(entry.site))
+        return form
+
+    def _form(self, entry: Entry, prefer: Becomes, first: str | None) -> Form:
+        """`form_of`, once for the same maps: those of a form that is known are the same objects each time."""
+        maps = (id(self.maps[m.name]) for m in entry.site.maps)
+        key = (entry.site.name, prefer, first, *maps)
+        if key not in self._known:
+            self._known[key] = form_of(entry, self.maps, prefer, first)
+        return self._known[key]
+
+    def following(self, entry: Entry) -> list[Entry]:
+        """An entry and the next ones that read what it writes, or what those write, in order of execution."""
+        found, waiting = {entry.site.name: entry}, deque([entry])
+        while waiting and len(found) <= _AHEAD:
+            for m in waiting.popleft().site.consumers:
+                reader = self.behind.get(m.name)
+                if reader is not None and reader.site.name not in found:
+                    found[reader.site.name] = reader
+                    waiting.append(reader)
+        return sorted(found.values(), key=lambda reader: self.position[reader.site.name])
+
+    def best(self, entry: Entry, prefer: Mapping[str, Becomes]) -> Becomes:
+        """Which of two exact forms the next entry's site is to take: that with which it and the next ones are smaller.
+
+        A depthwise convolution between two others is an example: merging the first two makes more weights, and merging
+        those with the third makes fewest.
+        """
+        near = self.following(entry)
+        if len(near) < 2 or not _is_free(entry, prefer):
+            return prefer.get(entry.site.name, "")
+        try:
+            return self._better(near, prefer)
+        except PlanError:
+            return ""
+
+    def ahead(self, entries: Sequence[Entry]) -> Walk:
+        """Another walk that has taken these entries, each in its better form."""
+        trial = self._copy(entries)
+        for i, entry in enumerate(entries):
+            trial.take(entry, trial._better(entries[i:], {}))
+        return trial
+
+    def _better(self, near: Sequence[Entry], prefer: Mapping[str, Becomes]) -> Becomes:
+        """The better form of the first of some entries."""
+        forms = self._forms(near, prefer)
+        other: Becomes = "apart" if forms[0].kind == "merged" else "merged"
+        try:
+            others = self._forms(near, {**prefer, near[0].site.name: other})
+        except PlanError:
+            return ""
+        (params, macs), (other_params, other_macs) = _added(forms), _added(others)
+        less = other_params <= params and other_macs <= macs and (other_params, other_macs) != (params, macs)
+        return other if less else ""
+
+    def _forms(self, entries: Sequence[Entry], prefer: Mapping[str, Becomes]) -> list[Form]:
+        """The forms of these entries, were they next."""
+        trial = self._copy(entries)
+        return [trial.take(entry, prefer.get(entry.site.name, "")) for entry in entries]
+
+    def _copy(self, entries: Iterable[Entry]) -> Walk:
+        """Another walk, with what these entries need."""
+        copy = Walk(())
+        copy._known = self._known
+        for entry in entries:
+            copy.maps.update((m.name, self.maps[m.name]) for m in entry.site.maps)
+            for name in made_by(entry.site):
+                if name in self.reads:
+                    copy.reads[name] = self.reads[name]
+        return copy
+
+
+def _is_free(entry: Entry, prefer: Mapping[str, Becomes]) -> bool:
+    """Whether nothing but its cost decides which form a site takes."""
+    return not (len(entry.kept) or entry.becomes or entry.fold_skip or entry.site.name in prefer)
+
+
+def _added(forms: Iterable[Form]) -> tuple[int, int]:
+    """Parameters and MACs that some forms add to what their sites were."""
+    params = macs = 0
+    for form in forms:
+        params += form.params - form.params_before
+        macs += form.macs - form.macs_before
+    return params, macs
+
+
+def _chained(ordered: Sequence[Entry]) -> dict[str, Becomes]:
+    """The sites that have to merge for a skip to fold into the last map of their chain."""
+    before = {c.name: entry for entry in ordered for c in entry.site.consumers}
+    wanted: dict[str, Becomes] = {}
+    for entry in ordered:
+        residual, producer = entry.site.residual, entry.site.producer
+        while entry.fold_skip and residual and producer and producer.name != residual.source:
+            earlier = before.get(producer.name)
+            if earlier is None:
+                break
+            wanted[earlier.site.name] = "merged"
+            producer = earlier.site.producer
+    return wanted
+
+
+def made_by(site: Site) -> tuple[str, ...]:
+    """Names of the maps that make a site's hidden tensor: producer and gate, or the projections of its heads."""
+    maps = (site.producer, site.gate) if site.heads is None else site.heads.maps
+    return tuple(m.name for m in maps if m is not None)
+
+
+def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries, sites whose producer is another's consumer after that one; otherwise in the order given.
+
+    Raises:
+        PlanError: a layer is producer, or consumer, at two sites, or an activation is, or the sites run in a circle.
+    """
+    given = list(entries)
+    made = _owners(given, made_by, "the layer")
+    read = _owners(given, lambda site: (m.name for m in site.consumers), "the layer")
+    behind: list[list[int]] = [[] for _ in given]
+    waits_for = [0] * len(given)
+    for name, i in read.items():
+        if name in made:
+            behind[i].append(made[name])
+            waits_for[made[name]] += 1
+    ready = [i for i, count in enumerate(waits_for) if count == 0]
+    ordered: list[Entry] = []
+    while ready:  # the least position first, so that what is independent keeps its order
+        i = heapq.heappop(ready)
+        ordered.append(given[i])
+        for later in behind[i]:
+            waits_for[later] -= 1
+            if waits_for[later] == 0:
+                heapq.heappush(ready, later)
+    if len(ordered) < len(given):
+        circle = [entry.site.name for entry, count in zip(given, waits_for, strict=True) if count]
+        raise PlanError(f"the sites of this plan run in a circle: {listing(circle)}")
+    _owners(given, lambda site: site.bridge.activations, "the activation")
+    return ordered
+
+
+def _owners(entries: Sequence[Entry], parts: Callable[[Site], Iterable[Hashable]], what: str) -> dict[Hashable, int]:
+    """The position of the one entry that each part belongs to."""
+    owners: dict[Hashable, int] = {}
+    for i, entry in enumerate(entries):
+        for part in dict.fromkeys(parts(entry.site)):
+            if part in owners:
+                raise PlanError(
+                    f"{entry.site.name}: {what} `{part}` is already changed by the entry of "
+                    f"`{entries[owners[part]].site.name}`; a plan has at most one entry for a site"
+                )
+            owners[part] = i
+    return owners
