@@ -1,0 +1,23 @@
+"""What a tensor holds."""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses import FakeTensorMode
+
+from shallower.core.tensors import content, has_no_numbers
+
+
+def test_meta_and_fake_tensors_hold_no_numbers() -> None:
+    with FakeTensorMode():
+        assert has_no_numbers(torch.zeros(2))
+    assert has_no_numbers(torch.zeros(2, device="meta"))
+    assert not has_no_numbers(torch.zeros(2))
+
+
+def test_the_content_does_not_depend_on_the_layout() -> None:
+    tensor = torch.arange(24.0).reshape(1, 2, 3, 4)
+    assert bytes(content(tensor)) == bytes(content(tensor.to(memory_format=torch.channels_last)))
+    assert bytes(content(tensor)) != bytes(content(tensor.transpose(2, 3)))
+    assert len(content(torch.zeros(3, dtype=torch.bfloat16))) == 6
+    assert len(content(torch.zeros(0))) == 0

@@ -1,0 +1,39 @@
+"""The parts of a site: what they cost and how they are called."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from shallower.sites import Heads, LinearMap, Place
+
+
+def test_a_place_is_a_module_or_a_call() -> None:
+    assert str(Place("block.act")) == "block.act"
+    assert str(Place("block", (("relu", 1),))) == "block:relu#1"
+    assert str(Place("", (("gelu", 0), ("mul", 2)))) == "model:gelu#0"
+
+
+@given(
+    groups=st.sampled_from([1, 2]), bias=st.booleans(), kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)  # fmt: skip
+def test_a_convolution_has_the_parameters_and_products_that_pytorch_gives_it(
+    groups: int, bias: bool, kernel: tuple[int, int]
+) -> None:
+    conv = nn.Conv2d(4, 6, kernel, groups=groups, bias=bias)
+    with torch.no_grad():
+        y = conv(torch.randn(2, 4, 7, 7))
+    positions = y.shape[0] * y.shape[2] * y.shape[3]
+    m = LinearMap("c", "conv2d", 4, 6, bias, positions, kernel=kernel, groups=groups)
+    assert m.params == sum(p.numel() for p in conv.parameters())
+    assert m.macs == positions * conv.weight.numel()
+    assert m.taps == kernel[0] * kernel[1]
+
+
+def test_a_group_of_queries_owns_their_columns_and_a_packed_map_counts_once() -> None:
+    qkv = LinearMap("qkv", "linear", 8, 32, True, 4)
+    heads = Heads("attn", qkv, qkv, qkv, 4, 4, 2, "blocks", (0, 8, 8), (16, 4, 4), (24, 4, 4))
+    assert heads.block == 8
+    assert heads.maps == (qkv,)
