@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from shallower.calibrating.site_grams import Rows
 from shallower.finding.matching import find_sites
-from shallower.methods.squeezing.reconstruction import Layers, Reconstruction, reconstruct
+from shallower.methods.squeezing.reconstruction import Reconstruction, reconstruct
+from shallower.methods.squeezing.site_layers import SiteLayers
 from shallower.planning.entries import Entry
 from shallower.planning.fits import Fit
 from shallower.planning.plan import Plan
@@ -103,7 +104,7 @@ def case(name: str) -> tuple[nn.Module, Site, Tensor, Tensor]:
 def fitted(name: str, keep: int = 5) -> tuple[nn.Module, Site, Tensor, Tensor, Reconstruction]:
     model, site, x, y = case(name)
     kept = torch.arange(0, site.width, site.width // keep)[:keep]
-    layers = Layers.of(model, site, kept)
+    layers = SiteLayers.of(model, site, kept)
     assert layers is not None
     cut = len(x) * 3 // 4
     root = torch.eye(y.shape[1], dtype=torch.float64)
@@ -124,7 +125,7 @@ def test_fitted_producers_leave_less_error_on_held_out_rows(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_first_order_change_is_what_a_small_step_does(name: str) -> None:
     model, site, x, _ = case(name)
-    layers = Layers.of(model, site, torch.arange(site.width))
+    layers = SiteLayers.of(model, site, torch.arange(site.width))
     assert layers is not None
     deltas = {n: 1e-4 * torch.randn(len(p.weight), p.weight[0].numel() + p.free) for n, p in layers.producers.items()}
     with torch.no_grad():

@@ -15,6 +15,7 @@ from shallower.finding.matching import find_sites
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.sweeping import Sweep
+from shallower.planning.plan import Plan
 from shallower.surgery.applying import apply
 from tests.processes import in_two_processes
 
@@ -108,3 +109,32 @@ def test_two_processes_with_different_data_make_one_plan(tmp_path: Path) -> None
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+UNEQUAL = """
+import sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from shallower.finding.matching import find_sites
+from shallower.methods.squeezing.squeeze import squeeze
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+sites = find_sites(model, torch.randn(2, 4))
+torch.manual_seed(rank + 1)
+batches = [torch.randn((512, 3)[rank], 4) for _ in range(2)]
+plan = squeeze(model, sites, batches, "params:60%")
+plan.save(f"{sys.argv[1]}/{rank}")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_with_hardly_any_rows_takes_part_in_every_sum(tmp_path: Path) -> None:
+    in_two_processes(UNEQUAL, tmp_path, tmp_path)
+    plans = [Plan.load(tmp_path / str(rank)) for rank in (0, 1)]
+    assert plans[0].to_json() == plans[1].to_json()
+    # the rows of both together are enough to fit the producers too
+    assert all(entry.fit is not None and entry.fit.producer is not None for entry in plans[0].entries)

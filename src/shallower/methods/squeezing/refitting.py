@@ -16,9 +16,11 @@ from shallower.calibrating.grams import Centred, Gram, ridge_error
 from shallower.calibrating.metrics import Metric
 from shallower.calibrating.selection import Elimination, columns_of
 from shallower.calibrating.site_grams import SiteGrams, may_collapse
+from shallower.core.processes import summed_over_processes
 from shallower.errors import FitError
 from shallower.methods.squeezing.linear_paths import PathGains, eliminate_beyond, path, path_gains
-from shallower.methods.squeezing.reconstruction import Layers, Reconstruction, over_processes, reconstruct
+from shallower.methods.squeezing.reconstruction import Reconstruction, reconstruct
+from shallower.methods.squeezing.site_layers import SiteLayers
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.fits import Fit
 from shallower.sites import Site
@@ -247,11 +249,12 @@ def _reconstructed(
 ) -> Reconstruction | None:
     """The site with its producers fitted too; None where that cannot be done, is not to be trusted or does not help."""
     fit, held = grams.rows
-    layers = Layers.of(small, site, choice.kept, choice.down) if fit and held else None
+    layers = SiteLayers.of(small, site, choice.kept, choice.down)
     if layers is None:
         return None
-    positions = over_processes(torch.tensor(float(sum(rows.positions for rows in fit)), device=grams.fit.device))
-    if not enough_for_producers(site, len(choice.kept), float(positions)):
+    # all processes decide alike: one may have no rows of its own, and takes part in the others' sums
+    seen, outside = summed_over_processes(sum(r.positions for r in fit), sum(r.positions for r in held))
+    if not outside or not enough_for_producers(site, len(choice.kept), seen):
         return None
     found = reconstruct(layers, fit, held, metric.root, ridge=choice.ridge, intercept=_intercept(site))
     return found if found.after < found.before else None
