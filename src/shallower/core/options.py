@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import types
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -27,6 +28,8 @@ def option(
     *,
     least: float | None = None,
     most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
     flags: tuple[str, ...] = (),
     metavar: str = "",
 ) -> Any:
@@ -38,10 +41,12 @@ def option(
         default: its value where nothing else is given; without one the field must be given.
         text: its help; the command line has an option for every field with one.
         least, most: bounds, both included.
+        above, below: bounds, both excluded.
         flags: what the command line calls it, where that is not `--name-of-the-field`.
         metavar: what stands for its value in the help.
     """
-    metadata = {"text": text, "least": least, "most": most, "flags": flags, "metavar": metavar}
+    bounds = {"least": least, "most": most, "above": above, "below": below}
+    metadata = {"text": text, **bounds, "flags": flags, "metavar": metavar}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -97,15 +102,23 @@ def problem_of(value: Any, field: dataclasses.Field[Any], hint: Any) -> str:
         return "" if value in choices else f"choose one of {', '.join(map(str, choices))}"
     kinds = kinds_of(hint)
     whole = int in kinds and float not in kinds
-    if not whole and float not in kinds:
+    others = any(kind not in (int, float) for kind in kinds)
+    if (not whole and float not in kinds) or (others and not isinstance(value, (int, float))):
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (whole and not isinstance(value, int)):
         return "a whole number" if whole else "a number"
     if not math.isfinite(value):
         return "a finite number"
-    least, most = field.metadata.get("least"), field.metadata.get("most")
-    if least is not None and value < least:
-        return f"at least {least:g}"
-    if most is not None and value > most:
-        return f"at most {most:g}"
+    for name, phrase, holds in _BOUNDS:
+        bound = field.metadata.get(name)
+        if bound is not None and not holds(value, bound):
+            return f"{phrase} {bound:.10g}"
     return ""
+
+
+_BOUNDS = (
+    ("least", "at least", operator.ge),
+    ("most", "at most", operator.le),
+    ("above", "above", operator.gt),
+    ("below", "below", operator.lt),
+)

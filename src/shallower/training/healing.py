@@ -7,7 +7,6 @@ No labels are needed. Either the outputs are compared, or what every site gives 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from shallower.calibrating.fisher import OutputOf, default_output_of
 from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, default_mask_of, model_device
 from shallower.core.modes import evaluating
+from shallower.core.options import Options, option
 from shallower.core.outputs import are_logits
 from shallower.core.trees import tensors
 from shallower.core.watching import recorded
@@ -40,7 +40,7 @@ def recipe(epochs: int, lr: float = 1e-4, seed: int = 0) -> Recipe:
 
 
 @dataclass(frozen=True)
-class Matching:
+class Matching(Options):
     """What `heal` compares between the two networks.
 
         sh.heal(small, model, batches, recipe, sh.Matching(temperature=2.0))
@@ -62,17 +62,14 @@ class Matching:
 
     match: Match = "outputs"
     sites: Sites | None = None
-    temperature: float = 1.0
+    temperature: float = option(1.0, above=0)
     mask_of: MaskOf = default_mask_of
     output_of: OutputOf = default_output_of
     logits: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse options that contradict one another."""
-        if not 0 < self.temperature < math.inf:
-            raise MethodError(f"temperature={self.temperature!r}: pass a positive number")
-        if self.match not in ("outputs", "sites"):
-            raise MethodError(f"match={self.match!r}: choose 'outputs' or 'sites'")
+        super().__post_init__()
         if (self.match == "sites") != (self.sites is not None):
             raise MethodError("match='sites' needs sites=, as found in the original, and nothing else takes them")
 

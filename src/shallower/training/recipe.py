@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal
 
+from shallower.core.options import Options, option
 from shallower.errors import TrainingError
 
-Optimizer = Literal["adamw", "sgd"]
-Decay = Literal["cosine", "step", "constant"]
-Precision = Literal["no", "bf16", "fp16"]
-
-_MOST_SEED = 2**32
+_MOST_SEED = 2**32 - 1
 """NumPy accepts no larger seed."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Options):
     """How to train.
 
         recipe = sh.Recipe(epochs=3, lr=5e-5, warmup=0.1)
@@ -42,37 +39,27 @@ class Recipe:
         TrainingError: a value is out of its range; the error names it.
     """
 
-    epochs: int
-    lr: float
-    optimizer: Optimizer = "adamw"
-    weight_decay: float = 0.01
-    momentum: float = 0.9
-    schedule: Decay = "cosine"
-    warmup: float = 0.0
+    error: ClassVar = TrainingError
+
+    epochs: int = option(least=0)
+    lr: float = option(above=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = option(0.01, least=0)
+    momentum: float = option(0.9, least=0, below=1)
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup: float = option(0.0, least=0, below=1)
     milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = 0.1
-    clip: float | None = 1.0
-    precision: Precision = "no"
-    seed: int = 0
+    gamma: float = option(0.1, above=0)
+    clip: float | None = option(1.0, above=0)
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = option(0, least=0, most=_MOST_SEED)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
-        for name, choices in (("optimizer", Optimizer), ("schedule", Decay), ("precision", Precision)):
-            if getattr(self, name) not in get_args(choices):
-                raise TrainingError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(get_args(choices))}")
-        for name, most in (("epochs", math.inf), ("seed", _MOST_SEED - 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-                raise TrainingError(f"{name}={value!r}: pass a whole number from 0{_up_to(most)}")
-        _in_range("lr", self.lr, above=0)
-        _in_range("weight_decay", self.weight_decay, least=0)
-        _in_range("momentum", self.momentum, least=0, below=1)
-        _in_range("warmup", self.warmup, least=0, below=1)
-        _in_range("gamma", self.gamma, above=0)
-        if self.clip is not None:
-            _in_range("clip", self.clip, above=0)
+        super().__post_init__()
         for milestone in self.milestones:
-            _in_range("milestones", milestone, least=0, below=1)
+            if not 0 <= milestone < 1:
+                raise TrainingError(f"milestones={self.milestones!r}: fractions of all steps, from 0 to below 1")
 
     def factor(self, step: int, steps: int) -> float:
         """What the learning rate is multiplied by at `step` (from 0) of `steps`."""
@@ -106,7 +93,7 @@ class History:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Options):
     """Where the state of a run is kept, so that the same call continues after an interruption.
 
         sh.train(model, loader, loss, recipe, checkpoint=sh.Checkpoint("run.safetensors", every=200))
@@ -116,8 +103,10 @@ class Checkpoint:
         every: steps after which the state is also written, besides the end of every epoch; 0 for none.
     """
 
+    error: ClassVar = TrainingError
+
     path: Path | str
-    every: int = 0
+    every: int = option(0, least=0)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint | Path | str | None) -> Checkpoint | None:
@@ -134,22 +123,3 @@ class Checkpoint:
     def inside(self, name: str) -> Checkpoint:
         """A file in this folder, written as often."""
         return Checkpoint(self.file / name, self.every)
-
-
-def _in_range(
-    name: str, value: float, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
-) -> None:
-    """Refuse what is no finite number in [least, below) and above `above`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if number and least <= value < below and value > above:
-        return
-    bounds = [
-        f"{text} {bound:g}"
-        for text, bound in (("at least", least), ("above", above), ("below", below))
-        if math.isfinite(bound)
-    ]
-    raise TrainingError(f"{name}={value!r} is out of range: pass a number {' and '.join(bounds)}")
-
-
-def _up_to(most: float) -> str:
-    return f" to {most}" if math.isfinite(most) else ""

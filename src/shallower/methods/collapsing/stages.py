@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+from shallower.core.options import Options, option
 from shallower.core.text import listing
 from shallower.errors import MethodError
 from shallower.training.recipe import History
@@ -15,7 +16,7 @@ Order = Literal["sensitivity", "last-first"]
 
 
 @dataclass(frozen=True)
-class Stages:
+class Stages(Options):
     """How `LayerCollapse.fit` divides the sites into stages.
 
         method.fit(loader, task_loss, recipe, sh.Stages(3, order="last-first"))
@@ -38,14 +39,13 @@ class Stages:
     groups: int | Sequence[Sequence[str]] | None = None
     order: Order | Sequence[str] = "sensitivity"
     tolerance: float = 0.05
-    arrive: float | None = 0.5
+    arrive: float | None = option(0.5, above=0, most=1)
     probe: Iterable[Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        super().__post_init__()
         check_tolerance(self.tolerance)
-        if self.arrive is not None and not 0 < self.arrive <= 1:
-            raise MethodError(f"arrive={self.arrive!r}: pass a part of the stage, above 0 and at most 1, or None")
 
     @classmethod
     def of(cls, stages: Stages | int | Sequence[Sequence[str]] | None) -> Stages:
