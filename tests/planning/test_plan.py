@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from shallower.errors import PlanError
+from shallower.modules.site_parts import fingerprint
 from shallower.planning.entries import Entry, Fate
-from shallower.planning.fingerprints import fingerprint
 from shallower.planning.fits import Fit
 from shallower.planning.forms import form_of
 from shallower.planning.plan import CostWarning, Plan

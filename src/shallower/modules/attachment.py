@@ -80,6 +80,13 @@ def attached_places(model: nn.Module) -> tuple[Place, ...]:
     return tuple(_record(model))
 
 
+def originals(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What stood where something is attached to the model or to a part of it, by its dotted name in the model."""
+    for prefix, owner in model.named_modules():
+        for entry in _record(owner).values():
+            yield (f"{prefix}.{entry.name}" if prefix else entry.name), entry.original
+
+
 def detach(model: nn.Module, places: Iterable[Place] | None = None) -> None:
     """Put back what stood at `places`: everything that is attached to the model or to a part of it where None.
 

@@ -43,7 +43,7 @@ class Plan:
 
     Attributes:
         entries: at most one per site.
-        fingerprint: of the weights the plan was made for (`fingerprint` in fingerprints.py); "" where it depends on no
+        fingerprint: of the weights the plan was made for (`modules.site_parts.fingerprint`); "" where it depends on no
             weights (a plain collapse).
         method: which method made it, for people.
         left_out: name -> reason of the sites that were given and stay as they are, for people.

@@ -6,7 +6,7 @@ from torch import nn
 
 from shallower.errors import PlanError
 from shallower.modules.layers import check_shape
-from shallower.planning.fingerprints import fingerprint
+from shallower.modules.site_parts import fingerprint, parts_of
 from shallower.planning.plan import Plan
 
 
@@ -23,16 +23,9 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
     """
     for entry in plan.entries:
         site = entry.site
-        names = [place.module for place in (site.activation, *site.dropouts) if place is not None]
-        for name in [*names, *(m.name for m in site.maps), site.norm_before, site.norm_after]:
-            try:
-                model.get_submodule(name)
-            except AttributeError:
-                raise PlanError(
-                    f"{site.name}: the model has no module `{name}`. Is this the model that the plan was made for?"
-                ) from None
+        parts = parts_of(model, [site])
         for m in site.maps:
-            check_shape(site.name, model.get_submodule(m.name), m)
+            check_shape(site.name, parts[m.name], m)
     if plan.fingerprint:
         found = fingerprint(model, [entry.site for entry in plan.entries])
         if found and found != plan.fingerprint:

@@ -30,8 +30,8 @@ from shallower.methods.collapsing.sensitivity import costs_of
 from shallower.methods.collapsing.stages import Stage, Stages, check_tolerance
 from shallower.modules import attachment
 from shallower.modules.activations import SlopeActivation
+from shallower.modules.site_parts import fingerprint
 from shallower.planning.entries import Family
-from shallower.planning.fingerprints import fingerprint
 from shallower.planning.paying import paying
 from shallower.planning.plan import Plan
 from shallower.sites import Site, Sites

@@ -46,9 +46,9 @@ from shallower.methods.dropout.widths import (
 )
 from shallower.modules import attachment
 from shallower.modules.attachment import detached_copy
+from shallower.modules.site_parts import fingerprint
 from shallower.planning.curve import Curve, Point
 from shallower.planning.entries import Entry
-from shallower.planning.fingerprints import fingerprint
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target
 from shallower.sites import Place, Site, Sites

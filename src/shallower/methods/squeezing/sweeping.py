@@ -27,8 +27,8 @@ from shallower.methods.squeezing.curves import error_curves
 from shallower.methods.squeezing.progress import Progress
 from shallower.methods.squeezing.refitting import collapsed, enough_for_producers, may_have_path, metric_of, narrowed
 from shallower.modules.attachment import detach
+from shallower.modules.site_parts import fingerprint
 from shallower.planning.entries import Entry
-from shallower.planning.fingerprints import fingerprint
 from shallower.planning.plan import Plan
 from shallower.planning.steps import Step, steps
 from shallower.sites import Site

@@ -32,8 +32,8 @@ from shallower.methods.tlc.linearised import Linearised
 from shallower.methods.tlc.pace import Pace, Round
 from shallower.modules import attachment
 from shallower.modules.activations import recognise
+from shallower.modules.site_parts import fingerprint
 from shallower.planning.entries import Entry, Fate
-from shallower.planning.fingerprints import fingerprint
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Cost, Target, shortest_prefix
 from shallower.sites import Site, Sites
