@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shallower.calibrating.collecting import collect_goals, collect_grams
+from shallower.calibrating.collecting import GramOptions, collect_goals, collect_grams
 from shallower.calibrating.fisher import output_metrics
 from shallower.calibrating.grams import Gram
 from shallower.calibrating.patches import patches
-from shallower.calibrating.residual import ResidualSums
+from shallower.calibrating.residual_sums import ResidualSums
 from shallower.errors import FitError, SiteError
 from shallower.finding.matching import find_sites
 from shallower.sites import LinearMap
@@ -81,7 +81,9 @@ def test_compensation_makes_up_for_the_residual_stream() -> None:
     with torch.no_grad():
         small.down[0].weight.zero_()
     site = list(find_sites(dense, batches()[0]))[1]
-    target = collect_grams(dense, small, [site], batches(), compensation=1.0)[site.name].all.centred().mean_y
+    target = (
+        collect_grams(dense, small, [site], batches(), GramOptions(compensation=1.0))[site.name].all.centred().mean_y
+    )
     streams = []
     for model in (dense, small):
         x = torch.cat([b.reshape(-1, 6) for b in batches()])
@@ -102,7 +104,7 @@ def test_passes_stop_after_the_last_site() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model = Residual().train()
     sites = find_sites(model, batches()[0])
-    collect_grams(model, None, list(sites), batches(), with_inputs=True)
+    collect_grams(model, None, list(sites), batches(), GramOptions(inputs=True))
     output_metrics(model, ["down.0"], batches())
     assert all(m.training for m in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -194,9 +196,10 @@ def test_goals_kept_from_one_pass_are_those_of_a_pass_for_each_site() -> None:
     dense, small = Residual(), Residual()
     sites = find_sites(dense, batches()[0])
     goals = collect_goals(dense, list(sites), batches(), compensation=1.0)
+    options = GramOptions(compensation=1.0, rows=True)
     for site in sites:
-        there = collect_grams(dense, small, [site], batches(), goals=goals, compensation=1.0, with_rows=True)[site.name]
-        here = collect_grams(dense, small, [site], batches(), compensation=1.0, with_rows=True)[site.name]
+        there = collect_grams(dense, small, [site], batches(), options, goals=goals)[site.name]
+        here = collect_grams(dense, small, [site], batches(), options)[site.name]
         torch.testing.assert_close(there.all.centred().zy, here.all.centred().zy)
         torch.testing.assert_close(there.rows[0][0].y, here.rows[0][0].y)
 

@@ -1,26 +1,26 @@
-"""What calibration data tell about a site as a whole: Gram matrices of what its consumers read and should give.
+"""Gram matrices of what the consumers of sites read and should return, over the calibration data.
 
-    grams = collect_grams(dense, small, sites, batches)     # {site name: SiteGrams}
+    grams = collect_grams(dense, small, sites, batches)     # {site name: SiteGrams, or why there are none}
 
-Only sums are kept, in float64, so that memory does not grow with the data, and Gram matrices of several batches, data
-sets or machines are added.
+Only sums are kept, and rows where there are few, so that memory does not grow with the data; sums of several processes
+are added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shallower.calibrating.patches import flat, patches, thinned
-from shallower.calibrating.site_grams import HELD_OUT, Rows, SiteGrams
+from shallower.calibrating.recording import DenseOutputs, Goals, Recorder
+from shallower.calibrating.site_grams import HELD_OUT, Rows, SiteGrams, read_alike
 from shallower.calibrating.walking import Walk, walked
-from shallower.calibrating.watching import Goal, Goals, Watch, calls
 from shallower.core.inputs import (
     InputsOf,
     MaskOf,
@@ -28,25 +28,40 @@ from shallower.core.inputs import (
     default_mask_of,
     model_device,
     reiterable,
-    tensors,
-    to_device,
 )
 from shallower.core.memory import give_back
 from shallower.core.modes import evaluating
-from shallower.core.processes import summed_over_processes
-from shallower.errors import FitError, SiteError
+from shallower.core.processes import gathered, raised_anywhere, summed_over_processes
+from shallower.core.trees import tensors, to_device
+from shallower.errors import FitError, Refusal, SiteError
 from shallower.sites import Site
-
-"""Rows that are converted to float64, or whose products are added up in float32, at a time."""
-"""Columns of a Gram matrix that are computed at a time."""
-"""Positions of a convolution that are used, for each column of its patches: neighbours tell nearly the same."""
 
 _POSITIONS = 1 << 17
 """Positions of which the inputs and outputs themselves are kept, for fitting the producers."""
-"""Hidden values that are computed at a time."""
-"""Values of a tensor by which it is compared with what it should be."""
 
-"""Of one batch: by site, one for each call."""
+T = TypeVar("T")
+
+_NEVER = "its consumers ran in no calibration batch, or on no rows"
+
+
+@dataclass(frozen=True)
+class GramOptions:
+    """What is collected at each site, besides what its consumers read and should return.
+
+        collect_grams(dense, small, [site], batches, GramOptions(compensation=1.0, rows=True))
+
+    Attributes:
+        compensation: where a consumer's output is added to a residual stream, this part of the difference between the
+            two models' streams is added to what the consumer should return.
+        inputs: also moments of what the producer reads, where it reads the positions that the consumers read.
+        joint: also of both side by side, there.
+        rows: also keep what the producer reads and the consumers should return.
+    """
+
+    compensation: float = 0.0
+    inputs: bool = False
+    joint: bool = False
+    rows: bool = False
 
 
 def collect_goals(
@@ -58,13 +73,16 @@ def collect_goals(
     inputs_of: InputsOf = default_inputs_of,
     most: int | None = None,
 ) -> list[Goals]:
-    """What the consumers of some sites should give, batch by batch, from one pass of the dense network.
+    """What the consumers of some sites should return, batch by batch, from one pass of the dense network.
+
+        goals = collect_goals(dense, sites, batches)
+        grams = collect_grams(dense, small, [sites[0]], batches, goals=goals)
 
     Args:
         dense: the model as it is.
         sites: in order of execution.
         batches: read in the same order as they will be read for `collect_grams`.
-        compensation: see `collect_grams`.
+        compensation: see `GramOptions`.
         inputs_of: picks the model's inputs out of a batch.
         most: bytes to be kept. Sites from the last on are left out until the rest fits; the first never is.
 
@@ -72,24 +90,31 @@ def collect_goals(
         SiteError: the batches cannot be read again.
     """
     reiterable(batches)
-    share = len(batches) if isinstance(batches, Sized) else 1
     device = model_device(dense)
     goals: list[Goals] = []
     chosen = list(sites)
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(dense))
-        watch = stack.enter_context(Watch(dense, chosen))
+    with evaluating(dense), Recorder(dense, chosen) as recorder:
         for batch in tqdm(batches, desc="dense outputs", delay=5, leave=False):
-            watch.run(to_device(inputs_of(batch), device))
-            if not goals and most is not None and len(chosen) > 1:
-                sizes = [
-                    share * sum(y.nbytes for m in s.consumers for y in watch.outputs.get(m.name, ())) for s in chosen
-                ]
-                room = [sum(sizes[: i + 1]) <= most for i in range(len(sizes))]
-                chosen = chosen[: max(1, sum(room))]
-                watch.limit(chosen)
-            goals.append({site.name: watch.goals(site, compensation) for site in chosen})
+            recorder.run(to_device(inputs_of(batch), device))
+            if not goals and most is not None:
+                chosen = _fitting(recorder, chosen, most // _length(batches))
+                recorder.limit(chosen)
+            goals.append({site.name: recorder.goals(site, compensation) for site in chosen})
     return goals
+
+
+def _fitting(recorder: Recorder, sites: list[Site], most: int) -> list[Site]:
+    """The first of the sites, as many as their outputs fit into so many bytes; at least one."""
+    for i, site in enumerate(sites):
+        for m in site.consumers:
+            most -= sum(y.nbytes for y in recorder.outputs.get(m.name, ()))
+        if most < 0:
+            return sites[: max(1, i)]
+    return sites
+
+
+def _length(batches: Iterable[Any]) -> int:
+    return max(1, len(batches)) if isinstance(batches, Sized) else 1
 
 
 def collect_grams(
@@ -97,195 +122,254 @@ def collect_grams(
     small: nn.Module | None,
     sites: Sequence[Site],
     batches: Iterable[Any],
+    options: GramOptions | None = None,
     *,
     goals: Sequence[Goals] | None = None,
     walk: Walk | None = None,
-    compensation: float = 0.0,
-    with_inputs: bool = False,
-    with_joint: bool = False,
-    with_rows: bool = False,
     inputs_of: InputsOf = default_inputs_of,
     mask_of: MaskOf | None = None,
-) -> dict[str, SiteGrams]:
-    """Gram matrices of the sites, by name: what the consumers read in `small`, against what they give in `dense`.
+) -> dict[str, SiteGrams | Refusal]:
+    """Gram matrices of the sites, by name: what the consumers read in `small`, against what they return in `dense`.
 
-    Of each batch, the passes stop at the last of the sites.
+        grams = collect_grams(dense, None, sites, batches)["encoder.layer.3"]
+
+    Of each batch, the passes stop at the last of the sites. A batch in which a site sees no rows counts for nothing
+    there. A site that sees other rows in `small` than in `dense` (where routing decides), or that runs otherwise than
+    it did when it was found, gets a `Refusal` with the reason.
 
     Args:
         dense: the model as it is.
         small: the model with the earlier sites squeezed already; None for `dense` itself.
         sites: that have not been squeezed yet, in both models.
         batches: read once here, but a one-shot iterator is refused.
+        options: what else is collected.
         goals: what `collect_goals` found with the same compensation and batches; then `dense` does not run.
-        walk: goes on from the blocks that are finished before the sites, instead of from the inputs.
-        compensation: where a consumer's output is added to a residual stream, this part of the difference between the
-            two models' streams is added to what the consumer should give.
-        with_inputs: also of what the producer reads, where it reads the positions that the consumers read.
-        with_joint: also of both side by side, there.
-        with_rows: also keep what the producers read and the consumers should give.
+        walk: continues from the blocks that are finished before the sites, instead of from the inputs.
         inputs_of: picks the model's inputs out of a batch.
         mask_of: picks the mask out of a batch; by default a two-dimensional `attention_mask`.
 
     Raises:
-        SiteError: a site did not run as it did when it was found, or the batches cannot be read again.
-        FitError: there are no batches or just one sample, or a value is not finite; the error names the site.
+        SiteError: the batches cannot be read again.
+        ForwardError: the model does not run on a batch.
+        FitError: there are no batches or just one sample, or a value is not finite; the error names the site. What one
+            process raises, all raise.
     """
     reiterable(batches)
-    share = len(batches) if isinstance(batches, Sized) else 1
     device = model_device(dense)
-    sums: dict[str, SiteGrams] = {}
-    kept: dict[str, tuple[list[Rows], list[Rows]]] = {site.name: ([], []) for site in sites}
-    parts = dict.fromkeys(kept, 0)
-    positions = dict.fromkeys(kept, 0.0)
-    units: dict[str, Tensor] = {}
+    passes = _Passes(sites, options or GramOptions(), _length(batches), device)
     samples = 0
-    with ExitStack() as stack:
-        target: Watch | None = None
+    with raised_anywhere(), ExitStack() as stack:
+        target = source = None
         if small is None or goals is None:
             stack.enter_context(evaluating(dense))
-            target = stack.enter_context(Watch(dense, sites))
-        source = target
+            target = source = stack.enter_context(Recorder(dense, sites))
         if small is not None:
             stack.enter_context(evaluating(small))
-            source = stack.enter_context(Watch(small, sites))
+            source = stack.enter_context(Recorder(small, sites))
         assert source is not None
         for index, batch in enumerate(tqdm(batches, desc="calibrating", delay=5, leave=False)):
             mask = default_mask_of(batch) if mask_of is None else mask_of(batch)
             inputs = to_device(inputs_of(batch), device)
             samples += samples_in(inputs)
-            if target is not None:
-                walked(target, walk, index, sites, inputs)
-            if source is not target:
-                walked(source, walk, index, sites, inputs)
-            rows = _Rows(None if mask is None else mask.to(device).bool().flatten(), share)
-            for site in sites:
-                if target is not None:
-                    given: Sequence[Goal] = target.goals(site, compensation)
-                else:
-                    given = goals[index][site.name] if goals is not None else ()
-                wanted = rows.wanted(site, given, source, compensation)
-                units[site.name] = torch.cat(given[0].units)
-                sums[site.name] = rows.grams(site, source, wanted, with_inputs, with_joint, sums.get(site.name))
-                for part, held_out in rows.taken(site, source, wanted, parts[site.name]):
-                    parts[site.name] += 1
-                    positions[site.name] += 0 if held_out else part.positions
-                    if with_rows:
-                        kept[site.name][held_out].append(Rows(part.x.float().clone(), part.y.float().clone()))
-            source.forget()
-            if target is not None:
-                target.forget()
+            for recorder in dict.fromkeys((target, source)):
+                if recorder is not None:
+                    walked(recorder, walk, index, sites, inputs)
+            passes.add(target, source, None if goals is None else goals[index], mask)
+            for recorder in (target, source):
+                if recorder is not None:
+                    recorder.forget()
             give_back()
+    check_enough(int(summed_over_processes(samples)[0]))
+    return passes.found()
+
+
+def check_enough(samples: int) -> None:
+    """Refuse data on which nothing can be calibrated.
+
+    Raises:
+        FitError: there are fewer than two samples.
+    """
+    if samples < 1:
+        raise FitError("calibration needs data: `batches` is empty. Give a few hundred samples")
     if samples < 2:
-        raise FitError(
-            f"{'one sample is' if samples else 'no batches are'} too little to calibrate on; give a few hundred samples"
-        )
-    found = {}
-    for site in sites:
-        grams = sums.pop(site.name).over_processes()
-        seen_at = summed_over_processes(positions[site.name])[0]
-        found[site.name] = replace(grams, rows=kept[site.name], units=units[site.name], positions=seen_at)
-        if not (grams.fit.is_finite() and grams.held.is_finite()):
-            raise FitError(
-                f"{site.name}: what its consumer `{site.consumers[0].name}` reads is not finite on the calibration "
-                "batches; does the model overflow, or do the batches hold NaN?"
-            )
-    return found
+        raise FitError("one sample is not enough to calibrate on: give a few hundred samples")
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Makes rows of what a batch's tensors hold, and Gram matrices of them.
+@dataclass
+class _Seen:
+    """What was seen at one site so far.
 
     Attributes:
-        mask: positions that count, flattened; None for all.
-        share: batches that there are.
+        grams: the sums; None before any rows were seen.
+        rows: for fitting and held out.
+        units: of the consumers' outputs, once they were seen.
+        parts, positions: how many parts of rows were taken, and how many positions those for fitting have.
+        refusal: why the site cannot be calibrated.
     """
 
-    mask: Tensor | None
-    share: int
+    grams: SiteGrams | None = None
+    rows: tuple[list[Rows], list[Rows]] = field(default_factory=lambda: ([], []))
+    units: Tensor | None = None
+    parts: int = 0
+    positions: float = 0.0
+    refusal: Refusal | None = None
 
-    def wanted(self, site: Site, goals: Sequence[Goal], source: Watch, compensation: float) -> list[Tensor]:
-        """What the consumers should give side by side, one tensor for each call, in the consumers' own layout."""
-        names = [m.name for m in site.consumers]
-        calls(site, [source.inputs], names, len(goals))
-        wanted = []
-        for i, goal in enumerate(goals):
-            ys = []
-            for name, y, streamed in zip(names, goal.y, goal.streamed, strict=True):
-                here = source.others[name][i]
-                if streamed and here is None:
-                    raise SiteError(f"{site.name}: what `{name}` gives is added to nothing on this batch")
-                ys.append(y - compensation * here if streamed and here is not None else y)
-            wanted.append(torch.cat(ys, 1 if site.consumers[0].kind == "conv2d" else -1))
-        return wanted
 
-    def grams(
-        self,
-        site: Site,
-        source: Watch,
-        wanted: Sequence[Tensor],
-        with_inputs: bool,
-        with_joint: bool,
-        total: SiteGrams | None,
-    ) -> SiteGrams:
-        """The sums with this batch."""
-        first = site.consumers[0]
-        for i, ys in enumerate(wanted):
-            z, y = source.inputs[first.name][i], flat(ys, first.kind == "conv2d")
-            step = thinned(len(y) * self.share, site.width, first.taps)
-            read = patches(z, source.read_as[first.name], step)
-            x = None
-            if with_inputs and site.producer is not None and _read_alike(site):
-                x = flat(source.inputs[site.producer.name][i], first.kind == "conv2d")
-            y = y[::step]
-            if self.mask is not None and step == 1 and len(self.mask) == len(y):
-                read, y = read[self.mask], y[self.mask]
-                x = None if x is None else x[self.mask]
-            seen = SiteGrams.of(read, x if with_inputs else None, y, joint=with_joint)
-            total = seen if total is None else total + seen
-        assert total is not None
-        return total
+class _Passes:
+    """Adds up what recorders saw, pass by pass."""
 
-    def taken(self, site: Site, source: Watch, wanted: Sequence[Tensor], seen: int) -> Iterator[tuple[Rows, bool]]:
-        """Rows that producers may be fitted on, and whether they are held out: tokens, or whole images.
+    def __init__(self, sites: Sequence[Site], options: GramOptions, batches: int, device: torch.device) -> None:
+        self._sites = sites
+        self._options = options
+        self._batches = batches
+        self._device = device
+        self._seen = {site.name: _Seen() for site in sites}
+
+    def add(self, target: Recorder | None, source: Recorder, goals: Goals | None, mask: Tensor | None) -> None:
+        """Add one pass.
 
         Args:
-            site: whose rows.
-            source: what its producer read.
-            wanted: what its consumers should give.
-            seen: how many parts were taken before.
+            target: what ran in the dense network; None where `goals` says it.
+            source: what ran in the network that is calibrated.
+            goals: what the consumers should return.
+            mask: positions that count; None for all.
         """
-        if site.producer is None or site.averaged or site.pooled or site.flattened:
-            return  # a pooling stands between what is read and what is given
-        for i, ys in enumerate(wanted):
-            x = source.inputs[site.producer.name][i]
-            if ys.dim() == 4 and site.consumers[0].kind == "conv2d":
-                each = max(1, ys[0].numel() // ys.shape[1])
+        flat_mask = None if mask is None else mask.to(self._device).bool().flatten()
+        for site in self._sites:
+            seen = self._seen[site.name]
+            if seen.refusal is not None:
+                continue
+            wanted: Sequence[DenseOutputs] | Refusal
+            if target is not None:
+                wanted = target.goals(site, self._options.compensation)
             else:
-                x, ys, each = flat(x, False), flat(ys, False), 1
-                if self.mask is not None and len(self.mask) == len(x):
-                    x, ys = x[self.mask], ys[self.mask]
-            step = -(-len(x) * each * self.share // _POSITIONS)
-            rows = Rows(x[::step], ys[::step])
-            cut = len(rows.x) - len(rows.x) // HELD_OUT
-            if len(rows.x) < HELD_OUT:
-                cut = 0 if seen % HELD_OUT == HELD_OUT - 1 else len(rows.x)
-            for part, held_out in ((slice(None, cut), False), (slice(cut, None), True)):
-                if len(rows.x[part]):
-                    seen += 1
-                    yield Rows(rows.x[part], rows.y[part]), held_out
+                wanted = () if goals is None else goals[site.name]
+            calls = source.calls(site)
+            for problem in (wanted, calls):
+                if isinstance(problem, Refusal):
+                    seen.refusal = problem
+            if isinstance(wanted, Refusal) or isinstance(calls, Refusal):
+                continue
+            if calls != len(wanted):
+                seen.refusal = Refusal(
+                    f"its consumers ran {calls} times in the squeezed network and {len(wanted)} times in the dense one"
+                )
+                continue
+            if wanted:
+                seen.units = torch.cat(wanted[0].units)
+            for i, goal in enumerate(wanted):
+                seen.refusal = seen.refusal or self._add_call(site, source, i, goal, flat_mask)
+
+    def _add_call(
+        self, site: Site, source: Recorder, i: int, goal: DenseOutputs, mask: Tensor | None
+    ) -> Refusal | None:
+        """Add one call of a site."""
+        first, seen = site.consumers[0], self._seen[site.name]
+        images = first.kind == "conv2d"
+        parts = []
+        for m, y, streamed in zip(site.consumers, goal.y, goal.streamed, strict=True):
+            here = source.others[m.name][i]
+            if y.shape != source.outputs[m.name][i].shape:
+                return Refusal("it sees other rows in the squeezed network than in the dense one")
+            if streamed and here is None:
+                return Refusal(f"what `{m.name}` returns is added to nothing in the squeezed network")
+            parts.append(y - self._options.compensation * here if streamed and here is not None else y)
+        wanted = torch.cat(parts, 1 if images else -1)
+        if not wanted.numel():
+            return None
+        y = flat(wanted, images)
+        step = thinned(len(y) * self._batches, site.width, first.taps)
+        z = patches(source.inputs[first.name][i], source.read_as[first.name], step)
+        x = None
+        if self._options.inputs and read_alike(site) and site.producer is not None:
+            x = flat(source.inputs[site.producer.name][i], images)
+        y = y[::step]
+        if mask is not None and step == 1 and len(mask) == len(y):
+            z, y = z[mask], y[mask]
+            x = None if x is None else x[mask]
+        grams = SiteGrams.of(z, x, y, joint=self._options.joint)
+        seen.grams = grams if seen.grams is None else seen.grams + grams
+        for part, held_out in self._taken(site, source.inputs, i, wanted, mask):
+            seen.parts += 1
+            if not held_out:
+                seen.positions += part.positions
+            if self._options.rows:
+                seen.rows[held_out].append(Rows(part.x.float().clone(), part.y.float().clone()))
+        return None
+
+    def _taken(
+        self, site: Site, inputs: Mapping[str, Sequence[Tensor]], i: int, y: Tensor, mask: Tensor | None
+    ) -> Iterator[tuple[Rows, bool]]:
+        """Rows that producers may be fitted on, and whether they are held out: tokens, or whole images."""
+        if site.producer is None or not site.bridge.pixelwise:
+            return  # a pooling stands between what is read and what is returned
+        x = inputs[site.producer.name][i]
+        positions = 1
+        if y.dim() == 4 and site.consumers[0].kind == "conv2d":
+            positions = max(1, y[0].numel() // y.shape[1])
+        else:
+            x, y = flat(x, False), flat(y, False)
+            if mask is not None and len(mask) == len(x):
+                x, y = x[mask], y[mask]
+        step = max(1, -(-len(x) * positions * self._batches // _POSITIONS))
+        rows = Rows(x[::step], y[::step])
+        cut = len(rows.x) - len(rows.x) // HELD_OUT
+        if len(rows.x) < HELD_OUT:
+            # of small batches whole ones are held out, every fourth
+            cut = 0 if self._seen[site.name].parts % HELD_OUT == HELD_OUT - 1 else len(rows.x)
+        for part, held_out in ((slice(None, cut), False), (slice(cut, None), True)):
+            if len(rows.x[part]):
+                yield Rows(rows.x[part], rows.y[part]), held_out
+
+    def found(self) -> dict[str, SiteGrams | Refusal]:
+        """The sums of all processes.
+
+        Raises:
+            FitError: a value is not finite; the error names the site.
+        """
+        found: dict[str, SiteGrams | Refusal] = {}
+        for site in self._sites:
+            seen = self._seen[site.name]
+            refusals = [reason for reason in gathered(seen.refusal) if reason is not None]
+            if refusals:
+                found[site.name] = refusals[0]
+                continue
+            # a process that saw no rows of this site takes part in the sums all the same
+            shapes = _first(gathered(None if seen.grams is None else seen.grams.shapes))
+            units = _first(gathered(None if seen.units is None else seen.units.cpu()))
+            if shapes is None or units is None:
+                found[site.name] = Refusal(_NEVER)
+                continue
+            grams = (seen.grams or SiteGrams.empty(shapes, self._device)).over_processes()
+            (positions,) = summed_over_processes(seen.positions)
+            if not (grams.fit.is_finite() and grams.held.is_finite()):
+                raise FitError(
+                    f"{site.name}: what its consumer `{site.consumers[0].name}` reads is not finite on the calibration "
+                    "batches; does the model overflow, or do the batches hold NaN?"
+                )
+            found[site.name] = replace(grams, rows=seen.rows, units=units.to(self._device), positions=positions)
+        return found
 
 
-def _read_alike(site: Site) -> bool:
-    """Whether what the producer reads at a position is what the consumers give there comes from, and nothing else."""
-    if site.between or site.averaged or site.pooled or site.flattened:
-        return False
-    if all(m.kind != "conv2d" for m in site.maps):
-        return True
-    return all(m.kind == "conv2d" and m.taps == 1 and m.stride == (1, 1) and m.padding == (0, 0) for m in site.maps)
+def _first(values: Sequence[T | None]) -> T | None:
+    return next((value for value in values if value is not None), None)
 
 
 def samples_in(inputs: Any) -> int:
     """Samples in a batch."""
     first = next(tensors(inputs), None)
-    return 0 if first is None else len(first) if first.dim() else 1
+    if first is None:
+        return 0
+    return len(first) if first.dim() else 1
+
+
+def one_site(found: Mapping[str, SiteGrams | Refusal], site: Site) -> SiteGrams:
+    """The Gram matrices of a site that has to be calibrated.
+
+    Raises:
+        SiteError: it cannot be; the error says why.
+    """
+    grams = found[site.name]
+    if isinstance(grams, Refusal):
+        raise SiteError(f"{site.name}: cannot be calibrated, since {grams}. Leave the site out")
+    return grams

@@ -1,7 +1,7 @@
 """What a network's output makes of a change at a layer: second moments of gradients.
 
     metrics = output_metrics(model, ["layer.0.output", "layer.1.output"], batches)
-    change = delta @ metrics["layer.0.output"] @ delta          # expected change of the model's output
+    change = delta @ metrics["layer.0.output"].zz @ delta       # expected change of the model's output
 
 For logits the change is twice the Kullback-Leibler divergence of the predicted distributions, for any other output the
 squared difference; both to second order.
@@ -9,6 +9,8 @@ squared difference; both to second order.
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -26,16 +28,24 @@ from shallower.core.inputs import (
     default_mask_of,
     model_device,
     reiterable,
-    tensors,
-    to_device,
 )
 from shallower.core.memory import in_pieces
 from shallower.core.modes import evaluating
+from shallower.core.outputs import are_logits
+from shallower.core.processes import gathered, raised_anywhere, summed_over_processes
+from shallower.core.text import listing
+from shallower.core.trees import cut, rows_of, tensors, to_device
+from shallower.core.watching import After, watching
 from shallower.errors import FitError
 from shallower.modules.offloading import held_bytes
 
 _ROOM = 1 << 27
 """Bytes that a backward pass may keep; of larger models as much as their weights take."""
+
+_SAME = 1e-3
+"""Relative difference up to which a part of a batch gets the outputs that it gets in the whole batch."""
+
+_logger = logging.getLogger(__name__)
 
 OutputOf = Callable[[Any], Tensor]
 """Picks, out of what the model returns, the tensor that matters."""
@@ -69,82 +79,155 @@ def output_metrics(
 ) -> dict[str, Centred]:
     """For each layer second moments: `zz` (d, d) is the mean over positions of g g^T, g the gradient at its output.
 
+        metrics = output_metrics(model, ["encoder.layer.0.output.dense"], batches)
+
     The gradients are of a random projection of the model's output, so that their second moment is, in expectation, the
-    Gauss-Newton matrix of the squared error, or the Fisher matrix of the predicted distribution.
+    Gauss-Newton matrix of the squared error, or the Fisher matrix of the predicted distribution. Layers that no
+    gradient reaches (the model runs them under `torch.no_grad`) are left out, which is logged.
 
     Args:
         model: left as it was.
         names: of layers whose output has its channels last, or in dimension 1 of a convolution.
-        batches: read once here.
-        inputs_of, mask_of: see `statistics.collect`; masked positions of the output do not count either.
+        batches: read once here. Those whose backward pass needs much memory run in parts, where their rows are
+            independent.
+        inputs_of, mask_of: pick inputs and mask out of a batch; masked positions of the output do not count either.
         output_of: picks the output out of what the model returns.
         logits: whether the output is logits of classes in its last dimension; by default, whether the model returns
             something that has `logits`.
         seed: of the random projections.
 
     Raises:
-        FitError: there are no batches, or a gradient is not finite; the error names the layer.
+        FitError: there are no batches, or a gradient is not finite; the error names the layer. What one process raises,
+            all raise.
 
     Reference: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, 2015,
     section 2, for the sampled Fisher matrix.
     """
     reiterable(batches)
-    device = model_device(model)
+    gradients = _Gradients(model, names)
     generator = torch.Generator().manual_seed(seed)
-    sums: dict[str, Gram] = {}
-    mask: Tensor | None = None
+    device = model_device(model)
+    read = 0
 
-    def watch(name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    def backward(batch: Any) -> None:
+        nonlocal read
+        mask = default_mask_of(batch) if mask_of is None else mask_of(batch)
+        gradients.mask = None if mask is None else mask.to(device).bool().flatten()
+        raw = call(model, to_device(inputs_of(batch), device))
+        output = output_of(raw)
+        direction = _direction(output, are_logits(raw) if logits is None else logits, generator)
+        if mask is not None and output.dim() == 3 and output.shape[:2] == mask.shape:
+            direction = direction * mask.to(direction)[..., None]
+        if output.requires_grad:
+            torch.autograd.backward(output, direction)
+        read += 1
+
+    with raised_anywhere(), ExitStack() as stack:
+        room = max(_ROOM, held_bytes(model))
+        for batch in batches:
+            if not _rows_are_independent(model, to_device(inputs_of(batch), device), output_of):
+                room = sys.maxsize
+            break
+        stack.enter_context(evaluating(model, gradients=True))
+        stack.callback(_require_no_gradients(model))
+        stack.enter_context(watching(model, after={name: gradients.after(name) for name in names}))
+        in_pieces(tqdm(batches, desc="measuring sensitivity", delay=5, leave=False), model, room, backward)
+    if not summed_over_processes(read)[0]:
+        raise FitError("calibration needs data: `batches` is empty. Give a few hundred samples")
+    return gradients.found()
+
+
+class _Gradients:
+    """Second moments of the gradients at the outputs of some layers.
+
+    Attributes:
+        mask: positions that count in the batch that runs, flattened; None for all.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.mask: Tensor | None = None
+        self._names = names
+        self._device = model_device(model)
+        self._sums: dict[str, Gram] = {}
+
+    def after(self, name: str) -> After:
+        """A hook that lets gradients begin at the layer's output, and adds up those that come back to it."""
+
+        def after(module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> Tensor | None:
+            if torch.is_inference_mode_enabled():
+                return None
             if not output.requires_grad:
+                # the model may run this part under no_grad, where what comes after takes no gradient either;
                 # an in-place operation may follow, and is not allowed on a leaf
-                output = output.detach().requires_grad_().clone()
+                with torch.enable_grad():
+                    start = output.clone() if output.is_inference() else output.detach()
+                    output = start.requires_grad_().clone()
+            images = isinstance(module, nn.Conv2d)
             output.register_hook(  # type: ignore[no-untyped-call]
-                lambda g: add(name, g.movedim(1, -1) if isinstance(module, nn.Conv2d) else g)
+                lambda g: self._add(name, g.movedim(1, -1) if images else g)
             )
             return output
 
-        return hook
+        return after
 
-    def add(name: str, gradient: Tensor) -> None:
+    def _add(self, name: str, gradient: Tensor) -> None:
         g = gradient.reshape(-1, gradient.shape[-1])
-        if mask is not None and len(mask) == len(g):
-            g = g[mask]
-        sums[name] = sums[name].seen(g) if name in sums else Gram.of(g)
+        if self.mask is not None and len(self.mask) == len(g):
+            g = g[self.mask]
+        self._sums[name] = self._sums[name].seen(g) if name in self._sums else Gram.of(g)
 
-    def one(batch: Any) -> None:
-        nonlocal mask
-        given = default_mask_of(batch) if mask_of is None else mask_of(batch)
-        mask = None if given is None else given.to(device).bool().flatten()
-        with torch.enable_grad():
-            raw = call(model, to_device(inputs_of(batch), device))
-            output = output_of(raw)
-            categorical = hasattr(raw, "logits") if logits is None else logits
-            direction = _direction(output, categorical, generator)
-            if given is not None and output.dim() == 3 and output.shape[:2] == given.shape:
-                direction = direction * given.to(direction)[..., None]
-            torch.autograd.backward(output, direction)
+    def found(self) -> dict[str, Centred]:
+        """The means over all positions of all processes."""
+        # a process that a layer's gradient did not reach takes part in the sums all the same
+        sizes: dict[str, int] = {}
+        for own in gathered({name: gram.columns for name, gram in self._sums.items()}):
+            sizes |= own
+        found = {}
+        for name in self._names:
+            if name not in sizes:
+                continue
+            total = self._sums.get(name, Gram(sizes[name], 0, device=self._device)).over_processes()
+            if not total.is_finite():
+                raise FitError(f"{name}: the gradients at its output are not finite on the calibration batches")
+            if total.count:
+                found[name] = total.centred(intercept=False)
+        if missing := [name for name in self._names if name not in found]:
+            _logger.warning(
+                "no gradient reaches %s: their outputs count alike, as with sensitivity=False",
+                listing(missing),
+            )
+        return found
 
+
+def _require_no_gradients(model: nn.Module) -> Callable[[], None]:
+    """Let no parameter take gradients; the result undoes it."""
     required = [p for p in model.parameters() if p.requires_grad]
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.callback(lambda: [p.requires_grad_(True) for p in required])
+    for parameter in required:
+        parameter.requires_grad_(False)
+
+    def undo() -> None:
         for parameter in required:
-            parameter.requires_grad_(False)
-        for name in names:
-            handle = model.get_submodule(name).register_forward_hook(watch(name))
-            stack.callback(handle.remove)
-        room = max(_ROOM, held_bytes(model))
-        in_pieces(tqdm(batches, desc="measuring sensitivity", delay=5, leave=False), model, room, one)
-    if not sums:
-        raise FitError("no batches to calibrate on, or no layer that the output depends on")
-    found = {}
-    for name in [name for name in names if name in sums]:
-        total = sums[name].over_processes()
-        if not total.is_finite():
-            raise FitError(f"{name}: the gradients at its output are not finite on the calibration batches")
-        found[name] = total.centred(intercept=False)
-    return found
+            parameter.requires_grad_(True)
+
+    return undo
+
+
+def _rows_are_independent(model: nn.Module, inputs: Any, output_of: OutputOf) -> bool:
+    """Whether half of a batch gets the outputs that it gets in the whole, so that a batch may run in parts.
+
+    Not so where dimension 0 is no batch: time, the nodes of a graph, the points of one cloud.
+    """
+    rows = rows_of(inputs)
+    if rows is None or rows < 2:
+        return True  # such a batch is never divided
+    half = slice(0, rows // 2)
+    with evaluating(model):
+        whole = output_of(call(model, inputs))
+        part = output_of(call(model, cut(inputs, half)))
+    if whole.dim() == 0 or len(whole) != rows or part.shape != whole[half].shape:
+        return False
+    missed = (whole[half] - part).float().norm()
+    return bool(missed <= _SAME * part.float().norm())
 
 
 def _direction(output: Tensor, logits: bool, generator: torch.Generator) -> Tensor:

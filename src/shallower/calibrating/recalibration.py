@@ -6,10 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import tqdm
 
-from shallower.core.inputs import InputsOf, call, default_inputs_of, model_device, reiterable, to_device
+from shallower.core.inputs import InputsOf, call, default_inputs_of, model_device, reiterable
+from shallower.core.modes import evaluating
+from shallower.core.trees import to_device
+from shallower.errors import FitError
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any], *, inputs_of: InputsOf = default_inputs_of) -> int:
@@ -19,6 +23,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, inputs_of: InputsOf
         recalibrate(small, batches)
 
     Helps where much was taken away: activations of a strongly squeezed network vary less than the BatchNorms expect.
+    A BatchNorm that does not run keeps its statistics, and where anything goes wrong all do.
 
     Args:
         model: its weights and modes are left as they are.
@@ -27,26 +32,67 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, inputs_of: InputsOf
 
     Returns:
         How many BatchNorms there are.
+
+    Raises:
+        FitError: there are no batches, or what a BatchNorm reads is not finite; the error names it.
+        ForwardError: the model does not run on a batch.
+        SiteError: the batches are a one-shot iterator.
     """
     reiterable(batches)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            norms[name] = module
     if not norms:
         return 0
-    modes = [(module, module.training) for module in model.modules()]
+    before = {name: _statistics(norm) for name, norm in norms.items()}
+    try:
+        read = _measure(model, list(norms.values()), batches, inputs_of)
+        if not read:
+            raise FitError("recalibration needs data: `batches` is empty. Give a few hundred samples")
+        for name, norm in norms.items():
+            if not all(bool(t.isfinite().all()) for t in _statistics(norm)):
+                raise FitError(f"{name}: what it reads on these batches is not finite; do they hold NaN?")
+    except BaseException:
+        for name, norm in norms.items():
+            _put_back(norm, before[name])
+        raise
+    for name, norm in norms.items():
+        if not norm.num_batches_tracked:
+            _put_back(norm, before[name])
+    return len(norms)
+
+
+def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Any], inputs_of: InputsOf) -> int:
+    """The mean of the statistics of all batches; how many there are.
+
+    Not by `torch.optim.swa_utils.update_bn`: that puts the whole model into training mode, dropout with it, and takes
+    of every batch the first tensor.
+    """
     momenta = [norm.momentum for norm in norms]
     device = model_device(model)
+    read = 0
     try:
-        model.eval()
-        for norm in norms:
-            norm.train()
-            norm.reset_running_stats()
-            norm.momentum = None
-        with torch.no_grad():
-            for batch in batches:
+        with evaluating(model):
+            for norm in norms:
+                norm.train()
+                norm.reset_running_stats()
+                norm.momentum = None
+            for batch in tqdm(batches, desc="measuring BatchNorms", delay=5, leave=False):
                 call(model, to_device(inputs_of(batch), device))
+                read += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
-    return len(norms)
+    return read
+
+
+def _statistics(norm: _BatchNorm) -> list[Tensor]:
+    """Copies of the buffers."""
+    return [buffer.detach().clone() for buffer in norm.buffers()]
+
+
+@torch.no_grad()
+def _put_back(norm: _BatchNorm, statistics: list[Tensor]) -> None:
+    for buffer, value in zip(norm.buffers(), statistics, strict=True):
+        buffer.copy_(value)

@@ -14,6 +14,9 @@ from shallower.sites import Site
 _VALUES = 1 << 22
 """Hidden values that are computed at a time."""
 
+Shapes = Mapping[str, tuple[int, int]]
+"""Columns and outputs of the Gram matrices "fit", "inputs" and "joint"."""
+
 HELD_OUT = 4
 """One row in four is held out."""
 
@@ -69,7 +72,7 @@ class SiteGrams:
 
     @classmethod
     def of(cls, z: Tensor, x: Tensor | None, y: Tensor, *, joint: bool = False) -> SiteGrams:
-        """Of rows of one batch, of which the last ones are held out: z, x and y at the same positions."""
+        """The rows of one call, of which the last ones are held out: z, x and y at the same positions."""
         cut = len(y) - len(y) // HELD_OUT
 
         def pair(read: Tensor) -> tuple[Gram, Gram]:
@@ -80,32 +83,60 @@ class SiteGrams:
             return cls(fit, held)
         return cls(fit, held, pair(x), pair(torch.cat([z, x.to(z.dtype)], 1)) if joint else None)
 
+    @classmethod
+    def empty(cls, shapes: Shapes, device: torch.device) -> SiteGrams:
+        """Nothing seen yet."""
+        pairs = {}
+        for name, (columns, outputs) in shapes.items():
+            nothing = Gram(columns, outputs, device=device)
+            pairs[name] = nothing, nothing
+        return cls(*pairs["fit"], pairs.get("inputs"), pairs.get("joint"))
+
     @property
-    def grams(self) -> Iterator[tuple[str, tuple[Gram, Gram]]]:
-        """The pairs that there are, by name."""
-        yield "", (self.fit, self.held)
+    def shapes(self) -> Shapes:
+        """Columns and outputs of each pair."""
+        return {name: (fit.columns, fit.outputs) for name, (fit, _) in self._pairs.items()}
+
+    @property
+    def _pairs(self) -> dict[str, tuple[Gram, Gram]]:
+        pairs = {"fit": (self.fit, self.held)}
         if self.inputs is not None:
-            yield "inputs", self.inputs
+            pairs["inputs"] = self.inputs
         if self.joint is not None:
-            yield "joint", self.joint
+            pairs["joint"] = self.joint
+        return pairs
 
     def __add__(self, other: SiteGrams) -> SiteGrams:
         """The sums of both."""
-        others = dict(other.grams)
-        return self._with({name: (a + others[name][0], b + others[name][1]) for name, (a, b) in self.grams})
+        others, total = other._pairs, {}
+        for name, (fit, held) in self._pairs.items():
+            total[name] = fit + others[name][0], held + others[name][1]
+        return self._with(total)
 
     def over_processes(self) -> SiteGrams:
         """The sums of all processes."""
-        return self._with({name: (a.over_processes(), b.over_processes()) for name, (a, b) in self.grams})
+        total = {}
+        for name, (fit, held) in self._pairs.items():
+            total[name] = fit.over_processes(), held.over_processes()
+        return self._with(total)
 
-    def _with(self, grams: Mapping[str, tuple[Gram, Gram]]) -> SiteGrams:
-        fit, held = grams[""]
-        return replace(self, fit=fit, held=held, inputs=grams.get("inputs"), joint=grams.get("joint"))
+    def _with(self, pairs: Mapping[str, tuple[Gram, Gram]]) -> SiteGrams:
+        fit, held = pairs["fit"]
+        return replace(self, fit=fit, held=held, inputs=pairs.get("inputs"), joint=pairs.get("joint"))
 
     @property
     def all(self) -> Gram:
         """All rows."""
         return self.fit + self.held
+
+
+def read_alike(site: Site) -> bool:
+    """Whether all that a consumer's output at a position depends on is what the producer reads at this position."""
+    if not site.bridge.direct:
+        return False
+    if all(m.kind != "conv2d" for m in site.maps):
+        return True
+    return all(m.kind == "conv2d" and m.taps == 1 and m.stride == (1, 1) and m.padding == (0, 0) for m in site.maps)
 
 
 def may_collapse(site: Site) -> bool:

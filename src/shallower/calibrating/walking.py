@@ -1,47 +1,58 @@
-"""Passes that start from the last finished block."""
+"""Passes over two networks that start from the last finished block."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shallower.calibrating.replay import Course, Replay, course_of
-from shallower.calibrating.watching import Watch
-from shallower.core.inputs import InputsOf, default_inputs_of, model_device, to_device
+from shallower.calibrating.finished_blocks import Course, FinishedBlocks, course_of
+from shallower.calibrating.recording import Recorder
+from shallower.core.failures import sentence
+from shallower.core.inputs import InputsOf, default_inputs_of, model_device
 from shallower.core.modes import evaluating
+from shallower.core.trees import to_device
+from shallower.errors import ForwardError, SiteError
 from shallower.sites import Site
 
 _ROUNDING = 1e-5
+"""Relative difference of values that count as the same."""
+
+_logger = logging.getLogger(__name__)
 
 
 class Walk:
-    """Both networks, each going on from the blocks that are finished instead of from the inputs.
+    """Both networks, each continuing from the blocks that are finished instead of from the inputs.
 
         walk = Walk.along(dense, small, sites, batches)
         for site in sites:                          # in this order
             grams = collect_grams(dense, small, [site], batches, walk=walk)
 
     The dense network never changes, and runs each block once; the small one runs it again when its sites are squeezed.
-    What the sites read and give in the dense network is compared, on the first batch, with what they do in a pass from
-    the inputs, and on all batches nothing may come from a block that was passed over. Where it does the walk ends, and
-    all passes run from the inputs.
+    What the sites read and return in the dense network is compared, on the first batch, with a pass from the inputs,
+    and on all batches nothing may come from a block that was passed over. Where it does, or where a block returns
+    what cannot be kept, the walk ends, which is logged once with the reason, and all passes run from the inputs.
 
     Attributes:
-        dense, small: what the finished blocks of both networks gave; `small` is None where there is just one.
+        dense, small: what the finished blocks of both networks returned; `small` is None where there is just one.
         course: when the blocks run.
-        reads: by site, samples of what its maps read and give on the first batch.
+        samples: by site, some values of what its maps read and return on the first batch.
     """
 
     def __init__(
-        self, dense: Replay, small: Replay | None, course: Course, reads: Mapping[str, Sequence[Tensor]]
+        self,
+        dense: FinishedBlocks,
+        small: FinishedBlocks | None,
+        course: Course,
+        samples: Mapping[str, Sequence[Tensor]],
     ) -> None:
         self.dense = dense
         self.small = small
         self.course = course
-        self.reads = reads
+        self.samples = samples
 
     @classmethod
     def along(
@@ -54,49 +65,69 @@ class Walk:
     ) -> Walk:
         """Along these sites, in this order; one pass of the dense network over the first batch."""
         first = to_device(inputs_of(next(iter(batches))), model_device(dense))
-        with evaluating(dense), Watch(dense, sites, sampled=True) as watch:
-            course = course_of(dense, sites, lambda: watch.run(first))
-        reads = {site.name: watch.reads(site) for site in sites}
-        replays = [None if model is None else Replay(model, course) for model in (dense, small)]
-        assert replays[0] is not None
-        walk = cls(replays[0], replays[1], course, reads)
+        with evaluating(dense), Recorder(dense, sites, sampled=True) as recorder:
+            course = course_of(dense, sites, lambda: recorder.run(first))
+        samples = {site.name: recorder.samples(site) for site in sites}
+        blocks = None if small is None else FinishedBlocks(small, course)
+        walk = cls(FinishedBlocks(dense, course), blocks, course, samples)
         if not any(course.before.values()):
             walk.end()
         return walk
 
     @property
     def on(self) -> bool:
-        """Whether it still goes on."""
+        """Whether passes still start from finished blocks."""
         return self.dense.on
 
-    def end(self) -> None:
-        """Let all passes run from the inputs from now on."""
-        for replay in (self.dense, self.small):
-            if replay is not None:
-                replay.give_up()
+    def end(self, reason: str = "") -> None:
+        """Let all passes run from the inputs from now on; a reason is logged."""
+        if reason and self.on:
+            _logger.warning("every calibration pass now runs from the inputs, which takes longer: %s", reason)
+        for blocks in (self.dense, self.small):
+            if blocks is not None:
+                blocks.give_up()
 
-    def agrees(self, watch: Watch, site: Site, first: bool) -> bool:
-        """Whether the maps of a site read and gave what they do in a pass from the inputs."""
-        reads = watch.reads(site)
-        if not first or watch.model is not self.dense.model:
-            return all(bool(t.sum(dtype=torch.float32).isfinite()) for t in watch.tensors(site))
-        return len(reads) == len(self.reads[site.name]) and all(map(_same, reads, self.reads[site.name]))
+    def blocks_of(self, model: nn.Module) -> FinishedBlocks | None:
+        """The finished blocks of one of the two networks."""
+        return self.dense if model is self.dense.model else self.small
+
+    def agrees(self, recorder: Recorder, site: Site, first: bool) -> bool:
+        """Whether the maps of a site read and returned what they do in a pass from the inputs."""
+        if not first or recorder.model is not self.dense.model:
+            return all(bool(t.sum(dtype=torch.float32).isfinite()) for t in recorder.tensors(site))
+        here, there = recorder.samples(site), self.samples[site.name]
+        return len(here) == len(there) and all(map(_same, here, there))
 
 
-def walked(watch: Watch, walk: Walk | None, index: int, sites: Sequence[Site], inputs: Any) -> None:
-    """One pass of a network over a batch, from its finished blocks where that can be done."""
-    replay = None if walk is None else walk.dense if watch.model is walk.dense.model else walk.small
-    if walk is not None and replay is not None and replay.on and len(sites) == 1:
-        to = (walk.course.ahead if replay is walk.dense else walk.course.before)[sites[0].name]
-        try:
-            with replay.going_on(index, to):
-                watch.run(inputs, lambda: replay.reached)
-            if walk.agrees(watch, sites[0], index == 0):
-                return
-        except Exception:  # whatever a model makes of blocks that give nothing; a pass from the inputs decides
-            pass
-        walk.end()
-    watch.run(inputs)
+def walked(recorder: Recorder, walk: Walk | None, index: int, sites: Sequence[Site], inputs: Any) -> None:
+    """One pass of a network over a batch, from its finished blocks where that can be done.
+
+    Args:
+        recorder: of the network.
+        walk: along which; None to run from the inputs.
+        index: of the batch.
+        sites: that the pass is for. Only a pass for a single site starts from finished blocks.
+        inputs: of the batch.
+    """
+    blocks = None if walk is None else walk.blocks_of(recorder.model)
+    if walk is None or blocks is None or not blocks.on or len(sites) != 1:
+        recorder.run(inputs)
+        return
+    site = sites[0]
+    to = walk.course.before[site.name]
+    if blocks is walk.dense:
+        to = walk.course.ahead[site.name]
+    try:
+        with blocks.resumed(index, to):
+            recorder.run(inputs, lambda: blocks.reached)
+    except (ForwardError, SiteError) as error:
+        # the model may not bear blocks that return nothing; an error of its own comes again in a pass from the inputs
+        walk.end(f"{site.name}: {sentence(error)}")
+    else:
+        if walk.agrees(recorder, site, index == 0):
+            return
+        walk.end(f"{site.name} reads more than what the block before it returns")
+    recorder.run(inputs)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -106,4 +137,4 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     a, b = a.double(), b.double()
-    return bool((a - b).abs().max() <= _ROUNDING * b.abs().max()) if a.numel() else True
+    return not a.numel() or bool((a - b).abs().max() <= _ROUNDING * b.abs().max())

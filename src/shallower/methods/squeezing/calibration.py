@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shallower.calibrating.collecting import collect_goals, collect_grams, samples_in
+from shallower.calibrating.collecting import GramOptions, collect_goals, collect_grams, one_site, samples_in
 from shallower.calibrating.fisher import output_metrics
 from shallower.calibrating.grams import Centred
+from shallower.calibrating.recording import Goals
 from shallower.calibrating.site_grams import SiteGrams
 from shallower.calibrating.walking import Walk
-from shallower.calibrating.watching import Goals
 from shallower.core.inputs import (
     Inputs,
     InputsOf,
@@ -119,20 +119,24 @@ class Calibration:
         walk: Walk | None = None,
     ) -> dict[str, SiteGrams]:
         """Gram matrices of these sites."""
-        return collect_grams(
+        options = GramOptions(
+            compensation=0.0 if small is None else self.options.compensation,
+            inputs=with_inputs,
+            joint=with_inputs and self.options.linear_path,
+            rows=with_rows,
+        )
+        found = collect_grams(
             dense,
             small,
             sites,
             self.batches,
+            options,
             goals=goals,
             walk=walk,
-            compensation=0.0 if small is None else self.options.compensation,
-            with_inputs=with_inputs,
-            with_joint=with_inputs and self.options.linear_path,
-            with_rows=with_rows,
             inputs_of=self.inputs_of,
             mask_of=self.options.mask_of,
         )
+        return {site.name: one_site(found, site) for site in sites}
 
 
 def divergence(calibration: Calibration, dense: nn.Module, small: nn.Module) -> float:

@@ -18,8 +18,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from shallower.calibrating.grams import Centred
+from shallower.calibrating.recording import Goals
 from shallower.calibrating.walking import Walk
-from shallower.calibrating.watching import Goals
 from shallower.core.memory import give_back
 from shallower.errors import FitError
 from shallower.methods.squeezing.calibration import Calibration, divergence

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shallower.calibrating.collecting import collect_grams
-from shallower.calibrating.replay import Replay, course_of
+from shallower.calibrating.collecting import collect_grams, one_site
+from shallower.calibrating.finished_blocks import FinishedBlocks, course_of
 from shallower.calibrating.walking import Walk
 from shallower.core.inputs import call
 from shallower.finding.matching import find_sites
@@ -94,7 +94,7 @@ def test_a_model_that_reads_earlier_blocks_runs_from_its_inputs() -> None:
     over = Walk.along(model, None, sites, batches())
     for site in sites:
         here = collect_grams(model, None, [site], batches(), walk=over)[site.name].all
-        there = collect_grams(model, None, [site], batches())[site.name].all
+        there = one_site(collect_grams(model, None, [site], batches()), site).all
         torch.testing.assert_close(here.centred().zz, there.centred().zz)
 
 
@@ -106,8 +106,8 @@ def test_a_block_that_works_in_place_harms_nothing() -> None:
     walk = Walk.along(model, None, sites, batches())
     for site in sites:
         for _ in range(2):
-            here = collect_grams(model, None, [site], batches(), walk=walk)[site.name].all
-            there = collect_grams(model, None, [site], batches())[site.name].all
+            here = one_site(collect_grams(model, None, [site], batches(), walk=walk), site).all
+            there = one_site(collect_grams(model, None, [site], batches()), site).all
             torch.testing.assert_close(here.centred().zy, there.centred().zy)
 
 
@@ -115,12 +115,12 @@ def test_what_finds_no_room_is_run_from_the_inputs() -> None:
     model = Blocks()
     sites = sites_of(model)
     course = course_of(model, sites, lambda: model(batches()[0]))
-    replay = Replay(model, course, most=batches()[0].nbytes)
+    blocks = FinishedBlocks(model, course, most=batches()[0].nbytes)
     ran: list[int] = []
     handle = model.blocks[0].get_submodule("0").register_forward_hook(lambda *_: ran.append(1))
     for batch, x in enumerate(batches()):
         for block in ("blocks.0", "blocks.1"):
-            with torch.no_grad(), replay.going_on(batch, block):
+            with torch.no_grad(), blocks.resumed(batch, block):
                 call(model, x)
     handle.remove()
     assert len(ran) == 2 * len(batches()) - 1
@@ -135,15 +135,15 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_an_interrupted_pass_keeps_nothing_and_leaves_the_model_as_it_was() -> None:
     model = Blocks()
-    replay = Replay(model, course_of(model, sites_of(model), lambda: model(batches()[0])))
+    blocks = FinishedBlocks(model, course_of(model, sites_of(model), lambda: model(batches()[0])))
 
     def interrupted() -> None:
-        with replay.going_on(0, "blocks.1"):
+        with blocks.resumed(0, "blocks.1"):
             model(batches()[0])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert all("forward" not in vars(module) for module in model.modules())
-    with torch.no_grad(), replay.going_on(0, "blocks.1"):
+    with torch.no_grad(), blocks.resumed(0, "blocks.1"):
         torch.testing.assert_close(model(batches()[0]), Blocks()(batches()[0]))

@@ -1,15 +1,15 @@
-"""A model that goes on from a block that is finished, instead of from its inputs.
+"""A model that continues from a block that is finished, instead of from its inputs.
 
     course = course_of(model, sites, lambda: model(**first))
-    replay = Replay(model, course)
-    with replay.going_on(batch=0, to=course.before["layer.2"]):
-        model(**first)                      # the blocks before the last one that was kept give something at once
+    blocks = FinishedBlocks(model, course)
+    with blocks.resumed(batch=0, to=course.before["layer.2"]):
+        model(**first)                      # the blocks before the last one that was kept return something at once
 
 A block is an element of an `nn.ModuleList` or `nn.Sequential` that runs once in a pass. The model's own forward runs,
 so that it makes masks and position embeddings as ever, but the forward of each finished block returns what was kept:
-the last one what it gave, the earlier ones tensors of the right shape that hold nothing but NaN. Where a model reads
+the last one its output, the earlier ones tensors of the right shape that hold nothing but NaN. Where a model reads
 more than its last finished block (skip connections over blocks, a state on the side), NaN comes out, or something else
-than in a pass from the inputs: whoever replays has to compare (see `calibration.py`), and to `give_up`.
+than in a pass from the inputs: the caller has to compare (see `walking.py`), and to `give_up`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from shallower.core.inputs import tensors
 from shallower.core.memory import free_bytes
+from shallower.core.trees import mapped, tensors
+from shallower.core.watching import After, Before, copied, watching
 from shallower.errors import SiteError
 from shallower.modules.offloading import held_bytes
 from shallower.sites import Site
@@ -57,32 +60,24 @@ def course_of(model: nn.Module, sites: Sequence[Site], run: Callable[[], object]
     """
     blocks = [name for name, _ in _blocks(model)]
     inside = {site.name: _around(site, blocks) for site in sites}
-    clock = 0
+    clock = count(1)
     began: dict[str, int] = {}
     finished: dict[str, list[int]] = {name: [] for name in blocks}
 
-    def begins(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            nonlocal clock
-            clock += 1
-            began.setdefault(name, clock)
+    def begins(name: str) -> Before:
+        def before(*_: Any) -> None:
+            began.setdefault(name, next(clock))
 
-        return hook
+        return before
 
-    def finishes(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            nonlocal clock
-            clock += 1
-            finished[name].append(clock)
+    def finishes(name: str) -> After:
+        def after(*_: Any) -> None:
+            finished[name].append(next(clock))
 
-        return hook
+        return after
 
-    with ExitStack() as stack:
-        for name in {*blocks, *(name for names in inside.values() for name in names)}:
-            module = model.get_submodule(name)
-            stack.callback(module.register_forward_pre_hook(begins(name)).remove)
-            if name in finished:
-                stack.callback(module.register_forward_hook(finishes(name)).remove)
+    watched = {*blocks, *chain.from_iterable(inside.values())}
+    with watching(model, before={name: begins(name) for name in watched}, after={n: finishes(n) for n in blocks}):
         run()
     once = {name: ticks[0] for name, ticks in finished.items() if len(ticks) == 1}
     again = {name for name, ticks in finished.items() if len(ticks) > 1}
@@ -99,11 +94,14 @@ def course_of(model: nn.Module, sites: Sequence[Site], run: Callable[[], object]
     return Course(once, before, ahead)
 
 
-class Replay:
-    """What the finished blocks of a model gave, batch by batch.
+class FinishedBlocks:
+    """What the finished blocks of a model returned, batch by batch.
+
+        with blocks.resumed(batch=0, to="layers.3"):
+            model(x)
 
     Attributes:
-        on: whether it still goes on; where not, every pass runs from the inputs.
+        on: whether passes still start from finished blocks; where not, every pass runs from the inputs.
         reached: whether the pass that runs now has come to the block that it was to keep.
     """
 
@@ -127,13 +125,13 @@ class Replay:
         self._given, self._at, self._bytes = {}, {}, {}
 
     @contextmanager
-    def going_on(self, batch: int, to: str) -> Iterator[None]:
-        """For one pass over this batch: from the block that was kept last, and keep what block `to` gives.
+    def resumed(self, batch: int, to: str) -> Iterator[None]:
+        """For one pass over this batch: from the block that was kept last, and keep what block `to` returns.
 
         Nothing is kept where there is no room; the next pass over this batch then runs from the inputs.
 
         Raises:
-            SiteError: a block gives something that cannot be kept.
+            SiteError: a block returns something that cannot be kept.
         """
         place = self.course.finished
         given, at = self._given.get(batch, {}), self._at.get(batch, "")
@@ -145,7 +143,7 @@ class Replay:
         def keeps(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
                 output = forward(*args, **kwargs)
-                seen[name] = mapped(output, _copy if name == to else _nothing)
+                seen[name] = _kept(output, copied if name == to else _nothing)
                 self.reached = self.reached or name == to
                 return output
 
@@ -161,7 +159,7 @@ class Replay:
                     stack.enter_context(_forward(module, keeps(name, module.forward)))
             yield
         if to and at != to and to in seen:
-            old = {name: mapped(value, _nothing) for name, value in given.items()}
+            old = {name: mapped(_nothing, value) for name, value in given.items()}
             everything = {**old, **seen}
             self._given[batch] = {
                 name: value
@@ -175,29 +173,16 @@ class Replay:
                 kept.pop(batch, None)
 
 
-def mapped(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
-    """What a module gave, with each tensor exchanged.
+def _kept(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
+    """What a module returned, with each tensor exchanged.
 
     Raises:
         SiteError: there is something in it that may hold tensors in a way that is not known.
     """
-    if isinstance(value, Tensor):
-        return of(value)
-    if value is None or isinstance(value, (bool, int, float, str, torch.Size)):
-        return value
-    if isinstance(value, tuple):
-        items = [mapped(item, of) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if isinstance(value, list):
-        return [mapped(item, of) for item in value]
-    if isinstance(value, Mapping):
-        entries = {key: mapped(item, of) for key, item in value.items()}
-        return entries if type(value) is dict else type(value)(**entries)
-    raise SiteError(f"a block gives a {type(value).__name__}")
-
-
-def _copy(t: Tensor) -> Tensor:
-    return t.detach().clone()
+    for leaf in tree_leaves(value):
+        if not isinstance(leaf, (Tensor, bool, int, float, str, type(None))):
+            raise SiteError(f"a block returns a {type(leaf).__name__}")
+    return mapped(of, value)
 
 
 def _nothing(t: Tensor) -> Tensor:
@@ -207,7 +192,7 @@ def _nothing(t: Tensor) -> Tensor:
 
 def _giving(value: Any) -> Callable[..., Any]:
     # what follows may work in place; on the tensors that take no memory it cannot, and that is an error
-    return lambda *_args, **_kwargs: mapped(value, lambda t: t.clone() if 0 not in t.stride() else t)
+    return lambda *_args, **_kwargs: mapped(lambda t: t.clone() if 0 not in t.stride() else t, value)
 
 
 @contextmanager
