@@ -105,6 +105,8 @@ def problem_of(value: Any, field: dataclasses.Field[Any], hint: Any) -> str:
     others = any(kind not in (int, float) for kind in kinds)
     if (not whole and float not in kinds) or (others and not isinstance(value, (int, float))):
         return ""
+    if isinstance(value, str) and str in kinds:
+        return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (whole and not isinstance(value, int)):
         return "a whole number" if whole else "a number"
     if not math.isfinite(value):

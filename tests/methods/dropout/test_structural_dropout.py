@@ -653,8 +653,8 @@ def test_a_regression_is_taught_by_the_difference() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"p": 1.5}, "p=1.5: must be a number from 0 to 1"),
-        ({"passes": -1}, "must not be negative"),
+        ({"p": 1.5}, "p=1.5: at most 1"),
+        ({"passes": -1}, "passes=-1: at least 0"),
         ({"lower_bound": 0}, "lower_bound=0"),
         ({"lower_bound": 17}, "lower_bound=17 must be a number of channels from 1 to 16"),
         ({"step": 0}, "step=0"),

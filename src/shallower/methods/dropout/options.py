@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shallower.core.options import Options, option
 from shallower.errors import MethodError
 
 
 @dataclass(frozen=True)
-class DropoutOptions:
+class DropoutOptions(Options):
     """How the widths of a training step are drawn, and what the narrow ones learn from.
 
         options = sh.DropoutOptions(lower_bound="50%", passes=2)
@@ -35,24 +36,20 @@ class DropoutOptions:
         MethodError: a value is out of its range.
     """
 
-    p: float = 1.0
+    p: float = option(1.0, least=0, most=1)
     lower_bound: int | str = "25%"
     step: int | str = 1
-    shared: float = 0.5
+    shared: float = option(0.5, least=0, most=1)
     sandwich: bool = True
-    passes: int = 1
-    distillation: float = 0.5
-    rescale: float = 0.5
-    seed: int = 0
+    passes: int = option(1, least=0)
+    distillation: float = option(0.5, least=0, most=1)
+    rescale: float = option(0.5, least=0, most=1)
+    seed: int = option(0, least=0)
     logits: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("p", "shared", "distillation", "rescale"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise MethodError(f"{name}={value!r}: must be a number from 0 to 1")
-        if self.passes < 0:
-            raise MethodError(f"passes={self.passes!r}: must not be negative")
+        """Refuse values out of range."""
+        super().__post_init__()
         if self.distillation and not self.sandwich:
             raise MethodError(
                 "distillation: the full width can teach only where it runs in every step. Use sandwich=True, or "
