@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import shallower as sh
-from shallower.errors import ExportError
+from shallower.errors import ExportError, ShallowerError
 
 
 class Net(nn.Module):
@@ -122,6 +122,63 @@ def test_the_model_with_a_method_attached_is_exported_without_it(tmp_path: Path)
     method = sh.LayerCollapse(model, sh.find_sites(model, x))
     sh.export(model, x, tmp_path / "model.pt2")
     assert list(method.activations)
+
+
+class Two(nn.Module):
+    """Two token inputs of lengths of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.up, self.down = nn.Embedding(50, 16), nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, query: torch.Tensor, document: torch.Tensor) -> torch.Tensor:
+        first = self.down(self.up(self.embedding(query)).relu()).mean(1)
+        return first + self.down(self.up(self.embedding(document)).relu()).sum(1)  # type: ignore[no-any-return]
+
+
+def test_inputs_of_different_lengths_have_names_of_their_own(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    model, ids = Two().eval(), torch.randint(1, 50, (4, 9))
+    written = sh.export(model, (ids, ids), tmp_path / "two.onnx")
+    assert written.dynamic == {"0": {0: "batch", 1: "query_length"}, "1": {0: "batch", 1: "document_length"}}
+    assert written.checked == ("4 x 9", "5 x 6 and 5 x 5")
+    session = runtime.InferenceSession(str(written.path))
+    assert [value.shape for value in session.get_inputs()] == [["batch", "query_length"], ["batch", "document_length"]]
+    short = torch.randint(1, 50, (4, 7))
+    (y,) = session.run(None, {"query": ids.numpy(), "document": short.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(ids, short))
+
+
+def test_keywords_may_come_in_any_order(tmp_path: Path) -> None:
+    model, ids = Two().eval(), torch.randint(1, 50, (4, 9))
+    written = sh.export(model, {"document": ids[:, :5], "query": ids}, tmp_path / "two.pt2")
+    assert written.dynamic["document"] == {0: "batch", 1: "document_length"}
+
+
+@pytest.mark.slow
+def test_onnx_outputs_have_the_names_that_the_model_gives_them(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    model, x = squeezed_bert()
+    session = runtime.InferenceSession(str(sh.export(model, x, tmp_path / "model.onnx").path))
+    assert [value.name for value in session.get_outputs()] == ["logits"]
+
+
+def test_a_directory_a_meta_model_and_wrong_inputs_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").mkdir()
+    x = torch.randn(3, 12)
+    with pytest.raises(ExportError, match="this is a directory"):
+        sh.export(Net(), x, tmp_path / "model.pt2")
+    with pytest.raises(ExportError, match="on the meta device"):
+        sh.export(Net().to("meta"), x, tmp_path / "other.pt2")
+    with pytest.raises(ShallowerError, match="shapes"):
+        sh.export(Net(), torch.randn(3, 11), tmp_path / "other.pt2")
+    with pytest.raises(ExportError, match="there are none"):
+        sh.export(Net(), {}, tmp_path / "other.pt2")
+    with pytest.raises(ExportError, match="only tensors"):
+        sh.export(Net(), {"x": 3}, tmp_path / "other.pt2")
+    with pytest.raises(ExportError, match="cannot be written"):
+        sh.export(Net(), x, tmp_path / ("x" * 300 + ".pt2"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
 
 
 class Stubborn(nn.Module):
