@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from shallower.errors import CheckpointError, PlanError, SurgeryError
+from shallower.errors import PlanError, SurgeryError
 from shallower.finding.matching import find_sites
 from shallower.modules.edits import edits, encoded, replay
 from shallower.planning.entries import Entry, Fate
@@ -372,49 +372,6 @@ def test_a_constant_before_a_padded_convolution_is_refused():
     site = find_sites(model, x)[0]
     with pytest.raises(PlanError, match="wrong along the border"):
         apply(model, Plan((Entry.narrow(site, torch.arange(3)),)), x)
-
-
-# ------------------------------------------------------------------------------------------------------------ edits
-
-
-GOOD = {"edit": "identity", "name": "1"}
-MAP = {"edit": "map", "name": "0", "kind": "linear", "d_in": 6, "d_out": 3, "bias": True, "kernel": [1, 1],
-       "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        ("identity", "a list"),
-        (["identity"], "not an object"),
-        ([{"edit": "exec", "name": "1"}], "unknown kind"),
-        ([{**GOOD, "name": "9"}], "does not fit the model"),
-        ([{**GOOD, "name": "0.weight"}], "does not fit the model"),
-        ([{**GOOD, "name": 3}], "not a value for 'name'"),
-        ([{**GOOD, "extra": 1}], "unknown fields: extra"),
-        ([{"edit": "identity"}], "missing"),
-        ([{**MAP, "d_out": 10**15}], "not a value for 'd_out'"),
-        ([{**MAP, "d_out": 2**24, "d_in": 2**24}], "weights"),
-        ([{**MAP, "d_out": -1}], "not a value for 'd_out'"),
-        ([{**MAP, "d_out": True}], "not a value for 'd_out'"),
-        ([{**MAP, "groups": 4}], "groups do not divide"),
-        ([{**MAP, "kind": "conv2d"}], "does not fit the model"),
-        ([{**MAP, "name": "1"}], "does not fit the model"),
-        ([{"edit": "operand", "name": "1", "index": 2}], "not a value for 'index'"),
-        ([{"edit": "attribute", "name": "0", "attribute": "in_features", "value": -1}], "not a value for 'value'"),
-        ([{"edit": "attribute", "name": "0", "attribute": "forward", "value": 1}], "does not fit the model"),
-        ([{"edit": "attribute", "name": "0", "attribute": "training", "value": 1}], "does not fit the model"),
-        ([{"edit": "norm", "name": "0", "channels": 3}], "does not fit the model"),
-        ([{"edit": "externalise", "module": "", "calls": [["relu", 99]]}], "does not fit the model"),
-        ([{"edit": "externalise", "module": "nowhere", "calls": [["relu", 0]]}], "does not fit the model"),
-        ([{"edit": "slope", "name": "1", "width": 0, "family": "prelu", "target": "one", "channels_first": False,
-           "dtype": "float32"}], "does not fit the model"),
-    ],
-)  # fmt: skip
-def test_hostile_edits_are_refused(record, reason):
-    model, _, _ = mlp()
-    with pytest.raises(CheckpointError, match=reason):
-        replay(model.to("meta"), record)
 
 
 # ----------------------------------------------------------------------------------------------------- configurations

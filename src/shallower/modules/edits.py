@@ -12,12 +12,13 @@ weights are loaded. A file may be hostile: every field has a type and bounds, an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, ClassVar, Literal, cast, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import CheckpointError, PlanError, ShallowerError
 from shallower.modules.activations import Family, Operand, PartialActivation, SlopeActivation, Target, Twice
 from shallower.modules.layers import kind_of, resized, resized_norm, weight_of
@@ -27,14 +28,6 @@ from shallower.modules.rewriting import externalise
 from shallower.sites import LinearMap, Place
 
 _MOST_WEIGHTS = 2**36
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The least and the greatest value of a number, or length of a text."""
-
-    least: int
-    most: int
 
 
 Name = Annotated[str, Bounds(1, 1000)]
@@ -81,11 +74,11 @@ class Resize:
     d_in: Size
     d_out: Size
     bias: bool
-    kernel: tuple[Steps, Steps] = (1, 1)
-    stride: tuple[Steps, Steps] = (1, 1)
-    padding: tuple[Pixels, Pixels] = (0, 0)
-    dilation: tuple[Steps, Steps] = (1, 1)
-    groups: Size = 1
+    kernel: tuple[Steps, Steps]
+    stride: tuple[Steps, Steps]
+    padding: tuple[Pixels, Pixels]
+    dilation: tuple[Steps, Steps]
+    groups: Size
     edit: Literal["map"] = field(default="map", init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -411,13 +404,10 @@ def _device_at(model: nn.Module, name: str) -> torch.device:
     return torch.device("cpu")
 
 
-# ---------------------------------------------------------------------------------------------------- as plain data
-
-
 def encoded(edit: Recorded) -> dict[str, Any]:
     """An edit as it is written to a file: a flat object with its kind under "edit"."""
-    values = {f.name: getattr(edit, f.name) for f in fields(edit)}
-    return {"edit": values.pop("edit"), **values}
+    data: dict[str, Any] = encode(edit)
+    return data
 
 
 def decoded(i: int, data: object) -> Recorded:
@@ -426,62 +416,5 @@ def decoded(i: int, data: object) -> Recorded:
     Raises:
         CheckpointError: it is malformed.
     """
-    if not isinstance(data, Mapping):
-        raise CheckpointError(f"edit {i} of the saved model is not an object")
-    kind = data.get("edit")
-    cls = _KINDS.get(kind) if isinstance(kind, str) else None
-    if cls is None:
-        raise CheckpointError(f"edit {i} of the saved model is of the unknown kind {kind!r:.80}")
-    hints = get_type_hints(cls, include_extras=True)
-    names = {f.name for f in fields(cls)}
-    if set(data) != names:
-        odd = sorted(map(str, set(data) ^ names))
-        raise CheckpointError(f"edit {i} ({kind}) of the saved model has missing or unknown fields: {', '.join(odd)}")
-    values = {}
-    for name in names - {"edit"}:
-        try:
-            values[name] = _read(hints[name], data[name])
-        except _NotOfTypeError:
-            raise CheckpointError(
-                f"edit {i} ({kind}) of the saved model: {data[name]!r:.80} is not a value for {name!r}"
-            ) from None
-    try:
-        edit: Recorded = cls(**values)
-    except PlanError as error:
-        raise CheckpointError(f"edit {i} ({kind}) of the saved model: {error}") from None
+    edit: Recorded = decode(Recorded, data, at=f"edit {i} of the saved model", error=CheckpointError)
     return edit
-
-
-_KINDS: Mapping[str, Any] = {cls.edit: cls for cls in get_args(Recorded)}
-
-
-class _NotOfTypeError(Exception):
-    """A value is not of the type that its field has."""
-
-
-def _read(hint: Any, value: Any) -> Any:
-    """A value of a file, if it is of the type `hint`."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        bounds = cast("Bounds", arguments[1])
-        found = _read(arguments[0], value)
-        size = len(found) if isinstance(found, str) else found
-        if not bounds.least <= size <= bounds.most:
-            raise _NotOfTypeError
-        return found
-    if origin is Literal:
-        if not isinstance(value, str) or value not in arguments:
-            raise _NotOfTypeError
-        return value
-    if origin is not tuple:
-        if type(value) is not hint:
-            raise _NotOfTypeError
-        return value
-    if not isinstance(value, (list, tuple)):
-        raise _NotOfTypeError
-    items = arguments
-    if arguments[-1] is Ellipsis:
-        items = (arguments[0],) * len(value)
-    if len(items) != len(value):
-        raise _NotOfTypeError
-    return tuple(map(_read, items, value))
