@@ -19,11 +19,11 @@ from shallower.errors import PlanError
 from shallower.finding.matching import find_sites
 from shallower.modules.edits import edits, perform, replay
 from shallower.modules.heads import narrow, without_heads
-from shallower.planning.entries import Entry
-from shallower.planning.fits import Fit
+from shallower.planning.entries import Entry, Fit
+from shallower.planning.steps import steps
 from shallower.sites import Heads, LinearMap, Site, Sites
 from shallower.sites.heads import columns, narrowed, rows
-from shallower.surgery.configs import update_head_counts
+from shallower.surgery.configs import follow_heads
 from shallower.surgery.simulation import impose_heads
 from tests.zoo import ZOO
 
@@ -230,7 +230,7 @@ def test_a_configuration_that_can_express_fewer_heads_follows_and_builds_the_sto
     made = [Entry.narrow(site, torch.tensor([0, 1, 3])) for site in head_sites(model, inputs)]
     for entry in made:
         take_away(model, entry)
-    update_head_counts(model, made)
+    follow_heads(model, steps(made))
     assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (6, 3)
     stock = hf.LlamaForCausalLM(model.config).double().eval()
     stock.load_state_dict(model.state_dict())
@@ -244,7 +244,7 @@ def test_a_configuration_that_cannot_express_them_stays(kept: Any) -> None:
     made = [Entry.narrow(site, torch.tensor(own)) for site, own in zip(sites, kept, strict=False)]
     for entry in made:
         take_away(model, entry)
-    update_head_counts(model, made)
+    follow_heads(model, steps(made))
     assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (6, 6)
 
 

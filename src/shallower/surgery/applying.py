@@ -15,7 +15,7 @@ from shallower.modules.offloading import mapped
 from shallower.planning.plan import Plan
 from shallower.planning.steps import Step, steps
 from shallower.surgery.checking import check_fits
-from shallower.surgery.configs import update_head_counts, update_widths
+from shallower.surgery.configs import follow_heads, follow_widths
 from shallower.surgery.padding import border_error
 from shallower.surgery.proof import proven
 
@@ -66,8 +66,8 @@ def apply(
     todo = steps(plan.entries)
     _refuse_border_errors(model, todo, example_inputs)
     small = proven(model, todo, example_inputs)
-    update_widths(small, todo)
-    update_head_counts(small, plan.entries)
+    follow_widths(small, todo)
+    follow_heads(small, todo)
     if recalibrate is not None:
         recalibration.recalibrate(small, recalibrate, inputs_of=inputs_of)
     return small

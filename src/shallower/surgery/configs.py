@@ -1,129 +1,172 @@
-"""Numbers in a model's config and attributes that follow its new widths."""
+"""Numbers in the configs of Transformers models that follow new widths, so that a stock class can be built from them.
+
+    follow_widths(small, todo)
+    follow_heads(small, todo)
+
+A number is found by trying: the stock class is built without weights from the config with the number changed. It stays
+changed only if every layer that it changes there has the very same shape and biases in the model after surgery.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Size, nn
 
-from shallower.modules.layers import kind_of, weight_of
-from shallower.planning.entries import Entry
+from shallower.errors import ShallowerError
 from shallower.planning.steps import Step
+from shallower.saving.skeletons import build_skeleton
+from shallower.saving.sources import source_of
 from shallower.sites.heads import heads_of
 
-WIDTHS = (
-    "intermediate_size",
-    "ffn_dim",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "n_inner",
-    "d_ff",
-    "hidden_dim",
-    "ffn_hidden_size",
-)
-"""Attributes of Transformers configurations that say how wide the feed-forward layers are."""
+Shapes = Mapping[str, Size]
 
-
-def update_widths(model: nn.Module, todo: Sequence[Step]) -> None:
-    """Set the width in every `config` of the model that became uniformly narrower, in stock modules.
-
-    A width is changed only if every layer under the config's owner that had the old width now has the same new one.
-    """
-    owners: dict[int, tuple[Any, list[str]]] = {}
-    for name, module in model.named_modules():
-        config = vars(module).get("config")
-        if config is not None and not isinstance(config, nn.Module):
-            owners.setdefault(id(config), (config, []))[1].append(name)
-    for config, names in owners.values():
-        for key in WIDTHS:
-            old = _width(config, key)
-            if old is None:
-                continue
-            part = key.split("_")[0] if key in ("encoder_ffn_dim", "decoder_ffn_dim") else ""
-            new = _new_width(model, todo, names, part, old)
-            if new is not None:
-                setattr(config, key, new)
-
-
-def _width(config: Any, key: str) -> int | None:
-    value = getattr(config, key, None)
-    if key == "n_inner" and hasattr(config, "n_inner") and value is None:  # GPT-2: four times the hidden width
-        hidden = getattr(config, "n_embd", None)
-        value = 4 * hidden if isinstance(hidden, int) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _new_width(model: nn.Module, todo: Sequence[Step], names: list[str], part: str, old: int) -> int | None:
-    def owned(module: str) -> bool:
-        inside = any(name == "" or module == name or module.startswith(f"{name}.") for name in names)
-        return inside and (not part or part in module.split("."))
-
-    widths, changed, counts = set(), set(), {old}
-    for step in todo:
-        site, form = step.entry.site, step.form
-        if site.width != old or site.producer is None or not owned(site.producer.name):
-            continue
-        biases = [m.bias for m in site.consumers] == [m.bias for m in form.consumers]
-        if form.kind != "narrower" or form.slopes or not biases:
-            return None
-        widths.add(form.kept)
-        changed |= {m.name for m in site.maps}
-        counts |= {2 * old} if site.packed else set()
-    if len(widths) != 1:
-        return None
-    for name, module in model.named_modules():
-        if kind_of(module) and owned(name) and name not in changed:
-            d_out, d_in = weight_of(module).shape[:2]
-            if d_in == old or d_out in counts:
-                return None
-    return widths.pop()
-
+_DERIVED = ("n_inner",)
+"""Numbers that may be None, and then follow from others: a width by its default."""
 
 _COUNTS = ("num_attention_heads", "num_key_value_heads")
 
 
-def update_head_counts(model: nn.Module, entries: Sequence[Entry]) -> None:
-    """Set the numbers of heads in every `config` whose attentions all have the same new one.
+@dataclass(frozen=True)
+class _Owner:
+    """A stock model, which has the config in question, and what it is built from."""
 
-    Only where the configuration also says how large a head is, so that its stock class can be built from it; and only
-    where it accepts the numbers.
+    name: str
+    model: nn.Module
+    config: Any
+    source: str
+
+    @property
+    def prefix(self) -> str:
+        """Before the names of its parts."""
+        return f"{self.name}." * (self.name != "")
+
+    def shapes(self) -> Shapes:
+        """Those of its parameters now."""
+        return _shapes(self.model)
+
+    def built(self, numbers: Mapping[str, int]) -> Shapes | None:
+        """Those that its class has with other numbers in the config; None where it does not take them."""
+        trial = copy.deepcopy(self.config)
+        for key, number in numbers.items():
+            setattr(trial, key, number)
+        try:
+            plain = {key: value for key, value in trial.to_dict().items() if key != "transformers_version"}
+            type(self.config)(**plain)
+            return _shapes(build_skeleton(self.source, trial.to_dict()))
+        except (ShallowerError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError):
+            return None
+        except Exception as error:
+            # the errors of strict configs are of no class that could be imported everywhere
+            if "huggingface_hub" in type(error).__module__:
+                return None
+            raise
+
+
+def follow_widths(model: nn.Module, todo: Sequence[Step]) -> None:
+    """Set the width in every config of the model that describes all layers of that width, after surgery.
+
+    Args:
+        model: after surgery.
+        todo: the steps that made it; no width is set of which one left a slope, a linear path or a new bias.
     """
-    narrower = {e.site.name: e for e in entries if e.site.heads is not None and len(e.kept) < e.site.width}
-    if not narrower:
-        return
-    owners: dict[int, tuple[Any, list[str]]] = {}
+    for owner in _owners(model):
+        pairs = sorted({(step.entry.site.width, step.form.kept) for step in _narrower(owner, todo)})
+        if not pairs:
+            continue
+        before = owner.built({})
+        for key, old, new in _candidates(owner.config, pairs):
+            after = owner.built({key: new})
+            if before is None or after is None:
+                continue
+            if _describes(owner, before, after, todo) and getattr(owner.config, key) in (old, None):
+                setattr(owner.config, key, new)
+                before = after
+
+
+def follow_heads(model: nn.Module, todo: Sequence[Step]) -> None:
+    """Set the numbers of heads in every config that describes all attentions with these numbers, after surgery.
+
+    Args:
+        model: after surgery.
+        todo: the steps that made it.
+    """
+    for owner in _owners(model):
+        for numbers in _head_counts(owner, todo):
+            before, after = owner.built({}), owner.built(numbers)
+            if before is not None and after is not None and _describes(owner, before, after, todo):
+                for key, number in numbers.items():
+                    setattr(owner.config, key, number)
+
+
+def _owners(model: nn.Module) -> Iterator[_Owner]:
+    """The outermost stock model of each config."""
+    seen: set[int] = set()
     for name, module in model.named_modules():
         config = vars(module).get("config")
-        if config is not None and not isinstance(config, nn.Module):
-            owners.setdefault(id(config), (config, []))[1].append(name)
-    for config, names in owners.values():
-        shared = [e for e in narrower.values() if heads_of(e.site).module in names]
-        kinds = {type(model.get_submodule(heads_of(e.site).module)) for e in shared}
-        users = [name for name in names if type(model.get_submodule(name)) in kinds]
-        found = {_sizes(e) for e in shared}
-        if len(found) != 1 or {heads_of(e.site).module for e in shared} != set(users):
+        if config is None or isinstance(config, nn.Module) or id(config) in seen:
             continue
-        before, after, head_dim = found.pop()
-        values = [getattr(config, key, None) for key in _COUNTS]
-        present = [(key, new) for key, value, new in zip(_COUNTS, values, after, strict=True) if value is not None]
-        now = [value for value in values if value is not None]
-        if getattr(config, "head_dim", None) != head_dim or now != list(before[: len(now)]):
-            continue
-        trial = copy.deepcopy(config)
-        for key, new in present:
-            setattr(trial, key, new)
-        try:
-            type(config)(**{key: value for key, value in trial.to_dict().items() if key != "transformers_version"})
-        except Exception:  # whatever a configuration raises, it does not accept the numbers
-            continue
-        for key, new in present:
-            setattr(config, key, new)
+        source = source_of(module)
+        if source:
+            seen.add(id(config))
+            yield _Owner(name, module, config, source)
 
 
-def _sizes(entry: Entry) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """(query heads, key heads) before and after, and the features of one."""
-    heads, width, kept = heads_of(entry.site), entry.site.width, len(entry.kept)
-    each = heads.queries_per_group
-    return (each * width, width), (each * kept, kept), heads.head_dim
+def _narrower(owner: _Owner, todo: Sequence[Step]) -> Iterator[Step]:
+    """The steps that made a site of this model narrower and left nothing but stock layers."""
+    for step in todo:
+        producer = step.entry.site.producer
+        inside = producer is not None and producer.name.startswith(owner.prefix)
+        if inside and step.form.kind == "narrower" and step.form.kept < step.entry.site.width:
+            yield step
+
+
+def _candidates(config: Any, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
+    """Numbers of a config that may be a width, with the width before and after."""
+    for key, value in sorted(config.to_dict().items()):
+        for old, new in pairs:
+            if (type(value) is int and value == old) or (value is None and key in _DERIVED):
+                yield key, old, new
+
+
+def _head_counts(owner: _Owner, todo: Sequence[Step]) -> Iterator[dict[str, int]]:
+    """The numbers of query heads and key-value heads that attentions of this model have now."""
+    found: set[tuple[int, ...]] = set()
+    for step in todo:
+        site = step.entry.site
+        if site.heads is None or not heads_of(site).module.startswith(owner.prefix):
+            continue
+        kept, each = len(step.entry.kept), site.heads.queries_per_group
+        found.add((each * site.width, each * kept, site.width, kept))
+    for queries, new_queries, groups, new_groups in sorted(found):
+        values = [getattr(owner.config, key, None) for key in _COUNTS]
+        if new_groups < groups and values in ([queries, groups], [queries, None]):
+            numbers = dict(zip(_COUNTS, (new_queries, new_groups), strict=True))
+            yield {key: numbers[key] for key, value in zip(_COUNTS, values, strict=True) if value is not None}
+
+
+def _describes(owner: _Owner, before: Shapes, after: Shapes, todo: Sequence[Step]) -> bool:
+    """Whether everything that a number changes in the stock class is in the model as it is there."""
+    now = owner.shapes()
+    changed = [name for name in after if before.get(name) != after[name]]
+    layers = {name.rpartition(".")[0] for name in changed}
+    if not changed or any(now.get(name) != after[name] for name in changed):
+        return False
+    if any(_parameters(now, layer) != _parameters(after, layer) for layer in layers):
+        return False
+    for step in todo:
+        maps = {m.name.removeprefix(owner.prefix) for m in step.entry.site.maps}
+        if maps & layers and (step.form.kind != "narrower" or step.form.slopes):
+            return False
+    return True
+
+
+def _parameters(shapes: Shapes, layer: str) -> set[str]:
+    return {name for name in shapes if name.rpartition(".")[0] == layer}
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -25,7 +25,7 @@ from shallower.planning.steps import steps
 from shallower.saving.skeletons import build_skeleton
 from shallower.saving.sources import source_of
 from shallower.sites import Site, Sites
-from shallower.surgery.configs import update_widths
+from shallower.surgery.configs import follow_widths
 from shallower.surgery.operating import operate
 
 _REASON = "the config does not express its width as a number of its own"
@@ -73,7 +73,7 @@ def _inexpressible(model: nn.Module, sites: Sites) -> set[str]:
     todo = steps(narrower)
     for step in todo:
         operate(trial, step)
-    update_widths(trial, todo)
+    follow_widths(trial, todo)
     wrong: set[str] = set()
     for prefix, part in _stock_parts(trial):
         try:
