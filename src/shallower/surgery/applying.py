@@ -9,6 +9,7 @@ from torch import nn
 
 from shallower.calibrating import recalibration
 from shallower.core.inputs import Inputs, InputsOf, default_inputs_of
+from shallower.core.modes import without_inference_mode
 from shallower.core.tensors import has_no_numbers
 from shallower.errors import PlanError
 from shallower.modules.offloading import mapped
@@ -22,6 +23,7 @@ from shallower.surgery.proof import proven
 M = TypeVar("M", bound=nn.Module)
 
 
+@without_inference_mode()
 def apply(
     model: M,
     plan: Plan,
@@ -35,10 +37,10 @@ def apply(
         small = sh.apply(model, sh.Plan.collapse(sites), example_inputs)
         small = sh.apply(model, plan, example_inputs, recalibrate=batches)      # and measure BatchNorms again
 
-    The result is proven: with the plan simulated on the original layers it agrees on the example inputs, at each site's
-    consumers and at the model's output, up to a relative error (norm of the difference over the norm) of 1e-5 in
-    float32 and 1e-10 in float64. Narrower weights are proven in float32 site by site before they are rounded again. Of
-    a model on the meta device only shapes are compared.
+    The result is proven: it agrees with the plan simulated on the original layers, on the example inputs, at each
+    site's consumers and at the model's output, up to a relative error (norm of the difference over the norm) of 1e-5 in
+    float32 and 1e-10 in float64. Narrower weights are proven in float32 before they are rounded again, and the rounded
+    result must answer like that. Of a model on the meta device only shapes are compared.
 
     Args:
         model: perhaps with a method attached; a detached copy is changed. Of an offloaded model the weights are mapped
@@ -53,9 +55,10 @@ def apply(
         A model with the argument's class, mode (train or eval), dtypes and devices.
 
     Raises:
-        PlanError: the plan does not fit the model, or wants layers merged that would differ along the border; the error
-            that this would make is measured on the example inputs, and told.
-        SurgeryError: the result differs from the simulation beyond rounding.
+        PlanError: the plan does not fit the model, or merges layers that would differ along the border; the error says
+            by how much on the example inputs.
+        SurgeryError: the result differs from the simulation beyond rounding, or a part of it does not run.
+        OutOfMemoryError: there is not enough memory.
 
     Warns:
         CostWarning: a site does not become cheaper.

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from shallower.core.trees import cloned
+from shallower.core.watching import watching
 from shallower.modules.attachment import detached_copy
 from shallower.modules.offloading import lent
 from shallower.planning.steps import Step
@@ -117,11 +117,7 @@ def _part_of(model: nn.Module, site: Site) -> str:
 def _calls(model: nn.Module, parts: Sequence[str], run: Pass) -> dict[str, list[Any]]:
     """The arguments of all calls of these parts in one pass over the model."""
     calls: dict[str, list[Any]] = {part: [] for part in parts}
-    with ExitStack() as stack, torch.no_grad():
-        for part in parts:
-            hook = _keeper(calls[part])
-            handle = model.get_submodule(part).register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
+    with watching(model, before={part: _keeper(calls[part]) for part in parts}):
         run.over(model)
     return calls
 

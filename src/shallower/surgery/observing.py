@@ -19,6 +19,7 @@ from shallower.core.failures import failing
 from shallower.core.inputs import call, model_device
 from shallower.core.modes import evaluating
 from shallower.core.trees import cloned, mapped, tensors, to_device
+from shallower.core.watching import watching
 from shallower.errors import ForwardError, SurgeryError
 from shallower.sites import Site
 from shallower.surgery.taps import Tap
@@ -118,17 +119,16 @@ def observed(model: nn.Module, run: Pass, taps: Sequence[Tap], *, after: bool) -
         SurgeryError: a tap has no module.
     """
     found = Observed([[] for _ in taps])
-    with ExitStack() as stack:
-        for tap, seen in zip(taps, found.taps, strict=True):
-            hook = _keeper(tap, seen, after)
-            stack.callback(tap.module_in(model).register_forward_hook(hook).remove)
+    modules = {i: tap.module_in(model) for i, tap in enumerate(taps)}
+    hooks = {i: _keeper(tap, found.taps[i], after) for i, tap in enumerate(taps)}
+    with watching(modules, after=hooks):
         output = run.over(model)
-        found.outputs = [t.detach().clone() for t in tensors(_without_heads(output))]
+    found.outputs = [t.detach().clone() for t in tensors(_without_heads(output))]
     return found
 
 
 def _keeper(tap: Tap, seen: list[Tensor], after: bool) -> Any:
-    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+    def keep(_: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> None:
         seen.append(tap.read(output, after=after))
 
     return keep

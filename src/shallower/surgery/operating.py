@@ -45,7 +45,7 @@ from shallower.planning.plan import Plan
 from shallower.planning.steps import Step, steps
 from shallower.sites import LinearMap, Place, Residual, Site
 from shallower.surgery.padding import zeros_around
-from shallower.surgery.paths import Path, affine, as_read, columns_of, composed, gate_rows_of, path_of, up_rows_of
+from shallower.surgery.paths import Path, affine, as_read, columns_of, composed, path_of
 
 
 def edits_of(plan: Plan, model: nn.Module) -> list[Edit]:
@@ -116,7 +116,7 @@ def _merged(model: nn.Module, entry: Entry, form: Form, path: Path) -> list[Edit
     producer = model.get_submodule(made.name)
     weights = []
     for up, consumer, m in zip(path.ups, _consumers(model, site), form.consumers, strict=True):
-        if site.flattened:
+        if site.bridge.has("flatten"):
             weights.append(_over_pixels(site, up, cast("Tensor", path.down), cast("nn.Conv2d", producer), m))
         else:
             weights.append(composed(up, path.down, producer, consumer))
@@ -126,7 +126,7 @@ def _merged(model: nn.Module, entry: Entry, form: Form, path: Path) -> list[Edit
         edits = _without_sum(model, cast("Residual", site.residual), weights, biases)
     for m, weight, bias in zip(form.consumers, weights, biases, strict=True):
         edits += _layer(model, m, grouped(weight, m.groups), bias)
-    if site.packed:
+    if site.bridge.packed:
         edits.append(Doubled(made.name, site.channels_first))
     else:
         edits.append(Identity(made.name))
@@ -166,10 +166,10 @@ def _two(model: nn.Module, site: Site, form: Form, path: Path) -> list[Edit]:
     down, shift, ups = cast("Tensor", path.down), path.shift, path.ups
     if len(down) == 0:  # nothing is left but a constant: a layer needs at least one channel
         down, shift = down.new_zeros(1, *down.shape[1:]), None
-        ups = [up.new_zeros(up.shape[0], site.block, *up.shape[2:]) for up in ups]
-    if site.packed:
+        ups = [up.new_zeros(up.shape[0], site.bridge.block, *up.shape[2:]) for up in ups]
+    if site.bridge.packed:
         down = _halves(site, torch.zeros_like(down), down)
-    if site.packed and shift is not None:
+    if site.bridge.packed and shift is not None:
         shift = _halves(site, torch.zeros_like(shift), shift)
     edits = _layer(model, cast("LinearMap", form.producer), down, shift)
     for m, up, bias in zip(form.consumers, ups, path.biases, strict=True):
@@ -194,7 +194,7 @@ def _nothing_between(model: nn.Module, site: Site, width: int) -> list[Edit]:
         edits.append(Identity(site.gate.name))
     place = _needed(site.activation)
     edits += _gone(model, place)
-    if site.gated:
+    if site.bridge.gated:
         edits.append(Partial(name_at(model, place), 0, width, _gate(site), site.channels_first))
     edits += [Identity(norm) for norm in (site.norm_before, site.norm_after) if norm]
     for dropout in site.dropouts:
@@ -213,14 +213,14 @@ def _narrower(model: nn.Module, entry: Entry, form: Form, path: Path) -> list[Ed
     producer = model.get_submodule(cast("LinearMap", site.producer).name)
     consumers = _consumers(model, site)
     down, ups = _reduced(path, form, producer, consumers)
-    rows, bias = _rows(producer, up_rows_of(site, kept), fit, "producer", bool(site.norm_before))
+    rows, bias = _rows(producer, site.bridge.up_rows(kept), fit, "producer", bool(site.norm_before))
     shift = down.new_zeros(form.rank)
     if path.shift is not None and form.rank:
         shift = path.shift
     if form.rank:
         rows, bias = _joined(rows, down), _joined(bias, shift)
-    if site.packed:
-        gates, gate_bias = _rows(producer, gate_rows_of(site, kept), fit, "gate")
+    if site.bridge.packed:
+        gates, gate_bias = _rows(producer, site.bridge.gate_rows(kept), fit, "gate")
         if form.rank:
             gates, gate_bias = _joined(gates, torch.zeros_like(down)), _joined(gate_bias, torch.zeros_like(shift))
         rows, bias = _halves(site, gates, rows), _halves(site, gate_bias, bias)
@@ -238,19 +238,18 @@ def _narrower(model: nn.Module, entry: Entry, form: Form, path: Path) -> list[Ed
         edits += _layer(model, m, columns, path.biases[i])
     edits += _norms(model, entry, form)
     edits += _activation(model, entry, form)
-    for b in site.between:
-        if b.activation is not None and form.kept < site.width and _has_channels(model, b.activation, site.width):
-            made, name = _at(model, b.activation)
-            edits += made + _fewer_parameters(model, site, b.activation, name, kept)
+    for place in site.bridge.activations[1:]:
+        if form.kept < site.width and _has_channels(model, place, site.width):
+            made, name = _at(model, place)
+            edits += made + _fewer_parameters(model, site, place, name, kept)
     return edits
 
 
 def _norms(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
     """The BatchNorms of a site with the vectors of its kept channels; those of a linear path pass unchanged."""
     site, kept, fit = entry.site, entry.kept, entry.fit
-    behind = [name for b in site.between for name in (b.norm_before, b.norm_after)]
     edits: list[Edit] = []
-    for name in filter(None, (site.norm_before, site.norm_after, *behind)):
+    for name in site.bridge.norms:
         norm = cast("_BatchNorm", model.get_submodule(name))
         channels = form.kept + form.rank
         numbers = _norm_vectors(norm, kept, channels)
@@ -356,7 +355,7 @@ def _slope(model: nn.Module, entry: Entry, name: str) -> list[Edit]:
     if weight.dtype == torch.float64:
         dtype = "float64"
     target: Literal["identity", "one"] = "identity"
-    if site.gated:
+    if site.bridge.gated:
         target = "one"
     made = Slope(name, width, entry.family, target, site.channels_first, dtype)
     return [made, Weights(name, {"slope": alphas})]
@@ -412,9 +411,9 @@ def _standing(model: nn.Module, place: Place) -> nn.Module:
 
 def _gate(site: Site) -> Literal["", "separate", "packed"]:
     """How a partial activation of this site is told of its gate."""
-    if site.packed:
+    if site.bridge.packed:
         return "packed"
-    if site.gated:
+    if site.bridge.gated:
         return "separate"
     return ""
 
@@ -453,7 +452,7 @@ def _layer(model: nn.Module, m: LinearMap, weight: Tensor, bias: Tensor | None) 
 
 def _halves(site: Site, gate: Tensor, up: Tensor) -> Tensor:
     """Gate and up projection in the order in which a packed producer gives them."""
-    if site.packed == "gate-first":
+    if site.bridge.gate_first:
         return _joined(gate, up)
     return _joined(up, gate)
 

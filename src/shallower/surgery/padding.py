@@ -3,8 +3,8 @@
 moved = sh.move_padding(model, sites["layer1.0"])     # then fine-tune: the border has changed a little
 sites = sh.find_sites(moved, inputs)                  # the pair merges exactly now
 
-Moved padding makes the first of the two dearer as long as they do not merge. So only those sites should have it moved
-that are to become linear and then merge into something cheaper:
+Moved padding makes the first of the two more expensive as long as they do not merge. So only those sites should have it
+moved that are to become linear and then merge into something cheaper:
 
 chosen = worth_moving([sites[name] for name in linear])
 moved = sh.move_padding(model, chosen)
@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from shallower.core.inputs import Inputs, call, model_device, to_device
-from shallower.core.trees import doubled
+from shallower.core.inputs import Inputs, call, model_device
+from shallower.core.modes import evaluating, without_inference_mode
+from shallower.core.trees import doubled, to_device
+from shallower.core.watching import recorded
 from shallower.errors import SiteError
 from shallower.modules.attachment import detached_copy
 from shallower.modules.edits import Padding, perform
@@ -32,6 +34,7 @@ from shallower.surgery.simulation import fated
 M = TypeVar("M", bound=nn.Module)
 
 
+@without_inference_mode()
 def move_padding(model: M, sites: Site | Iterable[Site], *, inplace: bool = False, back: bool = False) -> M:
     """Let the first convolution of each site put all the zeros around, and the others none.
 
@@ -56,7 +59,7 @@ def move_padding(model: M, sites: Site | Iterable[Site], *, inplace: bool = Fals
         SiteError: a site is not of convolutions, its padding is not of zeros, is longer on one side than on the other,
             or differs between its consumers.
     """
-    chosen = [sites] if isinstance(sites, Site) else list(sites)
+    chosen = list(sites) if isinstance(sites, Iterable) else [sites]
     moved = model if inplace else copy.deepcopy(model)
     for site in chosen:  # nothing is changed if one of them cannot be
         _convolutions(moved, site)
@@ -76,8 +79,11 @@ def move_padding(model: M, sites: Site | Iterable[Site], *, inplace: bool = Fals
     return moved
 
 
+@without_inference_mode()
 def border_error(model: nn.Module, site: Site | Entry, example_inputs: Inputs) -> float:
-    """How much merging a site as it is would change what its consumers give, along the border.
+    """How much merging a site as it is would change what its consumers return, along the border.
+
+        error = border_error(model, sites["layer1.0"], example_inputs)
 
     Args:
         model: that the site belongs to.
@@ -127,7 +133,7 @@ def zeros_around(site: Site, module: nn.Conv2d) -> tuple[int, int]:
 
 def _convolutions(model: nn.Module, site: Site) -> tuple[nn.Conv2d, list[nn.Conv2d]]:
     """The producer and the consumers of a site, if padding can move from these to that."""
-    if site.producer is None or site.between or site.pooled or site.kind == "heads":
+    if site.producer is None or site.heads is not None or not site.bridge.direct:
         raise SiteError(f"{site.name}: padding moves between a convolution and those that read it directly")
     found = []
     for m in site.maps:
@@ -147,21 +153,12 @@ def _convolutions(model: nn.Module, site: Site) -> tuple[nn.Conv2d, list[nn.Conv
 
 def _input_of(model: nn.Module, site: Site, inputs: Inputs) -> Tensor:
     """What the producer reads."""
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args[0] if args else next(iter(kwargs.values()))).detach().clone())
-
-    handle = model.get_submodule(site.maps[0].name).register_forward_pre_hook(keep, with_kwargs=True)
-    device = model_device(model)
-    try:
-        with torch.no_grad():
-            call(model, to_device(doubled(inputs), device))
-    finally:
-        handle.remove()
-    if not seen:
-        raise SiteError(f"{site.name}: `{site.maps[0].name}` does not run on these inputs")
-    return seen[-1]
+    name = site.maps[0].name
+    with evaluating(model), recorded(model, [name], outputs=False) as seen:
+        call(model, to_device(doubled(inputs), model_device(model)))
+    if not seen.inputs[name]:
+        raise SiteError(f"{site.name}: `{name}` does not run on these inputs")
+    return seen.inputs[name][-1]
 
 
 @torch.no_grad()

@@ -32,51 +32,66 @@ class Path:
 
 
 def path_of(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, consumers: list[nn.Module]) -> Path:
-    path = (
-        _chosen(model, entry, form, producer, consumers) if entry.fit is None else _fitted(entry, producer, consumers)
-    )
-    if not form.inside and path.shift is not None:
-        for i, (m, up) in enumerate(zip(entry.site.consumers, path.ups, strict=True)):
-            _check_border(entry.site, m, path.shift)
-            path.biases[i] = path.biases[i] + _answer(entry.site, up, path.shift)
-        path.shift = None
+    """The linear path of an entry, and its constants where the form has them.
+
+    Raises:
+        PlanError: a constant would stand in front of zero padding.
+    """
+    if entry.fit is None:
+        path = _chosen(model, entry, form, producer, consumers)
+    else:
+        path = _fitted(entry.site, entry.fit, producer, consumers)
+    if form.inside or path.shift is None:
+        return path
+    for i, (m, up) in enumerate(zip(entry.site.consumers, path.ups, strict=True)):
+        _check_border(entry.site, m, path.shift)
+        path.biases[i] = path.biases[i] + _answer(entry.site, up, path.shift)
+    path.shift = None
     return path
 
 
-def _fitted(entry: Entry, producer: nn.Module, consumers: list[nn.Module]) -> Path:
+def _fitted(site: Site, fit: Fit, producer: nn.Module, consumers: list[nn.Module]) -> Path:
     """The path of a fit."""
-    fit = cast("Fit", entry.fit)
     where = wide(weight_of(producer)[:0]).device
-    ups = [wide(up.to(where)) for up in fit.ups]
-    down = None if fit.down is None else wide(fit.down.to(where))
-    shift = None if fit.down_bias is None else wide(fit.down_bias.to(where))
+
+    def own(tensor: Tensor) -> Tensor:
+        return wide(tensor.to(where))
+
+    biases = list(map(own, fit.biases))
     if not fit.ups:
+        nothing = torch.zeros(0, dtype=torch.int64)
         down = torch.zeros((0, *_logical(producer).shape[1:]), dtype=torch.float64, device=where)
-        ups = [wide(columns_of(entry.site, c, torch.zeros(0, dtype=torch.int64))) for c in consumers]
-    return Path(down, shift, ups, [wide(bias.to(where)) for bias in fit.biases])
+        return Path(down, None, [wide(columns_of(site, consumer, nothing)) for consumer in consumers], biases)
+    path = Path(None, None, list(map(own, fit.ups)), biases)
+    if fit.down is not None:
+        path.down = own(fit.down)
+    if fit.down_bias is not None:
+        path.shift = own(fit.down_bias)
+    return path
 
 
 def _chosen(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, consumers: list[nn.Module]) -> Path:
     """The path through the linear channels, as the consumers read them, and the constants of the dropped ones."""
     site, linear, dropped = entry.site, entry.linear, entry.dropped
     down, shift, constants = as_read(model, entry, producer, linear, dropped)
-    ups, biases = [], []
+    path = Path(down, shift, [], [])
     for m, consumer in zip(site.consumers, consumers, strict=True):
-        ups.append(wide(columns_of(site, consumer, linear)))
-        of_dropped = _answer(site, wide(columns_of(site, consumer, dropped)), constants)
-        own = bias_of(consumer)
-        bias = of_dropped.new_zeros(len(of_dropped)) if own is None else wide(own)
+        up, of_dropped = wide(columns_of(site, consumer, linear)), wide(columns_of(site, consumer, dropped))
+        bias, own = down.new_zeros(up.shape[0]), bias_of(consumer)
+        if own is not None:
+            bias = wide(own)
         if form.constant:
             # in front of padding a constant is an image with a border: one channel of ones carries all of them
-            ups[-1] = torch.cat([ups[-1], _weighted(wide(columns_of(site, consumer, dropped)), constants)], 1)
+            up = torch.cat([up, _weighted(of_dropped, constants)], 1)
         else:
             _check_border(site, m, constants)
-            bias = bias + of_dropped
-        biases.append(bias)
+            bias = bias + _answer(site, of_dropped, constants)
+        path.ups.append(up)
+        path.biases.append(bias)
     if form.constant:
-        down = torch.cat([down, down.new_zeros(1, *down.shape[1:])])
-        shift = torch.cat([shift, shift.new_ones(1)])
-    return Path(down, shift, ups, biases)
+        path.down = torch.cat([down, down.new_zeros(1, *down.shape[1:])])
+        path.shift = torch.cat([shift, shift.new_ones(1)])
+    return path
 
 
 def as_read(
@@ -84,31 +99,33 @@ def as_read(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows and shifts of the linear channels, and constants of the dropped ones, all as the consumers read them.
 
-    Everything between is in them: both BatchNorms, slopes and offsets.
+    With the first BatchNorm h -> b h + c, the line h -> s h + t and the second BatchNorm z -> a z + e, a channel is
+    a (s (b (p x + q) + c) + t) + e, and a constant t is a t + e.
     """
     site = entry.site
-    before, after = affine(model, site.norm_before), None if site.between else affine(model, site.norm_after)
-    rows = up_rows_of(site, linear)
+    rows = site.bridge.up_rows(linear)
     down = wide(_logical(producer)[rows])
-    bias = bias_of(producer)
-    shift = down.new_zeros(len(linear)) if bias is None else wide(bias[rows])
-    gain = entry.slopes.to(down.device)[linear]
+    shift, bias = down.new_zeros(len(linear)), bias_of(producer)
+    if bias is not None:
+        shift = wide(bias[rows])
+    gain = torch.ones_like(shift)
+    before = affine(model, site.norm_before)
     if before is not None:
-        shift = shift * before[0][linear] + before[1][linear]
-    offsets = entry.offsets.to(down.device)
-    shift, constants = gain * shift + offsets[linear], offsets[dropped]
-    if before is not None:
-        gain = gain * before[0][linear]
-    if after is not None:
-        gain = gain * after[0][linear]
-        shift = shift * after[0][linear] + after[1][linear]
-        constants = constants * after[0][dropped] + after[1][dropped]
+        gain, shift = before[0][linear], shift * before[0][linear] + before[1][linear]
+    slopes, offsets = entry.slopes.to(down.device), entry.offsets.to(down.device)
+    gain, shift = slopes[linear] * gain, slopes[linear] * shift + offsets[linear]
+    constants = offsets[dropped]
+    if not site.bridge.has("depthwise"):  # else the constant is what the consumers read
+        after = affine(model, site.norm_after)
+        if after is not None:
+            gain, shift = gain * after[0][linear], shift * after[0][linear] + after[1][linear]
+            constants = constants * after[0][dropped] + after[1][dropped]
     return scale_rows(down, gain), shift, constants
 
 
 def _answer(site: Site, columns: Tensor, constants: Tensor) -> Tensor:
     """What columns of a consumer give for constant channels."""
-    return response(columns, constants.repeat_interleave(site.block))
+    return response(columns, constants.repeat_interleave(site.bridge.block))
 
 
 def _weighted(columns: Tensor, constants: Tensor) -> Tensor:
@@ -118,6 +135,7 @@ def _weighted(columns: Tensor, constants: Tensor) -> Tensor:
 
 
 def composed(up: Tensor, down: Tensor | None, producer: nn.Module, consumer: nn.Module) -> Tensor:
+    """The map of a consumer after that of a producer; `up` itself where it is one full map."""
     if down is None:
         return up
     if isinstance(producer, nn.Conv2d) and not isinstance(consumer, nn.Conv2d):
@@ -136,24 +154,15 @@ def composed(up: Tensor, down: Tensor | None, producer: nn.Module, consumer: nn.
 def _logical(module: nn.Module) -> Tensor:
     """The weight with all input channels, also of a grouped convolution."""
     weight = weight_of(module)
-    return ungrouped(weight, module.groups) if isinstance(module, nn.Conv2d) else weight
+    if isinstance(module, nn.Conv2d):
+        return ungrouped(weight, module.groups)
+    return weight
 
 
 def columns_of(site: Site, consumer: nn.Module, channels: Tensor) -> Tensor:
     """The columns of a consumer that read these channels of its site."""
     weight = _logical(consumer)
-    columns = (channels.cpu()[:, None] * site.block + torch.arange(site.block)).flatten()
-    return weight[:, columns.to(weight.device)]
-
-
-def up_rows_of(site: Site, channels: Tensor) -> Tensor:
-    """Rows of the producer that give these channels of the up projection."""
-    return channels + site.width if site.packed == "gate-first" else channels
-
-
-def gate_rows_of(site: Site, channels: Tensor) -> Tensor:
-    """Rows of a packed producer that give these channels of the gate."""
-    return channels + site.width if site.packed == "up-first" else channels
+    return weight[:, site.bridge.columns(channels).to(weight.device)]
 
 
 def affine(model: nn.Module, norm: str) -> tuple[Tensor, Tensor] | None:
@@ -163,9 +172,8 @@ def affine(model: nn.Module, norm: str) -> tuple[Tensor, Tensor] | None:
     module = model.get_submodule(norm)
     if not isinstance(module, _BatchNorm) or module.running_mean is None or module.running_var is None:
         raise PlanError(f"`{norm}` is not a BatchNorm with running statistics")
-    weight = None if module.weight is None else module.weight.detach()
-    bias = None if module.bias is None else module.bias.detach()
-    return norm_as_affine(module.running_mean, module.running_var, weight, bias, module.eps)
+    with torch.no_grad():
+        return norm_as_affine(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
 
 
 def _check_border(site: Site, consumer: LinearMap, *constants: Tensor) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shallower.core.modes import without_inference_mode
+from shallower.core.watching import read
 from shallower.errors import PlanError
 from shallower.modules.attachment import detached_copy
 from shallower.modules.rewriting import externalise
@@ -28,8 +30,11 @@ from shallower.surgery.checking import check_fits
 M = TypeVar("M", bound=nn.Module)
 
 
+@without_inference_mode()
 def simulate(model: M, plan: Plan) -> M:
     """A copy of the model with its original layers, in which every channel does what the plan says.
+
+        y = sh.simulate(model, plan)(x)         # what sh.apply(model, plan, x)(x) must equal
 
     Consumers and linear paths that the plan has fitted are used; nothing is merged or sliced, so it is no cheaper than
     the model. `apply` makes a smaller model that equals it.
@@ -78,7 +83,9 @@ def fated(entry: Entry, f: nn.Module) -> nn.Module:
     """
     if entry.site.producer is None:
         return nn.Identity()
-    return f if entry.site.between else _Fates(entry, f)
+    if entry.site.bridge.has("depthwise"):
+        return f
+    return _Fates(entry, f)
 
 
 def _hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], origin: _Origin) -> None:
@@ -91,7 +98,7 @@ def _hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], ori
         origin: what earlier entries make of that x.
     """
     site, fit = entry.site, entry.fit
-    if site.gated or site.between:
+    if site.bridge.gated or site.bridge.has("depthwise"):
         affine = _Affine(entry)
         for m in site.consumers:
             if fit is None:
@@ -109,8 +116,8 @@ def _hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], ori
         _set_shift(site, modules[site.norm_before], entry.kept, shift)
         shift = None
     up_half, gate_half = None, None
-    if site.packed:
-        up_half = 1 if site.packed == "gate-first" else 0
+    if site.bridge.packed:
+        up_half = int(site.bridge.gate_first)
         gate_half = 1 - up_half
     if fit.producer is not None:
         rows = _FittedRows(site, entry.kept, fit.producer, shift, memory, origin, up_half)
@@ -183,7 +190,9 @@ def _origin(entry: Entry, plan: Mapping[str, Step]) -> _Origin:
                 "that entry first, and fit this site on the result"
             )
         rows = fit is not None and (fit.producer is not None or fit.gate is not None)
-        whole_bias = fit is not None and fit.producer_bias is not None and not site.norm_before and not site.gated
+        whole_bias = (
+            fit is not None and fit.producer_bias is not None and not site.norm_before and not site.bridge.gated
+        )
         if rows and step.form.consumers[i].bias and not whole_bias:
             raise PlanError(
                 f"{site.name}: its rows were fitted for the bias of `{site.producer.name}`, which the entry of "
@@ -220,10 +229,10 @@ class _Fates(nn.Module):
             if entry.family == "prelu":
                 kept = torch.clamp(h, min=0) + a * torch.clamp(h, max=0)
             else:
-                kept = (a if entry.site.gated else a * h) + (1 - a) * kept
+                kept = (a if entry.site.bridge.gated else a * h) + (1 - a) * kept
         is_kept = vector(entry.fates == Fate.KEEP).bool()
         is_linear = vector(entry.fates == Fate.LINEAR).bool()
-        if entry.site.gated:
+        if entry.site.bridge.gated:
             return torch.where(is_kept, kept, is_linear.to(h.dtype))
         line = vector(entry.slopes) * h + vector(entry.offsets)
         return torch.where(is_kept, kept, torch.where(is_linear, line, vector(entry.offsets).expand_as(h)))
@@ -238,7 +247,7 @@ class _Affine:
         self.channels_first = entry.site.channels_first
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        z = _input(args, kwargs)
+        z = read(args, kwargs)
         z = z * _vector(self.scale, z, self.channels_first) + _vector(self.shift, z, self.channels_first)
         return (z,), {}
 
@@ -259,7 +268,7 @@ class _FittedRows:
         if self.bias is not None:
             rows = rows + _vector(self.bias, rows, self.site.channels_first)
         else:
-            standing = self._standing(module, _input(args, kwargs), output)
+            standing = self._standing(module, read(args, kwargs), output)
             if half is not None:
                 standing = standing.chunk(2, dim)[half]
             rows = rows + standing.index_select(dim, kept)
@@ -288,7 +297,7 @@ class _Memory:
         self.x: Tensor | None = None
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.x = _input(args, kwargs)
+        self.x = read(args, kwargs)
         if self.left is not None:
             self.x = self.left.of(self.x, self.dim)
 
@@ -308,7 +317,7 @@ class _Fitted:
         self.producer = [producer]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        z, fit, i = _input(args, kwargs), self.fit, self.i
+        z, fit, i = read(args, kwargs), self.fit, self.i
         y = torch.zeros_like(output)
         if len(self.kept):
             left = _Left(self.site.width, self.kept).of(z, self.site.bridge.dim)
@@ -368,11 +377,6 @@ def _zeros(module: nn.Conv2d, i: int) -> int:
     return 0 if isinstance(module.padding, str) else module.padding[i]
 
 
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    found: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return found
-
-
 def impose_heads(model: nn.Module, entry: Entry) -> None:
     """Make a model with all its heads do what is left of them, by hooks: what dropped heads give becomes zero."""
     site, fit = entry.site, entry.fit
@@ -380,14 +384,14 @@ def impose_heads(model: nn.Module, entry: Entry) -> None:
     left = _Left(site.width, entry.kept)
 
     def zero_the_dropped(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        z = _input(args, kwargs)
+        z = read(args, kwargs)
         stays = torch.zeros(site.width, 1, dtype=torch.bool, device=z.device)
         stays[entry.kept.to(z.device)] = True
         heads = torch.unflatten(z, -1, (site.width, -1))
         return (torch.where(stays, heads, torch.zeros_like(heads)).flatten(-2),), {}
 
     def fitted(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        z, given = left.of(_input(args, kwargs), -1), cast("Fit", fit)
+        z, given = left.of(read(args, kwargs), -1), cast("Fit", fit)
         weight, bias = given.consumers[0].to(z.device, z.dtype), given.biases[0].to(z.device, z.dtype)
         return F.linear(z, weight, bias).to(output.dtype)
 
