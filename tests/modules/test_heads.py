@@ -19,7 +19,8 @@ from shallower.errors import PlanError
 from shallower.finding.matching import find_sites
 from shallower.modules.edits import edits, perform, replay
 from shallower.modules.heads import narrow, without_heads
-from shallower.planning.entries import Entry, Fit
+from shallower.planning.entries import Entry
+from shallower.planning.fits import Fit
 from shallower.planning.steps import steps
 from shallower.sites import Heads, LinearMap, Site, Sites
 from shallower.sites.heads import columns, narrowed, rows
