@@ -30,6 +30,8 @@ def main():
     data, model = digits(), ViT(depth=4)
 
     def run(optimizer, method=None):
+        if method is not None:
+            method.follow(optimizer)
         for epoch in range(arguments.epochs):
             model.train()
             for x, y in data.train:
@@ -40,14 +42,13 @@ def main():
                 optimizer.step()
                 optimizer.zero_grad()
                 if method is not None:
-                    method.after_step(optimizer.param_groups[0]["lr"])
+                    method.after_step()
             print(f"epoch {epoch + 1}: validation accuracy {accuracy(model, data.validation):.3f}")
 
     run(torch.optim.AdamW(model.parameters(), lr=2e-3))
     dense = accuracy(model, data.test)
     sites = sh.find_sites(model, data.example).select("blocks.[12]*")
-    half = arguments.epochs * len(data.train) // 2
-    method = sh.LayerCollapse(model, sites, strength=0.5, arrive_in=max(1, half))
+    method = sh.LayerCollapse(model, sites, strength=0.5, arrive_in=arguments.epochs * len(data.train) // 2)
     run(torch.optim.AdamW(method.param_groups(weight_decay=0.05), lr=1e-3), method)
     small = sh.apply(model, method.plan(), data.example)
     sh.save(small, arguments.output)

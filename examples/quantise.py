@@ -13,7 +13,6 @@ from torch.ao.quantization import quantize_dynamic
 import shallower as sh
 from shallower.app.demo import VGG, digits
 from shallower.app.tasks import Classification
-from shallower.training import Recipe, train
 
 
 def size(model):
@@ -36,7 +35,7 @@ def main():
     arguments = parser.parse_args()
     torch.manual_seed(0)
     data, task, model = digits(), Classification(), VGG()
-    train(model, data.train, task.loss, Recipe(arguments.epochs, 1e-3, warmup=0.1), label="training")
+    sh.train(model, data.train, task.loss, sh.Recipe(arguments.epochs, 1e-3, warmup=0.1), label="training")
     model.eval()
     sites = sh.find_sites(model, data.example).select("classifier*")
     plan = sh.squeeze(model, sites, list(data.train)[:6], arguments.target)

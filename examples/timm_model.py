@@ -11,7 +11,6 @@ import shallower as sh
 from shallower.app.demo import digits
 from shallower.app.models import load_model
 from shallower.app.tasks import Classification
-from shallower.training import Recipe, train
 
 
 def main():
@@ -33,7 +32,7 @@ def main():
         source = f"timm:test_vit?{options}"
         model = load_model(source, pretrained=False).model
         data, task = digits(), Classification()
-        train(model, data.train, task.loss, Recipe(arguments.epochs, 2e-3, warmup=0.1), label="training")
+        sh.train(model, data.train, task.loss, sh.Recipe(arguments.epochs, 2e-3, warmup=0.1), label="training")
         batches = list(data.train)[:6]  # a few hundred samples are enough
         score = lambda m: task.score(m, data.validation)  # noqa: E731
     model.eval()
