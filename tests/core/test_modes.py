@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shallower.core.inputs import call
 from shallower.core.modes import evaluating, without_inference_mode
 
 
@@ -77,14 +78,25 @@ def test_tensors_that_a_forward_keeps_are_put_back_after_each_pass() -> None:
     maps = model.maps
     with evaluating(model):
         for _ in range(3):
-            model(torch.ones(1, 2))
+            call(model, torch.ones(1, 2))
             assert not hasattr(model, "features")
             assert not hasattr(model.fc, "seen")
             assert model.last is first
             assert model.maps is maps
             assert maps == [first]
             assert not model.by_name
-    assert model.calls == 3
+            assert model.calls == 0
+
+
+def test_models_may_keep_something_from_one_pass_of_their_own_to_the_next() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        m.state = x + getattr(m, "state", 0)
+        return m.state
+
+    model = Runs(run)
+    with evaluating(model):
+        assert [float(model(torch.ones(()))) for _ in range(3)] == [1, 2, 3]
+    assert not hasattr(model, "state")
 
 
 def test_what_a_part_keeps_is_put_back_at_the_end() -> None:
@@ -99,12 +111,18 @@ def test_hooks_that_a_forward_registers_go_and_those_of_others_stay() -> None:
     model.use_hooks = True
     with evaluating(model):
         handle = model.fc.register_forward_pre_hook(lambda *_: None)
-        model(torch.ones(1, 2))
+        call(model, torch.ones(1, 2))
         assert not model.fc._forward_hooks
         assert len(model.fc._forward_pre_hooks) == 1
         handle.remove()
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+def test_nothing_is_taken_back_in_training() -> None:
+    model = Runs(lambda m, x: setattr(m, "seen", x))
+    call(model, torch.ones(1))
+    assert hasattr(model, "seen")
 
 
 def test_attributes_that_hold_no_tensor_stay_as_they_are() -> None:

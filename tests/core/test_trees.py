@@ -27,6 +27,7 @@ class Output:
 class Graph:
     def __init__(self, x: Tensor) -> None:
         self.x, self.nodes = x, 3
+        self.others: list[Graph] = []
 
 
 A, B = torch.ones(4, 2), torch.zeros(4)
@@ -78,6 +79,13 @@ def test_outputs_of_transformers_stay_outputs() -> None:
 def test_what_holds_no_tensor_stays_the_very_object() -> None:
     for tree in (None, "text", 3, ["a", 1], {"a": None}, nn.Linear(2, 2), lambda: 0, Pair(1, 2)):
         assert mapped(lambda t: t + 1, tree) is tree
+
+
+def test_objects_that_hold_each_other_end() -> None:
+    first, second = Graph(A), Graph(B)
+    first.others, second.others = [second], [first]
+    assert len(list(tensors([first]))) == 2
+    assert len(list(tensors(mapped(lambda t: t + 1, first)))) >= 2
 
 
 @pytest.mark.parametrize(

@@ -1003,3 +1003,16 @@ def test_every_activation_is_a_site_or_a_place_on_request(names: list[str]) -> N
     ]
     assert set(alone) <= set(listed)
     assert len(set(listed)) == len(listed)
+
+
+def test_a_call_that_hands_back_a_buffer_is_no_activation() -> None:
+    class Rotary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("frequencies", torch.ones(4))
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.relu(self.up(x * self.frequencies.float())))  # type: ignore[no-any-return, operator]
+
+    assert [site.name for site in find_sites(Rotary(), rows(2, 4), places=True)] == ["up"]

@@ -166,3 +166,43 @@ def test_state_dict_has_the_slopes_while_attached_only() -> None:
     assert len(model.state_dict()) == len(before) + 2
     detach(model)
     assert list(model.state_dict()) == before
+
+
+class Keeps(nn.Module):
+    """Leaves tensors with a history in attributes, as for auxiliary losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self.maps: list[Tensor] = []
+        self.by_name: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = self.fc(x)
+        self.maps.append(self.features)
+        self.by_name["x"] = self.features * 2
+        return self.features
+
+
+def test_tensors_that_a_forward_keeps_are_copied_without_their_history() -> None:
+    model = Keeps()
+    model(torch.ones(1, 2)).sum().backward()
+    other = detached_copy(model)
+    assert other.features is other.maps[0]
+    assert other.features.grad_fn is None
+    assert torch.equal(other.by_name["x"], model.by_name["x"])
+    assert model.features.grad_fn is not None
+
+
+def test_a_copy_made_in_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        other = detached_copy(nn.Linear(2, 2))
+    other(torch.ones(1, 2)).sum().backward()
+    assert other.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_model_with_the_old_weight_norm_is_copied() -> None:
+    model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(2, 2)))
+    model(torch.ones(1, 2))
+    assert torch.equal(detached_copy(model)(torch.ones(1, 2)), model(torch.ones(1, 2)))

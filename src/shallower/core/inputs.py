@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.core.failures import failing
+from shallower.core.modes import single_pass
 from shallower.core.trees import mapped
 from shallower.core.trees import tensors as tensors
 from shallower.core.trees import to_device as to_device
@@ -43,7 +44,8 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     # what was made in torch.inference_mode cannot be saved for a backward pass
     if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in tensors(inputs)):
         inputs = mapped(torch.clone, inputs)
-    with failing(ForwardError, f"{type(model).__name__} does not run on these inputs", through=(Stopped,)):
+    place = f"{type(model).__name__} does not run on these inputs"
+    with failing(ForwardError, place, through=(Stopped,)), single_pass(model):
         if isinstance(inputs, Tensor):
             return model(inputs)
         if isinstance(inputs, Mapping):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -31,9 +31,10 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
             output = call(model, inputs)
 
     Within, there are no gradients and no `torch.inference_mode`, compiled parts run eagerly, and PyTorch's fused path
-    for Transformer encoders, which passes hooks by and packs batches into nested tensors, is off. After each pass
-    over the model, tensors that its modules keep in attributes are what they were before. Afterwards every module is
-    in its own mode again, and random numbers go on as if nothing had run.
+    for Transformer encoders, which passes hooks by and packs batches into nested tensors, is off. What a forward leaves
+    in attributes of modules is taken back: all of it after each pass that `call` makes, and tensors at the end, also
+    where something else called the model. Afterwards every module is in its own mode again, and random numbers go on as
+    if nothing had run.
 
     Args:
         model: that is called within.
@@ -47,15 +48,36 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
         stack.enter_context(_eagerly())
         stack.enter_context(_unfused())
         stack.enter_context(torch.set_grad_enabled(gradients))
-        stack.callback(kept.put_back)
-        stack.callback(model.register_forward_pre_hook(lambda *_: kept.begin()).remove)
-        stack.callback(model.register_forward_hook(lambda *_: kept.put_back(), always_call=True).remove)
+        stack.callback(kept.put_back, tensors_only=True)
+        _evaluated.append(model)
+        stack.callback(_evaluated.pop)
         try:
-            model.eval()
+            for module, _ in modes:
+                module.training = False  # eval() may be overridden, and do more than can be undone
             yield
         finally:
             for module, training in modes:
                 module.training = training
+
+
+_evaluated: list[nn.Module] = []
+"""The models that are within `evaluating`, the innermost last."""
+
+
+@contextmanager
+def single_pass(model: nn.Module) -> Iterator[None]:
+    """One pass over a model; within `evaluating`, its attributes and hooks are what they were afterwards."""
+    if not any(model is other for other in _evaluated):
+        yield
+        return
+    kept = _Kept(model)
+    first_hook = RemovableHandle.next_id
+    try:
+        yield
+    finally:
+        kept.put_back()
+        if first_hook != RemovableHandle.next_id:
+            kept.remove_hooks(first_hook)
 
 
 @contextmanager
@@ -73,44 +95,44 @@ def without_inference_mode() -> Iterator[None]:
 
 
 class _Kept:
-    """The tensors that modules keep in attributes, as they are now."""
-
-    _first_hook: int | None = None
+    """What modules have in attributes now, apart from parameters, buffers, parts and hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
-        self._before = [self._state(module) for module in self._modules]
+        self._before = [dict(vars(module)) for module in self._modules]
+        values = [value for before in self._before for name, value in before.items() if _is_attribute(name)]
+        self._contents = [(value, value.copy()) for value in values if type(value) in (list, dict, deque)]
 
-    def begin(self) -> None:
-        """A pass begins: hooks that are registered from now on are its own."""
-        self._first_hook = RemovableHandle.next_id
-
-    def put_back(self) -> None:
-        """Let every module keep what it kept at first."""
-        if self._first_hook is not None and self._first_hook != RemovableHandle.next_id:
-            self._remove_hooks(self._first_hook)
-        self._first_hook = None
+    def put_back(self, tensors_only: bool = False) -> None:
+        """Let every module have what it had; `tensors_only` leaves alone what never held tensors."""
         for module, before in zip(self._modules, self._before, strict=True):
             now = vars(module)
-            for name in [name for name in now if name not in before and _is_attribute(name)]:
-                if _holds_tensors(now[name]):
+            for name in [name for name in {*now, *before} if _is_attribute(name)]:
+                value, old = now.get(name, _ABSENT), before.get(name, _ABSENT)
+                if value is old or (tensors_only and not (_holds_tensors(value) or _holds_tensors(old))):
+                    continue
+                if old is _ABSENT:
                     del now[name]
-            for name, (value, restored) in before.items():
-                if restored is not None:
-                    restored()
-                if now.get(name, _Kept) is not value and (_holds_tensors(now.get(name)) or _holds_tensors(value)):
-                    now[name] = value
+                else:
+                    now[name] = old
+        for value, content in self._contents:
+            if not _is_as(value, content) and (not tensors_only or _holds_tensors(value) or _holds_tensors(content)):
+                value.clear()
+                if isinstance(value, dict):
+                    value.update(content)
+                else:
+                    value.extend(content)
 
-    def _remove_hooks(self, first: int) -> None:
+    def remove_hooks(self, first: int) -> None:
+        """Remove hooks from this number on, wherever they are registered."""
         for module in self._modules:
             for name, table in vars(module).items():
                 if name.endswith("_hooks") and isinstance(table, dict):
                     for key in [key for key in table if isinstance(key, int) and key >= first]:
                         del table[key]
 
-    @staticmethod
-    def _state(module: nn.Module) -> dict[str, tuple[Any, Callable[[], None] | None]]:
-        return {name: (value, _content(value)) for name, value in vars(module).items() if _is_attribute(name)}
+
+_ABSENT = object()
 
 
 def _is_attribute(name: str) -> bool:
@@ -119,24 +141,6 @@ def _is_attribute(name: str) -> bool:
 
 def _holds_tensors(value: Any) -> bool:
     return isinstance(value, (Tensor, list, dict, tuple, deque)) and next(tensors(value), None) is not None
-
-
-def _content(value: Any) -> Callable[[], None] | None:
-    """How a collection that a forward may add tensors to gets its content back; None for anything else."""
-    if type(value) not in (list, dict, deque):
-        return None
-    before = value.copy()
-
-    def restore() -> None:
-        if _is_as(value, before) or not (_holds_tensors(value) or _holds_tensors(before)):
-            return
-        value.clear()
-        if isinstance(value, dict):
-            value.update(before)
-        else:
-            value.extend(before)
-
-    return restore
 
 
 def _is_as(value: Any, before: Any) -> bool:

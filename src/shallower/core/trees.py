@@ -27,13 +27,7 @@ def tensors(tree: Any) -> Iterator[Tensor]:
 
     first = next(tensors(batch), None)
     """
-    if isinstance(tree, Tensor):
-        yield tree
-        return
-    opened = _opened(tree)
-    if opened is not None:
-        for item in opened[0]:
-            yield from tensors(item)
+    return _tensors(tree, ())
 
 
 def mapped(f: Callable[[Tensor], Any], tree: Any) -> Any:
@@ -41,16 +35,7 @@ def mapped(f: Callable[[Tensor], Any], tree: Any) -> Any:
 
     halves = mapped(lambda t: t.half(), batch)
     """
-    if isinstance(tree, Tensor):
-        return f(tree)
-    opened = _opened(tree)
-    if opened is None:
-        return tree
-    items, rebuild = opened
-    changed = [mapped(f, item) for item in items]
-    if all(new is old for new, old in zip(changed, items, strict=True)):
-        return tree
-    return rebuild(changed)
+    return _mapped(f, tree, ())
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:
@@ -86,6 +71,30 @@ def cut(tree: Any, rows: slice) -> Any:
     first_half = cut(batch, slice(0, rows_of(batch) // 2))
     """
     return mapped(lambda t: t[rows] if t.dim() else t, tree)
+
+
+def _tensors(tree: Any, around: tuple[int, ...]) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+        return
+    opened = _opened(tree)
+    # objects may hold each other
+    if opened is not None and id(tree) not in around:
+        for item in opened[0]:
+            yield from _tensors(item, (*around, id(tree)))
+
+
+def _mapped(f: Callable[[Tensor], Any], tree: Any, around: tuple[int, ...]) -> Any:
+    if isinstance(tree, Tensor):
+        return f(tree)
+    opened = _opened(tree)
+    if opened is None or id(tree) in around:
+        return tree
+    items, rebuild = opened
+    changed = [_mapped(f, item, (*around, id(tree))) for item in items]
+    if all(new is old for new, old in zip(changed, items, strict=True)):
+        return tree
+    return rebuild(changed)
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
 from shallower.finding.pointwise import ACTIVATIONS, PRODUCTS, UNCHANGED, is_pointwise
+from shallower.recording.holders import held_elsewhere
 from shallower.recording.tracing import Call, Frame, Trace, Value
 from shallower.sites import LinearMap
 
@@ -67,6 +68,7 @@ class Graph:
             for attribute, child in parent._modules.items():
                 if child is not None:
                     self.holders.setdefault(child, []).append((parent, attribute))
+        self.held = held_elsewhere(trace.model)
         self.sharing: dict[Value | None, list[nn.Module]] = {}
         for (owner, _), value in trace.weights.items():
             self.sharing.setdefault(value, []).append(owner)
@@ -128,6 +130,13 @@ class Graph:
         if len(self.holders.get(module, ())) > 1:
             names = self.names[module]
             return f"{names[0]} is held under several names ({', '.join(names[:3])}); keep one of them"
+        if any(name.endswith("_orig_mod") for name in self.names[module]):
+            return f"{self.names[module][0]} was compiled alone; put the layer itself there, and compile the result"
+        if module in self.held:
+            return (
+                f"{self.names[module][0]} is also in {self.held[module]}, through which a forward may call it; "
+                "keep it as an attribute only"
+            )
         return self.hook_problem(module)
 
     def linear_map(self, units: Sequence[Unit]) -> LinearMap:
@@ -346,7 +355,7 @@ def is_adapter(module: nn.Module) -> bool:
     """Whether a module is a linear layer that carries a low-rank adapter."""
     if isinstance(getattr(module, "base_layer", None), nn.Module):
         return True
-    own = [*module._modules, *module._parameters]
+    own = [*dict(module.named_children()), *dict(module.named_parameters(recurse=False))]
     return any(name.lower().startswith("lora") for name in own)
 
 

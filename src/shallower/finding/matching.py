@@ -406,7 +406,7 @@ class Matcher:
         """Every activation: its calls, the value it reads and the value it gives."""
         roots: dict[Value, Value] = {}
         for call in self.graph.trace.calls:
-            if call in self.graph.unit_of or not is_pointwise(call):
+            if call in self.graph.unit_of or not is_pointwise(call) or not call.outputs:
                 continue
             found = {roots.get(value, value) for value in moving(call)}
             if len(found) == 1:

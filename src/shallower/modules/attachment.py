@@ -16,6 +16,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from shallower.core.modes import without_inference_mode
+from shallower.core.trees import tensors
 from shallower.errors import MethodError, SiteError
 from shallower.modules.offloading import shared_weights
 from shallower.modules.rewriting import externalise, internalise
@@ -106,9 +108,18 @@ def detach(model: nn.Module, places: Iterable[Place] | None = None) -> None:
 def detached_copy(model: M) -> M:
     """A deep copy of the model with everything attached removed; on any other model, a deep copy.
 
-    Weights that are mapped from files (see `offloading.py`) are shared.
+        small = detached_copy(model)
+
+    Weights that are mapped from files (see `offloading.py`) are shared. Tensors with a history that a forward left in
+    attributes, which cannot be copied, are copied without it.
     """
-    duplicate = copy.deepcopy(model, shared_weights(model))
+    memo = shared_weights(model)
+    for module in model.modules():
+        for tensor in tensors([*vars(module).values()]):
+            if tensor.grad_fn is not None:
+                memo[id(tensor)] = tensor.detach().clone()
+    with without_inference_mode():
+        duplicate = copy.deepcopy(model, memo)
     detach(duplicate)
     return duplicate
 

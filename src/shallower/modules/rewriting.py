@@ -22,10 +22,10 @@ import torch
 from torch import fx, nn
 
 from shallower.errors import SiteError
-from shallower.recording.tracing import Call, Frame, canonical, is_metadata
+from shallower.recording.tracing import EXTERNALISED, Call, Frame, canonical, is_metadata
 from shallower.sites import Place
 
-_RECORD = "_shallower_externalised"
+_RECORD = EXTERNALISED
 
 
 def externalise(model: nn.Module, place: Place) -> str:
@@ -129,6 +129,8 @@ def reason_not_rewritable(
 class _NewChild:
     """The calls become a call of a new child, by a new forward."""
 
+    hides = True  # the calls themselves are seen no more
+
     child: str
     module: nn.Module | None
 
@@ -147,6 +149,8 @@ class _Attribute:
 
     `state` is what stood there, and in other attributes that have to change with it.
     """
+
+    hides = False
 
     child: str
     module: nn.Module | None
@@ -272,13 +276,28 @@ class _Forwards:
 
     def problem_of(self, frame: Frame) -> str:
         """Why these graphs are not what ran in `frame`, "" if they are."""
-        names = [name for name, _ in _steps(self.graphs[1])]
-        if names != steps_of(frame):
+        if _steps_now(self.graphs[1], frame.module) != steps_of(frame):
             return f"torch.fx does not see what runs in the forward of {type(frame.module).__name__}"
         for held in self.held:
             if not held.holds(frame.args, frame.kwargs):
                 return f"the forward of {type(frame.module).__name__} branches on its argument {held.name}"
         return ""
+
+
+def _steps_now(graph: fx.Graph, owner: nn.Module) -> list[str]:
+    """What the forward calls, in order, where places of it have become children already."""
+    counts: Counter[str] = Counter()
+    children = {place[-1]: (place, change.child) for place, change in _record(owner).items() if change.hides}
+    hidden = {call for place, _ in children.values() for call in place}
+    names: list[str] = []
+    for name, _ in _steps(graph):
+        call = (name, counts[name])
+        counts[name] += 1
+        if call in children:
+            names.append(f"self.{children[call][1]}")
+        elif call not in hidden:
+            names.append(name)
+    return names
 
 
 def steps_of(frame: Frame) -> list[str]:

@@ -27,6 +27,7 @@ from shallower.core.inputs import Inputs, call, model_device
 from shallower.core.modes import evaluating
 from shallower.core.trees import mapped, tensors, to_device
 from shallower.errors import ForwardError, SiteError
+from shallower.recording.holders import check_copyable
 from shallower.recording.macs import mac_counter
 
 Origin = Literal["input", "parameter", "buffer", "unknown", "computed"]
@@ -83,7 +84,7 @@ class Call:
         inputs: the values among them, in order.
         outputs: the values it made.
         frame: the module invocation whose own forward made the call.
-        ordinal: how many calls of this name that frame made before it.
+        ordinal: how many calls of this name the frame's original forward makes before it.
         inplace: it wrote into its first argument.
     """
 
@@ -106,7 +107,7 @@ class Frame:
         module: what was called.
         name: its dotted name, the first where it has several; None for the caller of the model.
         parent: the frame that called it; None for the model itself.
-        ordinal: how many times the parent frame had called this module before.
+        ordinal: how many times the parent's original forward calls this module before.
         steps: the calls and module invocations of its own forward, in order.
         args, kwargs: what it was called with, each tensor replaced by its value.
         outputs: tensors it returned.
@@ -157,6 +158,27 @@ class Trace:
     frames: list[Frame] = field(default_factory=list)
     weights: dict[tuple[nn.Module, str], Value] = field(default_factory=dict)
     macs: int = 0
+
+
+EXTERNALISED = "_shallower_externalised"
+"""Where a module remembers which calls of its forward have become children of it (see modules/rewriting.py)."""
+
+
+def original_ordinal(owner: nn.Module, name: str, count: int) -> int:
+    """Which call of this name of a module's original forward the one is that its forward makes after `count` others.
+
+    They differ where calls have become children.
+    """
+    gone = {
+        ordinal
+        for calls, change in vars(owner).get(EXTERNALISED, {}).items()
+        for called, ordinal in calls
+        if called == name and change.hides
+    }
+    ordinal = count
+    for taken in sorted(gone):
+        ordinal += taken <= ordinal
+    return ordinal
 
 
 _ALIASES = {
@@ -292,7 +314,7 @@ class _Recorder(TorchFunctionMode):
             inputs=inputs,
             outputs=[],
             frame=frame,
-            ordinal=frame.counts[name],
+            ordinal=original_ordinal(frame.module, name, frame.counts[name]),
             inplace=bool(written),
         )
         if counted:
@@ -358,6 +380,7 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise SiteError("a scripted model cannot be looked into; pass the torch.nn.Module it was made from")
+    check_copyable(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
         inputs = stack.enter_context(_placed(model, example_inputs))
@@ -385,7 +408,11 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
             if module not in names:
                 return
             parent = recorder.frame
-            frame = Frame(module, names.get(module), parent, ordinal=parent.counts[module])
+            ordinal = parent.counts[module]
+            if EXTERNALISED in vars(parent.module):
+                path = next((name for name, part in parent.module.named_modules() if part is module), "")
+                ordinal = original_ordinal(parent.module, f"self.{path}", ordinal)
+            frame = Frame(module, names.get(module), parent, ordinal=ordinal)
             parent.counts[module] += 1
             parent.steps.append(frame)
             trace.frames.append(frame)
