@@ -107,7 +107,7 @@ def example_of(model: LoadedModel, directory: Path, *, batch: int, length: int, 
     if not shape and not model.source and model.example is None and (directory / RESULT).is_file():
         shape = ",".join(map(str, read_record(directory).example[1:]))
     if shape:
-        return torch.zeros(batch, *_sizes(shape))
+        return torch.zeros(batch, *_sizes(shape), dtype=model.dtype)
     example: Inputs = _resized(model.make_example_inputs(batch=batch, length=length), batch)
     return example
 

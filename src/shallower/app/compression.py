@@ -96,7 +96,7 @@ class Work:
     def sample(self, rows: int) -> list[Any]:
         """Batches of about so many rows of the training set, drawn at random; the same in every call."""
         size = self.batches.train.batch_size or 1
-        return list(islice(self.batches.sampled(), -(-rows // size)))
+        return list(islice(self.batches.sampled(), -(-self.sample_size(rows) // size)))
 
     def sample_size(self, rows: int) -> int:
         """How many rows `sample` draws: whole batches, and not more than there are."""

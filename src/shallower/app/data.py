@@ -298,6 +298,8 @@ def _npz(path: Path) -> dict[str, Any]:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:
         raise DataError(f"{path}: the arrays cannot be read: {str(error).splitlines()[0]}") from error
+    if not arrays:
+        raise DataError(f"{path}: there is no array in it")
     parts: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
         _check_array(path, name, array)

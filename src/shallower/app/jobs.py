@@ -297,8 +297,10 @@ def _prepared(job: Job, name: TaskName, device: torch.device) -> tuple[LoadedMod
     torch.manual_seed(job.machine.seed)
     loaded, new_head = _model(job.model, name, rows)
     remarks = list(rows.remarks)
+    _check_weights(loaded.model)
     loaded = _savable(loaded, remarks)
-    _to(loaded.model, device, loaded.dtype)
+    # Training and calibration want at least float32.
+    loaded.model.to(device, torch.promote_types(loaded.dtype, torch.float32))
     try:
         batches = make_batches(rows, name, loaded, job.rows, augment=job.training.augment, seed=job.machine.seed)
     except DataError as error:
@@ -351,15 +353,10 @@ def _savable(loaded: LoadedModel, remarks: list[str]) -> LoadedModel:
     return loaded
 
 
-def _to(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Onto the device, in at least float32.
-
-    Raises:
-        ModelError: the model has no weights.
-    """
+def _check_weights(model: nn.Module) -> None:
+    """Raise ModelError where a model has no weights."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ModelError("the model has no weights: its parameters are on the meta device; load them first")
-    model.to(device, torch.promote_types(dtype, torch.float32))
 
 
 def _model(spec: str, task: TaskName, rows: Rows) -> tuple[LoadedModel, bool]:

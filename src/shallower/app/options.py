@@ -62,7 +62,7 @@ class DataOptions(Options):
     limit: int | None = option(None, "Use at most this many rows per split.", least=2)
     held_out: float = option(0.1, "Fraction held out for validation.", least=0, most=0.9)
     length: int | None = option(None, "Longest text, in tokens.", least=2)
-    image_size: int | None = option(None, "Height and width of the images.", least=1)
+    image_size: int | None = option(None, "Height and width of the images.", least=1, most=16384)
     batch_size: int = option(32, "Rows in a batch.", least=1)
 
 
