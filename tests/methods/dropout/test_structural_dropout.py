@@ -120,7 +120,7 @@ def test_every_architecture_is_written_as_it_ran(specimen: Specimen) -> None:
     check_architecture(specimen)
 
 
-@pytest.mark.parametrize(("rescale", "scale"), [(1.0, 4.0), (0.5, 2.0), (0.0, 1.0), (1.0, 4.0), (0.0, 1.0)])
+@pytest.mark.parametrize(("rescale", "scale"), [(1.0, 4.0), (0.5, 2.0), (0.0, 1.0)])
 def test_the_scale_makes_up_for_the_channels_that_are_missing(rescale: float, scale: float) -> None:
     model = mlp()
     model[4].weight.data.fill_(1.0)
