@@ -1,12 +1,30 @@
 """The public names, once: `__init__.py` imports each when it is first used."""
 
+from .calibrating.recalibration import recalibrate as recalibrate
 from .calibrating.varying import varied as varied
 from .core.inputs import Inputs as Inputs
+from .errors import CheckpointError as CheckpointError
+from .errors import DataError as DataError
+from .errors import ExportError as ExportError
+from .errors import FitError as FitError
+from .errors import ForwardError as ForwardError
+from .errors import MethodError as MethodError
+from .errors import ModelError as ModelError
+from .errors import OutOfMemoryError as OutOfMemoryError
+from .errors import PlanError as PlanError
+from .errors import Refusal as Refusal
+from .errors import ReportError as ReportError
 from .errors import ShallowerError as ShallowerError
+from .errors import SiteError as SiteError
+from .errors import SurgeryError as SurgeryError
+from .errors import TargetError as TargetError
+from .errors import TrainingError as TrainingError
 from .finding.matching import find_sites as find_sites
+from .measuring.measurement import Comparison as Comparison
 from .measuring.measurement import Measurement as Measurement
 from .measuring.measurement import compare as compare
 from .measuring.measurement import measure as measure
+from .methods.base import Method as Method
 from .methods.collapsing.layer_collapse import LayerCollapse as LayerCollapse
 from .methods.collapsing.layer_folding import LayerFolding as LayerFolding
 from .methods.collapsing.stages import Stages as Stages
@@ -18,18 +36,24 @@ from .methods.squeezing.sweeping import CalibrationWarning as CalibrationWarning
 from .methods.squeezing.uniformity import UniformWarning as UniformWarning
 from .methods.tlc.choosing import choose_forms as choose_forms
 from .methods.tlc.pace import Pace as Pace
+from .methods.tlc.pace import Round as Round
 from .methods.tlc.till_layers_collapse import TillLayersCollapse as TillLayersCollapse
 from .planning.curve import Curve as Curve
+from .planning.curve import Point as Point
 from .planning.entries import Entry as Entry
 from .planning.entries import Fate as Fate
 from .planning.fits import Fit as Fit
 from .planning.moving import worth_moving as worth_moving
+from .planning.plan import CostWarning as CostWarning
 from .planning.plan import Plan as Plan
+from .planning.targets import Cost as Cost
 from .planning.targets import Target as Target
 from .saving.checkpoint import load as load
 from .saving.checkpoint import save as save
 from .saving.exporting import Exported as Exported
 from .saving.exporting import export as export
+from .sites.bridge import Bridge as Bridge
+from .sites.bridge import Stage as Stage
 from .sites.collection import Sites as Sites
 from .sites.parts import Between as Between
 from .sites.parts import Heads as Heads
@@ -47,5 +71,6 @@ from .training.loop import train as train
 from .training.recipe import Checkpoint as Checkpoint
 from .training.recipe import History as History
 from .training.recipe import Recipe as Recipe
+from .training.trainable import Trainable as Trainable
 
 __version__: str
