@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.record import stage, write_json
 from shallower.calibrating.recalibration import recalibrate
 from shallower.finding.matching import find_sites
-from shallower.measuring.measurement import count_params
+from shallower.measuring.cost import count_params
 from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.ordering import by_magnitude
 from shallower.methods.dropout.structural_dropout import StructuralDropout

@@ -22,7 +22,7 @@ from benchmarks.record import markdown
 from benchmarks.squeeze import remembered
 from shallower.core.memory import give_back
 from shallower.finding.matching import find_sites
-from shallower.measuring.measurement import count_params
+from shallower.measuring.cost import count_params
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze
 from shallower.saving.checkpoint import save

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from shallower.errors import DataError
+from shallower.measuring.devices import processor_name
 
 PACKAGES = ("shallower", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets", "numpy")
 
@@ -26,19 +27,16 @@ def circumstances() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {"versions": versions, "machine": processor(), "threads": torch.get_num_threads()}
+    return {
+        "versions": versions,
+        "machine": _machine(),
+        "threads": torch.get_num_threads(),
+    }
 
 
-def processor() -> str:
-    """What computes: the name of the GPU, or else of the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _machine() -> str:
+    """The name of the GPU, or else of the CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
 
 
 def stage(cache: Path, name: str, *settings: Any) -> Path:

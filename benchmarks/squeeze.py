@@ -72,7 +72,8 @@ from shallower.calibrating.varying import varied
 from shallower.core.inputs import call
 from shallower.errors import ModelError, TargetError
 from shallower.finding.matching import find_sites
-from shallower.measuring.measurement import compare, count_macs, count_params
+from shallower.measuring.cost import count_macs, count_params
+from shallower.measuring.measurement import compare
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze

@@ -57,7 +57,7 @@ from shallower.core.inputs import call, tensors
 from shallower.core.text import amount
 from shallower.errors import TrainingError
 from shallower.finding.matching import find_sites
-from shallower.measuring.measurement import count_macs, count_params
+from shallower.measuring.cost import count_macs, count_params
 from shallower.measuring.timing import Ratio, times_in_turn
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.methods.collapsing.stages import Stages

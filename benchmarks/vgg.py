@@ -21,7 +21,8 @@ from benchmarks.images import Batches, accuracy, cifar10, cross_entropy, normali
 from benchmarks.record import markdown, stage
 from shallower.core.text import amount
 from shallower.finding.matching import find_sites
-from shallower.measuring.measurement import compare, count_params, measure
+from shallower.measuring.cost import count_params
+from shallower.measuring.measurement import compare, measure
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.methods.collapsing.stages import Stage, Stages
 from shallower.planning.plan import Plan

@@ -38,6 +38,7 @@ from .methods.tlc.choosing import choose_forms as choose_forms
 from .methods.tlc.pace import Pace as Pace
 from .methods.tlc.pace import Round as Round
 from .methods.tlc.till_layers_collapse import TillLayersCollapse as TillLayersCollapse
+from .planning.costs import Cost as Cost
 from .planning.curve import Curve as Curve
 from .planning.curve import Point as Point
 from .planning.entries import Entry as Entry
@@ -46,7 +47,6 @@ from .planning.fits import Fit as Fit
 from .planning.moving import worth_moving as worth_moving
 from .planning.plan import CostWarning as CostWarning
 from .planning.plan import Plan as Plan
-from .planning.targets import Cost as Cost
 from .planning.targets import Target as Target
 from .saving.checkpoint import load as load
 from .saving.checkpoint import save as save

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from shallower.errors import ShallowerError
-from shallower.measuring.measurement import compare, count_macs, count_params, measure, peak_memory
+from shallower.measuring.cost import count_macs, count_params, peak_memory
+from shallower.measuring.measurement import compare, measure
 from shallower.modules.attachment import attach, detach
 from shallower.sites import Place
 
@@ -114,7 +115,9 @@ def test_the_mode_of_every_module_is_put_back():
 
 def test_a_dropout_is_measured_as_at_inference():
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
-    assert peak_memory(model.eval(), torch.ones(1, 8)) == measure(model.train(), torch.ones(1, 8), repeats=1).memory
+    assert (
+        peak_memory(model.eval(), torch.ones(1, 8)) == measure(model.train(), torch.ones(1, 8), repeats=1).peak_memory
+    )
 
 
 def test_an_attached_model_is_measured_as_if_nothing_were_attached():
@@ -132,7 +135,7 @@ def test_a_compiled_model_is_counted_as_the_module_inside():
     model, x = network(), torch.randn(2, 8)
     compiled = measure(torch.compile(model, backend="eager"), x, repeats=2, seconds=0)
     eager = measure(model, x, repeats=2, seconds=0)
-    assert (compiled.params, compiled.macs, compiled.memory) == (eager.params, eager.macs, eager.memory)
+    assert (compiled.params, compiled.macs, compiled.peak_memory) == (eager.params, eager.macs, eager.peak_memory)
     assert compiled.latency > 0
 
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower.errors import MethodError, TargetError
+from shallower.planning.costs import Cost
 from shallower.planning.curve import Curve, Point
-from shallower.planning.targets import Cost
 
 
 def point(score: float, params: int, latency: float | None = None, macs: int | None = None) -> Point:

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 
 from shallower.errors import TargetError
-from shallower.planning.targets import Cost, Target, shortest_prefix
+from shallower.planning.costs import Cost
+from shallower.planning.targets import Target, shortest_prefix
 
-DENSE = Cost(params=1000, macs=2000, memory=4000, latency=0.5)
+DENSE = Cost(params=1000, macs=2000, size=4000, latency=0.5)
 
 
 @pytest.mark.parametrize(
@@ -76,14 +77,14 @@ def test_latency_target_needs_a_measured_latency() -> None:
 
 def test_shortest_prefix_takes_no_more_than_needed() -> None:
     def cost(taken: object) -> Cost:
-        return Cost(params=1000 - 150 * len(taken), macs=0, memory=0)  # type: ignore[arg-type]
+        return Cost(params=1000 - 150 * len(taken), macs=0, size=0)  # type: ignore[arg-type]
 
     assert list(shortest_prefix("abcd", Target.parse("params:70%"), DENSE, cost)) == ["a", "b"]
 
 
 def test_shortest_prefix_says_how_far_all_get() -> None:
     def cost(taken: object) -> Cost:
-        return Cost(params=1000 - 100 * len(taken), macs=0, memory=0)  # type: ignore[arg-type]
+        return Cost(params=1000 - 100 * len(taken), macs=0, size=0)  # type: ignore[arg-type]
 
     with pytest.raises(TargetError, match=r"asks for 10\.0% .* reach 60\.0%"):
         shortest_prefix("abcd", Target.parse("params:10%"), DENSE, cost)

@@ -22,14 +22,15 @@ from shallower.app.batching import Batches
 from shallower.app.results import Measured, Verdict
 from shallower.app.tasks import Likeness, Task
 from shallower.core.inputs import Inputs, model_device
-from shallower.core.modes import evaluating
 from shallower.core.trees import to_device
 from shallower.errors import SiteError, TargetError
-from shallower.measuring.measurement import compare, count_macs, count_params
+from shallower.measuring.cost import cost_of
+from shallower.measuring.measurement import compare
 from shallower.modules.attachment import detached_copy
+from shallower.planning.costs import Cost, cost_after
 from shallower.planning.plan import Plan
 from shallower.planning.steps import steps
-from shallower.planning.targets import Cost, Target
+from shallower.planning.targets import Target
 from shallower.sites import Sites
 from shallower.training import Checkpoint, Recipe, train
 
@@ -250,23 +251,7 @@ def judge(dense: nn.Module, small: nn.Module, batches: Batches, task: Task, know
 
 def measured(score: float, cost: Cost, latency: float | None) -> Measured:
     """A score beside counted costs and a latency."""
-    return Measured(score, cost.params, cost.macs, cost.memory, latency)
-
-
-def cost_of(model: nn.Module, example: Inputs) -> Cost:
-    """What a model costs on example inputs, all but the latency."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
-    memory = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    with evaluating(model):
-        macs = count_macs(model, example)
-    return Cost(count_params(model), macs, memory)
-
-
-def cost_after(plan: Plan, before: Cost, model: nn.Module) -> Cost:
-    """What remains of `before` with a plan applied, counted."""
-    wide = next(model.parameters()).element_size()
-    saved = plan.params_saved
-    return Cost(before.params - saved, before.macs - plan.macs_saved, before.memory - wide * saved)
+    return Measured(score, cost.params, cost.macs, cost.size, latency)
 
 
 def site_table(plan: Plan) -> dict[str, dict[str, Any]]:

@@ -33,8 +33,9 @@ from shallower.core.inputs import Inputs, model_device
 from shallower.core.text import amount, table
 from shallower.core.trees import tensors
 from shallower.errors import CheckpointError, DataError, ModelError, ShallowerError, TargetError
+from shallower.planning.costs import Cost
 from shallower.planning.plan import Plan
-from shallower.planning.targets import Cost, Target
+from shallower.planning.targets import Target
 from shallower.saving.checkpoint import check_source, read_source, save
 from shallower.saving.description import DESCRIPTION
 from shallower.saving.writing import check_replaceable
@@ -435,7 +436,7 @@ def _savings(before: Cost, after: Cost) -> str:
     for unit, was, now, suffix in (
         ("params", before.params, after.params, ""),
         ("MACs", before.macs, after.macs, ""),
-        ("memory", before.memory, after.memory, "B"),
+        ("memory", before.size, after.size, "B"),
     ):
         rows.append((unit, f"{amount(was)}{suffix}", f"{amount(now)}{suffix}", f"{now / max(1, was) - 1:+.1%}"))
     return table(("the model's", "now", "then", "change"), rows, right=(1, 2, 3))

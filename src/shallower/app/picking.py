@@ -7,13 +7,14 @@ from pathlib import Path
 from torch import nn
 
 from shallower.app.bench import example_of, loaded_with
-from shallower.app.compression import cost_of, measured, site_table
+from shallower.app.compression import measured, site_table
 from shallower.app.jobs import Output, write
 from shallower.app.results import CURVE, RESULT, Verdict, point_of, read_points, read_record, verdict_table
 from shallower.app.runs.structural_dropout import StructuralDropoutRun, at_point, set_statistics
 from shallower.core.files import read_tensors
 from shallower.errors import CheckpointError
 from shallower.finding.matching import find_sites
+from shallower.measuring.cost import cost_of
 from shallower.measuring.measurement import compare
 from shallower.planning.curve import Curve
 from shallower.planning.targets import Target

@@ -439,8 +439,9 @@ def _group_problem(graph: Graph, group: Sequence[Attention]) -> str:
 
 def _site(graph: Graph, name: str, group: Sequence[Attention], heads: Heads) -> Site:
     maps = [graph.linear_map([a.units[i] for a in group]) for i in range(4)]
-    described = replace(heads, query=maps[0], key=maps[1], value=maps[2])
     width = maps[3].d_in // heads.block
+    products = sum(_scores(attention) for attention in group) * (heads.head_dim + heads.value_dim)
+    described = replace(heads, query=maps[0], key=maps[1], value=maps[2], products=products // width)
     return Site(
         name=name,
         kind="heads",
@@ -452,3 +453,12 @@ def _site(graph: Graph, name: str, group: Sequence[Attention], heads: Heads) -> 
         not_linear="attention heads have no activation to take away",
         heads=described,
     )
+
+
+def _scores(attention: Attention) -> int:
+    """How many scores of a query and a key an attention computes, over all heads and the batch."""
+    softmax = next((call for call in attention.inside if call.name == "softmax"), None)
+    if softmax is not None:
+        return softmax.outputs[0].elements
+    query, key = attention.query, attention.key
+    return query.elements // query.shape[-1] * key.shape[-2]

@@ -376,6 +376,7 @@ class Matcher:
                 frame = self.placing.frame_of(set(first.chain))
                 skipped.setdefault(f"{frame.name or 'model'}:{first.chain[0].name}#{first.chain[0].ordinal}", reason)
                 continue
+            params, shared = self.activation_params(group)
             site = Site(
                 name=str(place),
                 kind="activation",
@@ -387,6 +388,8 @@ class Matcher:
                 norm_before=self.norm_before([found.entry for found in group]),
                 calls=len(group),
                 channels_first=self.is_spatial(first.entry),
+                activation_params=params,
+                activation_shared=shared,
             )
             items.append((self.graph.position(first.chain[0]), site))
         return items

@@ -9,23 +9,22 @@ Latencies of two models are worth comparing only when they were taken in turn on
 from __future__ import annotations
 
 import math
-import platform
 import statistics
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 from torch.utils.benchmark import timer
 
 from shallower.core.inputs import Inputs, call, model_device, tensors, to_device
 from shallower.core.text import amount
-from shallower.errors import ShallowerError
-from shallower.recording.macs import mac_counter
+from shallower.errors import ModelError
+from shallower.measuring.cost import count_macs, count_params, peak_memory, running
+from shallower.measuring.devices import device_name
+from shallower.modules.attachment import attached_places, detached_copy
 
 _BLOCK_SECONDS = 2e-3
 
@@ -41,7 +40,7 @@ class Measurement:
         latency: median seconds of one forward pass; nan on the meta device.
         spread: interquartile range of it, seconds.
         runs: how many timed blocks the two are taken from.
-        memory: peak bytes of one forward pass, see `peak_memory`.
+        peak_memory: peak bytes of one forward pass: weights, inputs and activations.
         threads: of torch, within an operator.
         batch: first dimension of the first input.
         dtype: of the first floating-point parameter.
@@ -54,7 +53,7 @@ class Measurement:
     latency: float
     spread: float
     runs: int
-    memory: int
+    peak_memory: int
     threads: int
     batch: int
     dtype: str
@@ -64,8 +63,8 @@ class Measurement:
     def __str__(self) -> str:
         """All of it in one line."""
         return (
-            f"{amount(self.params)} params, {amount(self.macs)} MACs, {_milliseconds(self.latency, self.spread)}, "
-            f"peak {amount(self.memory)}B (batch {self.batch}, {self.dtype}, {self.threads} threads, {self.device}, "
+            f"{amount(self.params)} params, {amount(self.macs)} MACs, {_milliseconds(self.latency, self.spread)}, peak "
+            f"{amount(self.peak_memory)}B (batch {self.batch}, {self.dtype}, {self.threads} threads, {self.device}, "
             f"torch {self.torch_version})"
         )
 
@@ -117,10 +116,10 @@ def measure(
         seconds: at least so long in total.
 
     Raises:
-        ShallowerError: `repeats` or `warmup` is not positive.
+        ModelError: `repeats` or `warmup` is not positive.
     """
     if repeats < 1 or warmup < 1:
-        raise ShallowerError(f"measure: repeats and warmup are at least 1, not {repeats} and {warmup}")
+        raise ModelError(f"measure: repeats and warmup are at least 1, not {repeats} and {warmup}")
     device = model_device(model)
     inputs: Inputs = to_device(example_inputs, device)
     with _ready(model) as plain:
@@ -135,7 +134,7 @@ def measure(
         latency=statistics.median(times) if times else math.nan,
         spread=_interquartile(times),
         runs=len(times),
-        memory=memory,
+        peak_memory=memory,
         threads=torch.get_num_threads(),
         batch=len(first) if first is not None and first.dim() else 1,
         dtype=_dtype(plain),
@@ -155,20 +154,23 @@ def compare(
     are taken within a round. The order stays the same: a model that follows itself finds its weights in the cache.
 
     Raises:
-        ShallowerError: there is no model, a model is on the meta device, or `rounds` or `warmup` is not positive.
+        ModelError: there is no model, a model is on the meta device, or `rounds` or `warmup` is not positive.
     """
     if not models or rounds < 1 or warmup < 1:
-        raise ShallowerError("compare: give at least one model, one round and one warm-up pass")
+        raise ModelError("compare: give at least one model, one round and one warm-up pass")
     meta = [name for name, model in models.items() if model_device(model).type == "meta"]
     if meta:
-        raise ShallowerError(f"{meta[0]}: a model on the meta device cannot be timed")
+        raise ModelError(f"{meta[0]}: a model on the meta device cannot be timed")
     with ExitStack() as stack:
         passes: dict[str, Callable[[], Any]] = {}
         for name, model in models.items():
             plain = stack.enter_context(_ready(model))
             passes[name] = _forward_pass(plain, to_device(example_inputs, model_device(model)))
         stack.enter_context(torch.inference_mode())
-        numbers = {name: _block(run, warmup)[0] for name, run in passes.items()}
+        numbers = {}
+        for name, run in passes.items():
+            with running(models[name]):
+                numbers[name] = _block(run, warmup)[0]
         times: dict[str, list[float]] = {name: [] for name in passes}
         for _ in range(rounds):
             for name, run in passes.items():
@@ -187,82 +189,9 @@ def compare(
     return result
 
 
-def count_params(model: nn.Module) -> int:
-    """Parameters of a model; a parameter that stands at several places counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_macs(model: nn.Module, example_inputs: Inputs) -> int:
-    """Multiply-accumulates of one forward pass, in the mode the model is in: half of what `mac_counter` counts."""
-    with _composed_transformers(), torch.no_grad(), mac_counter() as counter:
-        call(model, example_inputs)
-    return int(counter.get_total_flops()) // 2
-
-
-def peak_memory(model: nn.Module, example_inputs: Inputs) -> int:
-    """Peak bytes that one forward pass needs: parameters, buffers, inputs, and the most that is alive besides them.
-
-    On CUDA the part besides is what the caching allocator reports, with the kernels' workspaces. Elsewhere it is the
-    sum over the live storages of all tensors that operators return, which leaves out what an operator allocates
-    inside itself, the allocator's own slack and the Python process. Gradients are off in both.
-    """
-    given = [*model.parameters(), *model.buffers(), *tensors(example_inputs)]
-    storages = {id(storage): storage for storage in map(_storage, given) if storage is not None}
-    return sum(storage.nbytes() for storage in storages.values()) + _peak_beside(model, example_inputs, given)
-
-
-def _peak_beside(model: nn.Module, example_inputs: Inputs, given: list[Tensor]) -> int:
-    device = model_device(model)
-    if device.type == "cuda":
-        with torch.no_grad():
-            call(model, example_inputs)
-            torch.cuda.synchronize(device)
-            before = torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            call(model, example_inputs)
-            torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device)) - before
-    live = _LiveStorages(given)
-    with torch.no_grad(), live:
-        call(model, example_inputs)
-    return live.peak
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
-    return tensor.untyped_storage() if tensor.layout == torch.strided else None
-
-
-class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the storages that operators create, from their creation to their release."""
-
-    def __init__(self, given: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = 0
-        self.peak = 0
-        self._known = weakref.WeakSet(storage for storage in map(_storage, given) if storage is not None)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tensors(result):
-            storage = _storage(tensor)
-            if storage is not None and storage not in self._known:
-                self._known.add(storage)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._released, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _released(self, size: int) -> None:
-        self.live -= size
-
-
 @contextmanager
 def _ready(model: nn.Module) -> Iterator[nn.Module]:
     """The model without what is attached to it, in eval mode; every module's mode is put back at the end."""
-    from shallower.modules.attachment import attached_places, detached_copy
-
     plain = detached_copy(model) if any(attached_places(module) for module in model.modules()) else model
     modes = [(module, module.training) for module in plain.modules()]
     plain.eval()
@@ -271,17 +200,6 @@ def _ready(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def _composed_transformers() -> Iterator[None]:
-    """`nn.TransformerEncoder` without its fused path, whose products no counter sees."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _times(model: nn.Module, inputs: Inputs, repeats: int, warmup: int, seconds: float) -> list[float]:
@@ -326,10 +244,3 @@ def _milliseconds(latency: float, spread: float) -> str:
 def _dtype(model: nn.Module) -> str:
     found = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     return str(found).removeprefix("torch.")
-
-
-def device_name(device: torch.device) -> str:
-    """A device for people and for files: where, and the name of the processor."""
-    if device.type == "cuda":
-        return f"{device} {torch.cuda.get_device_name(device)}"
-    return f"{device} {platform.processor() or platform.machine()}" if device.type == "cpu" else str(device)

@@ -19,7 +19,8 @@ from typing import Any
 
 from shallower.core.text import amount
 from shallower.errors import MethodError, TargetError
-from shallower.planning.targets import Cost, Target
+from shallower.planning.costs import Cost
+from shallower.planning.targets import Target
 
 SCHEMA = 1
 """Version of curve.json."""
@@ -49,7 +50,7 @@ class Point:
         return all(a >= b for a, b in zip(own, theirs, strict=True)) and own != theirs
 
     def _goods(self) -> tuple[float, ...]:
-        return self.score, -self.cost.params, -self.cost.macs, -self.cost.memory
+        return self.score, -self.cost.params, -self.cost.macs, -self.cost.size
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -59,7 +60,7 @@ class Point:
             "score": self.score,
             "params": cost.params,
             "macs": cost.macs,
-            "memory": cost.memory,
+            "memory": cost.size,
             "latency": cost.latency,
             "spread": self.spread,
             "widths": dict(self.widths),
@@ -227,7 +228,7 @@ class Curve:
         rows = [("", self.name, "params", "MACs", "memory", "latency", "widths")]
         for p in self.points:
             latency = "" if p.cost.latency is None else f"{p.cost.latency * 1e3:.2f} ms"
-            counts = (amount(p.cost.params), amount(p.cost.macs), f"{amount(p.cost.memory)}B", latency)
+            counts = (amount(p.cost.params), amount(p.cost.macs), f"{amount(p.cost.size)}B", latency)
             rows.append((p.label, f"{p.score:.4g}", *counts, _listing(p.widths.values())))
         sizes = [max(len(row[i]) for row in rows) for i in range(7)]
         return "\n".join(
@@ -248,7 +249,7 @@ class Curve:
             cost = p.cost
             latency = "" if cost.latency is None else cost.latency
             widths = [p.widths[name] for name in names]
-            writer.writerow([p.label, p.score, cost.params, cost.macs, cost.memory, latency, *widths])
+            writer.writerow([p.label, p.score, cost.params, cost.macs, cost.size, latency, *widths])
         return out.getvalue()
 
 

@@ -5,36 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from shallower.errors import TargetError
+from shallower.planning.costs import Cost
 
-Unit = Literal["params", "macs", "memory", "latency", "drop"]
-Form = Literal["share", "factor", "absolute"]
+Unit = Literal["params", "macs", "size", "kv", "latency", "drop"]
+Amount = Literal["share", "factor", "absolute"]
 T = TypeVar("T")
 
-_UNITS: tuple[Unit, ...] = ("params", "macs", "memory", "latency", "drop")
+_EARLIER = {"memory": "size"}
+"""Units by the names that they had in earlier versions."""
+
+_BYTES = ("size", "kv")
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(%|x|[KMGT]i?B?|B|us|ms|s)?", re.IGNORECASE)
-_COUNTS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
-_EXAMPLES = "params:50%, macs:60%, memory:40MB, latency:1.5x, drop:1%"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a model costs.
-
-    Attributes:
-        params: number of parameters.
-        macs: multiply-accumulate operations on the example inputs.
-        memory: bytes of parameters and buffers.
-        latency: seconds for one forward pass on the example inputs; None where it was not measured.
-    """
-
-    params: int
-    macs: int
-    memory: int
-    latency: float | None = None
+_EXAMPLES = "params:50%, params:7B, macs:60%, size:40MB, kv:50%, latency:1.5x, drop:1%"
 
 
 @dataclass(frozen=True)
@@ -53,39 +40,33 @@ class Target:
     """
 
     unit: Unit
-    form: Form
+    form: Amount
     value: float
 
     @classmethod
     def parse(cls, text: str) -> Target:
         """Read `unit:amount`.
 
-        The units params, macs, memory and latency take a share (60%), a factor (1.5x) or an absolute amount (10M, 40MB,
-        3ms) that may remain; drop takes 1% of the score or 0.5 of its own unit.
+            Target.parse("size:40MB")
+
+        The units params, macs, size, kv and latency take a share (60%), a factor (1.5x) or an absolute amount (10M,
+        7B, 40MB, 3ms) that may remain; drop takes 1% of the score or 0.5 of its own unit.
 
         Raises:
             TargetError: the text is none of these, or asks for nothing (100 %, 1x) or for the impossible (0 %).
         """
-        unit, separator, amount = text.strip().partition(":")
-        unit = unit.strip().lower()
-        if not separator or unit not in _UNITS:
+        if not isinstance(text, str):
+            raise TargetError(f"a target is text, for example {_EXAMPLES}; not {type(text).__name__}")
+        name, separator, amount = text.strip().partition(":")
+        name = name.strip().lower()
+        unit = next((unit for unit in get_args(Unit) if unit == _EARLIER.get(name, name)), None)
+        if not separator or unit is None:
             raise TargetError(f"the target {text!r} is not of the form UNIT:AMOUNT; for example {_EXAMPLES}")
         match = _NUMBER.fullmatch(amount.strip())
         if match is None:
             raise TargetError(f"the amount {amount!r} of the target {text!r} is not a number; for example {_EXAMPLES}")
-        number, suffix = float(match[1]), (match[2] or "").lower()
-        form, value = _amount(text, unit, number, suffix)
-        if unit != "drop":
-            if form == "share" and not 0 < value < 1:
-                raise TargetError(f"the target {text!r} must leave more than 0 % and less than 100 % of the model")
-            if form == "factor" and value <= 1:
-                raise TargetError(
-                    f"the target {text!r} must be a factor above 1x: how many times cheaper the result is"
-                )
-            if form == "absolute" and value <= 0:
-                raise TargetError(f"the target {text!r} must leave more than nothing")
-        elif form == "factor" or (form == "share" and value >= 1):
-            raise TargetError(f"the target {text!r} must be the loss of score allowed, for example drop:1% or drop:0.5")
+        form, value = _amount(text, unit, float(match[1]), (match[2] or "").lower())
+        _check(text, unit, form, value)
         return cls(unit, form, value)
 
     def __str__(self) -> str:
@@ -101,19 +82,15 @@ class Target:
         """What of `cost` this target limits.
 
         Raises:
-            TargetError: the target limits the score or a latency that was not measured.
+            TargetError: the target limits the score, or a latency or a KV cache that was not counted.
         """
-        if self.unit == "params":
-            return cost.params
-        if self.unit == "macs":
-            return cost.macs
-        if self.unit == "memory":
-            return cost.memory
-        if self.unit == "latency":
-            if cost.latency is None:
-                raise TargetError(f"the target {self} needs a measured latency")
-            return cost.latency
-        raise TargetError(f"the target {self} limits the score, not a cost")
+        if self.unit == "drop":
+            raise TargetError(f"the target {self} limits the score, not a cost")
+        found: float | None = getattr(cost, self.unit)
+        if found is None:
+            what = "a measured latency" if self.unit == "latency" else "a model that returns its KV cache"
+            raise TargetError(f"the target {self} needs {what}")
+        return found
 
     def limit(self, before: Cost) -> float:
         """How much may remain of a model that costs `before`."""
@@ -133,7 +110,8 @@ class Target:
         return score - (abs(score) * self.value if self.form == "share" else self.value)
 
 
-def _amount(text: str, unit: str, number: float, suffix: str) -> tuple[Form, float]:
+def _amount(text: str, unit: Unit, number: float, suffix: str) -> tuple[Amount, float]:
+    """What a number with its suffix stands for."""
     if suffix == "%":
         return "share", number / 100
     if suffix == "x":
@@ -144,15 +122,37 @@ def _amount(text: str, unit: str, number: float, suffix: str) -> tuple[Form, flo
         return "absolute", number * _SECONDS[suffix]
     if unit == "latency":
         raise TargetError(f"the target {text!r} needs a unit of time (ms), a factor (1.5x) or a share (60%)")
-    if suffix.endswith("b") and unit != "memory":
-        raise TargetError(f"the target {text!r} counts {unit}, which is not measured in bytes")
     if unit == "drop" and suffix:
         raise TargetError(f"the target {text!r} must be the loss of score allowed, for example drop:1% or drop:0.5")
-    letter = suffix[:1] if suffix[:1] in _COUNTS else ""
-    factor = _COUNTS.get(letter, 1.0)
-    if "i" in suffix:
-        factor = 1024.0 ** ("kmgt".index(letter) + 1)
-    return "absolute", number * factor
+    return "absolute", number * _scale(text, unit, suffix)
+
+
+def _scale(text: str, unit: Unit, suffix: str) -> float:
+    """10M, 7B (billions) of params and MACs; 40MB, 40MiB, 512B of bytes."""
+    if unit not in _BYTES:
+        if len(suffix) > 1:
+            raise TargetError(f"the target {text!r} counts {unit}, which is not measured in bytes")
+        return _COUNTS[suffix]
+    letter = suffix.removesuffix("b")
+    if letter.endswith("i"):
+        return float(1024 ** ("kmgt".index(letter[0]) + 1))
+    return _COUNTS[letter]
+
+
+def _check(text: str, unit: Unit, form: Amount, value: float) -> None:
+    """Refuse a target that asks for nothing, or for the impossible."""
+    if unit == "drop":
+        if form == "factor" or (form == "share" and value >= 1):
+            raise TargetError(f"the target {text!r} must be the loss of score allowed, for example drop:1% or drop:0.5")
+        return
+    if form == "share" and not 0 < value < 1:
+        raise TargetError(f"the target {text!r} must leave more than 0 % and less than 100 % of the model")
+    if form == "factor" and value <= 1:
+        raise TargetError(f"the target {text!r} must be a factor above 1x: how many times cheaper the result is")
+    if form == "absolute" and (value <= 0 or (unit != "latency" and value < 1)):
+        raise TargetError(
+            f"the target {text!r} must leave at least 1 of {unit}. A share is written with %: {unit}:{value * 100:g}%"
+        )
 
 
 def shortest_prefix(

@@ -590,7 +590,7 @@ def test_the_curve_spends_channels_where_they_count() -> None:
     small = apply(model, method.plan(best), x)
     assert score(small) == pytest.approx(best.score, abs=1e-12)
     assert sum(p.numel() for p in small.parameters()) == best.cost.params
-    assert sum(t.numel() * t.element_size() for t in small.parameters()) == best.cost.memory
+    assert sum(t.numel() * t.element_size() for t in small.parameters()) == best.cost.size
 
 
 def test_the_curve_measures_the_latency_of_its_front() -> None:
@@ -611,7 +611,7 @@ def test_the_curve_counts_the_memory_of_statistics() -> None:
     model, x = convolutions(), torch.randn(4, 3, 6, 6)
     method = StructuralDropout(model, sites_of(model, x))
     small = apply(model, method.plan("50%"), x)
-    assert method.cost({"0": 4}).memory == sum(
+    assert method.cost({"0": 4}).size == sum(
         t.numel() * t.element_size() for t in (*small.parameters(), *small.buffers())
     )
 

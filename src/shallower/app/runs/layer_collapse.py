@@ -7,25 +7,27 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import nn
 
-from shallower.app.compression import Outcome, Work, cost_after, cost_of
+from shallower.app.compression import Outcome, Work
 from shallower.app.options import LayerCollapsing
 from shallower.core.inputs import Inputs
 from shallower.errors import SiteError, TargetError
 from shallower.finding.matching import find_sites
+from shallower.measuring.cost import cost_of
 from shallower.measuring.measurement import compare
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.methods.collapsing.stages import Stage, Stages
+from shallower.planning.costs import Cost, cost_after
 from shallower.planning.entries import Entry
 from shallower.planning.paying import Unit, paying
 from shallower.planning.plan import Plan
-from shallower.planning.targets import Cost, Target, shortest_prefix
+from shallower.planning.targets import Target, shortest_prefix
 from shallower.sites import Site, Sites
 from shallower.surgery.applying import apply
 
 SENSITIVITY_ROWS = 256
 """Rows of the training data on which the sensitivity of the sites is measured."""
 
-_COUNTED: Mapping[str, Unit] = {"params": "params", "memory": "params", "macs": "macs", "latency": "macs"}
+_COUNTED: Mapping[str, Unit] = {"params": "params", "size": "params", "macs": "macs", "latency": "macs"}
 """What has to become less for a target; either of the two for any other."""
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from shallower.app.compression import Outcome, Work, cost_of
+from shallower.app.compression import Outcome, Work
 from shallower.app.options import TillLayersCollapsing
 from shallower.core.files import read_json, write_json
 from shallower.core.inputs import Inputs
 from shallower.errors import CheckpointError, SiteError, TargetError
 from shallower.finding.matching import find_sites
+from shallower.measuring.cost import cost_of
 from shallower.measuring.measurement import compare
 from shallower.methods.tlc.choosing import choose_forms
 from shallower.methods.tlc.pace import Pace, Round

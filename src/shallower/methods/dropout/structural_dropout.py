@@ -24,6 +24,7 @@ from shallower.core.inputs import Inputs, InputsOf, default_inputs_of
 from shallower.core.modes import evaluating
 from shallower.core.outputs import are_logits
 from shallower.errors import MethodError, Refusal, TargetError
+from shallower.measuring.cost import count_params, size_of
 from shallower.measuring.measurement import compare
 from shallower.methods.base import Method
 from shallower.methods.dropout.norms import frozen_statistics, restored_statistics, with_statistics
@@ -47,10 +48,11 @@ from shallower.methods.dropout.widths import (
 from shallower.modules import attachment
 from shallower.modules.attachment import detached_copy
 from shallower.modules.site_parts import fingerprint
+from shallower.planning.costs import Cost, cost_after
 from shallower.planning.curve import Curve, Point
 from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan
-from shallower.planning.targets import Cost, Target
+from shallower.planning.targets import Target
 from shallower.sites import Place, Site, Sites
 from shallower.surgery.applying import apply
 
@@ -382,13 +384,8 @@ class StructuralDropout(Method):
         """What the model costs at these widths; MACs are counted on the inputs that the sites were found with."""
         narrower = (site for site in self.sites if widths[site.name] < site.width)
         plan = Plan(tuple(Entry.narrow(site, torch.arange(widths[site.name])) for site in narrower))
-        parameters = {id(p): p for p in self.model.parameters()}.values()
-        everything = {id(t): t for t in (*parameters, *self.model.buffers())}.values()
-        memory = sum(t.numel() * t.element_size() for t in everything)
-        params, saved = sum(p.numel() for p in parameters), plan.params_saved
-        each = next(iter(parameters)).element_size()
-        statistics = sum(2 * 4 * site.norms * (site.width - widths[site.name]) for site in self.sites)
-        return Cost(params - saved, self.sites.macs - plan.macs_saved, memory - each * saved - statistics)
+        full = Cost(count_params(self.model), self.sites.macs, size_of(self.model))
+        return cost_after(plan, full, self.model)
 
     def curve(
         self,

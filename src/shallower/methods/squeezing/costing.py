@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from itertools import chain
 
 from torch import nn
 
 from shallower.calibrating.site_grams import may_collapse
 from shallower.core.inputs import Inputs
+from shallower.measuring.cost import count_params, size_of
 from shallower.measuring.measurement import compare
 from shallower.methods.squeezing.latencies import Latency, narrowed_copy, site_latencies, stand_in
 from shallower.methods.squeezing.options import SqueezeOptions
+from shallower.planning.costs import Cost, cost_after, size_saved
 from shallower.planning.forms import form_of
 from shallower.planning.plan import Plan
-from shallower.planning.targets import Cost
+from shallower.planning.steps import Step
 from shallower.sites import Site, Sites
 
 Widths = Mapping[str, int]
@@ -50,39 +51,39 @@ class Counts:
     def __init__(self, dense: nn.Module, sites: Sites) -> None:
         self.dense = dense
         self.sites = sites
-        self._alone: dict[tuple[str, int], tuple[int, int]] = {}
+        self._alone: dict[tuple[str, int], Cost] = {}
 
     @cached_property
     def before(self) -> Cost:
         """Of the model as it is."""
-        tensors = {id(t): t for t in chain(self.dense.parameters(), self.dense.buffers())}.values()
-        params = {id(t): t for t in self.dense.parameters()}.values()
-        memory = sum(t.numel() * t.element_size() for t in tensors)
-        return Cost(sum(t.numel() for t in params), self.sites.macs, memory)
+        return Cost(count_params(self.dense), self.sites.macs, size_of(self.dense))
 
     def after(self, widths: Widths) -> Cost:
         """Of the model with its sites at these widths."""
-        params, macs = self._saved(widths)
-        wide = next(self.dense.parameters()).element_size()
-        # a BatchNorm's running mean and variance go with its channels
-        statistics = sum(2 * site.norms * (site.width - widths[site.name]) for site in self.sites)
-        before = self.before
-        return Cost(before.params - params, before.macs - macs, before.memory - wide * (params + statistics))
+        if self._overlapping:
+            changed = [site for site in self.sites if widths[site.name] != site.width]
+            plan = Plan(tuple(stand_in(site, widths[site.name]) for site in changed))
+            return cost_after(plan, self.before, self.dense)
+        params = macs = size = 0
+        for site in self.sites:
+            saved = self._saved_alone(site, widths[site.name])
+            params, macs, size = params + saved.params, macs + saved.macs, size + saved.size
+        return Cost(self.before.params - params, self.before.macs - macs, self.before.size - size)
 
     def of_site(self, site: Site, width: int, unit: str) -> float:
         """What one site costs at a width, in MACs for a target of MACs, else in parameters."""
-        params, macs = self._saved_alone(site, width)
-        return site.macs - macs if unit == "macs" else site.params - params
+        saved = self._saved_alone(site, width)
+        return site.macs - saved.macs if unit == "macs" else site.params - saved.params
 
-    def _saved_alone(self, site: Site, width: int) -> tuple[int, int]:
-        """Parameters and MACs that this width alone saves."""
+    def _saved_alone(self, site: Site, width: int) -> Cost:
+        """Parameters, MACs and bytes that this width alone saves."""
         key = (site.name, width)
         if key not in self._alone:
-            saved = (0, 0)
+            saved = Cost(0, 0, 0)
             if width != site.width:
                 entry = stand_in(site, width)
-                form = form_of(entry)
-                saved = (site.params - form.params, site.macs - form.macs)
+                step = Step(entry, form_of(entry))
+                saved = Cost(site.params - step.form.params, site.macs - step.form.macs, size_saved(step, self.dense))
             self._alone[key] = saved
         return self._alone[key]
 
@@ -91,18 +92,6 @@ class Counts:
         """Whether a consumer of one site is a producer of another, so that their savings do not add up."""
         consumers = {m.name for site in self.sites for m in site.consumers}
         return any(m.name in consumers for site in self.sites for m in site.maps[: -len(site.consumers)])
-
-    def _saved(self, widths: Widths) -> tuple[int, int]:
-        """Parameters and MACs that these widths save together."""
-        if self._overlapping:
-            changed = [site for site in self.sites if widths[site.name] != site.width]
-            plan = Plan(tuple(stand_in(site, widths[site.name]) for site in changed))
-            return plan.params_saved, plan.macs_saved
-        params = macs = 0
-        for site in self.sites:
-            saved = self._saved_alone(site, widths[site.name])
-            params, macs = params + saved[0], macs + saved[1]
-        return params, macs
 
 
 class Times:

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from shallower.core.inputs import Inputs, call, model_device, tensors, to_device
 from shallower.core.modes import evaluating
-from shallower.measuring.measurement import device_name
+from shallower.measuring.devices import device_name
 from shallower.methods.squeezing.refitting import may_have_path
 from shallower.modules.attachment import detached_copy
 from shallower.planning.entries import Entry, Fate

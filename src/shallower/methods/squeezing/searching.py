@@ -16,8 +16,9 @@ from shallower.errors import MethodError, TargetError
 from shallower.methods.squeezing.costing import Counts, Times, Widths
 from shallower.methods.squeezing.sweeping import Sweep
 from shallower.planning.allocation import Choice, allocate, in_proportion
+from shallower.planning.costs import Cost
 from shallower.planning.plan import Plan
-from shallower.planning.targets import Cost, Target
+from shallower.planning.targets import Target
 from shallower.sites import Site, Sites
 
 Score = Callable[[nn.Module], float]

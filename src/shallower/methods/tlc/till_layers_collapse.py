@@ -14,6 +14,7 @@ import copy
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,9 +34,10 @@ from shallower.methods.tlc.pace import Pace, Round
 from shallower.modules import attachment
 from shallower.modules.activations import recognise
 from shallower.modules.site_parts import fingerprint
+from shallower.planning.costs import Cost
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.plan import Plan
-from shallower.planning.targets import Cost, Target, shortest_prefix
+from shallower.planning.targets import Target, shortest_prefix
 from shallower.sites import Site, Sites
 from shallower.training.loop import Loss, Score
 from shallower.training.recipe import Checkpoint, Recipe
@@ -320,20 +322,20 @@ class TillLayersCollapse(Method):
     def _cheap(
         self, order: Sequence[str], plan_of: Callable[[Sequence[str]], Plan], target: Target, example_inputs: Inputs
     ) -> Sequence[str]:
-        from shallower.measuring.measurement import compare, count_macs, count_params
+        from shallower.measuring.cost import cost_of
+        from shallower.measuring.measurement import compare
         from shallower.surgery.applying import apply
 
         dense = attachment.detached_copy(self.model).eval()
         inputs = to_device(example_inputs, model_device(dense))
-        weight = next(dense.parameters()).element_size()
 
         seconds = compare({"dense": dense}, inputs)["dense"].latency if target.unit == "latency" else None
 
         def cost(model: nn.Module) -> Cost:
-            params, latency = count_params(model), seconds
+            latency = seconds
             if seconds is not None and model is not dense:
                 latency = seconds * compare({"dense": dense, "this": model}, inputs)["this"].ratio
-            return Cost(params, count_macs(model, inputs), params * weight, latency)
+            return replace(cost_of(model, inputs), latency=latency)
 
         return shortest_prefix(order, target, cost(dense), lambda names: cost(apply(dense, plan_of(names), inputs)))
 

@@ -1,0 +1,107 @@
+"""What a model costs, and what remains of that with a plan applied: one count for targets, plans and reports.
+
+before = cost_of(model, example_inputs)         # measuring.cost
+after = cost_after(plan, before, model)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from shallower.planning.plan import Plan
+from shallower.planning.steps import Step
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs.
+
+    Attributes:
+        params: number of parameters; tied ones count once.
+        macs: multiply-accumulate operations on the example inputs.
+        size: bytes of parameters and buffers.
+        latency: seconds for one forward pass on the example inputs; None where it was not measured.
+        kv: bytes of the KV cache for each token; None where the model returns none, or it was not counted.
+    """
+
+    params: int
+    macs: int
+    size: int
+    latency: float | None = None
+    kv: int | None = None
+
+
+def cost_after(plan: Plan, before: Cost, model: nn.Module) -> Cost:
+    """What remains of a model's cost with a plan applied, counted; the latency is not known.
+
+    Args:
+        plan: for this model.
+        before: what the model costs.
+        model: whose weights say how many bytes each takes.
+    """
+    kv = before.kv
+    if kv is not None:
+        kv -= sum(kv_saved(step, model) for step in plan.steps)
+    return replace(
+        before,
+        params=before.params - plan.params_saved,
+        macs=before.macs - plan.macs_saved,
+        size=before.size - sum(size_saved(step, model) for step in plan.steps),
+        kv=kv,
+        latency=None,
+    )
+
+
+def size_saved(step: Step, model: nn.Module) -> int:
+    """Bytes that a site takes less than its step found: parameters, and buffers of BatchNorms."""
+    site, form = step.entry.site, step.form
+    each = _bytes_each(step, model)
+    saved = (form.params_before - form.params) * each
+    if site.producer is None:
+        return saved
+    left = form.width if form.kind in ("narrower", "partial") else 0
+    for name in site.bridge.norms:
+        saved += _norm_saved(model.get_submodule(name), site.width, left, each)
+    if step.entry.fold_skip and site.residual is not None and site.residual.norm:
+        saved += _norm_saved(model.get_submodule(site.residual.norm), form.consumers[0].d_out, 0, each)
+    return saved
+
+
+def kv_saved(step: Step, model: nn.Module) -> int:
+    """Bytes of the KV cache for each token that a step saves: a key and a value of each head that goes."""
+    site = step.entry.site
+    if site.heads is None:
+        return 0
+    gone = site.width - len(step.entry.kept)
+    return site.calls * gone * (site.heads.head_dim + site.heads.value_dim) * _bytes_each(step, model)
+
+
+def _bytes_each(step: Step, model: nn.Module) -> int:
+    """Bytes of one number of a site's weights."""
+    maps = step.entry.site.maps
+    names = [m.name for m in maps] or [place.module for place in step.entry.site.bridge.activations]
+    weights = (parameter for name in names for parameter in model.get_submodule(name).parameters())
+    first = next((weight for weight in weights if weight.is_floating_point()), None)
+    return 0 if first is None else first.element_size()
+
+
+def _norm_saved(norm: nn.Module, width: int, left: int, each: int) -> int:
+    """Bytes of a BatchNorm that go, beside `each` of a parameter for every channel, which are counted already.
+
+    Args:
+        norm: the module.
+        width: its channels now.
+        left: channels that stay; with 0 the whole norm goes, and its counter of batches too.
+        each: bytes that a parameter of a channel was counted with.
+    """
+    saved = 0
+    own: list[Tensor] = [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]
+    for tensor in own:
+        if tensor.numel() == width:
+            counted = each if isinstance(tensor, nn.Parameter) else 0
+            saved += (width - left) * (tensor.element_size() - counted)
+        elif left == 0:
+            saved += tensor.numel() * tensor.element_size()
+    return saved
