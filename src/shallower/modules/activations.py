@@ -23,6 +23,13 @@ PRELU_INIT = 0.01
 """Initial slope of the PReLU family (LayerCollapse, arXiv 2311.17943)."""
 
 
+def channel_dim(channels_first: bool) -> int:
+    """The dimension of the channels: 1 of images, -1 of rows and sequences."""
+    if channels_first:
+        return 1
+    return -1
+
+
 class PartialActivation(nn.Module):
     """An activation on the first channels only; what became linear passes beside it.
 
@@ -58,7 +65,7 @@ class PartialActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x with f applied to the kept channels."""
-        dim = 1 if self.channels_first else -1
+        dim = channel_dim(self.channels_first)
         if self.gate == "separate":
             if self.kept == 0:
                 return torch.ones_like(x.narrow(dim, 0, 1))
@@ -67,11 +74,14 @@ class PartialActivation(nn.Module):
             return torch.cat([self.f(x), x.new_ones(shape)], dim)
         # narrow, not split: an in-place f must be able to write into this view
         kept, rest = x.narrow(dim, 0, self.kept), x.narrow(dim, self.kept, self.linear)
-        rest = torch.ones_like(rest) if self.gate == "packed" else rest
-        return rest if self.kept == 0 else torch.cat([self.f(kept), rest], dim)
+        if self.gate == "packed":
+            rest = torch.ones_like(rest)
+        if self.kept == 0:
+            return rest
+        return torch.cat([self.f(kept), rest], dim)
 
     def extra_repr(self) -> str:
-        gate = f", gate={self.gate!r}" if self.gate else ""
+        gate = f", gate={self.gate!r}" * bool(self.gate)
         return f"kept={self.kept}, linear={self.linear}{gate}{', channels_first=True' * self.channels_first}"
 
 
@@ -84,7 +94,7 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x of n channels gives 2 n channels."""
-        return torch.cat([x, x], 1 if self.channels_first else -1)
+        return torch.cat([x, x], channel_dim(self.channels_first))
 
 
 class Operand(nn.Module):
@@ -152,8 +162,10 @@ class SlopeActivation(nn.Module):
         self.family = family
         self.target = target
         self.channels_first = channels_first
-        self.slope = nn.Parameter(torch.full((width or 1,), PRELU_INIT if family == "prelu" else 0.0))
-        self.kernel = "relu" if family == "prelu" else recognise(f)
+        start, self.kernel = 0.0, recognise(f)
+        if family == "prelu":
+            start, self.kernel = PRELU_INIT, "relu"
+        self.slope = nn.Parameter(torch.full((width or 1,), start))
         self.writes_input = not self.kernel and _writes_input(f)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,13 +174,21 @@ class SlopeActivation(nn.Module):
         # Without gradients, and for compilers, plain operations: a trace then shows what is computed.
         if self.kernel and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _Slope.apply(x, slope, self.kernel, self.target, self.channels_first)  # type: ignore[no-any-return,no-untyped-call]
-        y = KERNELS[self.kernel].plain(x) if self.kernel else self.f(x.clone() if self.writes_input else x)
+        if self.kernel:
+            y = KERNELS[self.kernel].plain(x)
+        elif self.writes_input:
+            y = self.f(x.clone())
+        else:
+            y = self.f(x)
         return _mix(x, y, _aligned(slope, x, self.channels_first), self.target)
 
     def extra_repr(self) -> str:
-        shape = "" if self.slope.numel() == 1 else f", width={self.slope.numel()}"
-        target = ", target='one'" if self.target == "one" else ""
-        return f"family={self.family!r}{shape}{target}{', channels_first=True' * self.channels_first}"
+        text = f"family={self.family!r}"
+        if self.slope.numel() > 1:
+            text += f", width={self.slope.numel()}"
+        if self.target == "one":
+            text += ", target='one'"
+        return text + ", channels_first=True" * self.channels_first
 
 
 @dataclass(frozen=True)
@@ -280,7 +300,9 @@ def _probe(f: nn.Module) -> Tensor | None:
         values = f(points)
     except Exception:  # f is anybody's code, and may need other shapes than the probe's
         return None
-    return values if isinstance(values, Tensor) and values.shape == points.shape else None
+    if isinstance(values, Tensor) and values.shape == points.shape:
+        return values
+    return None
 
 
 @torch.no_grad()
@@ -317,7 +339,9 @@ class _Slope(torch.autograd.Function):
         a = _aligned(slope, x, channels_first)
         y = torch.empty_like(x)
         KERNELS[kernel].forward(x, y)
-        return y.mul_(1 - a).add_(a) if target == "one" else y.lerp_(x, a)
+        if target == "one":
+            return y.mul_(1 - a).add_(a)
+        return y.lerp_(x, a)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, str, Target, bool], output: Tensor) -> None:  # noqa: ARG004
@@ -335,16 +359,23 @@ class _Slope(torch.autograd.Function):
         grad_slope = None
         grad_x = torch.empty_like(x)
         # grad_x is scratch space until the end: f(x) first, then the distance to the target
-        y = torch.empty_like(x) if kernel.from_output else grad_x
+        y, known = grad_x, x
+        if kernel.from_output:
+            y = known = torch.empty_like(x)
         if needs_slope or kernel.from_output:
             kernel.forward(x, y)
         if needs_slope:
-            distance = torch.sub(torch.ones_like(a) if ctx.target == "one" else x, y, out=grad_x)
-            grad_slope = _inner(g, distance, 1 if ctx.channels_first else -1, slope)
+            aim = torch.ones_like(a) if ctx.target == "one" else x
+            distance = torch.sub(aim, y, out=grad_x)
+            grad_slope = _inner(g, distance, channel_dim(ctx.channels_first), slope)
         if not needs_x:
             return None, grad_slope, None, None, None
-        kernel.backward(g, y if kernel.from_output else x, grad_x)
-        grad_x = grad_x.mul_(1 - a) if ctx.target == "one" else grad_x.lerp_(g, a)
+        # d/dx [a t + (1 - a) f(x)] = a t' + (1 - a) f'(x), with t' = 1, or 0 where the target is the constant one
+        kernel.backward(g, known, grad_x)
+        if ctx.target == "one":
+            grad_x.mul_(1 - a)
+        else:
+            grad_x.lerp_(g, a)
         return grad_x, grad_slope, None, None, None
 
 
@@ -359,15 +390,19 @@ def _inner(g: Tensor, d: Tensor, channels: int, slope: Tensor) -> Tensor:
             # a sum within bfloat16 is wide inside, cannot overflow, and is four times as fast as one into float32
             product = product.sum(-1)
         return product.sum(dtype=wide).view(1).to(slope.dtype)
-    others = [i for i in range(g.dim()) if i != channels % g.dim()]
     product = d.mul_(g)
-    return (product.sum(others, dtype=wide) if others else product).to(slope.dtype)
+    if g.dim() > 1:
+        product = product.movedim(channels, -1).flatten(0, -2).sum(0, dtype=wide)
+    return product.to(slope.dtype)
 
 
 def _differentiable_backward(ctx: Any, x: Tensor, slope: Tensor, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The same gradients as differentiable functions of x, slope and g, for gradients of gradients."""
     needs_x, needs_slope = ctx.needs_input_grad[:2]
     y = _mix(x, KERNELS[ctx.kernel].plain(x), _aligned(slope, x, ctx.channels_first), ctx.target)
-    wanted = [t for t, needed in ((x, needs_x), (slope, needs_slope)) if needed]
-    grads = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
-    return next(grads) if needs_x else None, next(grads) if needs_slope else None
+    grads: dict[str, Tensor | None] = {"x": None, "slope": None}
+    wanted = {"x": x} if needs_x else {}
+    if needs_slope:
+        wanted["slope"] = slope
+    grads.update(zip(wanted, torch.autograd.grad(y, list(wanted.values()), g, create_graph=True), strict=True))
+    return grads["x"], grads["slope"]

@@ -27,19 +27,25 @@ def kind_of(module: nn.Module) -> str:
         return "linear"
     if isinstance(module, nn.Conv2d):
         return "conv2d"
-    return "conv1d" if is_conv1d(module) else ""
+    if is_conv1d(module):
+        return "conv1d"
+    return ""
 
 
 def weight_of(module: nn.Module) -> Tensor:
     """The weight in logical orientation: a view of the module's own."""
-    weight = cast("Tensor", module.weight)
-    return weight.detach().t() if is_conv1d(module) else weight.detach()
+    weight = cast("Tensor", module.weight).detach()
+    if is_conv1d(module):
+        return weight.t()
+    return weight
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """The bias (d_out,), or None."""
     bias = cast("Tensor | None", module.bias)
-    return None if bias is None else bias.detach()
+    if bias is None:
+        return None
+    return bias.detach()
 
 
 def normal_after(norm: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -64,26 +70,40 @@ def check_shape(name: str, module: nn.Module, m: LinearMap) -> None:
             "Is this the model that the plan was made for?"
         )
     weight = weight_of(module)
+    kernel = _kernel_of(m)
     for what, planned, found in (
         ("input", m.d_in // m.groups, weight.shape[1]),
         ("output", m.d_out, weight.shape[0]),
-        ("kernel", m.kernel if m.kind == "conv2d" else (), tuple(weight.shape[2:])),
+        ("kernel", kernel, tuple(weight.shape[2:])),
     ):
         if planned != found:
             raise PlanError(
                 f"the plan was made for {what} width {planned} at `{m.name}` of `{name}`, the model has {found}. "
                 "Is this the model that the plan was made for?"
             )
-    if isinstance(module, nn.Conv2d) and (wanted := _geometry(m)) != (present := geometry_of(module)):
-        odd = [f"{key} {wanted[key]}, and it is {present[key]}" for key in wanted if wanted[key] != present[key]]
-        raise PlanError(
-            f"{name}: the plan was made for `{m.name}` with {'; '.join(odd)}. Find the sites again after moving padding"
-        )
+    if isinstance(module, nn.Conv2d):
+        present = geometry_of(module)
+        odd = [
+            f"{key} {value}, and it is {present[key]}" for key, value in _geometry(m).items() if value != present[key]
+        ]
+        if odd:
+            raise PlanError(
+                f"{name}: the plan was made for `{m.name}` with {'; '.join(odd)}. Find the sites again after moving "
+                "padding"
+            )
     if m.bias != (module.bias is not None):
+        planned_bias, found_bias = ("with", "without") if m.bias else ("without", "with")
         raise PlanError(
-            f"{name}: the plan was made for `{m.name}` {'with' if m.bias else 'without'} a bias, the model has it "
-            f"{'without' if m.bias else 'with'}. Is this the model that the plan was made for?"
+            f"{name}: the plan was made for `{m.name}` {planned_bias} a bias, the model has it {found_bias}. Is this "
+            "the model that the plan was made for?"
         )
+
+
+def _kernel_of(m: LinearMap) -> tuple[int, ...]:
+    """What the weight's shape has behind (d_out, d_in)."""
+    if m.kind == "conv2d":
+        return m.kernel
+    return ()
 
 
 def _geometry(m: LinearMap) -> dict[str, object]:
@@ -97,8 +117,8 @@ def geometry_of(module: nn.Conv2d) -> dict[str, object]:
     """
     padding: object = module.padding
     if isinstance(padding, str):
-        extents = [d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        padding = tuple(extents) if padding == "same" else (0, 0)
+        half = [d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        padding = {"same": tuple(half), "valid": (0, 0)}[padding]
     return {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
 
 
@@ -114,24 +134,11 @@ def resized(module: nn.Module, m: LinearMap) -> nn.Module:
     A subclass stays itself if its forward is the stock one, so that its class and attributes survive; else the result
     is the stock class.
     """
-    weight = cast("Tensor", module.weight)
-    shape: tuple[int, ...] = (m.d_out, m.d_in // m.groups)
+    weight, bias = cast("Tensor", module.weight), cast("Tensor | None", module.bias)
+    shape: tuple[int, ...] = (m.d_out, m.d_in // m.groups, *_kernel_of(m))
     if isinstance(module, nn.Conv2d):
         layer: nn.Module = _bare(module, nn.Conv2d)
-        shape = (*shape, *m.kernel)
-        settings = {
-            "in_channels": m.d_in,
-            "out_channels": m.d_out,
-            "kernel_size": m.kernel,
-            "stride": m.stride,
-            "padding": module.padding if _pads_alike(module, m) else m.padding,
-            "dilation": m.dilation,
-            "groups": m.groups,
-            # of nn.Conv2d itself; read for padding modes other than zeros, which sites do not have
-            "_reversed_padding_repeated_twice": module._reversed_padding_repeated_twice
-            if _pads_alike(module, m)
-            else [m.padding[1]] * 2 + [m.padding[0]] * 2,
-        }
+        settings = _convolution_settings(module, m)
     elif isinstance(module, nn.Linear):
         layer = _bare(module, nn.Linear)
         settings = {"in_features": m.d_in, "out_features": m.d_out}
@@ -145,12 +152,31 @@ def resized(module: nn.Module, m: LinearMap) -> nn.Module:
     layer.weight = nn.Parameter(weight.new_empty(shape), requires_grad=weight.requires_grad)
     if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
         layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
-    bias = cast("Tensor | None", module.bias)
-    requires_grad = weight.requires_grad if bias is None else bias.requires_grad
-    layer.register_parameter(
-        "bias", nn.Parameter(weight.new_empty(m.d_out), requires_grad=requires_grad) if m.bias else None
-    )
+    trained = weight if bias is None else bias
+    layer.register_parameter("bias", None)
+    if m.bias:
+        layer.bias = nn.Parameter(weight.new_empty(m.d_out), requires_grad=trained.requires_grad)
     return layer
+
+
+def _convolution_settings(module: nn.Conv2d, m: LinearMap) -> dict[str, object]:
+    """The attributes of a convolution with the sizes of `m`."""
+    settings: dict[str, object] = {
+        "in_channels": m.d_in,
+        "out_channels": m.d_out,
+        "kernel_size": m.kernel,
+        "stride": m.stride,
+        "dilation": m.dilation,
+        "groups": m.groups,
+    }
+    if _pads_alike(module, m):
+        settings["padding"] = module.padding
+        settings["_reversed_padding_repeated_twice"] = module._reversed_padding_repeated_twice
+    else:
+        settings["padding"] = m.padding
+        # of nn.Conv2d itself; read for padding modes other than zeros, which sites do not have
+        settings["_reversed_padding_repeated_twice"] = [m.padding[1]] * 2 + [m.padding[0]] * 2
+    return settings
 
 
 def resized_norm(norm: nn.Module, channels: int) -> _BatchNorm:
@@ -163,14 +189,14 @@ def resized_norm(norm: nn.Module, channels: int) -> _BatchNorm:
         raise PlanError(f"a {type(norm).__name__} is not a BatchNorm and cannot be narrowed")
     layer = copy.copy(norm)
     layer.num_features = channels
-    layer._parameters = {
-        name: None if p is None else nn.Parameter(p.new_empty(channels), requires_grad=p.requires_grad)
-        for name, p in norm._parameters.items()
-    }
-    layer._buffers = {
-        name: None if b is None else b.new_empty(channels) if b.dim() else b.clone()
-        for name, b in norm._buffers.items()
-    }
+    layer._parameters, layer._buffers = dict(norm._parameters), dict(norm._buffers)
+    for name, parameter in norm._parameters.items():
+        if parameter is not None:
+            empty = parameter.new_empty(channels)
+            layer._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for name, buffer in norm._buffers.items():
+        if buffer is not None:
+            layer._buffers[name] = buffer.new_empty(channels) if buffer.dim() else buffer.clone()
     return layer
 
 
@@ -200,8 +226,7 @@ def _bare(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
 def is_the_map(module: nn.Module, m: LinearMap) -> bool:
     """Whether a layer has exactly the sizes of `m` already."""
     weight = weight_of(module)
-    kernel = m.kernel if m.kind == "conv2d" else ()
-    if tuple(weight.shape) != (m.d_out, m.d_in // m.groups, *kernel) or m.bias != (module.bias is not None):
+    if tuple(weight.shape) != (m.d_out, m.d_in // m.groups, *_kernel_of(m)) or m.bias != (module.bias is not None):
         return False
     if not isinstance(module, nn.Conv2d):
         return True
