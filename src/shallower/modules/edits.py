@@ -32,7 +32,7 @@ _MOST_WEIGHTS = 2**36
 
 Name = Annotated[str, Bounds(1, 1000)]
 Owner = Annotated[str, Bounds(0, 1000)]
-Count = Annotated[int, Bounds(0, 2**24)]
+Whole = Annotated[int, Bounds(0, 2**24)]
 Size = Annotated[int, Bounds(1, 2**24)]
 Pixels = Annotated[int, Bounds(0, 2**16)]
 Steps = Annotated[int, Bounds(1, 2**16)]
@@ -54,7 +54,7 @@ class Externalise:
     """
 
     module: Owner
-    calls: tuple[tuple[Name, Count], ...]
+    calls: tuple[tuple[Name, Whole], ...]
     edit: Literal["externalise"] = field(default="externalise", init=False, repr=False)
 
     def perform(self, model: nn.Module) -> None:
@@ -203,7 +203,7 @@ class Attribute:
 
     name: Owner
     attribute: Name
-    value: Count
+    value: Whole
     edit: Literal["attribute"] = field(default="attribute", init=False, repr=False)
 
     def perform(self, model: nn.Module) -> None:
@@ -219,8 +219,8 @@ class Partial:
     """An activation becomes a `PartialActivation` around itself."""
 
     name: Name
-    kept: Count
-    linear: Count
+    kept: Whole
+    linear: Whole
     gate: Literal["", "separate", "packed"]
     channels_first: bool
     edit: Literal["partial"] = field(default="partial", init=False, repr=False)
@@ -242,7 +242,7 @@ class Slope:
     """
 
     name: Name
-    width: Count
+    width: Whole
     family: Family
     target: Target
     channels_first: bool
@@ -299,12 +299,12 @@ class Weights:
             own.copy_(numbers.to(own.dtype).to(own.device))
 
 
-Recorded = (
+StructuralEdit = (
     Externalise | Resize | Norm | Identity | Doubled | Summand | Padding | Attribute | Partial | Slope | Activation
 )
 """The edits of a model's structure, which are recorded on it."""
 
-Edit = Recorded | Weights
+Edit = StructuralEdit | Weights
 """One change of a model."""
 
 
@@ -327,19 +327,19 @@ def perform(model: nn.Module, edit: Edit) -> None:
         note(edit, changed, before, model.get_submodule(prefix), child)
 
 
-def edits(model: nn.Module) -> list[Recorded]:
+def edits(model: nn.Module) -> list[StructuralEdit]:
     """What surgery did to this model and its parts, in order; empty for a model it did not touch."""
     return [_moved(edit, name) for name, edit in noted(model)]
 
 
-def _moved(edit: Recorded, name: str) -> Recorded:
+def _moved(edit: StructuralEdit, name: str) -> StructuralEdit:
     """The same edit of the module that stands at `name` now."""
     if isinstance(edit, Externalise):
         return replace(edit, module=name)
     return replace(edit, name=name)
 
 
-def replay(model: nn.Module, edits: Sequence[Recorded | Mapping[str, Any]]) -> nn.Module:
+def replay(model: nn.Module, edits: Sequence[StructuralEdit | Mapping[str, Any]]) -> nn.Module:
     """Give a fresh model the structure that another one has after surgery, in place.
 
     Works on the meta device; weights are not set and are loaded afterwards.
@@ -357,7 +357,7 @@ def replay(model: nn.Module, edits: Sequence[Recorded | Mapping[str, Any]]) -> n
     if not isinstance(edits, (list, tuple)):
         raise CheckpointError("the edits of a saved model are a list")
     for i, given in enumerate(edits):
-        edit = given if isinstance(given, get_args(Recorded)) else decoded(i, given)
+        edit = given if isinstance(given, get_args(StructuralEdit)) else decoded(i, given)
         try:
             perform(model, edit)
         except CheckpointError:
@@ -404,17 +404,17 @@ def _device_at(model: nn.Module, name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def encoded(edit: Recorded) -> dict[str, Any]:
+def encoded(edit: StructuralEdit) -> dict[str, Any]:
     """An edit as it is written to a file: a flat object with its kind under "edit"."""
     data: dict[str, Any] = encode(edit)
     return data
 
 
-def decoded(i: int, data: object) -> Recorded:
+def decoded(i: int, data: object) -> StructuralEdit:
     """The edit number `i` of a file.
 
     Raises:
         CheckpointError: it is malformed.
     """
-    edit: Recorded = decode(Recorded, data, at=f"edit {i} of the saved model", error=CheckpointError)
+    edit: StructuralEdit = decode(StructuralEdit, data, at=f"edit {i} of the saved model", error=CheckpointError)
     return edit

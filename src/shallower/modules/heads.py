@@ -55,15 +55,15 @@ def without_heads(
             shift = bias_of(layer)
             if shift is not None:
                 shift = shift[own]
-            edits += _layer(replace(m, d_in=inputs[m.name]), weight_of(layer)[own], shift)
+            edits += _set_layer(replace(m, d_in=inputs[m.name]), weight_of(layer)[own], shift)
         for attribute, each in heads.counts:
             edits.append(Attribute(heads.module, attribute, each * len(kept)))
     if weight is not None:
-        edits += _layer(smaller.consumers[0], weight, bias)
+        edits += _set_layer(smaller.consumers[0], weight, bias)
     elif len(kept) < site.width:
         layer = model.get_submodule(out.name)
         chosen = columns(heads, kept).to(weight_of(layer).device)
-        edits += _layer(smaller.consumers[0], weight_of(layer)[:, chosen], bias_of(layer))
+        edits += _set_layer(smaller.consumers[0], weight_of(layer)[:, chosen], bias_of(layer))
     return edits
 
 
@@ -86,7 +86,7 @@ def _inputs(model: nn.Module, m: LinearMap) -> int:
         raise PlanError(f"`{m.name}` is no linear map of this model; were the sites found in it?") from None
 
 
-def _layer(m: LinearMap, weight: Tensor, bias: Tensor | None) -> list[Edit]:
+def _set_layer(m: LinearMap, weight: Tensor, bias: Tensor | None) -> list[Edit]:
     """The layer at `m.name` with the sizes of `m` and these numbers."""
     numbers = {"weight": weight}
     if m.bias:

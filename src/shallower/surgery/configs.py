@@ -22,12 +22,12 @@ from shallower.saving.skeletons import build_skeleton
 from shallower.saving.sources import source_of
 from shallower.sites.heads import heads_of
 
-Shapes = Mapping[str, Size]
+SizesByName = Mapping[str, Size]
 
 _DERIVED = ("n_inner",)
 """Numbers that may be None, and then follow from others: a width by its default."""
 
-_COUNTS = ("num_attention_heads", "num_key_value_heads")
+_HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class _Owner:
         """Before the names of its parts."""
         return f"{self.name}." * (self.name != "")
 
-    def shapes(self) -> Shapes:
+    def shapes(self) -> SizesByName:
         """Those of its parameters now."""
-        return _shapes(self.model)
+        return _parameter_shapes(self.model)
 
-    def built(self, numbers: Mapping[str, int]) -> Shapes | None:
+    def built(self, numbers: Mapping[str, int]) -> SizesByName | None:
         """Those that its class has with other numbers in the config; None where it does not take them."""
         trial = copy.deepcopy(self.config)
         for key, number in numbers.items():
@@ -56,7 +56,7 @@ class _Owner:
         try:
             plain = {key: value for key, value in trial.to_dict().items() if key != "transformers_version"}
             type(self.config)(**plain)
-            return _shapes(build_skeleton(self.source, trial.to_dict()))
+            return _parameter_shapes(build_skeleton(self.source, trial.to_dict()))
         except (ShallowerError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError):
             return None
         except Exception as error:
@@ -73,12 +73,12 @@ def follow_widths(model: nn.Module, todo: Sequence[Step]) -> None:
         model: after surgery.
         todo: the steps that made it; no width is set of which one left a slope, a linear path or a new bias.
     """
-    for owner in _owners(model):
-        pairs = sorted({(step.entry.site.width, step.form.kept) for step in _narrower(owner, todo)})
+    for owner in _config_owners(model):
+        pairs = sorted({(step.entry.site.width, step.form.kept) for step in _narrowing_steps(owner, todo)})
         if not pairs:
             continue
         before = owner.built({})
-        for key, old, new in _candidates(owner.config, pairs):
+        for key, old, new in _numbers_like(owner.config, pairs):
             after = owner.built({key: new})
             if before is None or after is None:
                 continue
@@ -94,7 +94,7 @@ def follow_heads(model: nn.Module, todo: Sequence[Step]) -> None:
         model: after surgery.
         todo: the steps that made it.
     """
-    for owner in _owners(model):
+    for owner in _config_owners(model):
         for numbers in _head_counts(owner, todo):
             before, after = owner.built({}), owner.built(numbers)
             if before is not None and after is not None and _describes(owner, before, after, todo):
@@ -102,7 +102,7 @@ def follow_heads(model: nn.Module, todo: Sequence[Step]) -> None:
                     setattr(owner.config, key, number)
 
 
-def _owners(model: nn.Module) -> Iterator[_Owner]:
+def _config_owners(model: nn.Module) -> Iterator[_Owner]:
     """The outermost stock model of each config."""
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -115,7 +115,7 @@ def _owners(model: nn.Module) -> Iterator[_Owner]:
             yield _Owner(name, module, config, source)
 
 
-def _narrower(owner: _Owner, todo: Sequence[Step]) -> Iterator[Step]:
+def _narrowing_steps(owner: _Owner, todo: Sequence[Step]) -> Iterator[Step]:
     """The steps that made a site of this model narrower and left nothing but stock layers."""
     for step in todo:
         producer = step.entry.site.producer
@@ -124,7 +124,7 @@ def _narrower(owner: _Owner, todo: Sequence[Step]) -> Iterator[Step]:
             yield step
 
 
-def _candidates(config: Any, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
+def _numbers_like(config: Any, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
     """Numbers of a config that may be a width, with the width before and after."""
     for key, value in sorted(config.to_dict().items()):
         for old, new in pairs:
@@ -142,13 +142,13 @@ def _head_counts(owner: _Owner, todo: Sequence[Step]) -> Iterator[dict[str, int]
         kept, each = len(step.entry.kept), site.heads.queries_per_group
         found.add((each * site.width, each * kept, site.width, kept))
     for queries, new_queries, groups, new_groups in sorted(found):
-        values = [getattr(owner.config, key, None) for key in _COUNTS]
+        values = [getattr(owner.config, key, None) for key in _HEAD_COUNTS]
         if new_groups < groups and values in ([queries, groups], [queries, None]):
-            numbers = dict(zip(_COUNTS, (new_queries, new_groups), strict=True))
-            yield {key: numbers[key] for key, value in zip(_COUNTS, values, strict=True) if value is not None}
+            numbers = dict(zip(_HEAD_COUNTS, (new_queries, new_groups), strict=True))
+            yield {key: numbers[key] for key, value in zip(_HEAD_COUNTS, values, strict=True) if value is not None}
 
 
-def _describes(owner: _Owner, before: Shapes, after: Shapes, todo: Sequence[Step]) -> bool:
+def _describes(owner: _Owner, before: SizesByName, after: SizesByName, todo: Sequence[Step]) -> bool:
     """Whether everything that a number changes in the stock class is in the model as it is there."""
     now = owner.shapes()
     changed = [name for name in after if before.get(name) != after[name]]
@@ -164,9 +164,9 @@ def _describes(owner: _Owner, before: Shapes, after: Shapes, todo: Sequence[Step
     return True
 
 
-def _parameters(shapes: Shapes, layer: str) -> set[str]:
+def _parameters(shapes: SizesByName, layer: str) -> set[str]:
     return {name for name in shapes if name.rpartition(".")[0] == layer}
 
 
-def _shapes(model: nn.Module) -> Shapes:
+def _parameter_shapes(model: nn.Module) -> SizesByName:
     return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}

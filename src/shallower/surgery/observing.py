@@ -27,7 +27,7 @@ from shallower.surgery.taps import Tap
 ALLOWED = {torch.float32: 1e-5, torch.float64: 100 * torch.finfo(torch.float64).eps}
 """Relative error, norm of the difference over the norm, that is taken for rounding in any network."""
 
-_MOST = 1e-10
+_MOST_ROUNDING = 1e-10
 _NUDGES = 30
 
 
@@ -120,14 +120,14 @@ def observed(model: nn.Module, run: Pass, taps: Sequence[Tap], *, after: bool) -
     """
     found = Observed([[] for _ in taps])
     modules = {i: tap.module_in(model) for i, tap in enumerate(taps)}
-    hooks = {i: _keeper(tap, found.taps[i], after) for i, tap in enumerate(taps)}
+    hooks = {i: _output_to(tap, found.taps[i], after) for i, tap in enumerate(taps)}
     with watching(modules, after=hooks):
         output = run.over(model)
     found.outputs = [t.detach().clone() for t in tensors(_without_heads(output))]
     return found
 
 
-def _keeper(tap: Tap, seen: list[Tensor], after: bool) -> Any:
+def _output_to(tap: Tap, seen: list[Tensor], after: bool) -> Any:
     def keep(_: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> None:
         seen.append(tap.read(output, after=after))
 
@@ -184,11 +184,11 @@ def compared(
     check_runs(taps, expected, found)
     usual = expected if nudged is None else nudged
     for tap, y, z, around in zip(taps, expected.taps, found.taps, usual.taps, strict=True):
-        difference = _judged(tap.site, tap.name, y, z, around, allowed)
+        difference = _first_difference(tap.site, tap.name, y, z, around, allowed)
         if difference is not None:
             return difference
     check_shapes(expected.outputs, found.outputs)
-    return _judged(None, "output", expected.outputs, found.outputs, usual.outputs, allowed)
+    return _first_difference(None, "output", expected.outputs, found.outputs, usual.outputs, allowed)
 
 
 def check_runs(taps: Sequence[Tap], expected: Observed, found: Observed) -> None:
@@ -219,7 +219,7 @@ def check_shapes(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
         raise SurgeryError(f"after surgery the model's outputs have the shapes {after}, and before {before}")
 
 
-def _judged(
+def _first_difference(
     site: Site | None,
     name: str,
     expected: Sequence[Tensor],
@@ -232,7 +232,7 @@ def _judged(
             where = "the model" if site is None else site.name
             raise SurgeryError(f"{where}: `{name}` has shape {tuple(z.shape)}, not {tuple(y.shape)}")
         limit = allowed or ALLOWED.get(y.dtype, ALLOWED[torch.float32])
-        limit = max(limit, min(_MOST, _NUDGES * relative_error(y, around)))
+        limit = max(limit, min(_MOST_ROUNDING, _NUDGES * relative_error(y, around)))
         error = relative_error(y, z)
         if error > limit:
             return Difference(site, name, error, limit, y.dtype)

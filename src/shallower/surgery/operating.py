@@ -45,7 +45,7 @@ from shallower.planning.plan import Plan
 from shallower.planning.steps import Step, steps
 from shallower.sites import LinearMap, Place, Residual, Site
 from shallower.surgery.padding import zeros_around
-from shallower.surgery.paths import Path, affine, as_read, columns_of, composed, path_of
+from shallower.surgery.paths import Path, affine, as_read, columns_read, linear_path_of, product_of
 
 
 def edits_of(plan: Plan, model: nn.Module) -> list[Edit]:
@@ -94,38 +94,38 @@ def edits_of_step(step: Step, model: nn.Module) -> list[Edit]:
             return without_heads(model, site, entry.kept)
         return without_heads(model, site, entry.kept, entry.fit.consumers[0], entry.fit.biases[0])
     if site.producer is None or form.kind == "removed":
-        return _gone(model, _needed(site.activation))
+        return _gone(model, _required(site.activation))
     if form.kind == "apart" and any(m.groups > 1 for m in form.maps):
         return _grouped_apart(model, entry, form)
     producer = model.get_submodule(site.producer.name)
-    path = path_of(model, entry, form, producer, _consumers(model, site))
+    path = linear_path_of(model, entry, form, producer, _readers(model, site))
     if form.kind == "merged":
-        return _merged(model, entry, form, path)
+        return _as_one_map(model, entry, form, path)
     if form.kind in ("pair", "apart"):
-        return _two(model, site, form, path)
-    return _narrower(model, entry, form, path)
+        return _as_two_maps(model, site, form, path)
+    return _with_kept_channels(model, entry, form, path)
 
 
 # ------------------------------------------------------------------------------------------ sites without kept channels
 
 
-def _merged(model: nn.Module, entry: Entry, form: Form, path: Path) -> list[Edit]:
+def _as_one_map(model: nn.Module, entry: Entry, form: Form, path: Path) -> list[Edit]:
     """One map C diag(s) P in the place of each consumer."""
     site = entry.site
     made = cast("LinearMap", site.producer)
     producer = model.get_submodule(made.name)
     weights = []
-    for up, consumer, m in zip(path.ups, _consumers(model, site), form.consumers, strict=True):
+    for up, consumer, m in zip(path.ups, _readers(model, site), form.consumers, strict=True):
         if site.bridge.has("flatten"):
             weights.append(_over_pixels(site, up, cast("Tensor", path.down), cast("nn.Conv2d", producer), m))
         else:
-            weights.append(composed(up, path.down, producer, consumer))
+            weights.append(product_of(up, path.down, producer, consumer))
     edits: list[Edit] = []
     biases = path.biases
     if entry.fold_skip:
         edits = _without_sum(model, cast("Residual", site.residual), weights, biases)
     for m, weight, bias in zip(form.consumers, weights, biases, strict=True):
-        edits += _layer(model, m, grouped(weight, m.groups), bias)
+        edits += _as_layer(model, m, grouped(weight, m.groups), bias)
     if site.bridge.packed:
         edits.append(Doubled(made.name, site.channels_first))
     else:
@@ -161,7 +161,7 @@ def _without_sum(
     return [*edits, *made, Summand(name, residual.branch)]
 
 
-def _two(model: nn.Module, site: Site, form: Form, path: Path) -> list[Edit]:
+def _as_two_maps(model: nn.Module, site: Site, form: Form, path: Path) -> list[Edit]:
     """Producer and consumers with nothing between them: y = up (down x + shift) + bias."""
     down, shift, ups = cast("Tensor", path.down), path.shift, path.ups
     if len(down) == 0:  # nothing is left but a constant: a layer needs at least one channel
@@ -171,9 +171,9 @@ def _two(model: nn.Module, site: Site, form: Form, path: Path) -> list[Edit]:
         down = _halves(site, torch.zeros_like(down), down)
     if site.bridge.packed and shift is not None:
         shift = _halves(site, torch.zeros_like(shift), shift)
-    edits = _layer(model, cast("LinearMap", form.producer), down, shift)
+    edits = _as_layer(model, cast("LinearMap", form.producer), down, shift)
     for m, up, bias in zip(form.consumers, ups, path.biases, strict=True):
-        edits += _layer(model, m, up, bias)
+        edits += _as_layer(model, m, up, bias)
     return edits + _nothing_between(model, site, form.width)
 
 
@@ -184,7 +184,7 @@ def _grouped_apart(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
     slopes = torch.where(entry.fates == Fate.LINEAR, entry.slopes, 0.0)
     producer = model.get_submodule(made.name)
     rows, shift, _ = as_read(model, replace(entry, slopes=slopes), producer, everything, everything[:0])
-    return _layer(model, made, grouped(rows, made.groups), shift) + _nothing_between(model, site, site.width)
+    return _as_layer(model, made, grouped(rows, made.groups), shift) + _nothing_between(model, site, site.width)
 
 
 def _nothing_between(model: nn.Module, site: Site, width: int) -> list[Edit]:
@@ -192,7 +192,7 @@ def _nothing_between(model: nn.Module, site: Site, width: int) -> list[Edit]:
     edits: list[Edit] = []
     if site.gate is not None:
         edits.append(Identity(site.gate.name))
-    place = _needed(site.activation)
+    place = _required(site.activation)
     edits += _gone(model, place)
     if site.bridge.gated:
         edits.append(Partial(name_at(model, place), 0, width, _gate(site), site.channels_first))
@@ -205,39 +205,39 @@ def _nothing_between(model: nn.Module, site: Site, width: int) -> list[Edit]:
 # --------------------------------------------------------------------------------------------- sites with kept channels
 
 
-def _narrower(model: nn.Module, entry: Entry, form: Form, path: Path) -> list[Edit]:
+def _with_kept_channels(model: nn.Module, entry: Entry, form: Form, path: Path) -> list[Edit]:
     """The same layers with the kept channels, and a linear path beside them where the form has one."""
     site, kept, fit = entry.site, entry.kept, entry.fit
     if form.kept == site.width and form.rank == 0 and fit is None:
-        return _activation(model, entry, form)
+        return _activation_edits(model, entry, form)
     producer = model.get_submodule(cast("LinearMap", site.producer).name)
-    consumers = _consumers(model, site)
+    consumers = _readers(model, site)
     down, ups = _reduced(path, form, producer, consumers)
-    rows, bias = _rows(producer, site.bridge.up_rows(kept), fit, "producer", bool(site.norm_before))
+    rows, bias = _kept_rows(producer, site.bridge.up_rows(kept), fit, "producer", bool(site.norm_before))
     shift = down.new_zeros(form.rank)
     if path.shift is not None and form.rank:
         shift = path.shift
     if form.rank:
-        rows, bias = _joined(rows, down), _joined(bias, shift)
+        rows, bias = _beside(rows, down), _beside(bias, shift)
     if site.bridge.packed:
-        gates, gate_bias = _rows(producer, site.bridge.gate_rows(kept), fit, "gate")
+        gates, gate_bias = _kept_rows(producer, site.bridge.gate_rows(kept), fit, "gate")
         if form.rank:
-            gates, gate_bias = _joined(gates, torch.zeros_like(down)), _joined(gate_bias, torch.zeros_like(shift))
+            gates, gate_bias = _beside(gates, torch.zeros_like(down)), _beside(gate_bias, torch.zeros_like(shift))
         rows, bias = _halves(site, gates, rows), _halves(site, gate_bias, bias)
-    edits = _layer(model, cast("LinearMap", form.producer), rows, bias)
+    edits = _as_layer(model, cast("LinearMap", form.producer), rows, bias)
     if site.gate is not None:
-        gates, gate_bias = _rows(model.get_submodule(site.gate.name), kept, fit, "gate")
-        edits += _layer(model, cast("LinearMap", form.gate), gates, gate_bias)
+        gates, gate_bias = _kept_rows(model.get_submodule(site.gate.name), kept, fit, "gate")
+        edits += _as_layer(model, cast("LinearMap", form.gate), gates, gate_bias)
     for m in form.between:
-        filters, own_bias = _rows(model.get_submodule(m.name), kept)
-        edits += _layer(model, m, filters, own_bias)
+        filters, own_bias = _kept_rows(model.get_submodule(m.name), kept)
+        edits += _as_layer(model, m, filters, own_bias)
     for i, (m, consumer) in enumerate(zip(form.consumers, consumers, strict=True)):
-        columns = columns_of(site, consumer, kept) if fit is None else fit.consumers[i]
+        columns = columns_read(site, consumer, kept) if fit is None else fit.consumers[i]
         if form.rank:
-            columns = _joined(columns, ups[i], 1)
-        edits += _layer(model, m, columns, path.biases[i])
+            columns = _beside(columns, ups[i], 1)
+        edits += _as_layer(model, m, columns, path.biases[i])
     edits += _norms(model, entry, form)
-    edits += _activation(model, entry, form)
+    edits += _activation_edits(model, entry, form)
     for place in site.bridge.activations[1:]:
         if form.kept < site.width and _has_channels(model, place, site.width):
             made, name = _at(model, place)
@@ -273,7 +273,7 @@ def _norm_vectors(norm: _BatchNorm, kept: Tensor, channels: int) -> dict[str, Te
     return numbers
 
 
-def _rows(
+def _kept_rows(
     layer: nn.Module, rows: Tensor, fit: Fit | None = None, role: str = "", shifted: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of these rows of a layer, or what was fitted in their place; zeros where it has no bias.
@@ -303,7 +303,7 @@ def _reduced(
     down, ups = path.down, path.ups
     if form.through == "channels" and down is not None:
         return down, ups
-    products = [composed(up, down, producer, consumer) for up, consumer in zip(ups, consumers, strict=True)]
+    products = [product_of(up, down, producer, consumer) for up, consumer in zip(ups, consumers, strict=True)]
     if form.through == "inputs":
         return _identity_map(form.rank, ups[0].device, isinstance(producer, nn.Conv2d)), products
     full = torch.cat(products)
@@ -321,7 +321,7 @@ def _identity_map(channels: int, device: torch.device, convolution: bool) -> Ten
 # ------------------------------------------------------------------------------------------------------ activations
 
 
-def _activation(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
+def _activation_edits(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
     """What becomes of the activation: its parameters sliced, a slope, a linear path beside it."""
     site, kept, place = entry.site, entry.kept, entry.site.activation
     if place is None:
@@ -431,13 +431,13 @@ def _gone(model: nn.Module, place: Place) -> list[Edit]:
     return [*edits, Identity(name)]
 
 
-def _needed(place: Place | None) -> Place:
+def _required(place: Place | None) -> Place:
     if place is None:
         raise PlanError("a site without an activation cannot become linear")
     return place
 
 
-def _layer(model: nn.Module, m: LinearMap, weight: Tensor, bias: Tensor | None) -> list[Edit]:
+def _as_layer(model: nn.Module, m: LinearMap, weight: Tensor, bias: Tensor | None) -> list[Edit]:
     """The layer at `m.name` with the sizes of `m` and these numbers; zeros for a bias that is not given."""
     edits: list[Edit] = []
     if not is_the_map(model.get_submodule(m.name), m):
@@ -453,11 +453,11 @@ def _layer(model: nn.Module, m: LinearMap, weight: Tensor, bias: Tensor | None) 
 def _halves(site: Site, gate: Tensor, up: Tensor) -> Tensor:
     """Gate and up projection in the order in which a packed producer gives them."""
     if site.bridge.gate_first:
-        return _joined(gate, up)
-    return _joined(up, gate)
+        return _beside(gate, up)
+    return _beside(up, gate)
 
 
-def _joined(first: Tensor, second: Tensor, dim: int = 0) -> Tensor:
+def _beside(first: Tensor, second: Tensor, dim: int = 0) -> Tensor:
     """Two parts of a weight; on the CPU where one of them is there, for it may be too wide for another device."""
     device = first.device
     if second.device.type == "cpu":
@@ -465,5 +465,5 @@ def _joined(first: Tensor, second: Tensor, dim: int = 0) -> Tensor:
     return torch.cat([first.to(device), second.to(device)], dim)
 
 
-def _consumers(model: nn.Module, site: Site) -> list[nn.Module]:
+def _readers(model: nn.Module, site: Site) -> list[nn.Module]:
     return [model.get_submodule(m.name) for m in site.consumers]

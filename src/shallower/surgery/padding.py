@@ -165,12 +165,12 @@ def _input_of(model: nn.Module, site: Site, inputs: Inputs) -> Tensor:
 def _linear(model: nn.Module, site: Site, f: nn.Module, x: Tensor) -> list[Tensor]:
     """What the consumers give with `f` in the place of the activation."""
     names = [m.name for m in site.maps]
-    before, after = (_norm(model, site, name) for name in (site.norm_before, site.norm_after))
+    before, after = (_norm_alone(model, site, name) for name in (site.norm_before, site.norm_after))
     z = after(f(before(model.get_submodule(names[0])(x))))
     return [model.get_submodule(name)(z) for name in names[1:]]
 
 
-def _norm(model: nn.Module, site: Site, name: str) -> nn.Module:
+def _norm_alone(model: nn.Module, site: Site, name: str) -> nn.Module:
     """A BatchNorm, without an activation that stands in it."""
     norm = model.get_submodule(name) if name else nn.Identity()
     place = site.activation or Place("")

@@ -31,21 +31,21 @@ class Path:
     biases: list[Tensor]
 
 
-def path_of(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, consumers: list[nn.Module]) -> Path:
+def linear_path_of(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, consumers: list[nn.Module]) -> Path:
     """The linear path of an entry, and its constants where the form has them.
 
     Raises:
         PlanError: a constant would stand in front of zero padding.
     """
     if entry.fit is None:
-        path = _chosen(model, entry, form, producer, consumers)
+        path = _through_fates(model, entry, form, producer, consumers)
     else:
         path = _fitted(entry.site, entry.fit, producer, consumers)
     if form.inside or path.shift is None:
         return path
     for i, (m, up) in enumerate(zip(entry.site.consumers, path.ups, strict=True)):
         _check_border(entry.site, m, path.shift)
-        path.biases[i] = path.biases[i] + _answer(entry.site, up, path.shift)
+        path.biases[i] = path.biases[i] + _answer_to_constants(entry.site, up, path.shift)
     path.shift = None
     return path
 
@@ -61,7 +61,7 @@ def _fitted(site: Site, fit: Fit, producer: nn.Module, consumers: list[nn.Module
     if not fit.ups:
         nothing = torch.zeros(0, dtype=torch.int64)
         down = torch.zeros((0, *_logical(producer).shape[1:]), dtype=torch.float64, device=where)
-        return Path(down, None, [wide(columns_of(site, consumer, nothing)) for consumer in consumers], biases)
+        return Path(down, None, [wide(columns_read(site, consumer, nothing)) for consumer in consumers], biases)
     path = Path(None, None, list(map(own, fit.ups)), biases)
     if fit.down is not None:
         path.down = own(fit.down)
@@ -70,13 +70,13 @@ def _fitted(site: Site, fit: Fit, producer: nn.Module, consumers: list[nn.Module
     return path
 
 
-def _chosen(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, consumers: list[nn.Module]) -> Path:
+def _through_fates(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, consumers: list[nn.Module]) -> Path:
     """The path through the linear channels, as the consumers read them, and the constants of the dropped ones."""
     site, linear, dropped = entry.site, entry.linear, entry.dropped
     down, shift, constants = as_read(model, entry, producer, linear, dropped)
     path = Path(down, shift, [], [])
     for m, consumer in zip(site.consumers, consumers, strict=True):
-        up, of_dropped = wide(columns_of(site, consumer, linear)), wide(columns_of(site, consumer, dropped))
+        up, of_dropped = wide(columns_read(site, consumer, linear)), wide(columns_read(site, consumer, dropped))
         bias, own = down.new_zeros(up.shape[0]), bias_of(consumer)
         if own is not None:
             bias = wide(own)
@@ -85,7 +85,7 @@ def _chosen(model: nn.Module, entry: Entry, form: Form, producer: nn.Module, con
             up = torch.cat([up, _weighted(of_dropped, constants)], 1)
         else:
             _check_border(site, m, constants)
-            bias = bias + _answer(site, of_dropped, constants)
+            bias = bias + _answer_to_constants(site, of_dropped, constants)
         path.ups.append(up)
         path.biases.append(bias)
     if form.constant:
@@ -123,7 +123,7 @@ def as_read(
     return scale_rows(down, gain), shift, constants
 
 
-def _answer(site: Site, columns: Tensor, constants: Tensor) -> Tensor:
+def _answer_to_constants(site: Site, columns: Tensor, constants: Tensor) -> Tensor:
     """What columns of a consumer give for constant channels."""
     return response(columns, constants.repeat_interleave(site.bridge.block))
 
@@ -134,7 +134,7 @@ def _weighted(columns: Tensor, constants: Tensor) -> Tensor:
     return (columns * constants.reshape(shape)).sum(1, keepdim=True)
 
 
-def composed(up: Tensor, down: Tensor | None, producer: nn.Module, consumer: nn.Module) -> Tensor:
+def product_of(up: Tensor, down: Tensor | None, producer: nn.Module, consumer: nn.Module) -> Tensor:
     """The map of a consumer after that of a producer; `up` itself where it is one full map."""
     if down is None:
         return up
@@ -159,7 +159,7 @@ def _logical(module: nn.Module) -> Tensor:
     return weight
 
 
-def columns_of(site: Site, consumer: nn.Module, channels: Tensor) -> Tensor:
+def columns_read(site: Site, consumer: nn.Module, channels: Tensor) -> Tensor:
     """The columns of a consumer that read these channels of its site."""
     weight = _logical(consumer)
     return weight[:, site.bridge.columns(channels).to(weight.device)]

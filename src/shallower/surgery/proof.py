@@ -39,7 +39,7 @@ from shallower.surgery.whole import (
     check_rounded,
     done,
     is_narrow,
-    whole,
+    whole_network,
     wide_enough,
     widened,
 )
@@ -67,11 +67,11 @@ def proven(model: M, todo: Sequence[Step], inputs: Inputs, edits_of: EditsOf = e
         return _in_shapes(model, todo, run, edits_of)
     narrow = list(filter(is_narrow, tensors))
     if not narrow:
-        return whole(model, todo, run, edits_of)
+        return whole_network(model, todo, run, edits_of)
     if _is_short_of_memory(model):
         return block_by_block(model, todo, run, edits_of)
     small = detached_copy(model)
-    exact = whole(widened(model), todo, run.converted(wide_enough), edits_of, small)
+    exact = whole_network(widened(model), todo, run.converted(wide_enough), edits_of, small)
     check_rounded(exact, small)
     check_answers(exact, small, model, todo, run, narrow[0].dtype)
     return small

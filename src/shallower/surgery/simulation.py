@@ -127,7 +127,9 @@ def _hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], ori
         rows = _FittedRows(site, entry.kept, fit.gate, fit.gate_bias, memory, origin, gate_half)
         gate.register_forward_hook(rows, with_kwargs=True)
     for i, m in enumerate(site.consumers):
-        modules[m.name].register_forward_hook(_Fitted(site, fit, i, entry.kept, memory, producer), with_kwargs=True)
+        modules[m.name].register_forward_hook(
+            _FittedConsumer(site, fit, i, entry.kept, memory, producer), with_kwargs=True
+        )
 
 
 def _set_shift(site: Site, norm: nn.Module, channels: Tensor, shift: Tensor) -> None:
@@ -202,7 +204,7 @@ def _origin(entry: Entry, plan: Mapping[str, Step]) -> _Origin:
     return _Origin(site.producer.name)
 
 
-def _vector(values: Tensor, like: Tensor, channels_first: bool) -> Tensor:
+def _aligned_with(values: Tensor, like: Tensor, channels_first: bool) -> Tensor:
     """(n,) aligned with the channels of `like`."""
     values = values.to(like.device, like.dtype)
     return values.reshape(-1, *[1] * (like.dim() - 2)) if channels_first else values
@@ -221,7 +223,7 @@ class _Fates(nn.Module):
         first = entry.site.channels_first
 
         def vector(values: Tensor) -> Tensor:
-            return _vector(values, h, first)
+            return _aligned_with(values, h, first)
 
         kept = self.f(h.clone())
         if entry.alphas is not None:
@@ -248,7 +250,7 @@ class _Affine:
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         z = read(args, kwargs)
-        z = z * _vector(self.scale, z, self.channels_first) + _vector(self.shift, z, self.channels_first)
+        z = z * _aligned_with(self.scale, z, self.channels_first) + _aligned_with(self.shift, z, self.channels_first)
         return (z,), {}
 
 
@@ -266,7 +268,7 @@ class _FittedRows:
         dim, kept, half = self.site.bridge.dim, self.kept.to(output.device), self.half
         rows = _apply(module, self.weight, self.memory.read(self.site))
         if self.bias is not None:
-            rows = rows + _vector(self.bias, rows, self.site.channels_first)
+            rows = rows + _aligned_with(self.bias, rows, self.site.channels_first)
         else:
             standing = self._standing(module, read(args, kwargs), output)
             if half is not None:
@@ -281,7 +283,7 @@ class _FittedRows:
     def _standing(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """What the producer gives beside its weights on what is left: its bias, and the answer to constants."""
         if self.origin.bias is not None:
-            return _vector(self.origin.bias, output, self.site.channels_first).expand_as(output)
+            return _aligned_with(self.origin.bias, output, self.site.channels_first).expand_as(output)
         gone = torch.zeros_like(x)
         if self.origin.left is not None:
             gone = self.origin.left.without(x, self.site.bridge.dim)
@@ -308,7 +310,7 @@ class _Memory:
         return self.x
 
 
-class _Fitted:
+class _FittedConsumer:
     """A consumer with fitted maps in the place of its own."""
 
     def __init__(self, site: Site, fit: Fit, i: int, kept: Tensor, memory: _Memory, producer: nn.Module) -> None:
@@ -329,9 +331,9 @@ class _Fitted:
             else:
                 middle = _apply(self.producer[0], fit.down, x)
                 if fit.down_bias is not None:
-                    middle = middle + _vector(fit.down_bias, middle, self.site.channels_first)
+                    middle = middle + _aligned_with(fit.down_bias, middle, self.site.channels_first)
                 y = y + _apply(module, fit.ups[i], middle)
-        return y + _vector(fit.biases[i], y, y.dim() == 4 and isinstance(module, nn.Conv2d))
+        return y + _aligned_with(fit.biases[i], y, y.dim() == 4 and isinstance(module, nn.Conv2d))
 
 
 def _apply(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def _roles(todo: Sequence[Step]) -> dict[str, Channels | None]:
         site = step.entry.site
         if site.heads is not None:
             for m in site.heads.maps:
-                roles[m.name] = _of_heads(site, m, step.entry.kept)
+                roles[m.name] = _rows_left_of_heads(site, m, step.entry.kept)
             continue
         for made in (site.producer, site.gate):
             if made is not None:
@@ -121,7 +121,7 @@ def _of_producer(step: Step) -> Channels | None:
     return Channels(torch.cat([kept, kept + site.width]), torch.cat([first, first + half]))
 
 
-def _of_heads(site: Site, m: LinearMap, kept: Tensor) -> Channels:
+def _rows_left_of_heads(site: Site, m: LinearMap, kept: Tensor) -> Channels:
     """The rows of a projection that belong to the kept heads, found from each row's number: (row - start) // step."""
     heads = heads_of(site)
     row = torch.arange(m.d_out)

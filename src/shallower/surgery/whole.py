@@ -1,6 +1,6 @@
 """Surgery on a whole model in float32 or float64, compared with the plan simulated on it.
 
-small = whole(model, todo, run, edits_of)
+small = whole_network(model, todo, run, edits_of)
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ M = TypeVar("M", bound=nn.Module)
 EditsOf = Callable[[Step, nn.Module], list[Edit]]
 """The edits of a step, from the model that the earlier ones left."""
 
-_LOOSE = 8
+LOOSE = 8
 """How many units of rounding the output of a model in a narrow type may be away from that in float32."""
 
 
-def whole(model: M, todo: Sequence[Step], run: Pass, edits_of: EditsOf, *others: nn.Module) -> M:
+def whole_network(model: M, todo: Sequence[Step], run: Pass, edits_of: EditsOf, *others: nn.Module) -> M:
     """The model after surgery, proven as a whole.
 
     Args:
@@ -120,7 +120,7 @@ def simulated(model: nn.Module, todo: Sequence[Step], run: Pass, taps: Sequence[
     except ForwardError as error:
         cause = error.__cause__ or error
         raise SurgeryError(
-            f"{_names(todo)}: the model does not run on the example inputs with the plan simulated on its own layers: "
+            f"{_sites(todo)}: the model does not run on the example inputs with the plan simulated on its own layers: "
             f"{sentence(cause)}. Weights of narrow types are proven in float32, which a forward must allow"
         ) from cause
 
@@ -139,12 +139,12 @@ def done(todo: Sequence[Step], edits_of: EditsOf, model: nn.Module, *others: nn.
                     for each in (model, *others):
                         perform(each, edit)
                 for each in (model, *others):
-                    _check_finite(each, step)
+                    _refuse_infinite(each, step)
         except SiteError as error:
             raise SurgeryError(f"{name}: surgery fails: {error}. Exclude the site") from error
 
 
-def _check_finite(model: nn.Module, step: Step) -> None:
+def _refuse_infinite(model: nn.Module, step: Step) -> None:
     for m in step.form.maps:
         for parameter in model.get_submodule(m.name).parameters():
             if not has_no_numbers(parameter) and not bool(parameter.isfinite().all()):
@@ -165,14 +165,16 @@ def after_surgery(model: nn.Module, todo: Sequence[Step], run: Pass, taps: Seque
     except ForwardError as error:
         cause = error.__cause__ or error
         raise SurgeryError(
-            f"{_names(todo)}: the model after surgery does not run on the example inputs: {sentence(cause)}. Something "
+            f"{_sites(todo)}: the model after surgery does not run on the example inputs: {sentence(cause)}. Something "
             "in its forward depends on the width or on an attribute of a changed layer. Apply the entries of the plan "
             "one by one to see which, and exclude that site"
         ) from cause
 
 
-def _names(todo: Sequence[Step]) -> str:
-    return listing(step.entry.site.name for step in todo) or "an empty plan"
+def _sites(todo: Sequence[Step]) -> str:
+    if not todo:
+        return "an empty plan"
+    return listing(step.entry.site.name for step in todo)
 
 
 # ------------------------------------------------------------------------------------------------------- narrow types
@@ -236,7 +238,7 @@ def check_answers(
     """
     wide_run = run.converted(wide_enough)
     error = distance(observed(exact, wide_run, (), after=True), after_surgery(small, todo, run, ()))
-    allowed = _LOOSE * torch.finfo(dtype).eps
+    allowed = LOOSE * torch.finfo(dtype).eps
     if error > allowed:
         # a network may amplify rounding: as much as it does with the plan simulated is no fault of surgery
         usual = distance(simulated(widened(model), todo, wide_run, ()), simulated(model, todo, run, ()))

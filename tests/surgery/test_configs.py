@@ -1,0 +1,109 @@
+"""A config follows new widths where, and only where, its stock class then has the layers of the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from shallower.finding.matching import find_sites
+from shallower.planning.entries import Entry
+from shallower.planning.plan import Plan
+from shallower.surgery.applying import apply
+
+pytestmark = pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
+
+
+def language_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if name == "bert":
+        return hf.BertForMaskedLM(hf.BertConfig(**sizes, intermediate_size=40)).eval()
+    if name == "llama":
+        config = hf.LlamaConfig(**sizes, num_key_value_heads=1, intermediate_size=40)
+        return hf.LlamaForCausalLM(config).eval()
+    if name == "phi3":
+        return hf.Phi3ForCausalLM(hf.Phi3Config(**sizes, intermediate_size=40, pad_token_id=0, eos_token_id=1)).eval()
+    if name == "gpt2":
+        config = hf.GPT2Config(
+            vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1
+        )
+        return hf.GPT2LMHeadModel(config).eval()
+    bart = {"encoder_ffn_dim": 40, "decoder_ffn_dim": 48, "encoder_layers": 1, "decoder_layers": 2}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return hf.BartModel(hf.BartConfig(vocab_size=50, d_model=16, max_position_embeddings=32, **bart, **heads)).eval()
+
+
+IDS = {"input_ids": torch.arange(10).reshape(2, 5)}
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("bert", "intermediate_size"), ("llama", "intermediate_size"), ("phi3", "intermediate_size"), ("gpt2", "n_inner")],
+)
+def test_a_uniformly_narrower_model_has_the_width_in_its_configuration_and_loads_in_its_class(name, key):
+    model = language_model(name)
+    plan = Plan(tuple(Entry.narrow(site, torch.arange(24)) for site in find_sites(model, IDS)))
+    small = apply(model, plan, IDS)
+    assert getattr(small.config, key) == 24
+    assert getattr(model.config, key) in (40, None)
+    fresh = type(model)(small.config).eval()
+    fresh.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh(**IDS)[0], small(**IDS)[0])
+
+
+def test_encoder_and_decoder_have_widths_of_their_own():
+    model = language_model("bart")
+    sites = find_sites(model, IDS)
+    narrow = Plan(tuple(Entry.narrow(s, torch.arange(24)) for s in sites if s.name.startswith("decoder")))
+    config = apply(model, narrow, IDS).config
+    assert (config.encoder_ffn_dim, config.decoder_ffn_dim) == (40, 24)
+
+
+@pytest.mark.parametrize("widths", [(24, 20), (24, 40)])
+def test_a_configuration_that_cannot_tell_the_widths_stays(widths):
+    model = language_model("bert")
+    entries = [Entry.narrow(s, torch.arange(w)) for s, w in zip(find_sites(model, IDS), widths, strict=True)]
+    assert apply(model, Plan(tuple(entries)), IDS).config.intermediate_size == 40
+
+
+def test_a_configuration_stays_where_a_bias_was_added():
+    model = language_model("llama")
+    sites = find_sites(model, IDS)
+    plan = Plan(tuple(Entry.narrow(s, torch.arange(24), torch.ones(40)) for s in sites))
+    assert apply(model, plan, IDS).config.intermediate_size == 40
+
+
+def test_a_number_that_also_sizes_other_layers_stays() -> None:
+    """Llama 4: the width of the dense layers is that of the routed experts, too."""
+    torch.manual_seed(0)
+    config = hf.Llama4TextConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, intermediate_size_mlp=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_local_experts=2, interleave_moe_layer_step=1,
+        moe_layers=[1], pad_token_id=0,
+    )  # fmt: skip
+    model = hf.Llama4ForCausalLM(config).eval()
+    sites = find_sites(model, IDS)
+    assert sites
+    for width in {site.width for site in sites}:
+        chosen = [site for site in sites if site.width == width]
+        small = apply(model, Plan(tuple(Entry.narrow(site, torch.arange(24)) for site in chosen)), IDS)
+        stock = type(model)(small.config)
+        shapes = {name: p.shape for name, p in stock.named_parameters()}
+        experts = {name: p.shape for name, p in small.named_parameters() if "experts" in name and p.dim() == 3}
+        assert experts
+        assert all(shapes[name] == shape for name, shape in experts.items())
+
+
+def test_a_width_that_another_number_has_by_chance_does_not_block_the_change() -> None:
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    model = hf.BertForMaskedLM(config).eval()
+    sites = [site for site in find_sites(model, IDS) if site.name.startswith("bert.encoder")]
+    assert len(sites) == 2
+    small = apply(model, Plan(tuple(Entry.narrow(site, torch.arange(8)) for site in sites)), IDS)
+    assert (small.config.intermediate_size, small.config.hidden_size) == (8, 16)
