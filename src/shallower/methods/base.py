@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from shallower.errors import MethodError, PlanError
+from shallower.errors import MethodError, PlanError, ShallowerError
 from shallower.modules import attachment
 from shallower.modules.layers import check_shape
 from shallower.planning.plan import Plan
@@ -43,7 +43,7 @@ class Method(Trainable):
     """
 
     def __init__(self, model: nn.Module, sites: Sites) -> None:
-        check_model(model, sites)
+        check_sites(model, sites)
         super().__init__(model)
         self.sites = sites
 
@@ -91,20 +91,22 @@ def activation_of(site: Site) -> Place:
     return site.activation
 
 
-def check_model(model: nn.Module, sites: Iterable[Site]) -> None:
+def check_sites(model: nn.Module, sites: Iterable[Site], error: type[ShallowerError] = MethodError) -> None:
     """Refuse sites that were found in another model.
 
+        check_sites(model, sites)
+
     Raises:
-        MethodError: a layer of a site is missing, or is of another kind or size.
+        ShallowerError: (of the kind `error`) a layer of a site is missing, or is of another kind or size.
     """
     for site in sites:
-        places = () if site.activation is None else (site.activation.module,)
         try:
-            for name in places:
-                model.get_submodule(name)
+            if site.activation is not None:
+                model.get_submodule(site.activation.module)
             for m in site.maps:
                 check_shape(site.name, model.get_submodule(m.name), m)
-        except AttributeError as error:
-            raise MethodError(f"{site.name}: {error}. Were the sites found in another model?") from None
-        except PlanError as error:
-            raise MethodError(f"the sites were found in another model, or before it was changed: {error}") from None
+        except (AttributeError, PlanError) as wrong:
+            raise error(
+                f"{site.name}: the sites were found in another model, or before this one was changed ({wrong}). Find "
+                "them again, find_sites(model, example_inputs)"
+            ) from None

@@ -95,7 +95,7 @@ def train(
         TrainingError: there is nothing to train or nothing to train on, the model or the loss fails on a batch, the
             loss is not a finite scalar, or the checkpoint is damaged or of another run.
     """
-    steps = _length(batches)
+    steps = _steps_of(batches)
     if floor is not None and score is None:
         raise TrainingError("floor= needs score=, a function of the model, to compare with")
     modes = [(module, module.training) for module in model.modules()]
@@ -327,7 +327,7 @@ def _same_layout(optimizer: torch.optim.Optimizer) -> None:
                     moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _length(batches: Iterable[Any]) -> int:
+def _steps_of(batches: Iterable[Any]) -> int:
     try:
         reiterable(batches)
         length = len(batches)  # type: ignore[arg-type]

@@ -69,7 +69,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Ended:
     """How a round ended.
 
     Attributes:
@@ -138,7 +138,7 @@ class Rounds(Generic[R]):
 
     def train(
         self, label: str, *, begin: Callable[[], object] | None = None, end: Callable[[], object] | None = None
-    ) -> Outcome:
+    ) -> Ended:
         """Train one round.
 
         Args:
@@ -168,7 +168,7 @@ class Rounds(Generic[R]):
         self.over = training.floor is not None and score is not None and score < training.floor
         if self.over:
             self.model.load_state_dict(before)
-        return Outcome(history, score, self.over)
+        return Ended(history, score, self.over)
 
     def finish(self, record: R) -> None:
         """The round is over: keep it, with what is `chosen` for the next."""

@@ -8,7 +8,7 @@ from torch import nn
 
 import shallower as sh
 from shallower.errors import MethodError
-from shallower.methods.collapsing.fates import Fates, whole
+from shallower.methods.collapsing.fates import Fates, unsharded
 from shallower.modules.activations import SlopeActivation
 
 
@@ -63,4 +63,4 @@ def test_a_norm_that_is_none_any_more_is_an_error() -> None:
 
 def test_a_slope_that_is_not_sharded_is_itself() -> None:
     slope = torch.ones(3)
-    assert whole(slope) is slope
+    assert unsharded(slope) is slope

@@ -43,7 +43,7 @@ class Fates:
         Raises:
             MethodError: an activation place has neither arrived nor stayed as it was.
         """
-        alphas = whole(activation.slope).detach().cpu().double()
+        alphas = unsharded(activation.slope).detach().cpu().double()
         linear = (1 - alphas).abs() < self.tolerance
         if activation.family == "blend" and not bool(alphas.any()):
             return None
@@ -73,7 +73,7 @@ class Fates:
         return torch.ones(site.width, dtype=torch.float64), torch.zeros(site.width, dtype=torch.float64)
 
 
-def whole(slope: Tensor) -> Tensor:
+def unsharded(slope: Tensor) -> Tensor:
     """The slope of all shards, where FSDP has distributed it."""
     return slope.full_tensor() if isinstance(slope, DTensor) else slope
 
@@ -82,5 +82,5 @@ def whole(slope: Tensor) -> Tensor:
 def _under_normal(activation: SlopeActivation, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """The line nearest to the activation for h ~ N(mean, std^2): in closed form of a PReLU, else by quadrature."""
     if activation.kernel == "relu":
-        return gaussian_prelu(mean, std, whole(activation.slope).cpu())
+        return gaussian_prelu(mean, std, unsharded(activation.slope).cpu())
     return Moments.gaussian(mean, std, copy.deepcopy(activation).cpu().double()).best_affine()

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from shallower.core.inputs import InputsOf, MaskOf, default_inputs_of, reiterabl
 from shallower.core.processes import from_first_process
 from shallower.errors import MethodError
 from shallower.methods.base import Method, activation_of, linearisable
-from shallower.methods.collapsing.fates import Fates, whole
+from shallower.methods.collapsing.fates import Fates, unsharded
 from shallower.methods.collapsing.sensitivity import costs_of
 from shallower.methods.collapsing.stages import Stage, Stages, check_tolerance
 from shallower.modules import attachment
@@ -154,24 +155,22 @@ class LayerCollapse(Method):
 
     def slopes(self) -> dict[str, Tensor]:
         """The slopes now, by site: (1,) or (n,), detached copies."""
-        return {name: whole(module.slope).detach().clone() for name, module in self.activations.items()}
+        return {name: unsharded(module.slope).detach().clone() for name, module in self.activations.items()}
 
     # what a training loop asks
 
     def param_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """As `Method.param_groups`, and a last group for the slopes: no weight decay, `slope_lr` if given."""
         groups = super().param_groups(weight_decay)
-        slopes: dict[str, Any] = {
-            "params": [slope for slope in self.undecayed() if slope.requires_grad],
-            "weight_decay": 0.0,
-        }
+        trained = filter(attrgetter("requires_grad"), self.undecayed())
+        slopes: dict[str, Any] = {"params": list(trained), "weight_decay": 0.0}
         if self.slope_lr is not None:
             slopes["lr"] = self.slope_lr
         return [group for group in (*groups, slopes) if group["params"]]
 
     def undecayed(self) -> list[nn.Parameter]:
         """The slopes: weight decay would pull them to 0."""
-        return [module.slope for module in self.activations.values()]
+        return list(map(attrgetter("slope"), self.activations.values()))
 
     def schedule(self, steps: int) -> None:
         """Every slope is at 1 after so many steps, where the method was constructed without `arrive_in`."""
@@ -180,7 +179,7 @@ class LayerCollapse(Method):
 
     def metrics(self) -> dict[str, float]:
         """The mean slope, and how many sites are linear."""
-        means = [slope.mean() for slope in self.slopes().values()]
+        means = list(map(torch.mean, self.slopes().values()))
         if not means:
             return {}
         return {"shallower/slope": float(torch.stack(means).mean()), "shallower/linear": len(self.collapsed())}
@@ -189,8 +188,8 @@ class LayerCollapse(Method):
         """strength * sum over active sites of (1 - a)^2, per channel the mean; 0 where the penalty is decoupled."""
         if self.decoupled or not self.active:
             return super().penalty()
-        parts = [self.distance(whole(slope)).mean() for slope in self._active_slopes()]
-        return self.strength * torch.stack(parts).sum()
+        distances = map(self.distance, map(unsharded, self._active_slopes()))
+        return self.strength * torch.stack(list(map(torch.mean, distances))).sum()
 
     def distance(self, slope: Tensor) -> Tensor:
         """What the penalty measures of each slope: (1 - a)^2."""
@@ -240,7 +239,8 @@ class LayerCollapse(Method):
         self._before = {}
 
     def _active_slopes(self) -> Iterator[nn.Parameter]:
-        return (self.activations[name].slope for name in self.active)
+        for name in self.active:
+            yield self.activations[name].slope
 
     # what comes of it
 
@@ -308,7 +308,7 @@ class LayerCollapse(Method):
 
     def _arrived(self, site: Site, tolerance: float) -> bool:
         """Whether any channel of the site becomes linear."""
-        slope = whole(self.activations[site.name].slope)
+        slope = unsharded(self.activations[site.name].slope)
         return bool(((1 - slope).abs() < tolerance).any())
 
     # in stages

@@ -54,7 +54,7 @@ def costs_of(
         device = model_device(model)
         for batch in tqdm(reiterable(batches), desc="sensitivity", delay=2):
             count += 1
-            run, cost = _judged(model, to_device(batch, device), loss, inputs_of)
+            run, cost = _compared(model, to_device(batch, device), loss, inputs_of)
             base = run()
             for name, change in changes.items():
                 totals[name] += float(cost(base, _under(change, run)))
@@ -91,7 +91,7 @@ def output_change(reference: Any, output: Any) -> Tensor:
     return error / size.clamp_min(torch.finfo(torch.float64).tiny)
 
 
-def _judged(
+def _compared(
     model: nn.Module, batch: Any, loss: Loss | None, inputs_of: InputsOf
 ) -> tuple[Callable[[], Any], Callable[[Any, Any], Any]]:
     """What to run on a batch, and how to compare two of its results."""

@@ -55,8 +55,8 @@ from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
 from shallower.sites import Place, Site, Sites
 from shallower.surgery.applying import apply
+from shallower.training.loop import Score
 
-Score = Callable[[nn.Module], float]
 Widths = int | str | Mapping[str, int]
 """A number of channels, a share ("50%") of every site's, or channels by the name of the site."""
 

@@ -19,9 +19,9 @@ from shallower.core.modes import evaluating
 from shallower.core.tensors import has_no_numbers
 from shallower.core.trees import tensors, to_device
 from shallower.errors import FitError, ForwardError, OutOfMemoryError, ShallowerError, SiteError
+from shallower.methods.base import check_sites
 from shallower.methods.squeezing.calibration import Calibration
-from shallower.modules.layers import kind_of, weight_of
-from shallower.sites import LinearMap, Site
+from shallower.sites import Site
 
 
 def check_model(model: nn.Module, sites: Iterable[Site]) -> None:
@@ -33,23 +33,7 @@ def check_model(model: nn.Module, sites: Iterable[Site]) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if has_no_numbers(tensor):
             raise SiteError(f"`{name}` is on the meta device: calibration runs the model, so load its weights first")
-    for site in sites:
-        for m in site.maps:
-            if not _has_layer(model, m):
-                raise SiteError(
-                    f"{site.name}: the model has no layer `{m.name}` of {m.d_in} inputs and {m.d_out} outputs. The "
-                    "sites were found in another model: find them in this one, find_sites(model, example_inputs)"
-                )
-
-
-def _has_layer(model: nn.Module, m: LinearMap) -> bool:
-    try:
-        module = model.get_submodule(m.name)
-    except AttributeError:
-        return False
-    if kind_of(module) != m.kind:
-        return False
-    return tuple(weight_of(module).shape[:2]) == (m.d_out, m.d_in // m.groups)
+    check_sites(model, sites, SiteError)
 
 
 def check_call(model: nn.Module, inputs: Inputs, which: str, remedy: str) -> Any:

@@ -6,10 +6,8 @@ plan = search.plan(Target.parse("macs:60%"), score=None)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-from torch import nn
 
 from shallower.core.processes import from_first_process
 from shallower.errors import MethodError, TargetError
@@ -20,8 +18,8 @@ from shallower.planning.costs import Cost
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
 from shallower.sites import Site, Sites
+from shallower.training.loop import Score
 
-Score = Callable[[nn.Module], float]
 """Quality of a model, higher is better."""
 
 _TRIALS = 6

@@ -25,7 +25,7 @@ from shallower.methods.squeezing.costing import Counts, Times
 from shallower.methods.squeezing.diagnosing import check_call, check_model, explained
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.progress import Progress, identity_of
-from shallower.methods.squeezing.searching import Score, Search
+from shallower.methods.squeezing.searching import Search
 from shallower.methods.squeezing.sweeping import Sweep
 from shallower.methods.squeezing.uniformity import only_expressible
 from shallower.modules.attachment import attached_places, detached_copy
@@ -33,6 +33,7 @@ from shallower.modules.offloading import mapped
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
 from shallower.sites import Sites
+from shallower.training.loop import Score
 
 
 def squeeze(
