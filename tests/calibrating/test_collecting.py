@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from shallower.calibrating.collecting import GramOptions, collect_goals, collect_grams
+from shallower.calibrating.collecting import GramOptions, collect_goals, collect_grams, one_site
 from shallower.calibrating.fisher import output_metrics
-from shallower.calibrating.grams import Gram
-from shallower.calibrating.patches import patches
-from shallower.calibrating.residual_sums import ResidualSums
-from shallower.errors import FitError, SiteError
+from shallower.calibrating.site_grams import SiteGrams
+from shallower.errors import FitError, Refusal, SiteError
 from shallower.finding.matching import find_sites
-from shallower.sites import LinearMap
+from shallower.sites import Site
+from tests.processes import in_two_processes
 
 
 class Residual(nn.Module):
@@ -34,22 +36,6 @@ class Residual(nn.Module):
 def batches(count: int = 3) -> list[Tensor]:
     torch.manual_seed(1)
     return [torch.randn(4, 5, 6) for _ in range(count)]
-
-
-def test_gram_matrices_add_up() -> None:
-    torch.manual_seed(0)
-    z, y = torch.randn(50, 4), torch.randn(50, 3)
-    parts, whole = Gram.of(z[:20], y[:20]) + Gram.of(z[20:], y[20:]), Gram.of(z, y)
-    for name in ("mean_z", "mean_y", "zz", "zy", "yy"):
-        torch.testing.assert_close(getattr(parts.centred(), name), getattr(whole.centred(), name))
-    assert parts.count == 50
-
-
-def test_centred_moments_are_covariances() -> None:
-    torch.manual_seed(0)
-    z = torch.randn(40, 4, dtype=torch.float64) + 100
-    moments = Gram.of(z, z).centred()
-    torch.testing.assert_close(moments.zz, z.T.cov(correction=0), rtol=1e-8, atol=1e-8)
 
 
 def test_what_the_consumers_read_and_give_is_seen() -> None:
@@ -111,17 +97,6 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 2, 0), (2, 1, 0)])
-def test_patches_times_weight_is_the_convolution(kernel: int, stride: int, padding: int) -> None:
-    torch.manual_seed(0)
-    conv = nn.Conv2d(3, 5, kernel, stride, padding, bias=False)
-    z = torch.randn(2, 3, 8, 8)
-    out = conv(z)
-    m = LinearMap("c", "conv2d", 3, 5, False, 1, (kernel, kernel), (stride, stride), (padding, padding))
-    rows = patches(z, m) @ conv.weight.flatten(1).T
-    torch.testing.assert_close(rows, out.movedim(1, -1).reshape(-1, 5), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("given", [[], [torch.randn(1, 6)]])
 def test_no_data_or_one_sample_is_refused(given: list[Tensor]) -> None:
     model = Residual()
@@ -143,52 +118,6 @@ def test_a_one_shot_iterator_is_refused() -> None:
     model = Residual()
     with pytest.raises(SiteError, match="one-shot"):
         collect_grams(model, None, list(find_sites(model, batches()[0])), iter(batches()))
-
-
-def test_the_residual_sum_is_found_through_scale_norm_and_transposition() -> None:
-    torch.manual_seed(0)
-    norm = nn.BatchNorm1d(4).eval()
-    norm.running_var.uniform_(0.5, 2)
-    scale = nn.Parameter(torch.rand(3) + 0.5)
-    y, r = torch.randn(2, 3, 4), torch.randn(2, 4, 3)
-    with ResidualSums() as sums:
-        sums.follow(y)
-        out = r + norm(y.transpose(1, 2)) * scale
-    change = torch.randn_like(r)
-    back = torch.randn_like(y)
-    with ResidualSums() as other:
-        other.follow(back)
-        _ = (r + change) + norm(back.transpose(1, 2)) * scale
-    difference = other.others[0] - sums.others[0]
-    moved = r + norm((y + difference).transpose(1, 2)) * scale
-    torch.testing.assert_close(moved, out + change)
-
-
-def test_an_output_that_is_normalised_first_has_no_residual_sum() -> None:
-    y = torch.randn(2, 4)
-    with ResidualSums() as sums:
-        sums.follow(y)
-        _ = torch.randn(2, 4) + nn.functional.layer_norm(y, (4,))
-    assert sums.others == [None]
-
-
-def test_metric_predicts_the_change_of_the_output() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 4), nn.Identity(), nn.Linear(4, 3)).double()
-    data = [torch.randn(2000, 6, dtype=torch.float64) for _ in range(4)]
-    metric = output_metrics(model, ["0"], data)["0"].zz
-    weight = model[2].weight.detach()
-    torch.testing.assert_close(metric, weight.T @ weight, rtol=0.1, atol=0.05)
-
-
-def test_metric_of_logits_is_the_fisher_matrix() -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(4, 3).double()
-    data = [torch.randn(5000, 4, dtype=torch.float64)]
-    metric = output_metrics(model, [""], data, logits=True)[""].zz
-    p = model(data[0]).softmax(-1).detach()
-    exact = torch.diag(p.mean(0)) - p.T @ p / len(p)
-    torch.testing.assert_close(metric, exact, rtol=0.1, atol=0.02)
 
 
 def test_goals_kept_from_one_pass_are_those_of_a_pass_for_each_site() -> None:
@@ -245,3 +174,114 @@ def test_what_a_convolution_reads_is_padded_as_it_pads() -> None:
     moments = collect_grams(model, None, [site], images)[site.name].all.centred()
     weight = torch.linalg.solve(moments.zz + 1e-9 * torch.eye(len(moments.zz)), moments.zy).T
     torch.testing.assert_close(weight.float(), conv.weight.detach().flatten(1), atol=1e-3, rtol=1e-3)
+
+
+class Routed(nn.Module):
+    """Two experts: rows go to the second one where their first number is large; a skipped expert does not run."""
+
+    def __init__(self, skips: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.expert = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.skips = skips
+        self.limit = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        chosen = x[:, 0] > self.limit
+        if self.skips and not bool(chosen.any()):
+            return x
+        return x.index_put((chosen.nonzero()[:, 0],), self.expert(x[chosen]))
+
+
+def routed(skips: bool, small_first: bool = False) -> tuple[Routed, list[Site], list[Tensor]]:
+    model = Routed(skips)
+    data = [torch.randn(16, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    sites = list(find_sites(model, data[0]))
+    empty = data[1].clone()
+    empty[:, 0] = -50.0
+    return model, sites, [data[0], empty, data[2]] if not small_first else data
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_batch_without_rows_for_a_site_counts_for_nothing_there(skips: bool) -> None:
+    model, sites, data = routed(skips)
+    found = collect_grams(model, None, sites, data, GramOptions(inputs=True, rows=True))
+    without = collect_grams(model, None, sites, [data[0], data[2]], GramOptions(inputs=True, rows=True))
+    here, there = one_site(found, sites[1]), one_site(without, sites[1])
+    assert here.all.count == there.all.count < 32
+    torch.testing.assert_close(here.all.centred().zz, there.all.centred().zz)
+    assert one_site(found, sites[0]).all.count == 48
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_site_that_sees_no_rows_at_all_is_left_out_with_the_reason(skips: bool) -> None:
+    model, sites, data = routed(skips)
+    found = collect_grams(model, None, sites, [data[1], data[1]])
+    assert isinstance(found[sites[0].name], SiteGrams)
+    refusal = found[sites[1].name]
+    assert isinstance(refusal, Refusal)
+    assert "no calibration batch, or on no rows" in refusal.reason
+    with pytest.raises(SiteError, match="Leave the site out"):
+        one_site(found, sites[1])
+
+
+def test_a_site_that_is_routed_otherwise_in_the_squeezed_network_is_refused_alone() -> None:
+    dense, sites, data = routed(skips=False, small_first=True)
+    small = copy.deepcopy(dense)
+    small.limit = 0.5
+    found = collect_grams(dense, small, sites, data)
+    assert isinstance(found[sites[0].name], SiteGrams)
+    refusal = found[sites[1].name]
+    assert isinstance(refusal, Refusal)
+    assert "other rows in the squeezed network" in refusal.reason
+
+
+WORKER = """
+import torch
+import torch.distributed as dist
+from shallower.calibrating.collecting import GramOptions, collect_grams, one_site
+from shallower.calibrating.fisher import output_metrics
+from shallower.errors import FitError, ForwardError
+from tests.calibrating.test_collecting import routed
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+model, sites, data = routed(skips=True)
+names = [m.name for site in sites for m in site.consumers]
+options = GramOptions(inputs=True, joint=True)
+
+# the second process sees no rows of the expert, and then no batches at all
+for own in ([data[0], data[2]] if rank == 0 else [data[1]], data if rank == 0 else []):
+    found = collect_grams(model, None, sites, own, options)
+    metrics = output_metrics(model, names, own)
+    parts = own if rank == 0 else None
+    whole = [data[0], data[2], data[1]] if len(own) < 3 and rank == 0 else data
+    for site in sites:
+        grams = one_site(found, site)
+        counts = [None] * 2
+        dist.all_gather_object(counts, (grams.all.count, float(grams.joint[0].centred().zz.sum()), grams.units.sum()))
+        assert counts[0] == counts[1], counts
+    assert list(metrics) == names
+    assert one_site(found, sites[0]).all.count == 48
+
+# few rows in both processes stay rows
+thin = collect_grams(model, None, sites[:1], [data[0][:2]], options)
+assert one_site(thin, sites[0]).all.count == 4
+assert one_site(thin, sites[0]).all.centred().rows is not None
+
+# an error in one process is raised in both
+for batch, error in ((torch.full((16, 4), torch.nan), FitError), (torch.randn(2, 9), ForwardError)):
+    try:
+        collect_grams(model, None, sites, [data[0], batch] if rank == 0 else [data[0]])
+    except error:
+        pass
+    else:
+        raise AssertionError(error)
+"""
+
+
+@pytest.mark.slow
+def test_processes_with_other_batches_end_together(tmp_path: Path) -> None:
+    in_two_processes(WORKER, tmp_path)

@@ -245,7 +245,7 @@ def batches(x: Tensor) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), [(lambda x: batches(x), "one-shot iterator"), (lambda _: [], "no batches to calibrate")]
+    ("given", "message"), [(lambda x: batches(x), "one-shot iterator"), (lambda _: [], "calibration needs data")]
 )
 def test_batches_that_cannot_be_used_are_refused(given: Any, message: str) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 2))

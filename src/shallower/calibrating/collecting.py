@@ -8,7 +8,7 @@ are added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -21,18 +21,12 @@ from shallower.calibrating.patches import flat, patches, thinned
 from shallower.calibrating.recording import DenseOutputs, Goals, Recorder
 from shallower.calibrating.site_grams import HELD_OUT, Rows, SiteGrams, read_alike
 from shallower.calibrating.walking import Walk, walked
-from shallower.core.inputs import (
-    InputsOf,
-    MaskOf,
-    default_inputs_of,
-    default_mask_of,
-    model_device,
-    reiterable,
-)
+from shallower.core.batches import Batches
+from shallower.core.inputs import InputsOf, MaskOf, default_inputs_of, model_device
 from shallower.core.memory import give_back
 from shallower.core.modes import evaluating
 from shallower.core.processes import gathered, raised_anywhere, summed_over_processes
-from shallower.core.trees import tensors, to_device
+from shallower.core.trees import tensors
 from shallower.errors import FitError, Refusal, SiteError
 from shallower.sites import Site
 
@@ -67,7 +61,7 @@ class GramOptions:
 def collect_goals(
     dense: nn.Module,
     sites: Sequence[Site],
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Batches,
     *,
     compensation: float = 0.0,
     inputs_of: InputsOf = default_inputs_of,
@@ -81,23 +75,23 @@ def collect_goals(
     Args:
         dense: the model as it is.
         sites: in order of execution.
-        batches: read in the same order as they will be read for `collect_grams`.
+        batches: the same, in the same order, as for `collect_grams`.
         compensation: see `GramOptions`.
         inputs_of: picks the model's inputs out of a batch.
         most: bytes to be kept. Sites from the last on are left out until the rest fits; the first never is.
 
     Raises:
-        SiteError: the batches cannot be read again.
+        SiteError: the batches cannot be read.
     """
-    reiterable(batches)
+    calibration = Batches.read(batches, inputs_of)
     device = model_device(dense)
     goals: list[Goals] = []
     chosen = list(sites)
     with evaluating(dense), Recorder(dense, chosen) as recorder:
-        for batch in tqdm(batches, desc="dense outputs", delay=5, leave=False):
-            recorder.run(to_device(inputs_of(batch), device))
+        for batch in tqdm(calibration, desc="dense outputs", delay=5, leave=False):
+            recorder.run(batch.on(device).inputs)
             if not goals and most is not None:
-                chosen = _fitting(recorder, chosen, most // _length(batches))
+                chosen = _fitting(recorder, chosen, most // len(calibration))
                 recorder.limit(chosen)
             goals.append({site.name: recorder.goals(site, compensation) for site in chosen})
     return goals
@@ -113,15 +107,11 @@ def _fitting(recorder: Recorder, sites: list[Site], most: int) -> list[Site]:
     return sites
 
 
-def _length(batches: Iterable[Any]) -> int:
-    return max(1, len(batches)) if isinstance(batches, Sized) else 1
-
-
 def collect_grams(
     dense: nn.Module,
     small: nn.Module | None,
     sites: Sequence[Site],
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Batches,
     options: GramOptions | None = None,
     *,
     goals: Sequence[Goals] | None = None,
@@ -141,7 +131,7 @@ def collect_grams(
         dense: the model as it is.
         small: the model with the earlier sites squeezed already; None for `dense` itself.
         sites: that have not been squeezed yet, in both models.
-        batches: read once here, but a one-shot iterator is refused.
+        batches: a list, a DataLoader, or `Batches` that were read before.
         options: what else is collected.
         goals: what `collect_goals` found with the same compensation and batches; then `dense` does not run.
         walk: continues from the blocks that are finished before the sites, instead of from the inputs.
@@ -149,16 +139,15 @@ def collect_grams(
         mask_of: picks the mask out of a batch; by default a two-dimensional `attention_mask`.
 
     Raises:
-        SiteError: the batches cannot be read again.
+        SiteError: the batches cannot be read.
         ForwardError: the model does not run on a batch.
         FitError: there are no batches or just one sample, or a value is not finite; the error names the site. What one
             process raises, all raise.
     """
-    reiterable(batches)
     device = model_device(dense)
-    passes = _Passes(sites, options or GramOptions(), _length(batches), device)
-    samples = 0
     with raised_anywhere(), ExitStack() as stack:
+        calibration = Batches.read(batches, inputs_of, mask_of)
+        passes = _Passes(sites, options or GramOptions(), len(calibration), device)
         target = source = None
         if small is None or goals is None:
             stack.enter_context(evaluating(dense))
@@ -167,19 +156,17 @@ def collect_grams(
             stack.enter_context(evaluating(small))
             source = stack.enter_context(Recorder(small, sites))
         assert source is not None
-        for index, batch in enumerate(tqdm(batches, desc="calibrating", delay=5, leave=False)):
-            mask = default_mask_of(batch) if mask_of is None else mask_of(batch)
-            inputs = to_device(inputs_of(batch), device)
-            samples += samples_in(inputs)
+        for index, batch in enumerate(tqdm(calibration, desc="calibrating", delay=5, leave=False)):
+            here = batch.on(device)
             for recorder in dict.fromkeys((target, source)):
                 if recorder is not None:
-                    walked(recorder, walk, index, sites, inputs)
-            passes.add(target, source, None if goals is None else goals[index], mask)
+                    walked(recorder, walk, index, sites, here.inputs)
+            passes.add(target, source, None if goals is None else goals[index], here.mask)
             for recorder in (target, source):
                 if recorder is not None:
                     recorder.forget()
             give_back()
-    check_enough(int(summed_over_processes(samples)[0]))
+    check_enough(int(summed_over_processes(calibration.rows)[0]))
     return passes.found()
 
 
@@ -234,7 +221,7 @@ class _Passes:
             goals: what the consumers should return.
             mask: positions that count; None for all.
         """
-        flat_mask = None if mask is None else mask.to(self._device).bool().flatten()
+        flat_mask = None if mask is None else mask.bool().flatten()
         for site in self._sites:
             seen = self._seen[site.name]
             if seen.refusal is not None:

@@ -20,21 +20,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shallower.calibrating.grams import Centred, Gram
-from shallower.core.inputs import (
-    InputsOf,
-    MaskOf,
-    call,
-    default_inputs_of,
-    default_mask_of,
-    model_device,
-    reiterable,
-)
+from shallower.core.batches import Batch, Batches
+from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, model_device
 from shallower.core.memory import in_pieces
 from shallower.core.modes import evaluating
 from shallower.core.outputs import are_logits
 from shallower.core.processes import gathered, raised_anywhere, summed_over_processes
 from shallower.core.text import listing
-from shallower.core.trees import cut, rows_of, tensors, to_device
+from shallower.core.trees import cut, rows_of, tensors
 from shallower.core.watching import After, watching
 from shallower.errors import FitError
 from shallower.modules.offloading import held_bytes
@@ -69,7 +62,7 @@ def default_output_of(output: Any) -> Tensor:
 def output_metrics(
     model: nn.Module,
     names: Sequence[str],
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Batches,
     *,
     inputs_of: InputsOf = default_inputs_of,
     mask_of: MaskOf | None = None,
@@ -103,36 +96,32 @@ def output_metrics(
     Reference: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, 2015,
     section 2, for the sampled Fisher matrix.
     """
-    reiterable(batches)
     gradients = _Gradients(model, names)
     generator = torch.Generator().manual_seed(seed)
     device = model_device(model)
-    read = 0
 
-    def backward(batch: Any) -> None:
-        nonlocal read
-        mask = default_mask_of(batch) if mask_of is None else mask_of(batch)
-        gradients.mask = None if mask is None else mask.to(device).bool().flatten()
-        raw = call(model, to_device(inputs_of(batch), device))
+    def backward(batch: Batch) -> None:
+        here = batch.on(device)
+        mask = here.mask
+        gradients.mask = None if mask is None else mask.bool().flatten()
+        raw = call(model, here.inputs)
         output = output_of(raw)
         direction = _direction(output, are_logits(raw) if logits is None else logits, generator)
         if mask is not None and output.dim() == 3 and output.shape[:2] == mask.shape:
             direction = direction * mask.to(direction)[..., None]
         if output.requires_grad:
             torch.autograd.backward(output, direction)
-        read += 1
 
     with raised_anywhere(), ExitStack() as stack:
+        calibration = Batches.read(batches, inputs_of, mask_of)
         room = max(_ROOM, held_bytes(model))
-        for batch in batches:
-            if not _rows_are_independent(model, to_device(inputs_of(batch), device), output_of):
-                room = sys.maxsize
-            break
+        if len(calibration) and not _rows_are_independent(model, calibration[0].on(device).inputs, output_of):
+            room = sys.maxsize
         stack.enter_context(evaluating(model, gradients=True))
         stack.callback(_require_no_gradients(model))
         stack.enter_context(watching(model, after={name: gradients.after(name) for name in names}))
-        in_pieces(tqdm(batches, desc="measuring sensitivity", delay=5, leave=False), model, room, backward)
-    if not summed_over_processes(read)[0]:
+        in_pieces(tqdm(calibration, desc="measuring sensitivity", delay=5, leave=False), model, room, backward)
+    if not summed_over_processes(calibration.rows)[0]:
         raise FitError("calibration needs data: `batches` is empty. Give a few hundred samples")
     return gradients.found()
 
@@ -201,7 +190,7 @@ class _Gradients:
 
 def _require_no_gradients(model: nn.Module) -> Callable[[], None]:
     """Let no parameter take gradients; the result undoes it."""
-    required = [p for p in model.parameters() if p.requires_grad]
+    required = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     for parameter in required:
         parameter.requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""What calibration data tell about a site's activation: moments, channel by channel, that add up.
+"""Moments of a site's activation over calibration data, channel by channel, that add up.
 
     moments = collect(model, sites, batches)            # {site name: Moments}
     slope, offset = moments["encoder.layer.3"].best_affine()
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 from itertools import repeat
@@ -23,27 +22,20 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from shallower.core.inputs import (
-    Inputs,
-    InputsOf,
-    MaskOf,
-    call,
-    default_inputs_of,
-    default_mask_of,
-    model_device,
-    reiterable,
-    tensors,
-    to_device,
-)
+from shallower.core.batches import Batches
+from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, model_device
 from shallower.core.modes import evaluating
+from shallower.core.trees import tensors
+from shallower.core.watching import After, Before, copied, read, watching
 from shallower.errors import FitError, SiteError
 from shallower.modules import attachment
-from shallower.sites import Site
-
-"""Picks, out of a batch of the user's data, the (batch, positions) mask; 0 where a position counts for nothing."""
+from shallower.sites import Place, Site
 
 _ELEMENTS = 1 << 20
 """Values that are converted to float64 at a time."""
+
+Key = tuple[int, str]
+"""Number of a site, and "activation" or "up"."""
 
 
 @dataclass(frozen=True)
@@ -196,122 +188,130 @@ def gaussian_prelu(mean: Tensor, std: Tensor, a: Tensor) -> tuple[Tensor, Tensor
 def collect(
     model: nn.Module,
     sites: Iterable[Site],
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Batches,
     *,
     inputs_of: InputsOf = default_inputs_of,
     mask_of: MaskOf | None = None,
 ) -> dict[str, Moments]:
     """Moments of each site's activation over the batches, by the site's name.
 
-    What stands at the activation's place now is measured: f, or the slope activation that a method has attached. The
-    model runs in eval mode without gradients and is left as it was.
+        slope, offset = collect(model, sites, batches)["encoder.layer.3"].best_affine()
+
+    What is at the activation's place now is measured: f, or the slope activation that a method has attached. The model
+    runs in eval mode without gradients and is left as it was. A batch in which a site sees no rows counts for nothing
+    there.
 
     Args:
         model: on the device to compute on; batches are moved there.
         sites: of kinds that have an activation.
-        batches: read once here, but a one-shot iterator is refused.
+        batches: a list, a DataLoader, or `Batches` that were read before.
         inputs_of: picks the model's inputs out of a batch.
         mask_of: picks the mask out of a batch; by default a two-dimensional `attention_mask`. It applies to sites that
             see as many positions as the mask has.
 
     Raises:
-        SiteError: a site has no activation, an activation did not run, or the batches cannot be read again.
+        SiteError: a site has no activation, an activation did not run, or the batches cannot be read.
         FitError: there are no batches.
     """
-    sites = tuple(sites)
-    reiterable(batches)
-    places = []
-    for site in sites:
-        if site.activation is None:
-            raise SiteError(f"{site.name}: a site of kind {site.kind!r} has no activation to measure")
-        places.append(site.activation)
+    calibration = Batches.read(batches, inputs_of, mask_of)
+    recorders = list(map(_ActivationRecorder, sites))
+    if not len(calibration):
+        raise FitError("calibration needs data: `batches` is empty. Give a few hundred samples")
     device = model_device(model)
-    with attachment.exposed(model, places) as modules, ExitStack() as hooks, evaluating(model):
-        watches = [
-            hooks.enter_context(_watching(model, site, modules[p])) for site, p in zip(sites, places, strict=True)
-        ]
-        for batch in tqdm(batches, desc="calibrating", delay=2):
-            mask = default_mask_of(batch) if mask_of is None else mask_of(batch)
-            for watch in watches:
-                watch.mask = None if mask is None else mask.to(device).bool().reshape(-1)
-            inputs: Inputs = to_device(inputs_of(batch), device)
-            call(model, inputs)
-            for watch in watches:
-                watch.check()
-    return {watch.site.name: watch.result() for watch in watches}
+    with attachment.exposed(model, [recorder.place for recorder in recorders]) as modules, evaluating(model):
+        watched, before, after = _hooks(model, modules, recorders)
+        with watching(watched, before=before, after=after):
+            for batch in tqdm(calibration, desc="calibrating", delay=2):
+                here = batch.on(device)
+                for recorder in recorders:
+                    recorder.mask = None if here.mask is None else here.mask.bool().reshape(-1)
+                call(model, here.inputs)
+                for recorder in recorders:
+                    recorder.check()
+    return {recorder.site.name: recorder.result() for recorder in recorders}
 
 
-class _Watch:
-    """Gathers the moments of one site while the model runs."""
+def _hooks(
+    model: nn.Module, modules: Mapping[Place, nn.Module], recorders: Sequence[_ActivationRecorder]
+) -> tuple[dict[Key, nn.Module], dict[Key, Before], dict[Key, After]]:
+    """The modules to watch, and what to call before and after them."""
+    watched: dict[Key, nn.Module] = {}
+    before: dict[Key, Before] = {}
+    after: dict[Key, After] = {}
+    for i, recorder in enumerate(recorders):
+        activation, up = (i, "activation"), (i, "up")
+        watched[activation] = modules[recorder.place]
+        before[activation], after[activation] = recorder.before, recorder.after
+        if recorder.site.bridge.gated and recorder.site.producer is not None:
+            watched[up] = model.get_submodule(recorder.site.producer.name)
+            after[up] = recorder.up
+    return watched, before, after
+
+
+class _ActivationRecorder:
+    """Adds up the moments of one site's activation while the model runs.
+
+    Attributes:
+        place: where the activation is.
+        mask: positions that count in the batch that runs; None for all.
+    """
 
     def __init__(self, site: Site) -> None:
+        if site.activation is None:
+            raise SiteError(f"{site.name}: a site of kind {site.kind!r} has no activation to measure")
         self.site = site
+        self.place = site.activation
         self.mask: Tensor | None = None
-        self.moments: Moments | None = None
-        self.entering: deque[Tensor] = deque()
-        self.pairs: deque[tuple[Tensor, Tensor]] = deque()
-        self.ups: deque[Tensor] = deque()
+        self._moments: Moments | None = None
+        self._entering: deque[Tensor] = deque()
+        self._pairs: deque[tuple[Tensor, Tensor]] = deque()
+        self._ups: deque[Tensor] = deque()
 
     def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The activation's input, copied because f may work in place."""
-        self.entering.append(next(tensors((args, kwargs))).detach().clone())
+        self._entering.append(copied(read(args, kwargs)))
 
-    def after(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         """The activation's output."""
-        h, f = self.rows(self.entering.pop()), self.rows(next(tensors(output)).detach())
-        if self.site.gated:
-            self.pairs.append((h, f))
-            self.join()
+        h, f = self._rows(self._entering.pop()), self._rows(next(tensors(output)).detach())
+        if self.site.bridge.gated:
+            self._pairs.append((h, f))
+            self._join()
         else:
-            self.add(Moments.of(h, f))
+            self._add(Moments.of(h, f))
 
-    def up(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        """What a gated site's producer gives: u, or the gate and u in one tensor."""
-        u = self.rows(next(tensors(output)).detach())
-        if self.site.packed:
-            u = u[:, self.site.width :] if self.site.packed == "gate-first" else u[:, : self.site.width]
-        self.ups.append(u)
-        self.join()
+    def up(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        """The output of a gated site's producer: u, or the gate and u in one tensor."""
+        u = self._rows(next(tensors(output)).detach())
+        if self.site.bridge.packed:
+            u = u[:, self.site.bridge.up_rows(torch.arange(self.site.width))]
+        self._ups.append(u)
+        self._join()
 
-    def join(self) -> None:
+    def _join(self) -> None:
         """Either of the two may come first."""
-        while self.pairs and self.ups:
-            self.add(Moments.of(*self.pairs.popleft(), self.ups.popleft()))
+        while self._pairs and self._ups:
+            self._add(Moments.of(*self._pairs.popleft(), self._ups.popleft()))
 
-    def rows(self, t: Tensor) -> Tensor:
+    def _rows(self, t: Tensor) -> Tensor:
         """(positions that count, channels)."""
         if self.site.channels_first and t.dim() > 2:
             t = t.movedim(1, -1)
         t = t.reshape(-1, t.shape[-1])
         return t[self.mask] if self.mask is not None and len(self.mask) == len(t) else t
 
-    def add(self, moments: Moments) -> None:
-        self.moments = moments if self.moments is None else self.moments + moments
+    def _add(self, moments: Moments) -> None:
+        self._moments = moments if self._moments is None else self._moments + moments
 
     def check(self) -> None:
-        if self.moments is None or self.pairs or self.ups:
+        """Refuse a batch in which the activation and the producer did not run alike."""
+        if self._moments is None or self._pairs or self._ups:
             raise SiteError(
                 f"{self.site.name}: its activation and its producer did not run once each on this batch; is this the "
                 "model that the sites were found in, and are the batches like the example inputs?"
             )
 
     def result(self) -> Moments:
-        if self.moments is None:
-            raise FitError("there are no batches to calibrate on")
-        return self.moments
-
-
-@contextmanager
-def _watching(model: nn.Module, site: Site, activation: nn.Module) -> Iterator[_Watch]:
-    watch = _Watch(site)
-    handles = [
-        activation.register_forward_pre_hook(watch.before, with_kwargs=True),
-        activation.register_forward_hook(watch.after),
-    ]
-    if site.gated and site.producer is not None:
-        handles.append(model.get_submodule(site.producer.name).register_forward_hook(watch.up))
-    try:
-        yield watch
-    finally:
-        for handle in handles:
-            handle.remove()
+        """The sums."""
+        assert self._moments is not None
+        return self._moments

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from shallower.core.inputs import InputsOf, call, default_inputs_of, model_device, reiterable
+from shallower.core.batches import Batches
+from shallower.core.inputs import InputsOf, call, default_inputs_of, model_device
 from shallower.core.modes import evaluating
-from shallower.core.trees import to_device
 from shallower.errors import FitError
 
 
-def recalibrate(model: nn.Module, batches: Iterable[Any], *, inputs_of: InputsOf = default_inputs_of) -> int:
+def recalibrate(model: nn.Module, batches: Iterable[Any] | Batches, *, inputs_of: InputsOf = default_inputs_of) -> int:
     """Replace the running mean and variance of every BatchNorm by those over the batches, in place.
 
         small = sh.apply(model, plan, example_inputs)
@@ -38,7 +38,6 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, inputs_of: InputsOf
         ForwardError: the model does not run on a batch.
         SiteError: the batches are a one-shot iterator.
     """
-    reiterable(batches)
     norms = {}
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:
@@ -47,9 +46,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, inputs_of: InputsOf
         return 0
     before = {name: _statistics(norm) for name, norm in norms.items()}
     try:
-        read = _measure(model, list(norms.values()), batches, inputs_of)
-        if not read:
+        calibration = Batches.read(batches, inputs_of)
+        if not calibration.rows:
             raise FitError("recalibration needs data: `batches` is empty. Give a few hundred samples")
+        _measure(model, list(norms.values()), calibration)
         for name, norm in norms.items():
             if not all(bool(t.isfinite().all()) for t in _statistics(norm)):
                 raise FitError(f"{name}: what it reads on these batches is not finite; do they hold NaN?")
@@ -63,15 +63,14 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, inputs_of: InputsOf
     return len(norms)
 
 
-def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Any], inputs_of: InputsOf) -> int:
-    """The mean of the statistics of all batches; how many there are.
+def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Batches) -> None:
+    """Let the norms take the mean of the statistics of all batches.
 
     Not by `torch.optim.swa_utils.update_bn`: that puts the whole model into training mode, dropout with it, and takes
     of every batch the first tensor.
     """
     momenta = [norm.momentum for norm in norms]
     device = model_device(model)
-    read = 0
     try:
         with evaluating(model):
             for norm in norms:
@@ -79,12 +78,10 @@ def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Any], 
                 norm.reset_running_stats()
                 norm.momentum = None
             for batch in tqdm(batches, desc="measuring BatchNorms", delay=5, leave=False):
-                call(model, to_device(inputs_of(batch), device))
-                read += 1
+                call(model, batch.on(device).inputs)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    return read
 
 
 def _statistics(norm: _BatchNorm) -> list[Tensor]:

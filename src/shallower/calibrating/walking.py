@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from shallower.calibrating.finished_blocks import Course, FinishedBlocks, course_of
 from shallower.calibrating.recording import Recorder
+from shallower.core.batches import Batches
 from shallower.core.failures import sentence
 from shallower.core.inputs import InputsOf, default_inputs_of, model_device
 from shallower.core.modes import evaluating
-from shallower.core.trees import to_device
 from shallower.errors import ForwardError, SiteError
 from shallower.sites import Site
 
@@ -60,11 +60,18 @@ class Walk:
         dense: nn.Module,
         small: nn.Module | None,
         sites: Sequence[Site],
-        batches: Iterable[Any],
+        batches: Iterable[Any] | Batches,
         inputs_of: InputsOf = default_inputs_of,
     ) -> Walk:
         """Along these sites, in this order; one pass of the dense network over the first batch."""
-        first = to_device(inputs_of(next(iter(batches))), model_device(dense))
+        calibration = Batches.read(batches, inputs_of)
+        if not len(calibration):
+            # a process without data: there is nothing to run
+            nothing = Course({}, {}, {})
+            walk = cls(FinishedBlocks(dense, nothing), None, nothing, {})
+            walk.end()
+            return walk
+        first = calibration[0].on(model_device(dense)).inputs
         with evaluating(dense), Recorder(dense, sites, sampled=True) as recorder:
             course = course_of(dense, sites, lambda: recorder.run(first))
         samples = {site.name: recorder.samples(site) for site in sites}
