@@ -118,17 +118,20 @@ def top_level_names(module: Module) -> list[str]:
 
 
 def without_example(tree: Path, package: Path) -> list[str]:
-    """Public names (of the package's door) whose docstring has no indented example near its beginning."""
+    """Public names but errors and warnings whose docstring has no indented example near its beginning."""
     stub = package / "__init__.pyi"
-    door = stub if stub.exists() else package / "__init__.py"
-    public: set[str] = set()
-    for node in ast.walk(ast.parse(door.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            public |= {alias.name for alias in node.names}
+    door = ast.parse((stub if stub.exists() else package / "__init__.py").read_text(encoding="utf-8"))
+    public: dict[str, str] = {}
+    for node in ast.walk(door):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            public |= {alias.name: node.module.removeprefix("shallower.") for alias in node.names}
     missing = []
     for module in modules_of(package):
+        dotted = ".".join(module.path.relative_to(package).with_suffix("").parts)
         for node in module.tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in public:
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or public.get(node.name) != dotted:
+                continue
+            if not node.name.endswith(("Error", "Warning")):
                 text = ast.get_docstring(node) or ""
                 if not any(line.startswith("    ") for line in text.splitlines()[:8]):
                     missing.append(f"{module.path.relative_to(tree)}: {node.name}")

@@ -26,7 +26,10 @@ MOST_NOTE = 2000
 
 
 class Fate(IntEnum):
-    """What happens to one hidden channel."""
+    """What happens to one hidden channel.
+
+    (entry.fates == sh.Fate.DROP).sum()
+    """
 
     KEEP = 0
     """It stays, with its activation."""

@@ -50,6 +50,10 @@ def choose_forms(
 ) -> Plan:
     """The plan with the form of every site without kept channels decided by its counted and its measured cost.
 
+        plan = method.plan()                                            # which sites are linear
+        plan = sh.choose_forms(model, plan, example_inputs, batches=calibration)
+        small = sh.apply(model, plan, example_inputs)
+
     Tried are, for sites that overlap in all combinations: the layers apart, with and without the dropped channels; one
     merged layer where that is exact, with the skip around the site inside where there is one. With `batches` also what
     only comes close: a pair of convolutions replaced by one kernel, fitted by least squares to the pair's output,
