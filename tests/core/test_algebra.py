@@ -12,23 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from shallower.core.algebra import (
-    best_affine,
-    best_affine_of_prelu,
     compose,
-    flattened,
     grouped,
-    low_rank,
     norm_as_affine,
-    pooled,
     response,
-    scale_columns,
     scale_rows,
     ungrouped,
     unrolled,
     wide,
     with_skip,
 )
-from shallower.errors import FitError
 
 
 def double(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -134,7 +127,7 @@ def test_a_linear_layer_over_flattened_channels_goes_into_the_convolution_before
     x = double(2, 2, size, size, seed=2)
     h = F.conv2d(x, inner, stride=stride)
     linear = double(4, h[0].numel(), seed=1)
-    merged = compose(flattened(linear, *h.shape[2:]), inner, stride=(stride, stride))
+    merged = compose(linear.unflatten(1, h.shape[1:]), inner, stride=(stride, stride))
     found = F.conv2d(x, merged, stride=stride, dilation=stride if k == 1 and h.shape[2] > 1 else 1).flatten(1)
     assert torch.allclose(found, F.linear(h.flatten(1), linear), rtol=1e-10)
 
@@ -161,7 +154,8 @@ def test_a_linear_layer_behind_global_average_pooling_goes_into_the_convolution_
     inner, linear, x = double(3, 2, k, k), double(4, 3, seed=1), double(2, 2, 6, 6, seed=2)
     h = F.conv2d(x, inner)
     expected = F.linear(h.mean((2, 3)), linear)
-    found = F.conv2d(x, compose(pooled(linear, *h.shape[2:]), inner)).flatten(1)
+    mean = (linear / h[0, 0].numel())[:, :, None, None].expand(-1, -1, *h.shape[2:])
+    found = F.conv2d(x, compose(mean, inner)).flatten(1)
     assert torch.allclose(found, expected, rtol=1e-10)
     if k == 1:  # commutes with the mean
         assert torch.allclose(F.linear(x.mean((2, 3)), compose(linear, inner[:, :, 0, 0])), expected, rtol=1e-10)
@@ -178,73 +172,15 @@ def test_a_skip_is_one_more_in_the_centre_of_the_kernel(shape):
         assert torch.allclose(F.conv2d(x, with_skip(weight), padding=padding), expected)
 
 
-def test_rows_and_columns_are_scaled():
-    weight, rows, columns = double(2, 3), double(2, seed=1), double(3, seed=2)
+def test_rows_are_scaled():
+    weight, rows = double(2, 3), double(2, seed=1)
     assert torch.equal(scale_rows(weight, rows), torch.diag(rows) @ weight)
-    assert torch.allclose(scale_columns(weight, columns), weight @ torch.diag(columns))
 
 
 def test_a_convolution_answers_a_constant_with_the_sum_of_its_taps():
     weight, constant = double(2, 3, 2, 2), double(3, seed=1)
     image = constant[None, :, None, None].expand(1, 3, 4, 4)
     assert torch.allclose(F.conv2d(image, weight)[0, :, 0, 0], response(weight, constant))
-
-
-def test_a_low_rank_factorisation_has_the_least_error():
-    weight = double(6, 4)
-    down, up = low_rank(weight, 2)
-    assert down.shape == (2, 4)
-    assert up.shape == (6, 2)
-    singular = torch.linalg.svdvals(weight)
-    assert torch.allclose((weight - up @ down).norm(), singular[2:].norm())
-
-
-@pytest.mark.parametrize("rank", [0, 5])
-def test_a_rank_out_of_range_is_refused(rank):
-    with pytest.raises(FitError, match="no factorisation of rank"):
-        low_rank(double(6, 4), rank)
-
-
-def test_a_matrix_that_is_not_finite_is_refused():
-    with pytest.raises(FitError, match="not finite"):
-        low_rank(double(6, 4) / 0, 1)
-
-
-def test_the_best_affine_map_leaves_nothing_that_is_correlated():
-    h = double(1000, 3)
-    f = F.gelu(h)
-    centred = h - h.mean(0)
-    slope, offset = best_affine(h.mean(0), h.var(0, correction=0), f.mean(0), (f * centred).mean(0))
-    rest = f - (slope * h + offset)
-    assert torch.allclose(rest.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-12)
-    assert torch.allclose((rest * centred).mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-12)
-
-
-def test_the_best_affine_map_of_a_constant_is_that_constant():
-    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    slope, offset = best_affine(one, zero, 2 * one, zero)
-    assert (slope, offset) == (0, 2)
-
-
-@pytest.mark.parametrize("a", [0.0, 0.3, 1.0])
-def test_the_best_affine_map_of_a_prelu_is_that_of_its_integrals(a):
-    mean, std = torch.tensor([-1.0, 0.0, 0.7], dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-    u = torch.linspace(-9, 9, 200_001, dtype=torch.float64)
-    density = torch.exp(-0.5 * u**2) / math.sqrt(2 * math.pi)
-    h = mean[:, None] + std[:, None] * u
-    f = h.clamp(min=0) + a * h.clamp(max=0)
-    mean_f = torch.trapezoid(f * density, u)
-    covariance = torch.trapezoid(f * (h - mean[:, None]) * density, u)
-    expected = best_affine(mean, std**2, mean_f, covariance)
-    slope, offset = best_affine_of_prelu(mean, std, a)
-    assert torch.allclose(slope, expected[0], atol=1e-7)
-    assert torch.allclose(offset, expected[1], atol=1e-7)
-
-
-def test_the_best_affine_map_of_a_prelu_at_one_point_is_exact_there():
-    mean, std = torch.tensor([-2.0, 0.0, 3.0], dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    slope, offset = best_affine_of_prelu(mean, std, 0.25)
-    assert torch.allclose(slope * mean + offset, torch.tensor([-0.5, 0.0, 3.0], dtype=torch.float64))
 
 
 def test_wide_numbers_are_float64():

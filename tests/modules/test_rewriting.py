@@ -244,3 +244,19 @@ def test_a_model_output_of_transformers_stays_one() -> None:
     got = model(**inputs)
     assert type(got) is type(expected)
     assert torch.equal(got.logits, expected.logits)
+
+
+def test_a_padded_encoder_runs_what_stands_at_the_place_and_goes_back() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x, padding = torch.randn(2, 4, 8), torch.tensor([[False] * 4, [False, False, True, True]])
+    place = Place("layers.1", (("self.activation", 0),))
+    seen: list[Tensor] = []
+    externalise(encoder, place)
+    encoder.layers[1].activation = nn.Identity()
+    encoder.layers[1].activation.register_forward_hook(lambda *args: seen.append(args[2]))
+    with torch.no_grad():
+        encoder(x, src_key_padding_mask=padding)
+    assert [tensor.is_nested for tensor in seen] == [False]
+    internalise(encoder, place)
+    assert encoder.use_nested_tensor

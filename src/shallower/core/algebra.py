@@ -6,13 +6,9 @@ here chooses a precision; callers pass float64.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
-
-from shallower.errors import FitError
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -43,11 +39,6 @@ def norm_as_affine(
 def scale_rows(weight: Tensor, scale: Tensor) -> Tensor:
     """diag(scale) W: every output channel times its scale."""
     return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-
-
-def scale_columns(weight: Tensor, scale: Tensor) -> Tensor:
-    """W diag(scale): every input channel times its scale."""
-    return weight * scale.reshape(1, -1, *[1] * (weight.dim() - 2))
 
 
 def response(weight: Tensor, constant: Tensor) -> Tensor:
@@ -131,49 +122,6 @@ def compose(
     return result
 
 
-def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best factorisation of a matrix of a given rank, in the Frobenius norm.
-
-        down, up = low_rank(W, 64)
-        y = up @ (down @ x)
-
-    Args:
-        weight: (d_out, d_in).
-        rank: 1 .. min(d_out, d_in).
-
-    Returns:
-        down (rank, d_in) and up (d_out, rank), which share the singular values evenly.
-
-    Raises:
-        FitError: the rank is out of range, or the weight is not finite.
-
-    Reference: Eckart and Young, The approximation of one matrix by another of lower rank, 1936.
-    """
-    if not 1 <= rank <= min(weight.shape):
-        raise FitError(f"a {tuple(weight.shape)} matrix has no factorisation of rank {rank}")
-    if not bool(weight.isfinite().all()):
-        raise FitError("a matrix with numbers that are not finite cannot be factorised")
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    root = s[:rank].sqrt()
-    return root[:, None] * v[:rank], u[:, :rank] * root
-
-
-def flattened(weight: Tensor, height: int, width: int) -> Tensor:
-    """A linear layer over a flattened (n, height, width) picture as the convolution with one output position.
-
-        y = F.conv2d(picture, flattened(W, height, width))      # equals W @ picture.flatten()
-
-    With `compose`, a convolution in front of it goes into its kernel; `unrolled` does the same with zero padding.
-
-    Args:
-        weight: (d_out, n * height * width).
-
-    Returns:
-        (d_out, n, height, width).
-    """
-    return weight.reshape(weight.shape[0], -1, height, width)
-
-
 def unrolled(
     outer: Tensor,
     inner: Tensor,
@@ -204,55 +152,3 @@ def unrolled(
     pictures = outer.reshape(outer.shape[0], -1, *result)
     weight: Tensor = conv2d_input(shape, inner, pictures, stride, padding, dilation)  # type: ignore[no-untyped-call]
     return weight.flatten(1)
-
-
-def pooled(weight: Tensor, height: int, width: int) -> Tensor:
-    """A linear layer behind global average pooling of a (n, height, width) picture, as one convolution.
-
-        y = F.conv2d(picture, pooled(W, height, width))         # equals W @ picture.mean((1, 2))
-
-    A 1x1 convolution with stride 1 and no padding in front of the pooling needs no kernel: it commutes with the mean,
-    and the linear layer becomes W @ its matrix.
-
-    Args:
-        weight: (d_out, n).
-
-    Returns:
-        (d_out, n, height, width).
-    """
-    return (weight / (height * width))[:, :, None, None].expand(-1, -1, height, width)
-
-
-def best_affine(mean_h: Tensor, var_h: Tensor, mean_f: Tensor, cov_fh: Tensor) -> tuple[Tensor, Tensor]:
-    """The affine map of h that is closest to f(h) in the least-squares sense, from moments, for each channel.
-
-    Args:
-        mean_h, var_h: (n,) mean and variance of h.
-        mean_f: (n,) mean of f(h).
-        cov_fh: (n,) covariance of f(h) and h.
-
-    Returns:
-        slope (n,) and offset (n,); slope 0 where h does not vary.
-    """
-    slope = torch.where(var_h > 0, cov_fh / var_h.clamp_min(torch.finfo(var_h.dtype).tiny), torch.zeros_like(var_h))
-    return slope, mean_f - slope * mean_h
-
-
-def best_affine_of_prelu(mean: Tensor, std: Tensor, a: Tensor | float) -> tuple[Tensor, Tensor]:
-    """The affine map of h ~ N(mean, std^2) that is closest to max(h, 0) + a min(h, 0), for each channel.
-
-    Args:
-        mean, std: (n,) of h; std 0 is allowed.
-        a: slope of the negative side, a number or (n,).
-
-    Returns:
-        slope (n,) = 1 - (1 - a) Phi(-mean / std) and the offset (n,) that matches the mean.
-
-    Reference: LayerCollapse, arXiv 2311.17943, section 3; Stein's lemma gives the slope as the mean derivative.
-    """
-    b = torch.where(std > 0, mean / std.clamp_min(torch.finfo(std.dtype).tiny), torch.sign(mean) * math.inf)
-    negative = torch.special.ndtr(torch.where(b.isnan(), torch.zeros_like(b), -b))
-    density = torch.exp(-0.5 * b.nan_to_num(0.0, math.inf, -math.inf) ** 2) / math.sqrt(2 * math.pi)
-    slope = 1 - (1 - a) * negative
-    below = mean * negative - std * density
-    return slope, mean - (1 - a) * below - slope * mean

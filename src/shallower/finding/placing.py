@@ -8,7 +8,7 @@ from torch import nn
 
 from shallower.finding.graph import Graph
 from shallower.finding.pointwise import UNCHANGED
-from shallower.modules.rewriting import Forwards, reason_not_rewritable
+from shallower.modules.rewriting import Known, reason_not_rewritable
 from shallower.recording.tracing import Call, Frame
 from shallower.sites import Place
 
@@ -18,7 +18,7 @@ class Placing:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.forwards: Forwards = {}
+        self.forwards: Known = {}
 
     def place_of(self, executions: Sequence[Sequence[Call]]) -> tuple[Place | None, str]:
         """Where an activation stands, from the calls of all its executions; or why it cannot be exchanged."""
