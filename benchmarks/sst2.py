@@ -23,7 +23,7 @@ from shallower.core.text import amount
 from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import compare, measure
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
-from shallower.methods.collapsing.stages import Stage, Stages
+from shallower.methods.collapsing.stages import StageResult, Stages
 from shallower.saving.vision import repair_torchvision
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
@@ -195,7 +195,7 @@ class Work:
         method.detach()
         return sorted(costs, key=lambda name: costs[name])
 
-    def collapsed(self, model: nn.Module, number: int, order: list[str]) -> tuple[nn.Module, Stage]:
+    def collapsed(self, model: nn.Module, number: int, order: list[str]) -> tuple[nn.Module, StageResult]:
         """The network after stage `number`, merged, from the one before."""
         before = STAGES[number - 1][0] if number else 0
         names = order[before : STAGES[number][0]]

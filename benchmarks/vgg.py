@@ -24,7 +24,7 @@ from shallower.finding.matching import find_sites
 from shallower.measuring.cost import count_params
 from shallower.measuring.measurement import compare, measure
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
-from shallower.methods.collapsing.stages import Stage, Stages
+from shallower.methods.collapsing.stages import StageResult, Stages
 from shallower.planning.plan import Plan
 from shallower.saving.vision import import_torchvision
 from shallower.surgery.applying import apply
@@ -126,7 +126,7 @@ class Work:
 
     def collapsed(
         self, seed: int, strength: float = STRENGTH, slope_lr: float = SLOPE_LR, arrive: float = ARRIVE
-    ) -> tuple[nn.Module, Stage]:
+    ) -> tuple[nn.Module, StageResult]:
         """The merged network after the continuation with LayerCollapse on the head."""
         model, _ = self.warm()
         sites = find_sites(model.eval(), self.example).select(lambda site: site.kind == "head")

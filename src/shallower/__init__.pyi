@@ -27,6 +27,7 @@ from .measuring.measurement import measure as measure
 from .methods.base import Method as Method
 from .methods.collapsing.layer_collapse import LayerCollapse as LayerCollapse
 from .methods.collapsing.layer_folding import LayerFolding as LayerFolding
+from .methods.collapsing.stages import StageResult as StageResult
 from .methods.collapsing.stages import Stages as Stages
 from .methods.dropout.options import DropoutOptions as DropoutOptions
 from .methods.dropout.structural_dropout import StructuralDropout as StructuralDropout

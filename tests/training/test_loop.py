@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import shallower as sh
 from shallower.core.files import read_state, write_state
 from shallower.errors import TrainingError
 from shallower.training import Checkpoint, History, Recipe, train
@@ -391,6 +392,25 @@ def test_every_module_is_in_its_own_mode_afterwards() -> None:
     model.layers[1].eval()
     train(model, loader(), cross_entropy, Recipe(epochs=1, lr=1e-2), score=accuracy)
     assert [module.training for module in model.layers] == [True, False, True, True, True]
+
+
+def test_a_model_that_keeps_what_it_computed_can_be_squeezed_afterwards() -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.act, self.down = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)
+            self.kept: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = [self.down(self.act(self.up(x)))]
+            return self.kept[0]
+
+    model, x = Keeping(), problem().tensors[0][:4]
+    method = sh.LayerCollapse(model, sh.find_sites(model, x), arrive_in=3)
+    train(model, loader(), cross_entropy, Recipe(epochs=1, lr=1e-2), method=method)
+    model.eval()
+    small = sh.apply(model, method.plan(), x)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_floor_without_a_score_is_refused() -> None:

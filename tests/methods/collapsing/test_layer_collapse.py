@@ -16,7 +16,7 @@ from shallower.core.inputs import call
 from shallower.errors import MethodError
 from shallower.finding.matching import find_sites
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
-from shallower.methods.collapsing.stages import Stage, Stages
+from shallower.methods.collapsing.stages import StageResult, Stages
 from shallower.modules.attachment import detached_copy
 from shallower.planning.entries import Fate
 from shallower.planning.plan import Plan
@@ -504,7 +504,7 @@ def test_sensitivity_of_the_loss_and_of_a_score() -> None:
 RECIPE = Recipe(epochs=4, lr=5e-3)
 
 
-def fitted(model: nn.Module, method: LayerCollapse | None = None, **options: Any) -> list[Stage]:
+def fitted(model: nn.Module, method: LayerCollapse | None = None, **options: Any) -> list[StageResult]:
     method = method_on(model) if method is None else method
     chosen = {name: options.pop(name) for name in ("order", "arrive") if name in options}
     stages = Stages(options.pop("stages", None), **chosen)

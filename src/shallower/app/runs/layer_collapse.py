@@ -15,7 +15,7 @@ from shallower.finding.matching import find_sites
 from shallower.measuring.cost import cost_of
 from shallower.measuring.measurement import compare
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
-from shallower.methods.collapsing.stages import Stage, Stages
+from shallower.methods.collapsing.stages import StageResult, Stages
 from shallower.planning.costs import Cost, cost_after
 from shallower.planning.entries import Entry
 from shallower.planning.paying import Unit, paying
@@ -129,7 +129,7 @@ class LayerCollapseRun(LayerCollapsing):
         return sites.only(shortest_prefix(order, target, before, cost))
 
 
-def _advice(work: Work, stages: Sequence[Stage]) -> str:
+def _advice(work: Work, stages: Sequence[StageResult]) -> str:
     last = stages[-1]
     if last.taken_back and last.score is not None and work.floor is not None:
         sites = ", ".join(last.sites)

@@ -28,7 +28,7 @@ from shallower.errors import MethodError
 from shallower.methods.base import Method, activation_of, linearisable
 from shallower.methods.collapsing.fates import Fates, unsharded
 from shallower.methods.collapsing.sensitivity import costs_of
-from shallower.methods.collapsing.stages import Stage, Stages, check_tolerance
+from shallower.methods.collapsing.stages import StageResult, Stages, check_tolerance
 from shallower.modules import attachment
 from shallower.modules.activations import SlopeActivation
 from shallower.modules.site_parts import fingerprint
@@ -351,7 +351,7 @@ class LayerCollapse(Method):
         floor: float | None = None,
         checkpoint: Checkpoint | Path | str | None = None,
         cpu: bool = False,
-    ) -> list[Stage]:
+    ) -> list[StageResult]:
         """Trains in stages: in each a few more sites are pulled towards 1, and set to exactly 1 where they come near.
 
             stages = method.fit(loader, task_loss, sh.Recipe(epochs=3, lr=5e-5), stages=3, checkpoint="run/")
@@ -377,7 +377,7 @@ class LayerCollapse(Method):
             TrainingError: see `train`.
         """
         options = Stages.of(stages)
-        rounds = Rounds("stage", Stage, self, Training(batches, loss, recipe, score, floor, checkpoint, cpu))
+        rounds = Rounds("stage", StageResult, self, Training(batches, loss, recipe, score, floor, checkpoint, cpu))
         with rounds, self._scheduled(options, rounds):
             groups = self._groups(options, rounds)
             while len(rounds.finished) < len(groups) and not rounds.over:
@@ -386,10 +386,10 @@ class LayerCollapse(Method):
                 self._begin(groups[:number])
                 end = partial(self._end, slopes, options.tolerance)
                 outcome = rounds.train(f"stage {number}/{len(groups)}", end=end)
-                rounds.finish(Stage(tuple(groups[number - 1]), self.collapsed(), slopes, **vars(outcome)))
+                rounds.finish(StageResult(tuple(groups[number - 1]), self.collapsed(), slopes, **vars(outcome)))
         return rounds.finished
 
-    def _groups(self, options: Stages, rounds: Rounds[Stage]) -> list[list[str]]:
+    def _groups(self, options: Stages, rounds: Rounds[StageResult]) -> list[list[str]]:
         """The sites of each stage, kept at once: a run that continues might measure another order."""
         names = list(self.activations)
         if not rounds.chosen:
@@ -404,7 +404,7 @@ class LayerCollapse(Method):
         return groups
 
     @contextmanager
-    def _scheduled(self, options: Stages, rounds: Rounds[Stage]) -> Iterator[None]:
+    def _scheduled(self, options: Stages, rounds: Rounds[StageResult]) -> Iterator[None]:
         """`arrive_in` as the stages need it; afterwards as it was, with the slopes of all stages active."""
         own = self.arrive_in
         self.arrive_in = None

@@ -97,7 +97,7 @@ class Stages(Options):
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageResult:
     """One stage of `LayerCollapse.fit`.
 
     Attributes:
