@@ -10,86 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import shallower as sh
 from shallower.app.models import load_model
 from tests.attacks.harness import outcome
-
-SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32}
-TEXT = {**SIZES, "vocab_size": 40, "max_position_embeddings": 32}
-
-
-def qwen2() -> Any:
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT, num_key_value_heads=2))
-
-
-def gemma3() -> Any:
-    config = transformers.Gemma3TextConfig(**TEXT, num_key_value_heads=2, head_dim=8, sliding_window=8)
-    return transformers.Gemma3ForCausalLM(config)
-
-
-def jamba() -> Any:
-    config = transformers.JambaConfig(
-        **TEXT, num_key_value_heads=2, num_experts=2, use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1
-    )
-    return transformers.JambaForCausalLM(config)
-
-
-def bert() -> Any:
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT))
-
-
-def distilbert() -> Any:
-    config = transformers.DistilBertConfig(
-        dim=16, n_heads=2, n_layers=1, hidden_dim=32, vocab_size=40, sinusoidal_pos_embds=True
-    )
-    return transformers.DistilBertModel(config)
-
-
-def whisper() -> Any:
-    config = transformers.WhisperConfig(
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        vocab_size=60,
-        max_source_positions=16,
-        max_target_positions=16,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=3,
-    )
-    return transformers.WhisperModel(config)
-
-
-def swin() -> Any:
-    return transformers.SwinModel(transformers.SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 2], image_size=32))
-
-
-def detr() -> Any:
-    config = transformers.DetrConfig(
-        use_timm_backbone=False,
-        backbone=None,
-        use_pretrained_backbone=False,
-        backbone_config=transformers.ResNetConfig(
-            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
-        ),
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        num_queries=5,
-    )
-    return transformers.DetrForObjectDetection(config)
+from tests.attacks.models import bert, detr, distilbert, gemma3, jamba, qwen2, swin, whisper
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from shallower.errors import CheckpointError
 from shallower.saving.description import BUFFERS, CONFIG, DESCRIPTION, GENERATION, INDEX, WEIGHTS, Description, Entry
 from shallower.saving.sources import source_of
 
+# Lists with an item for each of a million layers keep the validation of a config busy for minutes.
+_MOST_CONFIG = 8 << 20
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -42,7 +44,7 @@ def read_config(directory: Path, source: str) -> dict[str, Any] | None:
     """
     if not source.startswith("transformers:"):
         return None
-    config = files.read_json(directory / CONFIG, error=CheckpointError)
+    config = files.read_json(directory / CONFIG, error=CheckpointError, most=_MOST_CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{directory / CONFIG}: not the config of a model")
     return config

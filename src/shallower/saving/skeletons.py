@@ -8,6 +8,7 @@ meta device first, which costs no memory, its parts are counted, a deadline ends
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import re
 import threading
@@ -23,6 +24,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from shallower.core.failures import failing
 from shallower.errors import ModelError
 from shallower.saving.implementations import Implementations
 from shallower.saving.sources import (
@@ -66,7 +68,7 @@ class Limits:
     @property
     def seconds(self) -> float:
         """Most time that a constructor may take."""
-        return 8 + self.parameters / 200
+        return 12 + self.parameters / 200
 
 
 def build_skeleton(
@@ -147,11 +149,12 @@ def _transformers(
     if architecture is None or architecture.config_class is None:
         raise ModelError(f"transformers has no model class {name!r:.200}")
     implementations = Implementations.from_options(name, options)
-    plain = _inert(config, "config", max(_LARGE, limits.largest) if limits else None)
+    with failing(ModelError, f"transformers:{name}: its config cannot be read"):
+        plain = _inert("config", config, max(_LARGE, limits.largest) if limits else None)
 
     def make() -> nn.Module:
         try:
-            settings = architecture.config_class.from_dict(plain())
+            settings = architecture.config_class.from_dict(copy.deepcopy(plain))
             implementations.set(settings)
             model: nn.Module = architecture(settings)
         except _LimitError:
@@ -163,43 +166,40 @@ def _transformers(
     return make
 
 
-def _inert(config: Mapping[str, Any], key: str, most: int | None) -> Callable[[], dict[str, Any]]:
-    """Makes the config anew, without what would make Transformers fetch weights or code, every time it is called."""
+def _inert(key: str, value: Any, most: int | None) -> Any:
+    """A value of a config without what would make Transformers fetch weights or code.
 
-    def cleaned(key: str, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            if set(value) == {"__float__"}:  # Transformers' way of writing numbers that JSON does not know
-                return float(value["__float__"])
-            backbone = value.get("backbone")
-            if isinstance(backbone, str) and not _is_timm(backbone, value):
-                raise ModelError(
-                    f"its config names the backbone {backbone!r:.80}, which would be fetched; only a backbone_config "
-                    "builds one"
-                )
-            return {
-                key: False if key == "use_pretrained_backbone" else cleaned(key, item)
-                for key, item in value.items()
-                if not str(key).endswith(("attn_implementation", "experts_implementation")) and key != "auto_map"
-            }
-        if isinstance(value, list):
-            return [cleaned(key, item) for item in value]
-        if isinstance(value, str) and _REMOTE.match(value):
-            raise ModelError(f"its config has {key} = {value!r:.80}, which would be fetched")
-        if most is not None and not _VALUES.search(key):
-            _check_number(key, value, most)
-        return value
-
-    def plain() -> dict[str, Any]:
-        result: dict[str, Any] = cleaned(key, config)
-        return result
-
-    plain()
-    return plain
+    Raises:
+        ModelError: it names something that would be fetched, or a number is out of proportion.
+    """
+    if isinstance(value, Mapping):
+        if set(value) == {"__float__"}:  # Transformers' way of writing numbers that JSON does not know
+            return float(value["__float__"])
+        _check_backbone(value)
+        inert = {}
+        for name, item in value.items():
+            if name == "auto_map" or str(name).endswith(("attn_implementation", "experts_implementation")):
+                continue
+            inert[name] = False if name == "use_pretrained_backbone" else _inert(str(name), item, most)
+        return inert
+    if isinstance(value, list):
+        return [_inert(key, item, most) for item in value]
+    if isinstance(value, str) and _REMOTE.match(value):
+        raise ModelError(f"its config has {key} = {value!r:.80}, which would be fetched")
+    if most is not None and not _VALUES.search(key):
+        _check_number(key, value, most)
+    return value
 
 
-def _is_timm(backbone: str, config: Mapping[str, Any]) -> bool:
-    """Whether this is the config of timm's architecture of that name, which needs nothing fetched."""
-    return config.get("model_type") == "timm_backbone" and backbone.partition(".")[0] in import_timm().list_models()
+def _check_backbone(config: Mapping[str, Any]) -> None:
+    """Only timm's architecture of a name needs nothing fetched."""
+    name = config.get("backbone")
+    if not isinstance(name, str):
+        return
+    if config.get("model_type") != "timm_backbone" or name.partition(".")[0] not in import_timm().list_models():
+        raise ModelError(
+            f"its config names the backbone {name!r:.80}, which would be fetched; only a backbone_config builds one"
+        )
 
 
 def _check_number(key: str, value: object, most: int) -> None:
