@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,9 @@ def mutate(directory: Path, chance: random.Random) -> str:
     done = []
     for _ in range(chance.choice([1, 1, 1, 2, 4])):
         files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix != ".md")
-        path = chance.choice([*files, *(directory / name for name in ("shallower.json",) if directory / name in files)])
+        if not files:
+            break
+        path = chance.choice([*files, *(path for path in files if path.name == "shallower.json")])
         change = chance.choice([mutate_json, mutate_json, mutate_json, mutate_bytes, mutate_file])
         if change is mutate_json and path.suffix != ".json":
             change = mutate_bytes
@@ -153,12 +156,11 @@ def mutate(directory: Path, chance: random.Random) -> str:
 def check(seed: int, honest: Path, tmp_path: Path) -> None:
     chance = random.Random(seed)
     name = chance.choice(sorted(path.name for path in honest.iterdir()))
-    directory = tmp_path / f"{seed}"
-    shutil.copytree(honest / name, directory)
-    done = mutate(directory, chance)
-    fresh = Own() if name.startswith("own") else None
-    found = outcome(lambda: sh.load(directory, model=fresh))
-    shutil.rmtree(directory, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+        directory = Path(shutil.copytree(honest / name, Path(folder) / "out"))
+        done = mutate(directory, chance)
+        fresh = Own() if name.startswith("own") else None
+        found = outcome(lambda: sh.load(directory, model=fresh))
     assert found.harmless, f"{name}: {done}: {found}"
     assert len(found.text) < 1500
 

@@ -27,11 +27,12 @@ def read_description(directory: Path) -> Description:
     Raises:
         CheckpointError: the directory or the file is missing, or damaged.
     """
-    if not directory.is_dir():
-        pattern = f".{glob.escape(directory.name)}.previous-*"
-        kept = sorted(directory.parent.glob(pattern)) if directory.name else []
-        hint = f"; an interrupted save left the earlier one at {kept[-1]}, rename it" if kept else ""
-        raise CheckpointError(f"{directory}: there is no such directory{hint}")
+    with failing(CheckpointError, f"{str(directory)!r:.200}: cannot be read"):
+        if not directory.is_dir():
+            pattern = f".{glob.escape(directory.name)}.previous-*"
+            kept = sorted(directory.parent.glob(pattern)) if directory.name else []
+            hint = f"; an interrupted save left the earlier one at {kept[-1]}, rename it" if kept else ""
+            raise CheckpointError(f"{directory}: there is no such directory{hint}")
     path = directory / DESCRIPTION
     return Description.from_json(files.read_json(path, error=CheckpointError), str(path))
 
