@@ -316,7 +316,7 @@ def test_a_damaged_file_is_an_error(tmp_path, name, damage):
     content = (tmp_path / name).read_bytes()
     damaged = {"cut in half": content[: len(content) // 2], "empty": b"", "noise": b"\xff" * 64}
     (tmp_path / name).write_bytes(damaged[damage])
-    with pytest.raises(PlanError, match="cannot be read"):
+    with pytest.raises(PlanError, match=r"not readable as JSON|not a safetensors file"):
         Plan.load(tmp_path)
 
 
@@ -331,13 +331,13 @@ def _set(*keys: Any, to: Any) -> Callable[[Any], None]:
 
 SITE = ("entries", 0, "site")
 ATTACKS: dict[str, tuple[Callable[[Any], None], str]] = {
-    "another schema": (_set("schema", to="pickle"), "not a plan: its schema"),
+    "another schema": (_set("schema", to="pickle"), "not a plan"),
     "a later version": (_set("version", to=5), "version 5 of the format"),
     "a version that is no number": (_set("version", to=[1]), "version"),
-    "an unknown key": (_set("code", to="import os"), "unknown keys: code"),
-    "an unknown key in an entry": (_set("entries", 0, "code", to=1), "unknown keys: code"),
-    "an unknown key in a site": (_set(*SITE, "code", to=1), "unknown keys: code"),
-    "an unknown key in a layer": (_set(*SITE, "producer", "code", to=1), "unknown keys: code"),
+    "an unknown key": (_set("code", to="import os"), "'code' is not a key of"),
+    "an unknown key in an entry": (_set("entries", 0, "code", to=1), "'code' is not a key of"),
+    "an unknown key in a site": (_set(*SITE, "code", to=1), "'code' is not a key of"),
+    "an unknown key in a layer": (_set(*SITE, "producer", "code", to=1), "'code' is not a key of"),
     "entries that are no list": (_set("entries", to={}), "not a list"),
     "an entry that is no object": (_set("entries", 0, to=3), "not an object"),
     "a fingerprint that is none": (_set("fingerprint", to="x"), "fingerprint"),
@@ -345,47 +345,47 @@ ATTACKS: dict[str, tuple[Callable[[Any], None], str]] = {
     "a width without end": (_set(*SITE, "width", to=10**30), "width"),
     "a negative width": (_set(*SITE, "width", to=-1), "width"),
     "a width that does not fit": (_set(*SITE, "width", to=13), "do not fit its width"),
-    "a layer without end": (_set(*SITE, "producer", "d_in", to=10**12), "not the description of a layer"),
-    "a layer with half a feature": (_set(*SITE, "producer", "d_in", to=0.5), "not the description of a layer"),
-    "a layer of another kind": (_set(*SITE, "producer", "kind", to="eval"), "not the description of a layer"),
-    "a kernel that is none": (_set(*SITE, "producer", "kernel", to=[0, 0]), "not the description of a layer"),
-    "groups of nothing": (_set(*SITE, "producer", "groups", to=0), "not the description of a layer"),
+    "a layer without end": (_set(*SITE, "producer", "d_in", to=10**12), "producer"),
+    "a layer with half a feature": (_set(*SITE, "producer", "d_in", to=0.5), "producer"),
+    "a layer of another kind": (_set(*SITE, "producer", "kind", to="eval"), "producer"),
+    "a kernel that is none": (_set(*SITE, "producer", "kernel", to=[0, 0]), "producer"),
+    "groups of nothing": (_set(*SITE, "producer", "groups", to=0), "producer"),
     "a site without consumers": (_set(*SITE, "consumers", to=[]), "do not fit"),
-    "consumers that are no list": (_set(*SITE, "consumers", to=3), "not an object"),
-    "a kind of site that is none": (_set(*SITE, "kind", to="all"), "unknown kind"),
-    "a place that is none": (_set(*SITE, "activation", "module", to=3), "not the description of a place"),
-    "a call that is none": (_set(*SITE, "activation", "calls", to=[["relu"]]), "not the description of a place"),
-    "fates that are none": (_set("entries", 0, "fates", to=[["maybe", 12]]), "not a fate"),
+    "consumers that are no list": (_set(*SITE, "consumers", to=3), "consumers: 3 is not a list"),
+    "a kind of site that is none": (_set(*SITE, "kind", to="all"), "kind: 'all' is not one of"),
+    "a place that is none": (_set(*SITE, "activation", "module", to=3), "site.activation"),
+    "a call that is none": (_set(*SITE, "activation", "calls", to=[["relu"]]), "site.activation"),
+    "fates that are none": (_set("entries", 0, "fates", to=[["maybe", 12]]), "fates"),
     "too few fates": (_set("entries", 0, "fates", to=[["keep", 3]]), "do not count 12"),
     "too many fates": (_set("entries", 0, "fates", to=[["keep", 12], ["keep", 1]]), "do not count 12"),
-    "fates without end": (_set("entries", 0, "fates", to=[["keep", 10**18]]), "not a count"),
+    "fates without end": (_set("entries", 0, "fates", to=[["keep", 10**18]]), "fates"),
     "a family that is none": (_set("entries", 0, "family", to="cubic"), "family"),
     "a tensor that is missing": (_set("entries", 0, "slopes", "tensor", to="0.none"), "missing from plan.safetensors"),
     "a tensor of another shape": (_set("entries", 0, "slopes", "shape", to=[6, 2]), "the plan says"),
     "a tensor of another type": (_set("entries", 0, "slopes", "dtype", to="float32"), "the plan says 'float32'"),
     "a tensor of another hash": (_set("entries", 0, "slopes", "sha256", to="0" * 64), "other numbers"),
     "a tensor for another": (_set("entries", 0, "slopes", "tensor", to="0.offsets"), "other numbers"),
-    "a form that is none": (_set("entries", 0, "becomes", to="smaller"), "a site becomes"),
+    "a form that is none": (_set("entries", 0, "becomes", to="smaller"), "becomes: 'smaller'"),
     "a form of kept channels": (_set("entries", 0, "becomes", to="merged"), "without kept channels"),
-    "a form that is no text": (_set("entries", 0, "becomes", to=[]), "not a text"),
+    "a form that is no text": (_set("entries", 0, "becomes", to=[]), "becomes"),
     "a skip that is not there": (_set("entries", 0, "fold_skip", to=True), "without kept channels"),
-    "a skip that is no flag": (_set("entries", 0, "fold_skip", to=1), "fold_skip is true or false"),
+    "a skip that is no flag": (_set("entries", 0, "fold_skip", to=1), "fold_skip: 1 is not true or false"),
     "a note without end": (_set("entries", 0, "note", to="a" * 2001), "note"),
     "a note that is no text": (_set("entries", 0, "note", to={}), "not a text"),
     "a residual that is none": (_set(*SITE, "residual", to=3), "not an object"),
     "a residual of a third summand": (
         _set(*SITE, "residual", to={"place": {"module": "", "calls": []}, "branch": 2, "norm": "", "source": ""}),
-        "not a summand",
+        "branch: 2",
     ),
-    "a layer between that is none": (_set(*SITE, "between", to=[{"map": None}]), "unknown keys"),
-    "layers between that are no list": (_set(*SITE, "between", to="all"), "not an object"),
-    "heads that are none": (_set(*SITE, "heads", to={"module": "x"}), "unknown keys"),
+    "a layer between that is none": (_set(*SITE, "between", to=[{"map": None}]), "map: None"),
+    "layers between that are no list": (_set(*SITE, "between", to="all"), "not a list"),
+    "heads that are none": (_set(*SITE, "heads", to={"module": "x"}), "`query` is missing"),
     "heads of another kind of site": (_set(*SITE, "kind", to="heads"), "do not fit"),
-    "a flag that is a number": (_set(*SITE, "activation_shared", to=1), "not all what they should be"),
+    "a flag that is a number": (_set(*SITE, "activation_shared", to=1), "activation_shared: 1 is not true or false"),
     "a path without its second half": (_set("entries", 0, "fit", "ups", to=[]), "not the second"),
     "a middle without a path": (_set("entries", 0, "fit", "down", to=None), "does not name|down_bias|inputs"),
     "a fit of another kind": (_set("entries", 0, "fit", to=[]), "not an object"),
-    "ups that are no list": (_set("entries", 0, "fit", "ups", to={}), "ups is not a list"),
+    "ups that are no list": (_set("entries", 0, "fit", "ups", to={}), "ups: the object is not a list"),
     "savings that are not true": (_set("saves", "params", to=10**9), "the file was changed"),
 }
 
@@ -426,8 +426,8 @@ def _rehashed(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
     ("name", "tensor", "reason"),
     [
         ("0.slopes", torch.full((N,), float("nan"), dtype=torch.float64), "not finite"),
-        ("0.slopes", torch.ones(N + 1, dtype=torch.float64), r"slopes has shape \(13,\)"),
-        ("0.slopes", torch.ones(N, dtype=torch.int64), "the plan says"),
+        ("0.slopes", torch.ones(N + 1, dtype=torch.float64), r"slopes has shape \(13,\), and must have"),
+        ("0.slopes", torch.ones(N, dtype=torch.int64), "dtype: 'int64'"),
         ("0.down", torch.ones(3, 7), "fitted for 7 inputs"),
         ("0.down", torch.ones(3, 6, 1), "down of the fit has shape"),
     ],
@@ -454,3 +454,34 @@ def test_a_plan_is_not_changed_by_changing_its_description():
     again = copy.deepcopy(data)
     data["entries"][0]["fates"].append(["keep", 1])
     assert plan.to_json() == again
+
+
+@pytest.mark.parametrize("name", ["plan.json", "plan.safetensors"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, name, kind):
+    fitted_plan().save(tmp_path)
+    path = tmp_path / name
+    path.unlink()
+    if kind == "link":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(PlanError, match=r"link|regular file"):
+        Plan.load(tmp_path)
+
+
+def test_thousands_of_activation_places_are_read(tmp_path):
+    places = [Site(f"act{i}", "activation", 0, None, (), Place(f"act{i}"), "relu") for i in range(3000)]
+    Plan.collapse(places).save(tmp_path)
+    assert len(Plan.load(tmp_path)) == 3000
+
+
+def test_more_entries_than_any_model_has_sites_are_refused(tmp_path):
+    Plan.collapse([Site("act", "activation", 0, None, (), Place("act"), "relu")]).save(tmp_path)
+    data = json.loads((tmp_path / "plan.json").read_text())
+    data["entries"] *= 30_000
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanError, match="of length from 0 to 20000"):
+        Plan.load(tmp_path)

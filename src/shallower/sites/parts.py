@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from shallower.core.codec import Bounds
+
+MOST_CHANNELS = 1 << 24
+
+Name = Annotated[str, Bounds(0, 1000)]
+Count = Annotated[int, Bounds(0, MOST_CHANNELS)]
+Channels = Annotated[int, Bounds(1, MOST_CHANNELS)]
+Macs = Annotated[int, Bounds(0, 1 << 53)]
+Sizes = tuple[Annotated[int, Bounds(0, 1 << 16)], Annotated[int, Bounds(0, 1 << 16)]]
+Steps = tuple[Annotated[int, Bounds(1, 1 << 16)], Annotated[int, Bounds(1, 1 << 16)]]
+"""What a file may hold in these fields; see core/codec."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +31,8 @@ class Place:
             from 0.
     """
 
-    module: str
-    calls: tuple[tuple[str, int], ...] = ()
+    module: Name
+    calls: tuple[tuple[Name, Count], ...] = ()
 
     def __str__(self) -> str:
         if not self.calls:
@@ -45,18 +57,18 @@ class LinearMap:
             behind convolutions reads; (0, 0) for other linear layers, and where images of several sizes come.
     """
 
-    name: str
+    name: Annotated[str, Bounds(1, 1000)]
     kind: Literal["linear", "conv1d", "conv2d"]
-    d_in: int
-    d_out: int
+    d_in: Channels
+    d_out: Channels
     bias: bool
-    positions: int
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    size: tuple[int, int] = (0, 0)
+    positions: Macs
+    kernel: Steps = (1, 1)
+    stride: Steps = (1, 1)
+    padding: Sizes = (0, 0)
+    dilation: Steps = (1, 1)
+    groups: Channels = 1
+    size: Sizes = (0, 0)
 
     @property
     def taps(self) -> int:
@@ -96,9 +108,9 @@ class Residual:
     """
 
     place: Place
-    branch: int
-    norm: str = ""
-    source: str = ""
+    branch: Annotated[int, Bounds(0, 1)]
+    norm: Name = ""
+    source: Name = ""
 
 
 @dataclass(frozen=True)
@@ -119,14 +131,14 @@ class Between:
     """
 
     map: LinearMap
-    norm_before: str = ""
+    norm_before: Name = ""
     activation: Place | None = None
-    activation_name: str = ""
-    norm_after: str = ""
-    activation_params: int = 0
+    activation_name: Name = ""
+    norm_after: Name = ""
+    activation_params: Count = 0
 
 
-Rows = tuple[int, int, int]
+Rows = tuple[Count, Count, Count]
 """(start, step, length): channel g of a site has the rows start + g * step, ..., start + g * step + length - 1."""
 
 
@@ -151,19 +163,19 @@ class Heads:
             example inputs, all calls together.
     """
 
-    module: str
+    module: Name
     query: LinearMap
     key: LinearMap
     value: LinearMap
-    head_dim: int
-    value_dim: int
-    queries_per_group: int
+    head_dim: Channels
+    value_dim: Channels
+    queries_per_group: Channels
     packed: Literal["", "blocks", "heads"]
     query_rows: Rows
     key_rows: Rows
     value_rows: Rows
-    counts: tuple[tuple[str, int], ...] = ()
-    products: int = 0
+    counts: tuple[tuple[Name, Count], ...] = ()
+    products: Macs = 0
 
     @property
     def block(self) -> int:

@@ -10,15 +10,17 @@ acts on the modules they name.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import Refusal, SiteError
 from shallower.sites.bridge import Bridge, Stage
-from shallower.sites.parts import Between, Heads, LinearMap, Place, Residual, Rows
+from shallower.sites.parts import Between, Count, Heads, LinearMap, Name, Place, Residual
+
+Text = Annotated[str, Bounds(0, 2000)]
 
 Kind = Literal["feed-forward", "gated", "head", "position MLP", "convolution", "activation", "heads"]
 """What a site is in the network:
@@ -72,28 +74,28 @@ class Site:
         heads: the projections, for `kind="heads"`.
     """
 
-    name: str
+    name: Name
     kind: Kind
-    width: int
+    width: Count
     producer: LinearMap | None
     consumers: tuple[LinearMap, ...]
     activation: Place | None
-    activation_name: str = ""
+    activation_name: Name = ""
     gate: LinearMap | None = None
     packed: Literal["", "gate-first", "up-first"] = ""
-    norm_before: str = ""
-    norm_after: str = ""
+    norm_before: Name = ""
+    norm_after: Name = ""
     dropouts: tuple[Place, ...] = ()
-    calls: int = 1
+    calls: Count = 1
     channels_first: bool = False
-    not_linear: str = ""
-    activation_params: int = 0
+    not_linear: Text = ""
+    activation_params: Count = 0
     activation_shared: bool = False
-    norm_params: int = 0
-    not_merged: str = ""
+    norm_params: Count = 0
+    not_merged: Text = ""
     averaged: bool = False
-    pooled: str = ""
-    not_narrow: str = ""
+    pooled: Name = ""
+    not_narrow: Text = ""
     between: tuple[Between, ...] = ()
     residual: Residual | None = None
     heads: Heads | None = None
@@ -182,31 +184,17 @@ class Site:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON; `Site.from_json` reads it back."""
-        return dataclasses.asdict(self)
+        data: dict[str, Any] = encode(self)
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Site:
         """The site that `to_json` described.
 
         Raises:
-            SiteError: a key is unknown or missing, or a value has the wrong type.
+            SiteError: a key is unknown or missing, or a value is not what it may be.
         """
-        try:
-            fields = dict(data)
-            fields["producer"] = _linear_map(fields["producer"])
-            fields["gate"] = _linear_map(fields.get("gate"))
-            fields["consumers"] = tuple(_required_map(item) for item in fields["consumers"])
-            fields["activation"] = _place(fields["activation"])
-            fields["dropouts"] = tuple(_required_place(item) for item in fields.get("dropouts", ()))
-            fields["between"] = tuple(_between(item) for item in fields.get("between", ()))
-            fields["residual"] = _residual(fields.get("residual"))
-            fields["heads"] = _heads(fields.get("heads"))
-            site = cls(**fields)
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise SiteError(f"this is not the description of a site: {error}") from error
-        if not isinstance(site.name, str) or not isinstance(site.width, int) or site.width < 0:
-            raise SiteError("this is not the description of a site: name is text and width a number of channels")
-        return site
+        return decode(cls, data, at="site", error=SiteError)
 
 
 def _stages(site: Site) -> Iterable[Stage]:
@@ -267,46 +255,3 @@ def _not_refitted(site: Site) -> Refusal | None:
     if len({(c.kind == "conv2d", c.kernel, c.stride, c.padding, c.dilation) for c in site.consumers}) > 1:
         return Refusal("its consumers read the hidden tensor in different ways")
     return None
-
-
-def _linear_map(data: Mapping[str, Any] | None) -> LinearMap | None:
-    return None if data is None else _required_map(data)
-
-
-_PAIRS = ("kernel", "stride", "padding", "dilation", "size")
-
-
-def _required_map(data: Mapping[str, Any]) -> LinearMap:
-    pairs = {k: (int(v[0]), int(v[1])) for k, v in data.items() if k in _PAIRS}
-    return LinearMap(**{**data, **pairs})
-
-
-def _place(data: Mapping[str, Any] | None) -> Place | None:
-    return None if data is None else _required_place(data)
-
-
-def _required_place(data: Mapping[str, Any]) -> Place:
-    return Place(str(data["module"]), tuple((str(name), int(ordinal)) for name, ordinal in data["calls"]))
-
-
-def _between(data: Mapping[str, Any]) -> Between:
-    given = {**data, "map": _required_map(data["map"]), "activation": _place(data.get("activation"))}
-    return Between(**given)
-
-
-def _residual(data: Mapping[str, Any] | None) -> Residual | None:
-    return None if data is None else Residual(**{**data, "place": _required_place(data["place"])})
-
-
-def _heads(data: Mapping[str, Any] | None) -> Heads | None:
-    if data is None:
-        return None
-    maps = {name: _required_map(data[name]) for name in ("query", "key", "value")}
-    rows = {name: _rows(data[name]) for name in ("query_rows", "key_rows", "value_rows")}
-    counts = tuple((str(name), int(each)) for name, each in data.get("counts", ()))
-    return Heads(**{**data, **maps, **rows, "counts": counts})
-
-
-def _rows(data: Any) -> Rows:
-    start, step, length = (int(number) for number in data)
-    return start, step, length
