@@ -142,7 +142,6 @@ MAP = {"edit": "map", "name": "0", "kind": "linear", "d_in": 6, "d_out": 3, "bia
         ([{**GOOD, "name": ""}], "of length from 1"),
         ([{**GOOD, "extra": 1}], "'extra' is not a key"),
         ([{"edit": "identity"}], "`name` is missing"),
-        ([{key: value for key, value in MAP.items() if key != "groups"}], "`groups` is missing"),
         ([{**MAP, "d_out": 10**15}], "a number from 1"),
         ([{**MAP, "d_out": 2**24, "d_in": 2**24}], "weights"),
         ([{**MAP, "d_out": -1}], "a number from 1"),

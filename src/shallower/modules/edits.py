@@ -74,11 +74,11 @@ class Resize:
     d_in: Size
     d_out: Size
     bias: bool
-    kernel: tuple[Steps, Steps]
-    stride: tuple[Steps, Steps]
-    padding: tuple[Pixels, Pixels]
-    dilation: tuple[Steps, Steps]
-    groups: Size
+    kernel: tuple[Steps, Steps] = (1, 1)
+    stride: tuple[Steps, Steps] = (1, 1)
+    padding: tuple[Pixels, Pixels] = (0, 0)
+    dilation: tuple[Steps, Steps] = (1, 1)
+    groups: Size = 1
     edit: Literal["map"] = field(default="map", init=False, repr=False)
 
     def __post_init__(self) -> None:
