@@ -148,7 +148,7 @@ def mutate(directory: Path, chance: random.Random) -> str:
             change = mutate_bytes
         try:
             done.append(change(path, chance))
-        except ValueError:  # its JSON is damaged already
+        except (ValueError, RecursionError):  # its JSON is damaged already
             continue
     return "; ".join(done)
 
