@@ -72,6 +72,19 @@ def test_what_was_measured_is_read_from_the_disk(model: nn.Module, tmp_path: Pat
     assert path.read_text() != before
 
 
+def test_machines_with_other_processors_do_not_share_what_was_measured(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(4, 64)
+    sites = find_sites(model, x)
+    path = tmp_path / "l.json"
+    site_latencies(model, list(sites), x, cache=path)
+    before = path.read_text()
+    monkeypatch.setattr("os.cpu_count", lambda: 1024)
+    site_latencies(model, list(sites), x, cache=path)
+    assert path.read_text() != before
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', '{"a": [[2.0, {"3": "x"}]]}', '{"a": [[-1, {}]]}'])
 def test_a_damaged_cache_is_measured_again(model: nn.Module, tmp_path: Path, content: str) -> None:
     x = torch.randn(2, 64)

@@ -13,6 +13,7 @@ from torch import nn
 from shallower.calibrating.grams import Centred
 from shallower.calibrating.walking import Walk
 from shallower.core.processes import summed_over_processes
+from shallower.errors import Refusal
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.refitting import error_curve, metric_of
 from shallower.sites import Site
@@ -45,10 +46,14 @@ def error_curves(
     while waiting:
         group = waiting[:1] if _goes_on(walk) else _fitting(waiting)
         waiting = waiting[len(group) :]
-        with_inputs = options.collapse or any(paths[site.name] for site in group)
-        found = calibration.grams(dense, None, group, with_inputs, walk=walk)
+        inputs = options.collapse or any(paths[site.name] for site in group)
+        found = calibration.grams(dense, None, group, inputs=inputs, walk=walk)
         for site in group:
             grams = found.pop(site.name)
+            if isinstance(grams, Refusal):
+                # what cannot be calibrated keeps its width, and does not keep the others from being squeezed
+                curves[site.name] = {site.width: 0.0}
+                continue
             curve = error_curve(site, grams, metric_of(site, metrics, grams), paths=paths[site.name])
             scale = 1.0
             if options.sensitivity:

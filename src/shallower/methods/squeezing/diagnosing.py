@@ -76,19 +76,18 @@ def explained(
                 hook = _finite(site.name, found)
                 handle = model.get_submodule(m.name).register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
-        for index, batch in enumerate(calibration.batches):
-            inputs = calibration.inputs_of(batch)
+        for number, batch in enumerate(calibration.batches, 1):
             try:
-                call(model, to_device(inputs, model_device(model)))
+                call(model, batch.on(model_device(model)).inputs)
             except (ForwardError, SiteError) as failure:
                 return SiteError(
-                    f"the model cannot be called with batch {index} ({_shapes(inputs)}): "
+                    f"the model cannot be called with batch {number} ({_shapes(batch.inputs)}): "
                     f"{sentence(failure.__cause__ or failure)}. All calibration batches must be like the example "
                     "inputs that the sites were found with"
                 )
             if found:
                 return FitError(
-                    f"{found[0]}: what its consumers read is not finite on batch {index}; does the model overflow, or "
+                    f"{found[0]}: what its consumers read is not finite on batch {number}; does the model overflow, or "
                     "does the batch hold NaN?"
                 )
     return None

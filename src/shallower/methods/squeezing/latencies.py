@@ -21,13 +21,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import torch
 from torch import nn
 from torch.utils.benchmark import timer
 from tqdm.auto import tqdm
 
+from shallower.core.files import read_json, write_json
 from shallower.core.inputs import Inputs, call, model_device, tensors, to_device
 from shallower.core.modes import evaluating
+from shallower.errors import MethodError
 from shallower.measuring.devices import device_name
 from shallower.methods.squeezing.refitting import may_have_path
 from shallower.modules.attachment import detached_copy
@@ -41,6 +44,9 @@ PARTS = 8
 
 _Timed = tuple[float, dict[int, float]]
 """A site's part of the model's time, and for each measured width the part of the site's own."""
+
+_MOST_SHARE = 100
+"""Of a site's own time that a narrower one may take; more is no measurement."""
 
 _ROUNDS = 15
 _SECONDS = 1.0
@@ -116,9 +122,8 @@ def candidates(width: int, round_to: int = 1) -> list[int]:
 
 def cache_file() -> Path:
     """Where measured latencies are kept: in $SHALLOWER_CACHE, or the user's cache folder."""
-    base = os.environ.get("SHALLOWER_CACHE")
-    folder = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shallower"
-    return folder / "latencies.json"
+    folder = os.environ.get("SHALLOWER_CACHE")
+    return (Path(folder) if folder else platformdirs.user_cache_path("shallower")) / "latencies.json"
 
 
 def _measured(model: nn.Module, sites: Sequence[Site], inputs: Inputs, round_to: int, merged: set[str]) -> list[_Timed]:
@@ -136,7 +141,7 @@ def _measured(model: nn.Module, sites: Sequence[Site], inputs: Inputs, round_to:
         for dense, narrow in _in_turns(model, small, chosen, inputs):
             for name, width in widths.items():
                 ratios[name].setdefault(width, []).append(narrow[name] / dense[name])
-                # Sums, not medians: other work on the machine interrupts long passes oftener than short sites.
+                # Sums, not medians: other work on the machine interrupts long passes more often than short sites.
                 spent[name][0] += dense[name]
                 spent[name][1] += dense[""]
     return [
@@ -262,32 +267,42 @@ def _shape(site: Site, merged: bool) -> str:
 
 
 def _key(model: nn.Module, shapes: Iterable[str], inputs: Inputs, round_to: int) -> str:
-    """What latencies depend on, as a hash: the model's and the inputs' shapes, the device, and how it is used."""
+    """What latencies depend on, as a hash: the model's and the inputs' shapes, the processor, and how it is used."""
     given = [(str(t.dtype), list(t.shape)) for t in tensors(inputs)]
     weight = next(model.parameters())
     size = [type(model).__name__, sum(p.numel() for p in model.parameters()), sum(1 for _ in model.modules())]
-    device = [device_name(weight.device), torch.get_num_threads(), str(weight.dtype), torch.__version__]
+    device = [device_name(weight.device), os.cpu_count(), torch.get_num_threads(), str(weight.dtype), torch.__version__]
     text = json.dumps([list(shapes), size, given, device, round_to])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _read(path: Path) -> dict[str, list[_Timed]]:
     """What was measured before; nothing where the file is missing or damaged."""
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        known = {
-            str(key): [(float(part), {int(w): float(share) for w, share in shares.items()}) for part, shares in found]
-            for key, found in json.loads(path.read_text()).items()
-        }
-        timed = [each for found in known.values() for each in found]
-        if all(0 <= part <= 1 and all(0 <= share < 100 for share in shares.values()) for part, shares in timed):
-            return known
-    return {}
+    try:
+        data = read_json(path, error=MethodError)
+        known: dict[str, list[_Timed]] = {}
+        for key, found in data.items():
+            known[str(key)] = list(map(_checked, found))
+    except (MethodError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+    return known
+
+
+def _checked(timed: Any) -> _Timed:
+    """One site's latencies as they stand in the file.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    part, shares = timed
+    found = {int(width): float(share) for width, share in shares.items()}
+    if not 0 <= float(part) <= 1 or not all(0 <= share < _MOST_SHARE for share in found.values()):
+        raise ValueError("a latency is out of range")
+    return float(part), found
 
 
 def _write(path: Path, known: Mapping[str, list[_Timed]]) -> None:
     """Keep what was measured, if the file can be written."""
-    with suppress(OSError):
+    with suppress(MethodError, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(known))
-        partial.replace(path)
+        write_json(path, known, error=MethodError)

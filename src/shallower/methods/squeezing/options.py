@@ -1,17 +1,16 @@
-"""What can be chosen about squeezing, beyond what is squeezed and how far."""
+"""What can be chosen about squeezing, beyond what is squeezed and how far. PyTorch is not needed here."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from shallower.calibrating.fisher import OutputOf, default_output_of
-from shallower.core.inputs import MaskOf
-from shallower.errors import MethodError
+from shallower.core.options import Options, option
 
 
 @dataclass(frozen=True)
-class SqueezeOptions:
+class SqueezeOptions(Options):
     """Options of `squeeze`.
 
         options = sh.SqueezeOptions(round_to=8, linear_path=True)
@@ -19,7 +18,7 @@ class SqueezeOptions:
 
     Attributes:
         round_to: widths are multiples of this many channels.
-        linear_path: where it pays, let a linear map from what a site reads to what it gives take the place of some
+        linear_path: where it pays, let a linear map from what a site reads to what it returns take the place of some
             kept channels, with the rank that leaves the least error at the same cost. Such a site becomes a
             `PartialActivation`, which no stock class loads; `sh.load` does. For linear layers and 1x1 convolutions.
         collapse: let a site become one linear map where that is the better buy; not with equal widths.
@@ -36,33 +35,26 @@ class SqueezeOptions:
         seed: of the random projections behind `sensitivity`.
 
     Raises:
-        MethodError: a number is out of range.
+        MethodError: a number is out of range, or a reader is not a function.
     """
 
-    round_to: int = 1
-    linear_path: bool = False
-    collapse: bool = True
-    producers: bool = True
-    sensitivity: bool = True
-    compensation: float = 1.0
-    mask_of: MaskOf | None = None
-    output_of: OutputOf = default_output_of
-    logits: bool | None = None
-    seed: int = 0
+    round_to: int = option(1, "Multiple that widths are rounded to.", least=1)
+    linear_path: bool = option(False, "Allow a linear map beside the kept channels.")
+    collapse: bool = option(True)
+    producers: bool = option(True)
+    sensitivity: bool = option(True)
+    compensation: float = option(1.0, least=0, most=1)
+    mask_of: Callable[[Any], Any] | None = option(None)
+    output_of: Callable[[Any], Any] | None = option(None)
+    logits: bool | None = option(None)
+    seed: int = option(0)
 
     def __post_init__(self) -> None:
-        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int) or self.round_to < 1:
-            raise MethodError(f"round_to must be a whole number of channels, at least 1, not {self.round_to!r:.40}")
-        if not isinstance(self.compensation, (int, float)) or not math.isfinite(self.compensation):
-            raise MethodError(f"compensation must be a number from 0 to 1, not {self.compensation!r:.40}")
-        if not 0 <= self.compensation <= 1:
-            raise MethodError(f"compensation must be a number from 0 to 1, not {self.compensation:g}")
+        super().__post_init__()
         for name in ("mask_of", "output_of"):
-            function = getattr(self, name)
-            if function is not None and not callable(function):
-                raise MethodError(f"{name} must be a function, not {function!r:.40}")
-        if self.output_of is None:
-            raise MethodError("output_of must be a function from what the model returns to a tensor, not None")
+            reader = getattr(self, name)
+            if reader is not None and not callable(reader):
+                raise self.error(f"{name}={reader!r:.40}: a function, or None")
 
     @property
     def path_multiple(self) -> int:

@@ -1,6 +1,6 @@
 """What a squeezing has found so far, in a folder, so that it goes on where it was interrupted.
 
-    progress = Progress("out.progress/squeeze", identity_of(model, sites, calibration))
+    progress = Progress("out.progress/squeeze", identity_of(model, sites, batches.digest, options))
     entries = progress.entries(key)     # of the sites that were done under this key, in order; [] at first
     progress.keep(key, 4, entry)        # the fifth: written once, beside the others
 
@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
@@ -29,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from shallower import __version__
-from shallower.core.processes import from_first_process, is_first
+from shallower.core.files import read_json, replacing, write_json
+from shallower.core.processes import from_first_process, gathered, is_first
 from shallower.core.tensors import content
 from shallower.errors import CheckpointError, PlanError
 from shallower.methods.squeezing.options import SqueezeOptions
@@ -82,10 +80,8 @@ class Progress:
 
         def write() -> None:
             self._begin()
-            place = self.folder / f"{_hashed(key)}-{index:04}"
-            unfinished = self.folder / f".{place.name}.partial-{secrets.token_hex(4)}"
-            Plan((entry,)).save(unfinished)
-            unfinished.rename(place)
+            with replacing(self.folder / f"{_hashed(key)}-{index:04}", error=PlanError) as unfinished:
+                Plan((entry,)).save(unfinished)
 
         if is_first():
             self._guarded("written", write)
@@ -107,28 +103,24 @@ class Progress:
 
         def write() -> None:
             self._begin()
-            self._write_json(_CURVES, curves)
+            write_json(self.folder / _CURVES, curves, error=PlanError)
 
         if is_first():
             self._guarded("written", write)
 
     def _check(self) -> None:
-        """That the folder holds this computation, or nothing; what a killed run left unfinished goes."""
+        """That the folder holds this computation, or nothing."""
         if self.folder.is_file():
             raise CheckpointError(f"{self.folder} is a file, and a checkpoint is a folder; delete it or give another")
         if not self.folder.is_dir():
             return
-        for left in self.folder.glob(".*.partial-*"):
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
         path = self.folder / _IDENTITY
         if not path.exists():
-            if any(self.folder.iterdir()):
+            # what a killed run left unfinished has a name that begins with a dot
+            if any(not left.name.startswith(".") for left in self.folder.iterdir()):
                 raise CheckpointError(f"{self.folder} holds something else than a checkpoint; give another folder")
             return
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, error=PlanError)
         if not isinstance(found, dict):
             raise CheckpointError(f"{path} is damaged; delete the folder to start again")
         if other := differences(found, self.identity):
@@ -141,15 +133,7 @@ class Progress:
         """Make the folder, with its identity, where there is none yet."""
         if not (self.folder / _IDENTITY).exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._write_json(_IDENTITY, self.identity)
-
-    def _write_json(self, name: str, value: object) -> None:
-        unfinished = self.folder / f".{name}.partial-{secrets.token_hex(4)}"
-        with unfinished.open("w", encoding="utf-8") as file:
-            json.dump(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(self.folder / name)
+            write_json(self.folder / _IDENTITY, self.identity, error=PlanError)
 
     def _read_entries(self, key: str) -> list[Entry]:
         found: list[Entry] = []
@@ -162,7 +146,7 @@ class Progress:
         if not path.exists():
             return None
         curves: Curves = {}
-        for name, curve in json.loads(path.read_text(encoding="utf-8")).items():
+        for name, curve in read_json(path, error=PlanError).items():
             curves[str(name)] = {int(width): float(error) for width, error in curve.items()}
         return curves
 
@@ -179,17 +163,15 @@ class Progress:
             ) from error
 
 
-def identity_of(
-    model: nn.Module, sites: Iterable[Site], data: Iterable[Any], options: SqueezeOptions
-) -> dict[str, Any]:
+def identity_of(model: nn.Module, sites: Iterable[Site], data: str, options: SqueezeOptions) -> dict[str, Any]:
     """What the result of a squeezing to given widths depends on, as plain data.
 
-        identity_of(model, sites, data, SqueezeOptions())["weights"]
+        identity_of(model, sites, batches.digest, SqueezeOptions())["weights"]
 
     Args:
         model: whose weights are hashed, all of them, and whose modules' names, classes and sizes.
         sites: that are squeezed.
-        data: the calibration set as read: inputs and mask of each batch.
+        data: hash of the calibration set as read by this process.
         options: with their functions, which are told apart by their code and by what they have enclosed.
     """
     chosen = {field.name: _told_apart(getattr(options, field.name)) for field in fields(options)}
@@ -198,7 +180,7 @@ def identity_of(
         "modules": _hashed(*map(_described, model.named_modules())),
         "weights": _hash_of_weights(model),
         "sites": _hashed(*(site.to_json() for site in sites)),
-        "data": _together(hash_of_data(data)),
+        "data": _hashed(*gathered(data)),
         "options": chosen,
     }
 
@@ -215,43 +197,6 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         else:
             names.append(key)
     return names
-
-
-def hash_of_data(data: Iterable[Any]) -> str:
-    """SHA-256 of every tensor and plain value of nested batches, and of how they are nested."""
-    digest = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(content(value))
-        elif isinstance(value, Mapping):
-            digest.update(f"mapping of {len(value)} ".encode())
-            for key, item in value.items():
-                digest.update(f"{key!r}: ".encode())
-                add(item)
-        elif isinstance(value, (tuple, list)):
-            digest.update(f"{len(value)} items ".encode())
-            for item in value:
-                add(item)
-        elif isinstance(value, (bool, int, float, str, bytes, type(None))):
-            digest.update(f"{value!r} ".encode())
-        else:
-            digest.update(type(value).__qualname__.encode())
-            add(getattr(value, "__dict__", {}))
-
-    for batch in data:
-        add(batch)
-    return digest.hexdigest()
-
-
-def _together(own: str) -> str:
-    """One hash of what all processes have, in order of rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return own
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, own)
-    return _hashed(*found)
 
 
 def _hash_of_weights(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ curve = error_curve(site, grams, metric)                # {width: error}
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -151,7 +152,8 @@ def error_curve(site: Site, grams: SiteGrams, metric: Metric, *, paths: int = 0)
     curve = {k: _damage(errors[k], whole) for k in range(1, site.width + 1)}
     if grams.inputs is not None and may_collapse(site):
         _, error = _best_ridge(site, grams.inputs, metric)
-        curve[0] = _damage(error * whole, whole)
+        if math.isfinite(error):
+            curve[0] = _damage(error * whole, whole)
     return curve
 
 

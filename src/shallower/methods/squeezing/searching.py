@@ -42,6 +42,7 @@ class Search:
         times: how long the model takes with them.
         round_to: widths are multiples of this.
         uniform: keep the same share of every site's channels.
+        fixed: names of sites that keep their width then.
     """
 
     sweep: Sweep
@@ -49,6 +50,7 @@ class Search:
     times: Times
     round_to: int
     uniform: bool = False
+    fixed: frozenset[str] = frozenset()
 
     @property
     def sites(self) -> Sites:
@@ -74,14 +76,15 @@ class Search:
         Both are judged by a draft, with the consumers fitted only: by the score, or without one by how little the
         model's output changes.
         """
-        chosen = replace(self, uniform=True).widths(target)
-        if not self.uniform:
-            allocated = self.widths(target)
-            if allocated != chosen:
-                judge = score or self.sweep.likeness
-                equal = judge(self.sweep.draft(chosen)[1])
-                if judge(self.sweep.draft(allocated)[1]) >= equal:
-                    chosen = allocated
+        if self.uniform:
+            return self.sweep.plan(self.widths(target))[0]
+        allocated = self.widths(target)
+        chosen = replace(self, uniform=True, fixed=frozenset(self.sweep.fixed)).widths(target)
+        if allocated != chosen:
+            judge = score or self.sweep.likeness
+            equal = judge(self.sweep.draft(chosen)[1])
+            if judge(self.sweep.draft(allocated)[1]) >= equal:
+                chosen = allocated
         return self.sweep.plan(chosen)[0]
 
     def _within(self, target: Target, score: Score) -> Plan:
@@ -163,7 +166,7 @@ class Search:
 
         try:
             if self.uniform:
-                found = in_proportion(widths, met, self.round_to)
+                found = self._in_proportion(widths, met)
             else:
                 chosen = allocate(self._menus(target), lambda choices: met(_widths_of(choices)))
                 found = _widths_of(chosen)
@@ -181,6 +184,11 @@ class Search:
                 "no plan is cheaper in what was asked for"
             )
         return found
+
+    def _in_proportion(self, widths: Widths, met: Callable[[Widths], bool]) -> dict[str, int]:
+        """The same share of the width of every site that is not fixed."""
+        free = {name: width for name, width in widths.items() if name not in self.fixed}
+        return {**widths, **in_proportion(free, lambda chosen: met({**widths, **chosen}), self.round_to)}
 
     def _before(self, target: Target) -> Cost:
         if target.unit != "latency":

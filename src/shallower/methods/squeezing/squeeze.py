@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from shallower.core.inputs import Inputs, InputsOf, model_device, reiterable, to_device
+from shallower.core.failures import failing
+from shallower.core.inputs import Inputs, InputsOf, model_device
 from shallower.core.modes import without_inference_mode
+from shallower.core.trees import to_device
 from shallower.errors import FitError
 from shallower.methods.squeezing.calibration import Calibration, reader_of
 from shallower.methods.squeezing.costing import Counts, Times
@@ -104,7 +106,7 @@ def squeeze(
         calibration = _calibration(dense, squeezable, batches, options, inputs_of, example_inputs)
         progress = None
         if checkpoint is not None:
-            progress = Progress(checkpoint, identity_of(dense, squeezable, calibration.read(), options))
+            progress = Progress(checkpoint, identity_of(dense, squeezable, calibration.batches.digest, options))
         sweep = Sweep(dense, squeezable, calibration, progress)
         inputs = _timed_on(calibration, example_inputs, dense)
         times = Times(dense, squeezable, inputs, options)
@@ -151,16 +153,15 @@ def _calibration(
         FitError: there are none, or the model returns nothing that could be weighed.
         SiteError: they can be read only once, or are not what the model takes.
     """
-    kept = list(reiterable(batches))
-    if not kept:
+    calibration = Calibration(batches, options, inputs_of or reader_of(dense, sites, example_inputs))
+    if not len(calibration.batches):
         raise FitError("calibration needs data: `batches` is empty. Give a few hundred samples")
-    reader = inputs_of or reader_of(dense, sites, kept[0], example_inputs)
-    calibration = Calibration(kept, options, reader)
     remedy = (
         "Give batches like the example inputs that the sites were found with, or say with inputs_of= how to read yours"
     )
-    output = check_call(dense, reader(kept[0]), "the first calibration batch", remedy)
-    chosen = options.output_of(output)
+    output = check_call(dense, calibration.batches[0].inputs, "the first calibration batch", remedy)
+    with failing(FitError, "output_of fails on what the model returns"):
+        chosen = calibration.output_of(output)
     if not isinstance(chosen, torch.Tensor) or not chosen.is_floating_point():
         raise FitError(
             f"output_of must return a floating-point tensor of what the model returns, and returned a "
@@ -176,7 +177,7 @@ def _timed_on(calibration: Calibration, example_inputs: Inputs | None, dense: nn
         SiteError: the model cannot be called with it.
     """
     if example_inputs is None:
-        inputs = next(calibration.read())[0]
+        inputs = calibration.batches[0].inputs
     else:
         inputs = example_inputs
         check_call(dense, inputs, "example_inputs", "Give what find_sites was given")

@@ -17,11 +17,13 @@ from functools import cached_property
 from torch import nn
 from tqdm.auto import tqdm
 
+from shallower.calibrating.collecting import one_site
 from shallower.calibrating.grams import Centred
 from shallower.calibrating.recording import Goals
+from shallower.calibrating.site_grams import SiteGrams
 from shallower.calibrating.walking import Walk
 from shallower.core.memory import give_back
-from shallower.errors import FitError
+from shallower.errors import FitError, Refusal
 from shallower.methods.squeezing.calibration import Calibration, divergence
 from shallower.methods.squeezing.curves import error_curves
 from shallower.methods.squeezing.progress import Progress
@@ -116,6 +118,11 @@ class Sweep:
             self.progress.keep_curves(found)
         return found
 
+    @property
+    def fixed(self) -> set[str]:
+        """Sites that cannot be calibrated, by their curves of error; they keep their width."""
+        return {name for name, curve in self.errors.items() if len(curve) < 2}
+
     def likeness(self, small: nn.Module) -> float:
         """Minus the mean divergence of its output from the dense network's, on some of the batches."""
         return -divergence(self.calibration, self.dense, small)
@@ -131,7 +138,7 @@ class Sweep:
             return
         name = max(short, key=short.__getitem__)
         entry = next(e for e in plan.entries if e.site.name == name)
-        numbers, samples = _numbers(entry), self.calibration.samples
+        numbers, samples = _numbers(entry), self.calibration.batches.rows
         others = f", and {len(short) - 1} more sites have too few" * (len(short) > 1)
         warnings.warn(
             f"{name}: each output of `{entry.site.consumers[0].name}` is fitted with {numbers} numbers on "
@@ -219,9 +226,8 @@ class Sweep:
         """One site squeezed, in the network with the earlier ones squeezed."""
         if not enough_for_producers(site, width, self._positions.get(site.name, math.inf)):
             producers = False
-        with_inputs = width == 0 or paths > 0
-        found = self.calibration.grams(self.dense, small, [site], with_inputs, producers, goals or None, walk)
-        grams = found.pop(site.name)
+        inputs = width == 0 or paths > 0
+        grams = self._grams(site, small, goals, walk, inputs, producers)
         self._positions[site.name] = grams.positions
         self._counts[site.name] = grams.fit.count
         if producers and not enough_for_producers(site, width, grams.positions):
@@ -233,6 +239,17 @@ class Sweep:
             return narrowed(site, grams, metric, width, small if producers else None, paths=paths)
         except FitError as error:
             raise FitError(f"{site.name}: {error}") from error
+
+    def _grams(
+        self, site: Site, small: nn.Module, goals: Sequence[Goals], walk: Walk, inputs: bool, rows: bool
+    ) -> SiteGrams:
+        """Gram matrices of a site in the squeezed network; where that routes other rows to it, in the dense one."""
+        found = self.calibration.grams(
+            self.dense, small, [site], inputs=inputs, rows=rows, goals=goals or None, walk=walk
+        )
+        if isinstance(found[site.name], Refusal):
+            found = self.calibration.grams(self.dense, None, [site], inputs=inputs, rows=rows)
+        return one_site(found, site)
 
     def _path_multiple(self, site: Site, later: Sequence[Site]) -> int:
         """Of what rank and width are multiples, 0 for no path.
@@ -248,7 +265,7 @@ class Sweep:
 
     def _walk(self, small: nn.Module | None, sites: Sequence[Site]) -> Walk:
         along = sites if self.walking else ()
-        return Walk.along(self.dense, small, along, self.calibration.batches, self.calibration.inputs_of)
+        return Walk.along(self.dense, small, along, self.calibration.batches, lambda batch: batch.inputs)
 
 
 def _numbers(entry: Entry) -> int:
