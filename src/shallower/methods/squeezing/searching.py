@@ -6,7 +6,7 @@ plan = search.plan(Target.parse("macs:60%"), score=None)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from shallower.core.processes import from_first_process
