@@ -219,8 +219,8 @@ class Rounds(Generic[R]):
 
     def _resume(self) -> None:
         try:
-            state = _upgraded(read_state(self._file, error=MethodError))
             own = self.identity
+            state = _upgraded(read_state(self._file, error=MethodError), own)
             if other := [name for name in own if state["identity"].get(name) != own[name]]:
                 raise MethodError(f"{self._file} is of another run ({', '.join(other)} differ): pass another folder")
             self.model.load_state_dict(state["model"])
@@ -234,8 +234,10 @@ class Rounds(Generic[R]):
             raise MethodError(f"{self._file} does not fit this run ({error}): pass another folder") from error
 
 
-def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def _upgraded(state: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
     """A file of version 1, which each method wrote in its own way, as one of version 2.
+
+    LayerCollapse kept nothing of its options there but the recipe: the others are taken for equal.
 
     Raises:
         MethodError: the version is unknown.
@@ -245,7 +247,7 @@ def _upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
     if state["schema"] != 1:
         raise MethodError(f"the file has version {state['schema']}, and this release reads 1 and {ROUNDS_FORMAT}")
     if "stages" in state:
-        identity, chosen = {"recipe": state["recipe"]}, {"groups": state["groups"]}
+        identity, chosen = {**own, "recipe": state["recipe"]}, {"groups": state["groups"]}
         return {"identity": identity, "rounds": state["stages"], "chosen": chosen, "model": state["model"]}
     return {
         "identity": state["settings"],

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shallower.core.files import read_state, write_state
 from shallower.core.inputs import call
 from shallower.errors import MethodError
 from shallower.finding.matching import find_sites
@@ -506,7 +507,7 @@ RECIPE = Recipe(epochs=4, lr=5e-3)
 
 def fitted(model: nn.Module, method: LayerCollapse | None = None, **options: Any) -> list[StageResult]:
     method = method_on(model) if method is None else method
-    chosen = {name: options.pop(name) for name in ("order", "arrive") if name in options}
+    chosen = {name: options.pop(name) for name in ("order", "arrive", "tolerance") if name in options}
     stages = Stages(options.pop("stages", None), **chosen)
     return method.fit(BATCHES, task_loss, RECIPE, stages, cpu=True, **options)
 
@@ -639,6 +640,26 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     fitted(network(), checkpoint=tmp_path)
     with pytest.raises(MethodError, match="another run"):
         method_on(network()).fit(BATCHES, task_loss, Recipe(epochs=1, lr=1e-3), checkpoint=tmp_path, cpu=True)
+    with pytest.raises(MethodError, match=r"another run \(strength, tolerance differ"):
+        fitted(network(), method_on(network(), strength=2.0), tolerance=0.1, checkpoint=tmp_path)
+
+
+def test_stages_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    model = network()
+    expected = fitted(model, checkpoint=tmp_path)
+    path = tmp_path / "stages.safetensors"
+    state = read_state(path, error=MethodError)
+    earlier = {
+        "schema": 1,
+        "groups": state["chosen"]["groups"],
+        "stages": state["rounds"],
+        "recipe": state["identity"]["recipe"],
+        "model": state["model"],
+    }
+    write_state(path, earlier, error=MethodError)
+    again = network(seed=9)
+    assert fitted(again, checkpoint=tmp_path) == expected
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

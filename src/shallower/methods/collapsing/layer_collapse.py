@@ -377,7 +377,8 @@ class LayerCollapse(Method):
             TrainingError: see `train`.
         """
         options = Stages.of(stages)
-        rounds = Rounds("stage", StageResult, self, Training(batches, loss, recipe, score, floor, checkpoint, cpu))
+        training = Training(batches, loss, recipe, score, floor, checkpoint, cpu)
+        rounds = Rounds("stage", StageResult, self, training, self._identity(options))
         with rounds, self._scheduled(options, rounds):
             groups = self._groups(options, rounds)
             while len(rounds.finished) < len(groups) and not rounds.over:
@@ -388,6 +389,12 @@ class LayerCollapse(Method):
                 outcome = rounds.train(f"stage {number}/{len(groups)}", end=end)
                 rounds.finish(StageResult(tuple(groups[number - 1]), self.collapsed(), slopes, **vars(outcome)))
         return rounds.finished
+
+    def _identity(self, options: Stages) -> dict[str, Any]:
+        """What a run that continues has in common with the one that began; the order of the sites is kept in it."""
+        names = ("strength", "family", "granularity", "decoupled", "slope_lr")
+        own = {name: getattr(self, name) for name in names}
+        return {**own, "sites": list(self.activations), "tolerance": options.tolerance, "arrive": options.arrive}
 
     def _groups(self, options: Stages, rounds: Rounds[StageResult]) -> list[list[str]]:
         """The sites of each stage, kept at once: a run that continues might measure another order."""
