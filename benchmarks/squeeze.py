@@ -67,8 +67,8 @@ from torch.nn import functional as F
 
 from benchmarks.images import Images, cifar10
 from benchmarks.record import markdown, required, write_json
+from shallower.calibrating.augmenting import augment_tokens
 from shallower.calibrating.recalibration import recalibrate
-from shallower.calibrating.varying import varied
 from shallower.core.inputs import call
 from shallower.errors import ModelError, TargetError
 from shallower.finding.matching import find_sites
@@ -466,7 +466,7 @@ def minilm(data: Path) -> Subject:
     chosen = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:1000].tolist()
     _, elsewhere = encoded([pool[i] for i in chosen])
     words = sorted(i for t, i in tokenizer.get_vocab().items() if t.isalpha() or t.startswith("##"))
-    others = {VARIED: varied(batches, vocabulary=words), ELSEWHERE: elsewhere}
+    others = {VARIED: augment_tokens(batches, vocabulary=words), ELSEWHERE: elsewhere}
     upper = torch.triu_indices(300, 300, 1)
     original = embeddings(model, wiki)
 

@@ -1,7 +1,8 @@
 """The public names, once: `__init__.py` imports each when it is first used."""
 
+from .calibrating.augmenting import augment_tokens as augment_tokens
+from .calibrating.augmenting import varied as varied
 from .calibrating.recalibration import recalibrate as recalibrate
-from .calibrating.varying import varied as varied
 from .core.inputs import Inputs as Inputs
 from .errors import CheckpointError as CheckpointError
 from .errors import DataError as DataError

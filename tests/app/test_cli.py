@@ -532,7 +532,7 @@ def load_dense(folder: Path) -> int:
 
 def test_pictures_cannot_be_varied(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
     told = error_line(squeeze(shallower, pictures, tmp_path / "out", "--target", "params:80%", "--vary"))
-    assert "only batches of tokens can be varied" in told
+    assert "only batches of tokens can be augmented" in told
 
 
 def save_small_bert(folder: Path) -> None:

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from shallower.app.compression import Outcome, Work
 from shallower.app.options import Squeezing
+from shallower.calibrating.augmenting import augment_tokens
 from shallower.calibrating.recalibration import recalibrate
-from shallower.calibrating.varying import varied
 from shallower.core.inputs import Inputs
 from shallower.errors import DataError
 from shallower.finding.matching import find_sites
@@ -84,7 +84,7 @@ class SqueezeRun(Squeezing):
         if len(rows) < FEWEST:
             raise DataError(f"{len(rows)} rows are too few to calibrate on; give a few hundred")
         given = work.sample(self.samples)
-        return list(varied(given, seed=work.recipe.seed)) if self.vary else given
+        return list(augment_tokens(given, seed=work.recipe.seed)) if self.vary else given
 
     def _plan(self, work: Work, sites: Sites, calibration: list[Any]) -> Plan:
         target, score = work.target, None
