@@ -28,7 +28,7 @@ from shallower.modules.attachment import detached_copy
 from shallower.modules.edits import Edit, Weights, perform
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.fits import Fit
-from shallower.planning.steps import Step, steps
+from shallower.planning.forms import Step, steps
 from shallower.sites import Site
 from shallower.surgery.observing import relative_error
 from shallower.surgery.operating import edits_of_step

@@ -65,8 +65,8 @@ from shallower.methods.tlc.choosing import choose_forms
 from shallower.methods.tlc.pace import Pace, Round
 from shallower.methods.tlc.till_layers_collapse import TillLayersCollapse
 from shallower.planning.entries import Entry
+from shallower.planning.forms import steps
 from shallower.planning.plan import Plan
-from shallower.planning.steps import steps
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
 from shallower.surgery.padding import move_padding

@@ -21,7 +21,7 @@ from shallower.modules.edits import edits, perform, replay
 from shallower.modules.heads import narrow, without_heads
 from shallower.planning.entries import Entry
 from shallower.planning.fits import Fit
-from shallower.planning.steps import steps
+from shallower.planning.forms import steps
 from shallower.sites import Heads, LinearMap, Site, Sites
 from shallower.sites.heads import columns, narrowed, rows
 from shallower.surgery.configs import follow_heads

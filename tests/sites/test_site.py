@@ -84,7 +84,7 @@ def test_a_convolution_costs_its_taps_and_groups() -> None:
 
 maps = st.builds(
     LinearMap,
-    name=st.text(max_size=8),
+    name=st.text(min_size=1, max_size=8),
     kind=st.sampled_from(["linear", "conv1d", "conv2d"]),
     d_in=st.integers(1, 99),
     d_out=st.integers(1, 99),
@@ -138,7 +138,7 @@ def test_a_site_survives_json(value: Site) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"width": "wide"}, {"width": -1}, {"unknown": 1}, {"consumers": 3}, {"activation": {"module": "x"}}, {"name": 7}],
+    [{"width": "wide"}, {"width": -1}, {"unknown": 1}, {"consumers": 3}, {"activation": {"calls": []}}, {"name": 7}],
     ids=str,
 )
 def test_a_wrong_description_is_refused(change: dict[str, Any]) -> None:

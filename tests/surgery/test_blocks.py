@@ -10,7 +10,7 @@ from benchmarks.mutations import Mutation
 from shallower.errors import SurgeryError
 from shallower.finding.matching import find_sites
 from shallower.planning.entries import Entry
-from shallower.planning.steps import Step, steps
+from shallower.planning.forms import Step, steps
 from shallower.surgery.blocks import block_by_block
 from shallower.surgery.observing import Pass
 from shallower.surgery.operating import edits_of_step

@@ -13,8 +13,8 @@ from shallower.finding.matching import find_sites
 from shallower.modules.edits import Doubled, Externalise, Identity, Resize, Slope, Weights, edits, perform
 from shallower.planning.entries import Entry
 from shallower.planning.fits import Fit
+from shallower.planning.forms import steps
 from shallower.planning.plan import Plan
-from shallower.planning.steps import steps
 from shallower.surgery.applying import apply
 from shallower.surgery.operating import edits_of, operate
 from shallower.surgery.simulation import simulate

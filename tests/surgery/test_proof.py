@@ -14,8 +14,8 @@ from shallower.errors import SurgeryError
 from shallower.finding.matching import find_sites
 from shallower.modules.edits import Edit, Externalise, Weights
 from shallower.planning.entries import Entry
+from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
-from shallower.planning.steps import Step, steps
 from shallower.surgery.operating import edits_of_step
 from shallower.surgery.proof import proven
 from tests.modules.test_heads import ByHand

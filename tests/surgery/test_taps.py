@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from shallower.errors import SurgeryError
 from shallower.finding.matching import find_sites
 from shallower.planning.entries import Entry
-from shallower.planning.steps import steps
+from shallower.planning.forms import steps
 from shallower.sites import Place
 from shallower.surgery.taps import Tap, taps_of
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from shallower.errors import OutOfMemoryError, SurgeryError
 from shallower.finding.matching import find_sites
 from shallower.modules.edits import Edit, Identity
+from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
-from shallower.planning.steps import Step, steps
 from shallower.surgery.observing import Pass
 from shallower.surgery.operating import edits_of_step
 from shallower.surgery.whole import check_distance, check_rounded, is_narrow, whole_network, widened

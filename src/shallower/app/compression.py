@@ -28,8 +28,8 @@ from shallower.measuring.cost import cost_of
 from shallower.measuring.measurement import compare
 from shallower.modules.attachment import detached_copy
 from shallower.planning.costs import Cost, cost_after
+from shallower.planning.forms import steps
 from shallower.planning.plan import Plan
-from shallower.planning.steps import steps
 from shallower.planning.targets import Target
 from shallower.sites import Sites
 from shallower.training import Checkpoint, Recipe, train

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from shallower.planning.forms import Step
 from shallower.planning.plan import Plan
-from shallower.planning.steps import Step
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Literal
 from shallower.errors import PlanError
 from shallower.planning.entries import Entry
 from shallower.planning.forms import form_of
-from shallower.planning.steps import Walk, in_execution_order
+from shallower.planning.forms.steps import Walk, in_execution_order
 from shallower.sites import LinearMap, Site, overlapping
 
 Unit = Literal["", "params", "macs"]

@@ -20,8 +20,8 @@ from shallower.core.text import amount, listing, table
 from shallower.errors import PlanError
 from shallower.planning import plan_file
 from shallower.planning.entries import Entry
+from shallower.planning.forms import Step, steps
 from shallower.planning.paying import paying
-from shallower.planning.steps import Step, steps
 from shallower.sites import Site, overlapping
 
 

@@ -96,7 +96,7 @@ class StoredPlan:
     method: Annotated[str, Bounds(0, 1000)]
     fingerprint: Annotated[str, Bounds(0, 64)]
     saves: Saves
-    entries: Annotated[tuple[StoredEntry, ...], Bounds(0, _MOST_ENTRIES)]
+    entries: tuple[StoredEntry, ...]
     left_out: Mapping[Annotated[str, Bounds(0, 1000)], Annotated[str, Bounds(0, 2000)]] = field(default_factory=dict)
 
 
@@ -135,6 +135,9 @@ def from_json(data: object, tensors: Mapping[str, Tensor]) -> Contents:
             f"the plan has version {data.get('version')!r:.20} of the format and this is version {VERSION}; "
             "read it with the release of Shallower that wrote it"
         )
+    entries = data.get("entries")
+    if isinstance(entries, list) and len(entries) > _MOST_ENTRIES:
+        raise PlanError(f"plan.entries: {len(entries)} entries are more than any model has sites ({_MOST_ENTRIES})")
     named: set[str] = set()
 
     def read(data: Any, at: str) -> Tensor:
@@ -145,10 +148,10 @@ def from_json(data: object, tensors: Mapping[str, Tensor]) -> Contents:
     stored = decode(StoredPlan, data, at="plan", error=PlanError, special={Tensor: read})
     if stored.fingerprint.strip("0123456789abcdef") or len(stored.fingerprint) not in (0, 64):
         raise PlanError("the plan's fingerprint is not a SHA-256 in hexadecimal digits")
-    entries = tuple(_entry(entry, f"plan.entries[{i}]") for i, entry in enumerate(stored.entries))
+    made = tuple(_entry(entry, f"plan.entries[{i}]") for i, entry in enumerate(stored.entries))
     if left := sorted(set(tensors) - named):
         raise PlanError(f"the plan does not name the tensor {left[0]!r}")
-    return Contents(entries, stored.fingerprint, stored.method, stored.left_out, stored.saves)
+    return Contents(made, stored.fingerprint, stored.method, stored.left_out, stored.saves)
 
 
 def save(contents: Contents, directory: Path) -> None:

@@ -13,8 +13,8 @@ from shallower.core.modes import without_inference_mode
 from shallower.core.tensors import has_no_numbers
 from shallower.errors import PlanError
 from shallower.modules.offloading import mapped
+from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
-from shallower.planning.steps import Step, steps
 from shallower.surgery.checking import check_fits
 from shallower.surgery.configs import follow_heads, follow_widths
 from shallower.surgery.padding import border_error

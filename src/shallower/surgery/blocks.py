@@ -19,7 +19,7 @@ from shallower.core.trees import cloned
 from shallower.core.watching import watching
 from shallower.modules.attachment import detached_copy
 from shallower.modules.offloading import lent
-from shallower.planning.steps import Step
+from shallower.planning.forms import Step
 from shallower.sites import Place, Site
 from shallower.surgery.observing import Pass
 from shallower.surgery.whole import (

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Size, nn
 
 from shallower.errors import ShallowerError
-from shallower.planning.steps import Step
+from shallower.planning.forms import Step
 from shallower.saving.skeletons import build_skeleton
 from shallower.saving.sources import source_of
 from shallower.sites.heads import heads_of

@@ -40,9 +40,8 @@ from shallower.modules.layers import bias_of, is_the_map, weight_of
 from shallower.modules.rewriting import name_at
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.fits import Fit
-from shallower.planning.form import Form
+from shallower.planning.forms import Form, Step, steps
 from shallower.planning.plan import Plan
-from shallower.planning.steps import Step, steps
 from shallower.sites import LinearMap, Place, Residual, Site
 from shallower.surgery.padding import zeros_around
 from shallower.surgery.paths import Path, affine, as_read, columns_read, linear_path_of, product_of

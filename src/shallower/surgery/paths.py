@@ -14,7 +14,7 @@ from shallower.errors import PlanError
 from shallower.modules.layers import bias_of, weight_of
 from shallower.planning.entries import Entry
 from shallower.planning.fits import Fit
-from shallower.planning.form import Form
+from shallower.planning.forms import Form
 from shallower.sites import LinearMap, Site
 
 

@@ -26,7 +26,7 @@ from shallower.core.tensors import has_no_numbers
 from shallower.errors import ForwardError
 from shallower.modules.attachment import detached_copy
 from shallower.modules.offloading import is_mapped
-from shallower.planning.steps import Step
+from shallower.planning.forms import Step
 from shallower.surgery.blocks import block_by_block
 from shallower.surgery.observing import Pass, check_runs, check_shapes, observed
 from shallower.surgery.operating import edits_of_step

@@ -22,8 +22,8 @@ from shallower.modules.attachment import detached_copy
 from shallower.modules.rewriting import externalise
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.fits import Fit
+from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
-from shallower.planning.steps import Step, steps
 from shallower.sites import Site
 from shallower.surgery.checking import check_fits
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shallower.errors import SurgeryError
 from shallower.modules.rewriting import name_at
-from shallower.planning.steps import Step
+from shallower.planning.forms import Step
 from shallower.sites import LinearMap, Place, Site
 from shallower.sites.heads import heads_of
 

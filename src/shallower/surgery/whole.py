@@ -18,7 +18,7 @@ from shallower.core.trees import doubled
 from shallower.errors import ForwardError, SiteError, SurgeryError
 from shallower.modules.attachment import detached_copy
 from shallower.modules.edits import Edit, perform
-from shallower.planning.steps import Step
+from shallower.planning.forms import Step
 from shallower.surgery.observing import (
     ALLOWED,
     Difference,

@@ -20,9 +20,8 @@ from shallower.measuring.measurement import compare
 from shallower.methods.squeezing.latencies import Latency, narrowed_copy, site_latencies, stand_in
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.planning.costs import Cost, cost_after, size_saved
-from shallower.planning.forms import form_of
+from shallower.planning.forms import Step, form_of
 from shallower.planning.plan import Plan
-from shallower.planning.steps import Step
 from shallower.sites import Site, Sites
 
 Widths = Mapping[str, int]

@@ -35,7 +35,7 @@ from shallower.measuring.devices import device_name
 from shallower.methods.squeezing.refitting import may_have_path
 from shallower.modules.attachment import detached_copy
 from shallower.planning.entries import Entry, Fate
-from shallower.planning.steps import steps
+from shallower.planning.forms import steps
 from shallower.sites import LinearMap, Site
 from shallower.surgery.operating import operate
 

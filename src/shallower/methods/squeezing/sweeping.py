@@ -31,8 +31,8 @@ from shallower.methods.squeezing.refitting import collapsed, enough_for_producer
 from shallower.modules.attachment import detach
 from shallower.modules.site_parts import fingerprint
 from shallower.planning.entries import Entry
+from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
-from shallower.planning.steps import Step, steps
 from shallower.sites import Site
 from shallower.surgery.operating import operate
 

@@ -21,7 +21,7 @@ from shallower.core.text import listing
 from shallower.errors import ModelError
 from shallower.methods.squeezing.latencies import stand_in
 from shallower.modules.attachment import detach
-from shallower.planning.steps import steps
+from shallower.planning.forms import steps
 from shallower.saving.skeletons import build_skeleton
 from shallower.saving.sources import source_of
 from shallower.sites import Site, Sites

@@ -23,8 +23,8 @@ from shallower.methods.tlc.trying import Trial, Tried
 from shallower.methods.tlc.variants import Variant, is_open
 from shallower.modules.attachment import detached_copy
 from shallower.planning.entries import Entry
+from shallower.planning.forms import steps
 from shallower.planning.plan import Plan
-from shallower.planning.steps import steps
 from shallower.sites import overlapping
 from shallower.surgery.checking import check_fits
 from shallower.surgery.operating import operate

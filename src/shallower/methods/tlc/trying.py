@@ -21,8 +21,8 @@ from shallower.methods.tlc.variants import Variant, all_channels, exact_variants
 from shallower.modules.layers import weight_of
 from shallower.planning.entries import Entry
 from shallower.planning.fits import Fit
+from shallower.planning.forms import steps
 from shallower.planning.geometry import fitted_map
-from shallower.planning.steps import steps
 from shallower.sites import LinearMap, Site
 from shallower.surgery.operating import operate
 

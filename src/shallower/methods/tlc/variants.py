@@ -10,9 +10,9 @@ from typing import cast
 import torch
 
 from shallower.errors import PlanError
-from shallower.planning.constants import inexact
 from shallower.planning.entries import Becomes, Entry, Fate
-from shallower.planning.steps import steps
+from shallower.planning.forms import steps
+from shallower.planning.forms.constants import inexact
 from shallower.sites import LinearMap, Site
 
 _MOST_TOGETHER = 4

@@ -13,10 +13,9 @@ from shallower.errors import PlanError
 from shallower.finding.matching import find_sites
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.fits import Fit
-from shallower.planning.forms import form_of
+from shallower.planning.forms import form_of, steps
 from shallower.planning.geometry import fitted_map
 from shallower.planning.plan import Plan
-from shallower.planning.steps import steps
 from shallower.saving.checkpoint import load, save
 from shallower.sites import LinearMap, Site
 from shallower.surgery.applying import apply

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from shallower.core.text import amount
 from shallower.errors import PlanError
-from shallower.planning.constants import has_constants, inexact, needs_bias
 from shallower.planning.entries import Becomes, Entry
-from shallower.planning.form import Form
+from shallower.planning.forms.constants import has_constants, inexact, needs_bias
+from shallower.planning.forms.form import Form
+from shallower.planning.forms.linear_path import path_of
 from shallower.planning.geometry import composed, fitted_map, kernel_of, not_foldable, resized, ungrouped
-from shallower.planning.linear_path import path_of
 from shallower.sites import LinearMap
 
 Consumers = tuple[LinearMap, ...]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from shallower.errors import PlanError
-from shallower.planning.constants import has_constants
 from shallower.planning.entries import Entry
-from shallower.planning.form import Through
+from shallower.planning.forms.constants import has_constants
+from shallower.planning.forms.form import Through
 from shallower.planning.geometry import geometry, is_plain, same_stride
 from shallower.sites import LinearMap, Site
 

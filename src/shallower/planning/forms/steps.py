@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from shallower.core.text import listing
 from shallower.errors import PlanError
 from shallower.planning.entries import Becomes, Entry
-from shallower.planning.form import Form
-from shallower.planning.forms import form_of
+from shallower.planning.forms.form import Form
+from shallower.planning.forms.forming import form_of
 from shallower.sites import LinearMap, Site
 
 _AHEAD = 6

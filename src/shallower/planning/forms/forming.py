@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from shallower.errors import PlanError
-from shallower.planning.collapsed import collapsed
-from shallower.planning.constants import has_constants, needs_bias
 from shallower.planning.entries import Becomes, Entry
-from shallower.planning.form import Form
+from shallower.planning.forms.collapsed import collapsed
+from shallower.planning.forms.constants import has_constants, needs_bias
+from shallower.planning.forms.form import Form
+from shallower.planning.forms.linear_path import check_geometry, path_of
 from shallower.planning.geometry import resized
-from shallower.planning.linear_path import check_geometry, path_of
 from shallower.sites import Heads, LinearMap, Site
 
 
