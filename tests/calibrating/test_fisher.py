@@ -140,3 +140,16 @@ def test_the_output_is_the_logits_or_the_first_floating_point_tensor() -> None:
     assert default_output_of((torch.tensor([1]), torch.tensor([2.0]))).item() == 2.0
     with pytest.raises(FitError, match="output_of="):
         default_output_of(torch.tensor([1]))
+
+
+def test_a_batch_whose_half_does_not_run_stays_whole() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            return adjacency @ self.fc(x)  # type: ignore[no-any-return]
+
+    batch = (torch.randn(64, 4), torch.eye(64))
+    assert set(output_metrics(Graph(), ["fc"], [batch], inputs_of=lambda b: b)) == {"fc"}

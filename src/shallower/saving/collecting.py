@@ -41,8 +41,9 @@ def _sizes(name: str, module: nn.Module) -> Resize | Norm | None:
     if not kind:
         return None
     weight = weight_of(module)
-    geometry: dict[str, Any] = {}
+    geometry: dict[str, Any] = dict.fromkeys(("kernel", "stride", "dilation"), (1, 1))
+    geometry |= {"padding": (0, 0), "groups": 1}
     if isinstance(module, nn.Conv2d):
         geometry = {**geometry_of(module), "kernel": tuple(weight.shape[2:])}
-    data = {"d_in": weight.shape[1] * geometry.get("groups", 1), "d_out": weight.shape[0], **geometry}
+    data = {"d_in": weight.shape[1] * geometry["groups"], "d_out": weight.shape[0], **geometry}
     return Resize(name=name, kind=cast("Any", kind), bias=module.bias is not None, **data)
