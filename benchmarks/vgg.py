@@ -46,7 +46,7 @@ CONTINUATION = Recipe(
     epochs=3, lr=0.05, optimizer="sgd", weight_decay=5e-4, schedule="cosine", clip=5.0, precision="bf16", seed=1
 )
 SEEDS = (1, 2)
-"""Of the continuations. The networks of the first are measured and timed, of the others the accuracies are told."""
+"""Seeds of the continuations. Only the networks of the first are measured and timed."""
 STRENGTH = 0.05
 SLOPE_LR = 1e-3
 """With the network's learning rate the task's gradient throws the slopes about."""

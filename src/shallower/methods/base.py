@@ -31,6 +31,10 @@ from shallower.training.trainable import Trainable
 class Method(Trainable):
     """A way to decide what happens to the channels of a model's sites.
 
+        class LargestRows(sh.Method):
+            def plan(self):
+                return sh.Plan(tuple(sh.Entry.narrow(site, largest(self.model, site)) for site in self.sites))
+
     Everything but `plan` is neutral unless a subclass needs it. What a method adds to the model is in the model's
     `state_dict`, so that a checkpoint of the model resumes the method too.
 
@@ -48,7 +52,7 @@ class Method(Trainable):
         self.sites = sites
 
     def plan(self) -> Plan:
-        """The fates that the method has arrived at; the model is not changed.
+        """The fates that the method has decided on; the model is not changed.
 
         Raises:
             MethodError: the method decides nothing.
@@ -56,7 +60,7 @@ class Method(Trainable):
         raise MethodError(f"{type(self).__name__} decides nothing: it does not override plan()")
 
     def fit(self, *_args: Any, **_options: Any) -> Any:
-        """Trains in the rounds that the method prescribes.
+        """Train in the rounds that the method prescribes.
 
         Raises:
             MethodError: the method has no rounds of its own.
@@ -66,7 +70,7 @@ class Method(Trainable):
         )
 
     def detach(self) -> None:
-        """Removes what the method added to the model; the trained weights stay as they are."""
+        """Remove what the method added to the model; the trained weights stay as they are."""
         self.unfollow()
         attachment.detach(self.model)
 

@@ -2,7 +2,7 @@
 
     history = sh.heal(small, dense, batches, healing.recipe(epochs=2))
 
-No labels are needed. Either the outputs are compared, or what every site gives to the rest of the network.
+No labels are needed. Either the outputs of both networks are compared, or the outputs of every site's consumers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Matching(Options):
 
     Attributes:
         match: "outputs" compares what the models return: of logits the Kullback-Leibler divergence of the
-            distributions, else the squared error, relative to the size of what is wanted. "sites" compares the output
+            distributions, else the squared error relative to the original's output. "sites" compares the output
             of each site's consumers, by the relative squared error, and needs `sites`.
         sites: as found in the original.
         temperature: logits are divided by it; the divergence is multiplied by its square.

@@ -75,13 +75,16 @@ class Recipe(Options):
 
 @dataclass
 class History:
-    """What a training run saw, one value an epoch.
+    """The course of a training run, one value an epoch.
+
+        history = sh.train(model, loader, loss, recipe)
+        history.losses[-1]
 
     Attributes:
         losses: mean loss, penalties of the method included, on the main process.
         scores: what `score` returned after the epoch; empty without it.
         seconds: wall time, scoring and checkpoints included.
-        stopped: the score fell below the floor; the model is the last one that did not.
+        stopped: the score fell below the floor; the model is in the last state that did not.
         resumed: steps that were read from the checkpoint, not trained in this call.
     """
 

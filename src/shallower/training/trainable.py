@@ -22,7 +22,11 @@ from shallower.errors import MethodError
 
 
 class Trainable:
-    """A model that is trained, with nothing added: every answer is neutral, and methods override some of them.
+    """A model in training with nothing added to it; methods override some of what a training loop calls.
+
+        class Smaller(sh.Method):
+            def penalty(self):
+                return 1e-4 * sum(p.abs().sum() for p in self.model.parameters())
 
     What a method adds to the model is in the model's `state_dict`, so that a checkpoint of the model resumes it.
 
@@ -50,11 +54,11 @@ class Trainable:
         return [group for group in groups if group["params"]]
 
     def undecayed(self) -> list[nn.Parameter]:
-        """Parameters of the method's own, which weight decay would pull the wrong way; an optimizer must not."""
+        """Parameters of the method's own (slopes) that must not have weight decay."""
         return []
 
     def schedule(self, steps: int) -> None:
-        """Complete what happens gradually within so many steps; no effect where the method has its own schedule."""
+        """Finish gradual changes within so many steps; ignored where the method has a schedule of its own."""
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Read the learning rate of each step from this optimizer, so that `after_step()` needs no argument.
@@ -95,14 +99,14 @@ class Trainable:
         return lr
 
     def before_step(self) -> None:
-        """Before the forward pass of every step: draws what is random, notes what the step must not change."""
+        """Before the forward pass of every step: draw random numbers, record what the step must not change."""
 
     def penalty(self) -> Tensor:
         """The term that is added to the loss, a scalar."""
         return torch.zeros((), device=model_device(self.model))
 
     def add_penalty_grad(self) -> None:
-        """After `backward()`: adds the gradient of `penalty()`, for loops whose loss should stay the task's own."""
+        """After `backward()`: add the gradient of `penalty()`, for loops whose loss should stay the task's own."""
 
     def loss(self, closure: Callable[[], Tensor]) -> Tensor:
         """The loss to differentiate: `closure()`, the task's loss, plus the penalty.

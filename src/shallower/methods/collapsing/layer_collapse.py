@@ -73,10 +73,11 @@ class LayerCollapse(Method):
             the loss; the paper's choice for language models.
         slope_lr: learning rate of the slopes, if it is not the model's. With AdamW a slope moves by at most about its
             learning rate in a step, so that 5e-5 would need 20,000 steps from 0 to 1.
-            SGD has no such bound: with a network's 0.05 the task's gradient throws the slopes about, and `arrive_in`
-            keeps every throw towards 1; 1e-3 was right there.
-        arrive_in: steps after which every slope is at 1 for certain: in each step a slope goes at least 1 / arrive_in
-            towards 1. None leaves it to the penalty. `fit` sets it for each stage, `schedule` where it is None.
+            SGD has no such bound: at a network's 0.05 the task's gradient makes the slopes jump, and `arrive_in`
+            keeps every jump towards 1; 1e-3 worked there.
+        arrive_in: steps after which every slope is guaranteed to be 1: each step moves a slope by at least
+            1 / arrive_in towards 1. None leaves it to the penalty. `fit` sets it for each stage, `schedule` where it is
+            None.
 
     Raises:
         MethodError: a value is out of its range, the sites are another model's, no site can become linear or none pays,
@@ -146,7 +147,7 @@ class LayerCollapse(Method):
         return module
 
     def detach(self) -> None:
-        """Takes the slope activations out again; the trained weights stay as they are."""
+        """Remove the slope activations; the trained weights stay as they are."""
         self.unfollow()
         attached = [activation_of(site) for site in self.sites if site.name in self.activations]
         attachment.detach(self.model, attached)
@@ -154,7 +155,7 @@ class LayerCollapse(Method):
         self.active = ()
 
     def slopes(self) -> dict[str, Tensor]:
-        """The slopes now, by site: (1,) or (n,), detached copies."""
+        """The current slopes by site: detached copies of shape (1,) or (n,)."""
         return {name: unsharded(module.slope).detach().clone() for name, module in self.activations.items()}
 
     # what a training loop asks
@@ -173,7 +174,7 @@ class LayerCollapse(Method):
         return list(map(attrgetter("slope"), self.activations.values()))
 
     def schedule(self, steps: int) -> None:
-        """Every slope is at 1 after so many steps, where the method was constructed without `arrive_in`."""
+        """Bring every slope to 1 within so many steps, unless the method was constructed with `arrive_in`."""
         if self.arrive_in is None:
             self.arrive_in = max(1, steps)
 
@@ -212,7 +213,7 @@ class LayerCollapse(Method):
                 slope.grad = gradient if slope.grad is None else slope.grad.add_(gradient)
 
     def before_step(self) -> None:
-        """Notes the slopes, so that `after_step` can tell how far they went."""
+        """Record the slopes, so that `after_step` knows how far they moved."""
         self._before = {name: module.slope.detach().clone() for name, module in self.activations.items()}
 
     @torch.no_grad()
@@ -250,7 +251,7 @@ class LayerCollapse(Method):
 
     @torch.no_grad()
     def settle(self, tolerance: float = 0.05) -> tuple[str, ...]:
-        """Sets active slopes with |1 - a| < tolerance to exactly 1, for good; a site whose slopes are all 1 is frozen.
+        """Set active slopes with |1 - a| < tolerance to exactly 1 for good; a site whose slopes are all 1 is frozen.
 
         Returns:
             The names of all sites whose slopes are exactly 1 now.
@@ -275,12 +276,12 @@ class LayerCollapse(Method):
         """Channels with |1 - a| < tolerance become linear, the others keep their slope activation.
 
         Args:
-            tolerance: 0.05 in the paper. A site whose slopes are all 0 (blend) is not in the plan: it is f still.
-            affine: which line takes the place of the almost linear activation.
+            tolerance: 0.05 in the paper. A site whose slopes are all 0 (blend) is not in the plan: it is still f.
+            affine: which line replaces the almost linear activation.
                 "unit": slope exactly 1, as in the paper.
-                "gaussian": the nearest to it under the BatchNorm before f, which says that f's input is normal with
+                "gaussian": the closest to it under the BatchNorm before f, by which f's input is normal with
                     mean beta and deviation |gamma|; exactly 1 at sites without one.
-                "calibration": the nearest on `batches`.
+                "calibration": the closest on `batches`.
                 "best": "calibration" where batches are given, "gaussian" otherwise.
             batches: for "calibration".
             inputs_of: picks the model's inputs out of a batch.
@@ -352,18 +353,18 @@ class LayerCollapse(Method):
         checkpoint: Checkpoint | Path | str | None = None,
         cpu: bool = False,
     ) -> list[StageResult]:
-        """Trains in stages: in each a few more sites are pulled towards 1, and set to exactly 1 where they come near.
+        """Train in stages: each pulls the slopes of a few more sites to 1, and sets those that are close to exactly 1.
 
             stages = method.fit(loader, task_loss, sh.Recipe(epochs=3, lr=5e-5), stages=3, checkpoint="run/")
 
-        The slopes of later sites rest meanwhile; those of earlier sites that did not come near go on.
+        The slopes of later sites are frozen meanwhile; those of earlier sites that did not arrive go on.
 
         Args:
             batches, loss, recipe: as `train` takes them; the recipe is that of every stage.
             stages: how the sites are divided, or only into how many stages, or the names of the sites of each; None:
                 one site after another.
             score: of the model, higher is better, taken after each stage.
-            floor: lowest score accepted. A stage that ends below it is taken back and is the last.
+            floor: lowest score accepted. A stage that ends below it is undone and is the last.
             checkpoint: a folder, or a `Checkpoint` of one to write it also within an epoch. After an interruption the
                 same call continues where it was.
             cpu: stay on the CPU.
@@ -424,13 +425,13 @@ class LayerCollapse(Method):
             self._begin(rounds.chosen.get("groups", [self.sites.names]))
 
     def _end(self, slopes: dict[str, float], tolerance: float) -> None:
-        """Note the slopes that a stage ends with, and set those that came near to 1."""
+        """Record the slopes at the end of a stage, and set those within the tolerance to 1."""
         for name, slope in self.slopes().items():
             slopes[name] = float(slope.mean())
         self.settle(tolerance)
 
     def _begin(self, groups: Iterable[Sequence[str]]) -> None:
-        """Make the sites of `groups` active and let all other slopes rest; those that are settled rest anyway."""
+        """Make the slopes of `groups` active and freeze all others; those that are settled stay frozen."""
         settled = set(self.collapsed())
         self.active = tuple(name for group in groups for name in group if name not in settled)
         for name, module in self.activations.items():

@@ -27,9 +27,9 @@ class Stages(Options):
         order: which sites come first: "sensitivity", those whose collapse alone raises the loss least; "last-first",
             from the output backwards as in the paper; or names.
         tolerance: slopes with |1 - a| < tolerance are set to 1 at the end of a stage.
-        arrive: part of each stage after which the slopes of its sites are at 1 for certain, driven there evenly, so
-            that the rest of the stage trains the network that will remain. None leaves it to the penalty whether they
-            arrive: the paper's own, and needed where channels are to be chosen.
+        arrive: fraction of each stage after which the slopes of its sites are guaranteed to be 1: they move there
+            evenly, and the rest of the stage trains the network that will remain. None leaves it to the penalty, as in
+            the paper; needed where channels are to be chosen.
         probe: a few batches to measure the sensitivity on; by default the first 8 of the training batches.
 
     Raises:
@@ -100,12 +100,15 @@ class Stages(Options):
 class StageResult:
     """One stage of `LayerCollapse.fit`.
 
+        for stage in method.fit(loader, task_loss, recipe):
+            print(stage.sites, stage.score)
+
     Attributes:
-        sites: names of the sites that the stage set out to collapse.
+        sites: names of the sites that the stage was to collapse.
         collapsed: names of all sites whose slopes are exactly 1 after it.
         slopes: mean slope of every site at its end, before those within the tolerance were set to 1.
         score: of the model at its end; None without `score`.
-        taken_back: the score was under the floor, so that the model is as it was before the stage.
+        taken_back: the score was below the floor, so the model is as it was before the stage.
         history: of the training.
     """
 
