@@ -183,7 +183,7 @@ def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_class_in_the_validation_part_is_refused(tmp_path: Path) -> None:
     train = write(tmp_path / "a.csv", "text,label\na,good\nb,bad\n")
     other = write(tmp_path / "b.csv", "text,label\na,fine\n")
-    with pytest.raises(DataError, match=r"'fine' in the validation part"):
+    with pytest.raises(DataError, match=r"'fine' in the validation split"):
         read_rows(train, "text-classification", DataOptions(eval_data=other))
 
 
