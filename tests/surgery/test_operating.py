@@ -18,6 +18,7 @@ from shallower.planning.plan import Plan
 from shallower.surgery.applying import apply
 from shallower.surgery.operating import edits_of, operate
 from shallower.surgery.simulation import simulate
+from tests.networks import Chain
 
 pytestmark = pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
 
@@ -130,3 +131,16 @@ def test_the_site_behind_a_collapsed_one_in_front_of_an_average_collapses_too() 
     x = torch.randn(2, 3, 6, 6)
     small = apply(model, Plan.collapse(find_sites(model, x)), x)
     assert [tuple(p.shape) for p in small.parameters()] == [(5, 3), (5,)]
+
+
+def test_an_activation_with_weights_that_is_called_at_several_places_stays_one() -> None:
+    torch.manual_seed(0)
+    model, x = Chain([3, 8, 6, 2], nn.PReLU(), [True] * 3).eval(), torch.randn(4, 3)
+    first, second = find_sites(model, x)
+    fates = torch.tensor([0] * 4 + [1] * 4, dtype=torch.int8)
+    sloped = Entry(second, torch.zeros(6, dtype=torch.int8), torch.ones(6), torch.zeros(6), torch.tensor([0.3]))
+    plan = Plan((Entry(first, fates, torch.ones(8), torch.zeros(8)), sloped))
+    small = apply(model, plan, x)
+    assert small.f_call_0.f.weight is small.f_call_1.f.weight is small.f.weight
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    assert before - after == plan.params_saved

@@ -65,7 +65,7 @@ def module_of(owner: nn.Module, regions: Sequence[Region]) -> nn.Module | Refusa
     first = train.nodes[0]
     if len(train.nodes) == 1:
         if first.op == "call_module":
-            return copy.deepcopy(owner.get_submodule(str(first.target)))
+            return _of_the_same_weights(owner.get_submodule(str(first.target)))
         if len(train.sources) == 2:
             return Sum()
         name = canonical(first.target)
@@ -85,10 +85,16 @@ def module_of(owner: nn.Module, regions: Sequence[Region]) -> nn.Module | Refusa
     children: dict[str, Any] = {}
     for node in train.nodes:
         if node.op == "call_module":
-            children[str(node.target)] = copy.deepcopy(owner.get_submodule(str(node.target)))
+            children[str(node.target)] = _of_the_same_weights(owner.get_submodule(str(node.target)))
         copies[node] = graph.node_copy(node, lambda other: copies[other])
     graph.output(copies[train.nodes[-1]])
     return fx.GraphModule(children, graph, "Pointwise")
+
+
+def _of_the_same_weights(module: nn.Module) -> nn.Module:
+    """A copy that shares its parameters with the module: one activation that is called at several places stays one."""
+    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
+    return copy.deepcopy(module, memo)
 
 
 def _listing(region: Region) -> list[Any]:

@@ -113,7 +113,7 @@ def _narrower(
         inside=inside,
         between=tuple(replace(now[m.name], d_in=kept, d_out=kept, groups=kept) for m in site.bridge.depthwise),
         slopes=_slopes(entry),
-        activation=_activation_after(entry, kept, rank),
+        activation=_activation_after(entry, kept),
         norms=site.norm_params * width,
     )
 
@@ -143,10 +143,10 @@ def _stays(site: Site) -> bool:
     return site.activation_shared or (site.activation is not None and bool(site.activation.calls))
 
 
-def _activation_after(entry: Entry, kept: int, rank: int) -> int:
+def _activation_after(entry: Entry, kept: int) -> int:
     """Parameters that a site's activations have when they act on `kept` channels.
 
-    One that others use too is copied where it changes here; the copy has parameters of its own.
+    One that others use too has parameters of its own here only where it is narrowed.
     """
     site = entry.site
 
@@ -157,7 +157,6 @@ def _activation_after(entry: Entry, kept: int, rank: int) -> int:
     if entry.alphas is not None and entry.family == "prelu":  # the slopes take the activation's place
         return behind
     own = left(site.activation_params)
-    copied = own != site.activation_params
-    if site.activation is not None and site.activation.calls:
-        copied = copied or entry.alphas is not None or rank > 0
-    return behind + own if copied or not _stays(site) else behind
+    if _stays(site) and own == site.activation_params:
+        return behind
+    return behind + own
