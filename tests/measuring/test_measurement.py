@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shallower.errors import ShallowerError
-from shallower.measuring.cost import count_macs, count_params, peak_memory
+from shallower.errors import ModelError, ShallowerError
+from shallower.measuring.cost import peak_memory
 from shallower.measuring.measurement import compare, measure
 from shallower.modules.attachment import attach, detach
 from shallower.sites import Place
@@ -68,42 +68,11 @@ def test_a_measurement_reads_as_one_line():
         assert part in text
 
 
-def test_tied_weights_count_once():
-    assert count_params(Tied()) == 40
-
-
-def test_attention_counts_on_the_cpu_as_on_the_meta_device():
-    x = torch.randn(3, 5, 8)
-    assert count_macs(Attention(), x) == count_macs(Attention(), x.to("meta")) == 2 * 3 * 2 * 5 * 5 * 4
-
-
-def test_attention_with_shared_keys_counts_every_query_head():
-    assert count_macs(Attention(kv_heads=1), torch.randn(3, 5, 8)) == 2 * 3 * 2 * 5 * 5 * 4
-
-
-def test_the_fused_transformer_encoder_counts_as_its_parts():
-    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    x = torch.randn(3, 5, 8)
-    assert count_macs(encoder.eval(), x) == count_macs(encoder.train(), x) > 0
-
-
 def test_nothing_is_timed_on_the_meta_device():
     measured = measure(network().to("meta"), torch.randn(2, 8))
     assert math.isnan(measured.latency)
     assert measured.macs == 768
     assert "not timed" in str(measured)
-
-
-def test_peak_memory_is_the_weights_the_inputs_and_the_largest_live_activations():
-    x = torch.randn(2, 8)
-    weights = 4 * count_params(network())
-    assert peak_memory(network(), x) == weights + x.nbytes + 2 * (2 * 32 * 4)
-
-
-def test_peak_memory_releases_what_is_no_longer_alive():
-    deep = nn.Sequential(*[nn.Linear(16, 16) for _ in range(20)])
-    x = torch.randn(64, 16)
-    assert peak_memory(deep, x) == 4 * count_params(deep) + 3 * x.nbytes
 
 
 def test_the_mode_of_every_module_is_put_back():
@@ -164,9 +133,9 @@ def test_measuring_without_a_run_is_an_error():
         measure(network(), torch.randn(2, 8), repeats=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_peak_memory_on_cuda_holds_the_weights_and_activations():
-    model, x = network(1024).cuda(), torch.randn(512, 8, device="cuda")
-    least = 4 * count_params(model) + x.nbytes + 2 * 512 * 1024 * 4
-    assert least <= peak_memory(model, x) < 2 * least + (32 << 20)
-    assert "cuda" in measure(model, x, repeats=3, seconds=0).device
+@pytest.mark.parametrize("inputs", [torch.ones(2, 99), (torch.ones(1, 8), torch.ones(1, 8)), {"no": torch.ones(1, 8)}])
+def test_wrong_inputs_are_one_sentence(inputs):
+    with pytest.raises(ModelError, match="does not run on the example inputs"):
+        measure(network(), inputs, repeats=1)
+    with pytest.raises(ModelError, match="does not run on the example inputs"):
+        compare({"a": network()}, inputs, rounds=1)

@@ -1,0 +1,21 @@
+"""What a form says of the maps that remain."""
+
+from __future__ import annotations
+
+from shallower.planning.forms import Form
+from shallower.sites import LinearMap
+
+UP, DOWN = LinearMap("up", "linear", 4, 8, True, 10), LinearMap("down", "linear", 8, 4, False, 10)
+
+
+def test_a_forms_costs_are_those_of_its_maps_norms_slopes_and_products() -> None:
+    form = Form("narrower", UP, None, (DOWN,), (200, 2000), kept=8, slopes=8, norms=16, activation=1, products=5)
+    assert form.params == UP.params + DOWN.params + 8 + 16 + 1
+    assert form.macs == UP.macs + DOWN.macs + 5
+    assert form.cheaper
+
+
+def test_an_activation_that_goes_is_an_operation_less_at_the_same_cost() -> None:
+    assert Form("removed", None, None, (), (0, 0)).cheaper
+    same = Form("narrower", UP, None, (DOWN,), (UP.params + DOWN.params, UP.macs + DOWN.macs))
+    assert not same.cheaper
