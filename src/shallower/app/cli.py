@@ -220,7 +220,7 @@ def pick(
 
     \b
     Examples:
-      shallower pick all-widths --target memory:50% --output half
+      shallower pick all-widths --target size:50% --output half
       shallower pick all-widths --target drop:1% --output good
     """
     from shallower.app.picking import pick as picked
@@ -231,8 +231,8 @@ def pick(
     _tell(told.text, told.data, as_json, quiet)
 
 
-@app.command(cls=Sections)
-def compare(
+@app.command("compare", cls=Sections)
+def compare_results(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of results.")],
     as_json: JsonOption = False,
 ) -> None:
@@ -287,8 +287,8 @@ def bench(
     _tell(bench_table(timings), {"directory": str(directory), "timings": bench_json(timings)}, as_json)
 
 
-@app.command(cls=Sections)
-def export(
+@app.command("export", cls=Sections)
+def export_model(
     directory: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)],
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Ends in .onnx or .pt2.")],
     original: Annotated[str, typer.Option(help="The factory, for a model of your own class.")] = "",

@@ -20,7 +20,7 @@ TaskName = Literal[
 ]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 
-TARGET_TEXT = "params:60%, macs:50%, memory:40MB, latency:1.5x or drop:1%."
+TARGET_TEXT = "params:60%, macs:50%, size:40MB, latency:1.5x or drop:1%."
 MOST_SEED = 2**32 - 1
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 """What a model or a data set on the hub is called."""

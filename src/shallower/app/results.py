@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ CURVE = "curve.json"
 
 _MOST_POINTS = 10_000
 _GREATEST = 2**63
+_NOTED_ERROR = re.compile(r"held-out error (\d+(?:\.\d+)?) ?%")
+"""How a note says a site's error, where the file has no number for it."""
 _COSTS = ("params", "macs", "memory", "latency")
 
 
@@ -332,7 +335,11 @@ def _site(name: str, data: Mapping[str, Any]) -> SiteRow:
     counts = {key: _count_or_none(data, key) or 0 for key in ("width", "kept", "linear", "dropped")}
     pairs = {key: _pair(data, key) for key in ("params", "macs")}
     words = {key: str(data.get(key) or "") for key in ("kind", "becomes", "note")}
-    return SiteRow(name, error=_number_or_none(data, "error"), **counts, **pairs, **words)  # type: ignore[arg-type]
+    error = _number_or_none(data, "error")
+    noted = _NOTED_ERROR.search(words["note"])
+    if error is None and noted:
+        error = float(noted[1]) / 100
+    return SiteRow(name, error=error, **counts, **pairs, **words)  # type: ignore[arg-type]
 
 
 def _of(data: Mapping[str, Any], name: str) -> Any:

@@ -93,3 +93,8 @@ def test_the_source_is_read_from_what_describes_the_directory(tmp_path: Path) ->
     assert source_of(tmp_path, "") == "transformers:BertModel"
     (tmp_path / "shallower.json").write_text(json.dumps({"source": "torchvision:vgg16"}))
     assert source_of(tmp_path, "") == "torchvision:vgg16"
+
+
+def test_an_error_that_only_a_note_says_is_read(tmp_path: Path) -> None:
+    site = {**SITES["layer.1.mlp"], "note": "held-out error 16.20%"}
+    assert read_report(saved(tmp_path, sites={"layer.1.mlp": site})).sites[0].error == pytest.approx(0.162)
