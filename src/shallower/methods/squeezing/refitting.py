@@ -70,7 +70,8 @@ class _Choice:
         down: (rank, d_in), or None.
         seen: Gram matrices of these columns, for fitting and held out.
         ridge: with the least error on held-out rows.
-        error: that error, as a part of the variance there.
+        error: that error, as a part of the variance there; with `found`, what is left of it.
+        found: the site with its producers fitted too, where that helps.
     """
 
     kept: Tensor
@@ -78,11 +79,14 @@ class _Choice:
     seen: tuple[Gram, Gram]
     ridge: float
     error: float
+    found: Reconstruction | None = None
 
     @classmethod
     def of(cls, site: Site, grams: SiteGrams, metric: Metric, kept: Tensor, down: Tensor | None = None) -> _Choice:
         """With the ridge that held-out rows choose."""
-        pair = (grams.fit, grams.held) if grams.joint is None or down is None else grams.joint
+        pair = (grams.fit, grams.held)
+        if grams.joint is not None and down is not None:
+            pair = grams.joint
         columns, n = columns_of(kept, site.consumers[0].taps), grams.fit.columns
         seen = (pair[0].through(columns, n, down), pair[1].through(columns, n, down))
         return cls(kept, down, seen, *_best_ridge(site, seen, metric))
@@ -113,11 +117,10 @@ def narrowed(
     choices = [_Choice.of(site, grams, metric, kept)]
     if paths and (other := _with_path(site, grams, metric, width, paths)) is not None:
         choices.append(other)
-    found = [None if small is None else _reconstructed(small, site, grams, choice, metric) for choice in choices]
-    errors = [c.error if f is None else c.error * f.after / f.before for c, f in zip(choices, found, strict=True)]
-    best = errors.index(min(errors))
-    fit = _fit(site, choices[best], found[best])
-    return Entry.narrow(site, choices[best].kept.cpu(), fit=fit, note=_note(errors[best]))
+    if small is not None:
+        choices = [_with_producers(small, site, grams, choice, metric) for choice in choices]
+    best = min(choices, key=lambda choice: choice.error)
+    return Entry.narrow(site, best.kept.cpu(), fit=_fit(site, best), note=_note(best.error))
 
 
 def collapsed(site: Site, grams: SiteGrams, metric: Metric) -> Entry:
@@ -220,7 +223,8 @@ def _with_path(site: Site, grams: SiteGrams, metric: Metric, width: int, paths: 
         kept, most = elimination.kept(k), rank // 2
         down = path(grams.joint[0].centred(intercept), n, kept, rank, root, ridge=_SELECTION_RIDGE)
         trial = _Choice.of(site, grams, metric, kept, down)
-        best = trial if best is None or trial.error < best.error else best
+        if best is None or trial.error < best.error:
+            best = trial
     if best is None or best.down is None:
         return None
     whole = (grams.joint[0] + grams.joint[1]).centred(intercept)
@@ -246,24 +250,25 @@ def enough_for_producers(site: Site, kept: int, positions: float) -> bool:
     return positions * d >= _EQUATIONS * kept * (columns + d * site.consumers[0].taps)
 
 
-def _reconstructed(
-    small: nn.Module, site: Site, grams: SiteGrams, choice: _Choice, metric: Metric
-) -> Reconstruction | None:
-    """The site with its producers fitted too; None where that cannot be done, is not to be trusted or does not help."""
+def _with_producers(small: nn.Module, site: Site, grams: SiteGrams, choice: _Choice, metric: Metric) -> _Choice:
+    """With the producers fitted too; as it was where that cannot be done, is not to be trusted or does not help."""
     fit, held = grams.rows
     layers = SiteLayers.of(small, site, choice.kept, choice.down)
     if layers is None:
-        return None
+        return choice
     # all processes decide alike: one may have no rows of its own, and takes part in the others' sums
     seen, outside = summed_over_processes(sum(r.positions for r in fit), sum(r.positions for r in held))
     if not outside or not enough_for_producers(site, len(choice.kept), seen):
-        return None
+        return choice
     found = reconstruct(layers, fit, held, metric.root, ridge=choice.ridge, intercept=_intercept(site))
-    return found if found.after < found.before else None
+    if not found.after < found.before:
+        return choice
+    return replace(choice, found=found, error=choice.error * found.after / found.before)
 
 
-def _fit(site: Site, choice: _Choice, found: Reconstruction | None) -> Fit:
+def _fit(site: Site, choice: _Choice) -> Fit:
     """Consumers fitted to what a choice lets them read; or what was found with the producers fitted too."""
+    found = choice.found
     if found is None:
         read = (choice.seen[0] + choice.seen[1]).centred(_intercept(site))
         weight = read.fit(choice.ridge)
@@ -274,14 +279,18 @@ def _fit(site: Site, choice: _Choice, found: Reconstruction | None) -> Fit:
     fit = Fit(*_by_consumer(site, weight[:, : kept * taps], bias, kept))
     if down is not None:
         ups, _ = _by_consumer(site, weight[:, kept * taps :], bias, len(down))
-        pointwise = site.consumers[0].kind == "conv2d"
-        fit = replace(fit, down=down.cpu()[:, :, None, None] if pointwise else down.cpu(), ups=ups)
-    return fit if found is None else found.added_to(fit)
+        down = down.cpu()
+        if site.consumers[0].kind == "conv2d":
+            down = down[:, :, None, None]
+        fit = replace(fit, down=down, ups=ups)
+    if found is not None:
+        fit = found.added_to(fit)
+    return fit
 
 
 def _note(error: float) -> str:
     """What the held-out rows say, as a part of the weighted variance of what the consumers should give."""
-    return f"held-out error {error:.2%}" if error < float("inf") else ""
+    return f"held-out error {error:.2%}" * math.isfinite(error)
 
 
 def _best_ridge(site: Site, pair: tuple[Gram, Gram], metric: Metric) -> tuple[float, float]:
@@ -306,6 +315,8 @@ def _by_consumer(site: Site, weight: Tensor, bias: Tensor, width: int) -> tuple[
     sizes = [c.d_out for c in site.consumers]
     weights = []
     for c, part in zip(site.consumers, torch.split(weight.cpu(), sizes), strict=True):
-        weights.append(part.reshape(c.d_out, width, *c.kernel) if c.kind == "conv2d" and width else part)
+        if c.kind == "conv2d" and width:
+            part = part.reshape(c.d_out, width, *c.kernel)
+        weights.append(part)
     biases = torch.split(bias.cpu(), sizes)
     return tuple(weights), tuple(b.clone() for b in biases)

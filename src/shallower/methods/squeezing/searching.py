@@ -20,8 +20,6 @@ from shallower.planning.targets import Target
 from shallower.sites import Site, Sites
 from shallower.training.loop import Score
 
-"""Quality of a model, higher is better."""
-
 _TRIALS = 6
 """Steps of the bisection for a score."""
 

@@ -52,7 +52,7 @@ def squeeze(
     options: SqueezeOptions | None = None,
     **misplaced: object,
 ) -> Plan:
-    """A plan that makes the model's hidden widths smaller until the target is met, without training.
+    """A plan, with fitted weights, that makes hidden widths smaller until the target is met, without training.
 
         plan = sh.squeeze(model, sites, batches, target="params:60%")
         small = sh.apply(model, plan, example_inputs)
@@ -75,9 +75,6 @@ def squeeze(
         checkpoint: a folder for what is done so far. Where it exists, an interrupted squeezing of the same model on
             the same batches goes on from it, with the same result; one of anything else is refused.
         options: everything else, see `SqueezeOptions`.
-
-    Returns:
-        A plan with fitted consumers; made for these weights.
 
     Raises:
         SiteError: no site can be made narrower, or the model cannot be called with the batches.
