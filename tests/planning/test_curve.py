@@ -104,7 +104,7 @@ def test_a_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert curve().plot(tmp_path / "curve.png", by="latency").read_bytes()[1:4] == b"PNG"
     with pytest.raises(MethodError, match="choose params"):
-        curve().plot(tmp_path / "curve.png", by="size")
+        curve().plot(tmp_path / "curve.png", by="weight")
 
 
 def test_the_table_shows_every_point() -> None:
@@ -112,3 +112,14 @@ def test_the_table_shows_every_point() -> None:
     assert len(lines) == 5
     assert "accuracy" in lines[0]
     assert "4000.00 ms" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("params", 1.5), ("params", -1), ("macs", 10**400), ("score", float("nan")), ("score", "x"), ("widths", [1])],
+)
+def test_a_hostile_point_is_refused(key: str, value: object) -> None:
+    data = {"schema": 1, "name": "accuracy", "points": [point(0.5, 10).to_json()]}
+    data["points"][0][key] = value
+    with pytest.raises(MethodError, match=rf"curve\.points\[0\]\.{key}"):
+        Curve.from_json(data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -52,3 +54,42 @@ def test_a_constant_before_a_padded_convolution_is_refused():
 def test_attention_heads_cannot_be_linear():
     with pytest.raises(PlanError, match="an attention head is kept or dropped"):
         Entry.collapse(site(kind="heads"))
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        [1, 4],
+        (4, 1),
+        range(1, 5, 3),
+        torch.tensor([1, 4]),
+        torch.tensor([1, 4]).numpy(),
+        torch.tensor([i in (1, 4) for i in range(N)]),
+        [i in (1, 4) for i in range(N)],
+    ],
+    ids=str,
+)
+def test_channels_are_kept_by_indices_or_a_mask(kept: Any) -> None:
+    assert Entry.narrow(site(), kept).kept.tolist() == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [
+        ([-1], "there is no channel -1"),
+        ([N], f"there is no channel {N}; the site has {N}"),
+        ([0, 0], "an index comes twice"),
+        (torch.tensor([1] + [0] * (N - 1)), "make it boolean"),
+        ([0.5], "integers or booleans"),
+        (torch.ones(2, 2, dtype=torch.int64), "one row of numbers"),
+        (torch.ones(N + 1, dtype=torch.bool), r"must have shape \(12,\)"),
+        (torch.ones(2, device="meta"), "no data"),
+        (3, "indices or a mask"),
+        (None, "indices or a mask"),
+        (["a"], "indices or a mask"),
+    ],
+    ids=str,
+)
+def test_a_choice_of_channels_that_says_nothing_clear_is_refused(kept: Any, reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        Entry.narrow(site(), kept)

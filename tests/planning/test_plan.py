@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from shallower.modules.site_parts import fingerprint
 from shallower.planning.entries import Entry
 from shallower.planning.forms import form_of
 from shallower.planning.plan import CostWarning, Plan
+from shallower.sites import Place
 from shallower.surgery.applying import apply
 from tests.planning.samples import N, fitted_plan, linear, model, site
 
@@ -91,3 +94,16 @@ def test_weights_elsewhere_do_not_matter_to_a_plan():
 
 def test_a_meta_model_has_no_fingerprint():
     assert fingerprint(model().to("meta"), [site()]) == ""
+
+
+def test_a_collapse_leaves_out_what_cannot_be_linear_and_lists_it() -> None:
+    other = site("other", producer=linear("3", 6, N), consumers=(linear("4", N, 5),), activation=Place("5"))
+    plan = Plan.collapse([site(), dataclasses.replace(other, not_linear="a depthwise convolution is between")])
+    assert [entry.site.name for entry in plan.entries] == ["mlp"]
+    assert dict(plan.left_out) == {"other": "a depthwise convolution is between"}
+    assert "other: a depthwise convolution is between" in str(plan)
+
+
+def test_a_collapse_of_a_name_that_cannot_be_linear_is_refused() -> None:
+    with pytest.raises(PlanError, match="no channel may become linear: it pads"):
+        Plan.collapse([site(not_linear="it pads")], ["mlp"])

@@ -88,3 +88,23 @@ def test_shortest_prefix_says_how_far_all_get() -> None:
 
     with pytest.raises(TargetError, match=r"asks for 10\.0% .* reach 60\.0%"):
         shortest_prefix("abcd", Target.parse("params:10%"), DENSE, cost)
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "value"),
+    [("params:7B", "params", 7e9), ("size:40MB", "size", 4e7), ("memory:40MB", "size", 4e7), ("kv:512B", "kv", 512)],
+)
+def test_params_count_in_billions_and_sizes_in_bytes(text: str, unit: str, value: float) -> None:
+    target = Target.parse(text)
+    assert (target.unit, target.value) == (unit, value)
+
+
+def test_less_than_one_parameter_is_a_share_that_lacks_its_sign() -> None:
+    with pytest.raises(TargetError, match=r"params:50%"):
+        Target.parse("params:0.5")
+
+
+def test_a_kv_cache_is_limited_where_it_was_counted() -> None:
+    assert Target.parse("kv:50%").met(Cost(1, 1, 1, kv=100), Cost(1, 1, 1, kv=50))
+    with pytest.raises(TargetError, match="KV cache"):
+        Target.parse("kv:50%").limit(DENSE)

@@ -2,7 +2,7 @@
 
 curve = method.curve(score, points=8)
 print(curve.front())                    # the choices that no other one beats
-point = curve.best("memory:50%")
+point = curve.best("size:50%")
 curve.save("curve.json");  curve.save("curve.csv");  curve.plot("curve.png")
 """
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from shallower.core.codec import Bounds, decode
+from shallower.core.files import read_json, write_json, write_text
 from shallower.core.text import amount
 from shallower.errors import MethodError, TargetError
 from shallower.planning.costs import Cost
@@ -109,7 +110,7 @@ class Curve:
         """The best point for a target.
 
         Args:
-            target: of a cost ("memory:50%", "latency:1.5x"): the highest score that meets it, the cheaper one of two
+            target: of a cost ("size:50%", "latency:1.5x"): the highest score that meets it, the cheaper one of two
                 equals. "drop:1%": the point with the fewest parameters whose score is high enough.
 
         Raises:
@@ -145,12 +146,12 @@ class Curve:
         Raises:
             MethodError: it is not the description of a curve.
         """
-        try:
-            if data["schema"] != SCHEMA:
-                raise MethodError(f"a curve of schema {data['schema']}; this version reads {SCHEMA}")
-            return cls(tuple(_point(item) for item in data["points"]), str(data.get("name", "score")))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise MethodError(f"this is not the description of a curve: {error!r}") from error
+        if not isinstance(data, Mapping) or not isinstance(data.get("points"), list):
+            raise MethodError("this is not the description of a curve: it is no object with points")
+        if data.get("schema") != SCHEMA:
+            raise MethodError(f"a curve of schema {data.get('schema')!r:.20}; this version reads {SCHEMA}")
+        points = tuple(_point(item, f"curve.points[{i}]") for i, item in enumerate(data["points"]))
+        return cls(points, str(data.get("name", "score")))
 
     def save(self, path: str | Path) -> Path:
         """Write the points as JSON, or as CSV where the name ends in .csv, at once or not at all.
@@ -161,14 +162,10 @@ class Curve:
         path = Path(path)
         if path.suffix not in (".json", ".csv"):
             raise MethodError(f"{path}: a curve is saved as .json or .csv")
-        text = self._csv() if path.suffix == ".csv" else json.dumps(self.to_json(), indent=1) + "\n"
-        partial = path.with_name(path.name + ".partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text)
-            partial.replace(path)
-        except OSError as error:
-            raise MethodError(f"{path} cannot be written: {error}") from error
+        if path.suffix == ".csv":
+            write_text(path, self._csv(), error=MethodError)
+        else:
+            write_json(path, self.to_json(), error=MethodError)
         return path
 
     @classmethod
@@ -178,10 +175,7 @@ class Curve:
         Raises:
             MethodError: there is no such file, or it holds something else.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise MethodError(f"{path} cannot be read: {error}") from error
+        data = read_json(Path(path), error=MethodError)
         return cls.from_json(data)
 
     def plot(self, path: str | Path, by: str = "params") -> Path:
@@ -189,7 +183,7 @@ class Curve:
 
         Args:
             path: of the picture; its ending says which kind (.png, .svg, .pdf).
-            by: "params", "macs", "memory" or "latency".
+            by: "params", "macs", "size" or "latency".
 
         Raises:
             MethodError: matplotlib is not installed, or the cost is unknown or was not measured.
@@ -199,8 +193,8 @@ class Curve:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise MethodError("plotting needs matplotlib: pip install shallower[plot]") from error
-        if by not in ("params", "macs", "memory", "latency"):
-            raise MethodError(f"by={by!r}: choose params, macs, memory or latency")
+        if by not in ("params", "macs", "size", "latency"):
+            raise MethodError(f"by={by!r}: choose params, macs, size or latency")
         shown = [(p, getattr(p.cost, by)) for p in self.points if getattr(p.cost, by) is not None]
         if not shown:
             raise MethodError("no latency was measured: curve(..., example_inputs=...)")
@@ -213,7 +207,7 @@ class Curve:
         )
         front = sorted(((c, p.score) for p, c in shown if id(p) in best))
         axes.plot([c for c, _ in front], [s for _, s in front], "o-")
-        axes.set_xlabel({"latency": "seconds for one pass", "memory": "bytes", "macs": "MACs"}.get(by, by))
+        axes.set_xlabel({"latency": "seconds for one pass", "size": "bytes", "macs": "MACs"}.get(by, by))
         axes.set_ylabel(self.name)
         axes.grid(alpha=0.3)
         path = Path(path)
@@ -225,7 +219,7 @@ class Curve:
 
     def __str__(self) -> str:
         """A table."""
-        rows = [("", self.name, "params", "MACs", "memory", "latency", "widths")]
+        rows = [("", self.name, "params", "MACs", "size", "latency", "widths")]
         for p in self.points:
             latency = "" if p.cost.latency is None else f"{p.cost.latency * 1e3:.2f} ms"
             counts = (amount(p.cost.params), amount(p.cost.macs), f"{amount(p.cost.size)}B", latency)
@@ -253,13 +247,31 @@ class Curve:
         return out.getvalue()
 
 
-def _point(data: Mapping[str, Any]) -> Point:
-    latency, spread = data.get("latency"), data.get("spread")
-    cost = Cost(
-        int(data["params"]), int(data["macs"]), int(data["memory"]), None if latency is None else float(latency)
-    )
-    widths = {str(name): int(k) for name, k in data["widths"].items()}
-    return Point(str(data["label"]), widths, float(data["score"]), cost, None if spread is None else float(spread))
+Whole = Annotated[int, Bounds(0, 1 << 53)]
+
+
+@dataclass(frozen=True)
+class StoredPoint:
+    """A `Point` in curve.json."""
+
+    label: Annotated[str, Bounds(0, 1000)]
+    score: float
+    params: Whole
+    macs: Whole
+    memory: Whole
+    widths: Mapping[str, Whole]
+    latency: Annotated[float, Bounds(0, 1e9)] | None = None
+    spread: Annotated[float, Bounds(0, 1e9)] | None = None
+
+
+def _point(data: Any, at: str) -> Point:
+    """The point that `Point.to_json` described; other keys are passed over."""
+    known = {f.name for f in fields(StoredPoint)}
+    if isinstance(data, Mapping):
+        data = {key: value for key, value in data.items() if key in known}
+    stored = decode(StoredPoint, data, at=at, error=MethodError)
+    cost = Cost(stored.params, stored.macs, stored.memory, stored.latency)
+    return Point(stored.label, stored.widths, stored.score, cost, stored.spread)
 
 
 def _listing(widths: Iterable[int], most: int = 8) -> str:

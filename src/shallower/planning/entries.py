@@ -220,8 +220,8 @@ def _indices(site: Site, kept: Any) -> Tensor:
         given = kept.detach().cpu() if isinstance(kept, Tensor) else torch.as_tensor(list(kept))
     except (TypeError, ValueError, RuntimeError) as error:
         raise PlanError(f"{what} are indices or a mask of booleans, not {type(kept).__name__}: {error}") from None
-    if given.is_meta or given.dim() != 1:
-        raise PlanError(f"{what} are one row of numbers, not a tensor of shape {tuple(given.shape)} on {given.device}")
+    if given.dim() != 1:
+        raise PlanError(f"{what} are one row of numbers, not a tensor of shape {tuple(given.shape)}")
     if given.dtype == torch.bool:
         if len(given) != site.width:
             raise PlanError(f"{what}: the mask has shape ({len(given)},), and must have shape ({site.width},)")

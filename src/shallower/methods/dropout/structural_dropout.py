@@ -393,7 +393,7 @@ class StructuralDropout(Method):
         *,
         points: int = 8,
         search: int = 3,
-        unit: Literal["params", "macs", "memory"] = "params",
+        unit: Literal["params", "macs", "size"] = "params",
         recalibrate: Iterable[Any] | None = None,
         example_inputs: Inputs | None = None,
         name: str = "score",
