@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shallower.errors import CheckpointError
-from shallower.saving.description import Description, Entry
+from shallower.saving.description import Description, Layout
 
 LAYOUTS = {
     "contiguous": torch.randn(4, 6, 3, 3),
@@ -22,15 +22,15 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("tensor", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_a_tensor_is_arranged_as_it_was(tensor: torch.Tensor) -> None:
-    entry = Entry.of(tensor)
+    entry = Layout.of(tensor)
     arranged = entry.arranged(tensor.contiguous())
     assert torch.equal(arranged, tensor)
     assert arranged.stride() == tensor.stride()
 
 
 def test_gaps_and_overlaps_in_memory_are_given_up() -> None:
-    assert Entry.of(torch.randn(8, 8)[:, ::2]).strides == ()
-    assert Entry.of(torch.randn(1, 8).expand(4, 8)).strides == ()
+    assert Layout.of(torch.randn(8, 8)[:, ::2]).strides == ()
+    assert Layout.of(torch.randn(1, 8).expand(4, 8)).strides == ()
 
 
 def described(**changes: Any) -> dict[str, Any]:

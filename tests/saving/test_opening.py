@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shallower.errors import ExportError
-from shallower.saving.opening import check_opened, enlarged, names_of, shapes_of, sizes_to_check, wanted
+from shallower.saving.opening import check_opened, enlarged, shapes_of, sizes_to_check, symbol_names, wanted
 
 IDS = torch.ones(1, 9, dtype=torch.long)
 
@@ -24,11 +24,11 @@ def test_lengths_that_may_differ_have_names_of_their_own() -> None:
     names = {"0": {0: "batch", 1: "length"}, "1": {0: "batch", 1: "length"}}
     titles = {"0": "query", "1": "document"}
     apart = {"0": {0: "s0", 1: "s1"}, "1": {0: "s2", 1: "s3"}}
-    found = names_of(apart, names, titles, ["length"])
+    found = symbol_names(apart, names, titles, ["length"])
     assert found == {"s0": "batch", "s1": "query_length", "s2": "batch", "s3": "document_length"}
     tied = {"0": {1: "s1"}, "1": {1: "s1"}}
-    assert names_of(tied, names, titles, ["length"]) == {"s1": "length"}
-    assert names_of(apart, names, titles)["s3"] == "length"
+    assert symbol_names(tied, names, titles, ["length"]) == {"s1": "length"}
+    assert symbol_names(apart, names, titles)["s3"] == "length"
 
 
 def test_sizes_of_one_are_doubled_and_every_name_is_tried_with_its_own_size() -> None:

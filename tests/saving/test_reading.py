@@ -14,7 +14,7 @@ from torch import nn
 
 import shallower as sh
 from shallower.errors import CheckpointError
-from shallower.saving.reading import read_buffers, read_config, read_description, read_tensors
+from shallower.saving.reading import read_buffers, read_config, read_description, read_weights
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def saved(tmp_path: Path) -> Path:
 
 def test_all_parts_are_read(saved: Path) -> None:
     description = read_description(saved)
-    assert set(read_tensors(saved, description)) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert set(read_weights(saved, description)) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert torch.equal(read_buffers(saved, description)["scale"], torch.ones(2))
     assert read_config(saved, description.source) is None
 
@@ -51,7 +51,7 @@ def test_a_tensor_of_another_shape_than_described(saved: Path) -> None:
     shard = next(path for path in saved.glob("model-*") if "0.weight" in load_file(path))
     save_file({**load_file(shard), "0.weight": torch.ones(2, 2)}, shard)
     with pytest.raises(CheckpointError, match=r"tensor 0\.weight: .* has it as float32 \[2, 2\]"):
-        read_tensors(saved, description)
+        read_weights(saved, description)
 
 
 def test_a_pipe_in_the_place_of_the_description_is_not_waited_for(saved: Path) -> None:
@@ -74,4 +74,4 @@ def test_the_index_names_files_beside_it(saved: Path) -> None:
     index["weight_map"]["0.weight"] = "../model-00001-of-00002.safetensors"
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="is not the name of a file beside it"):
-        read_tensors(saved, description)
+        read_weights(saved, description)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-_RECORD = "_shallower_edits"
+_OWN = "_shallower_edits"
 _CHILDREN = "_shallower_edited"
 # Stamps of a later process are greater, so that parts which several processes made can be put together.
 _stamps = itertools.count(time.time_ns())
@@ -33,8 +33,8 @@ def note(edit: Any, changed: nn.Module, before: nn.Module, owner: nn.Module | No
         child: the name of that child.
     """
     stamp = next(_stamps)
-    earlier = vars(before).pop(_RECORD, ())
-    vars(changed)[_RECORD] = (*earlier, (stamp, edit))
+    earlier = vars(before).pop(_OWN, ())
+    vars(changed)[_OWN] = (*earlier, (stamp, edit))
     if owner is not None:
         vars(owner)[_CHILDREN] = {**vars(owner).get(_CHILDREN, {}), child: stamp}
 
@@ -42,7 +42,7 @@ def note(edit: Any, changed: nn.Module, before: nn.Module, owner: nn.Module | No
 def forget(module: nn.Module) -> None:
     """Forget what was done to a module and all its parts: they are copies, made again by a later edit."""
     for part in module.modules():
-        vars(part).pop(_RECORD, None)
+        vars(part).pop(_OWN, None)
         vars(part).pop(_CHILDREN, None)
 
 
@@ -50,7 +50,7 @@ def noted(model: nn.Module) -> list[tuple[str, Any]]:
     """The edits that made the model and its parts, in order: (where the changed module stands now, edit)."""
     found = []
     for name, module in model.named_modules():
-        for stamp, edit in vars(module).get(_RECORD, ()):
+        for stamp, edit in vars(module).get(_OWN, ()):
             found.append((stamp, name, edit))
     found.sort(key=lambda item: item[0])
     return [(name, edit) for _, name, edit in found]
@@ -67,4 +67,4 @@ def exchanged(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _holds(module: nn.Module, stamp: int) -> bool:
     """Whether an edit's module stands here, perhaps inside a wrapper."""
-    return any(stamp in dict(vars(part).get(_RECORD, ())) for part in module.modules())
+    return any(stamp in dict(vars(part).get(_OWN, ())) for part in module.modules())

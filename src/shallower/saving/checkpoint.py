@@ -29,13 +29,13 @@ from shallower.saving.card import plain_card
 from shallower.saving.collecting import collected
 from shallower.saving.description import BUFFERS, CONFIG, DESCRIPTION, Description
 from shallower.saving.implementations import implementations_of_parts
-from shallower.saving.reading import read_buffers, read_config, read_description, read_generation_config, read_tensors
+from shallower.saving.reading import read_buffers, read_config, read_description, read_generation_config, read_weights
 from shallower.saving.skeletons import Limits, build_skeleton
 from shallower.saving.slots import Stored, check_fits, check_whole, put_in, stored, unwrapped, without_weights
 from shallower.saving.sources import LIBRARIES, source_of
 from shallower.saving.writing import bytes_of, check_as_written, check_replaceable, write_weights
 
-_FACTORY = re.compile(r"[\w.]+:\w+(\?.*)?")
+_INFORMS = re.compile(r"[\w.]+:\w+(\?.*)?")
 
 
 def save(
@@ -74,7 +74,7 @@ def save(
             written, or the directory holds other things.
     """
     most = bytes_of(max_shard_size)
-    model, source, kept, description = _described(model, source, training)
+    model, source, kept, description = _contents(model, source, training)
     config = _config_of(model)
     _check_names(source, config)
     directory = _resolved(directory)
@@ -88,7 +88,7 @@ def save(
         write_weights(partial, kept.tensors, most)
         if kept.buffers:
             write_tensors(partial / BUFFERS, kept.buffers, error=CheckpointError)
-        check_as_written(kept.tensors, read_tensors(partial, description))
+        check_as_written(kept.tensors, read_weights(partial, description))
         check_as_written(kept.buffers, read_buffers(partial, description))
         if config is not None and model.can_generate():  # type: ignore[operator]
             model.generation_config.save_pretrained(partial)  # type: ignore[union-attr,operator]
@@ -111,7 +111,7 @@ def check_source(model: nn.Module, source: str | None = None) -> None:
     Raises:
         CheckpointError: it would not.
     """
-    model, source, _, description = _described(model, source, None)
+    model, source, _, description = _contents(model, source, None)
     config = _config_of(model)
     _check_names(source, config)
     _check_rebuilt(model, description, config)
@@ -149,8 +149,8 @@ def load(
     if model is None:
         skeleton = _skeleton(description, read_config(directory, description.source), str(directory))
     else:
-        skeleton = _given(description, model)
-    put_in(skeleton, description, read_tensors(directory, description), read_buffers(directory, description))
+        skeleton = _fresh(description, model)
+    put_in(skeleton, description, read_weights(directory, description), read_buffers(directory, description))
     read_generation_config(skeleton, directory)
     if device is not None or dtype is not None:
         skeleton = skeleton.to(device=device, dtype=dtype)
@@ -178,7 +178,7 @@ def read_training(directory: str | Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- before writing
 
 
-def _described(
+def _contents(
     model: nn.Module, source: str | None, training: Mapping[str, Any] | None
 ) -> tuple[nn.Module, str, Stored, Description]:
     """The model itself, its source, what is to be written of it, and the description."""
@@ -231,7 +231,7 @@ def _check_names(source: str, config: Mapping[str, Any] | None) -> None:
         if source.startswith("transformers:") and config is None:
             raise CheckpointError(f"{source!r:.80}: this is not a model of the transformers package")
         return
-    if not _FACTORY.fullmatch(source):
+    if not _INFORMS.fullmatch(source):
         raise CheckpointError(f"{source!r:.80} is no source: write timm:NAME, torchvision:NAME or transformers:CLASS")
 
 
@@ -285,7 +285,7 @@ def _skeleton(description: Description, config: Mapping[str, Any] | None, where:
     return _operated(skeleton, description)
 
 
-def _given(description: Description, model: nn.Module) -> nn.Module:
+def _fresh(description: Description, model: nn.Module) -> nn.Module:
     """A copy of a fresh instance, after surgery."""
     try:
         return _operated(without_weights(model), description)

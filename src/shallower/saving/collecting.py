@@ -22,18 +22,18 @@ def collected(model: nn.Module) -> list[dict[str, Any]]:
     found = []
     for edit in edits(model):
         name = place_of(edit)
-        present = _sizes(plain_name(name), model.get_submodule(name))
+        present = _present(plain_name(name), model.get_submodule(name))
         same = type(present) is type(edit) and getattr(present, "kind", "") == getattr(edit, "kind", "")
         data = encoded(present if present is not None and same else edit)
         found.append({key: plain_name(value) if key in ("name", "module") else value for key, value in data.items()})
     for name, module in exchanged(model):
-        present = _sizes(plain_name(name), module)
+        present = _present(plain_name(name), module)
         if present is not None:
             found.append(encoded(present))
     return found
 
 
-def _sizes(name: str, module: nn.Module) -> Resize | Norm | None:
+def _present(name: str, module: nn.Module) -> Resize | Norm | None:
     """The edit that gives a linear map or a BatchNorm the sizes it has; None for any other module."""
     if isinstance(module, _BatchNorm):
         return Norm(name, module.num_features)

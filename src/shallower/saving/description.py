@@ -13,7 +13,7 @@ from torch import Tensor
 from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import CheckpointError
 
-VERSION: Literal[3] = 3
+FORMAT: Literal[3] = 3
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,14 +35,14 @@ _SMALL = 1 << 16
 _WRAPS = ("slope", "partial")
 _MOST_WRAPS = 8
 
-Count = Annotated[int, Bounds(0, 1 << 48)]
+Length = Annotated[int, Bounds(0, 1 << 48)]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Layout:
     """A tensor in a file.
 
-        Entry.of(torch.zeros(8, 4))        # dtype "float32", shape (8, 4)
+        Layout.of(torch.zeros(8, 4))        # dtype "float32", shape (8, 4)
 
     Attributes:
         dtype: torch's name.
@@ -52,9 +52,9 @@ class Entry:
     """
 
     dtype: str
-    shape: tuple[Count, ...]
-    strides: tuple[Count, ...] = ()
-    order: tuple[Count, ...] = ()
+    shape: tuple[Length, ...]
+    strides: tuple[Length, ...] = ()
+    order: tuple[Length, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -68,7 +68,7 @@ class Entry:
             raise CheckpointError(f"{self.strides!r:.80} are not strides of its shape")
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Entry:
+    def of(cls, tensor: Tensor) -> Layout:
         """What describes this tensor; one with gaps or overlaps in memory will be contiguous."""
         shape, strides = tuple(tensor.shape), tensor.stride()
         plain = strides == _contiguous(shape) or not _is_dense(shape, strides)
@@ -116,13 +116,13 @@ class Description:
 
     source: Annotated[str, Bounds(0, 4000)]
     edits: list[dict[str, Any]]
-    tensors: dict[str, Entry]
-    buffers: dict[str, Entry]
+    tensors: dict[str, Layout]
+    buffers: dict[str, Layout]
     tied: list[list[str]]
     frozen: list[str]
     training: dict[str, Any]
     files: list[str]
-    version: Literal[1, 2, 3] = VERSION
+    version: Literal[1, 2, 3] = FORMAT
     schema: Literal["shallower"] = field(default="shallower", init=False)
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class Description:
 
     def to_json(self) -> dict[str, Any]:
         """As it is written."""
-        data: dict[str, Any] = encode(self, special={Entry: _entry})
+        data: dict[str, Any] = encode(self, special={Layout: _layout_data})
         return data
 
     @classmethod
@@ -158,23 +158,23 @@ class Description:
         if not isinstance(data, dict) or data.get("schema") != "shallower":
             raise CheckpointError(f"{at}: this is not the description of a saved model")
         version = data.get("version")
-        if type(version) is not int or version not in (1, 2, VERSION):
+        if type(version) is not int or version not in (1, 2, FORMAT):
             raise CheckpointError(
                 f"{at}: the files have version {version!r:.40} of the format, and this Shallower reads version "
-                f"{VERSION}; install a newer one"
+                f"{FORMAT}; install a newer one"
             )
         found: Description = decode(cls, data, at=at, error=CheckpointError)
         return found
 
 
-def _entry(entry: Entry, _at: str) -> dict[str, Any]:
+def _layout_data(entry: Layout, _at: str) -> dict[str, Any]:
     plain: dict[str, Any] = {"dtype": entry.dtype, "shape": list(entry.shape)}
     if entry.strides:
         plain["strides"] = list(entry.strides)
     return plain
 
 
-def _check_ties(tied: list[list[str]], tensors: dict[str, Entry], buffers: dict[str, Entry]) -> None:
+def _check_ties(tied: list[list[str]], tensors: dict[str, Layout], buffers: dict[str, Layout]) -> None:
     taken = {*tensors, *buffers}
     for group in tied:
         if len(group) < 2 or group[0] not in tensors:

@@ -38,10 +38,10 @@ from shallower.saving.opening import (
     arguments_of,
     check_opened,
     enlarged,
-    named,
-    names_of,
     shapes_of,
     sizes_to_check,
+    symbol_names,
+    tensors_by_name,
     wanted,
 )
 from shallower.saving.slots import unwrapped
@@ -53,7 +53,7 @@ _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, to
 
 _LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")
 
-Run = Callable[[Inputs], list[Tensor]]
+Runner = Callable[[Inputs], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def export(
     _check_path(path, opset)
     if onnx:
         _need("onnx", "onnxscript", *(["onnxruntime"] if check else []))
-    plain = _ready(model)
+    plain = _copy_to_export(model)
     dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
     if onnx and dtype == torch.bfloat16:
         raise ExportError("ONNX Runtime does not compute in bfloat16 on the CPU: export model.float() or model.half()")
@@ -143,7 +143,7 @@ def export(
         _quiet(),
     ):
         program = _traced(plain, inputs, names, path)
-        opened = _opened(program, inputs, names, apart=("length",) if dynamic == "auto" else ())
+        opened = _open_dimensions(program, inputs, names, apart=("length",) if dynamic == "auto" else ())
         check_opened(names, opened, dynamic)
         bar.update()
         partial = Path(folder) / path.name
@@ -153,7 +153,7 @@ def export(
         if check:
             for sized in sizes_to_check(inputs, opened):
                 checked.append(shapes_of(sized))
-                error = max(error or 0.0, _difference(plain, run(), sized, _TOLERANCES.get(dtype, 1e-4)))
+                error = max(error or 0.0, _worst_difference(plain, run(), sized, _TOLERANCES.get(dtype, 1e-4)))
         bar.update()
         files = _put(sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name), path)
     return Exported(path, files, opened, error, tuple(checked))
@@ -179,7 +179,7 @@ def _need(*packages: str) -> None:
             raise ExportError(f"ONNX needs {package}: pip install 'shallower[export]'") from error
 
 
-def _ready(model: nn.Module) -> nn.Module:
+def _copy_to_export(model: nn.Module) -> nn.Module:
     """A copy on the CPU in eval mode, nothing attached; a Transformers model without its cache."""
     inner = unwrapped(model)
     if any(map(has_no_numbers, (*inner.parameters(), *inner.buffers()))):
@@ -207,13 +207,13 @@ def _traced(model: nn.Module, inputs: Inputs, names: Dimensions | None, path: Pa
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
-def _opened(
+def _open_dimensions(
     program: ExportedProgram, inputs: Inputs, names: Dimensions | None, apart: Sequence[str]
 ) -> dict[str, dict[int, str]]:
     """The dimensions of the inputs that the program leaves open, by name."""
     given = set(program.graph_signature.user_inputs)
     places = {node.name: node for node in program.graph.nodes if node.op == "placeholder" and node.name in given}
-    owners = list(named(inputs))
+    owners = list(tensors_by_name(inputs))
     if set(places) == set(owners):  # keywords
         owners = list(places)
     titles = dict(zip(owners, places, strict=True))
@@ -222,13 +222,13 @@ def _opened(
         for dim, size in enumerate(places[title].meta["val"].shape):
             if not is_concrete_int(size):
                 symbols.setdefault(owner, {})[dim] = str(size)
-    name_of = names_of(symbols, names or {}, titles, apart)
+    name_of = symbol_names(symbols, names or {}, titles, apart)
     return {owner: {dim: name_of[symbol] for dim, symbol in dims.items()} for owner, dims in symbols.items()}
 
 
 def _write_onnx(
     program: ExportedProgram, opened: Dimensions, outputs: Any, path: Path, opset: int | None
-) -> Callable[[], Run]:
+) -> Callable[[], Runner]:
     size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     with failing(ExportError, f"{path.name}: this model cannot be written as ONNX"):
         written = torch.onnx.export(program, output_names=_output_names(outputs), opset_version=opset, verbose=False)
@@ -249,7 +249,7 @@ def _output_names(outputs: Any) -> list[str] | None:
     return list(map(str, outputs))
 
 
-def _write_pt2(program: ExportedProgram, path: Path) -> Callable[[], Run]:
+def _write_pt2(program: ExportedProgram, path: Path) -> Callable[[], Runner]:
     torch.export.save(program, path)
     return lambda: _pt2_program(path)
 
@@ -268,7 +268,7 @@ def _put(files: Sequence[Path], path: Path) -> tuple[Path, ...]:
 # ----------------------------------------------------------------------------------------------- checking
 
 
-def _onnx_runtime(path: Path, names: Sequence[str]) -> Run:
+def _onnx_runtime(path: Path, names: Sequence[str]) -> Runner:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -277,7 +277,7 @@ def _onnx_runtime(path: Path, names: Sequence[str]) -> Run:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(inputs: Inputs) -> list[Tensor]:
-        given = named(inputs)
+        given = tensors_by_name(inputs)
         if set(given) != set(names):  # positional arguments
             given = dict(zip(names, given.values(), strict=True))
         arrays = {name: value.numpy() for name, value in given.items()}
@@ -286,13 +286,13 @@ def _onnx_runtime(path: Path, names: Sequence[str]) -> Run:
     return run
 
 
-def _pt2_program(path: Path) -> Run:
+def _pt2_program(path: Path) -> Runner:
     module = torch.export.load(path).module()
     return lambda inputs: list(tensors(call(module, inputs)))
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, run: Run, inputs: Inputs, tolerance: float) -> float:
+def _worst_difference(model: nn.Module, run: Runner, inputs: Inputs, tolerance: float) -> float:
     """The greatest difference from the model's outputs, relative to the greatest output."""
     shapes = shapes_of(inputs)
     with failing(ExportError, f"the model itself does not take inputs of {shapes}"):

@@ -28,7 +28,7 @@ def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {}
 
 
-def named(inputs: Inputs) -> dict[str, Tensor]:
+def tensors_by_name(inputs: Inputs) -> dict[str, Tensor]:
     """The inputs by name.
 
     Raises:
@@ -52,7 +52,7 @@ def wanted(inputs: Inputs, dynamic: Dynamic) -> dict[str, dict[int, str]] | None
     """
     if dynamic is None:
         return None
-    known = named(inputs)
+    known = tensors_by_name(inputs)
     if isinstance(dynamic, str):
         if dynamic != "auto":
             raise ExportError(f"dynamic={dynamic!r}: give 'auto', None, or the dimensions of each input")
@@ -77,7 +77,7 @@ def _is_tokens(value: Tensor) -> bool:
     return value.dim() == 2 and not value.is_floating_point()
 
 
-def names_of(
+def symbol_names(
     symbols: Dimensions, names: Dimensions, titles: Mapping[str, str], apart: Collection[str] = ()
 ) -> dict[str, str]:
     """A name for every symbol that a tracer gave to open dimensions.
@@ -86,7 +86,7 @@ def names_of(
     sizes may differ have names of their own.
 
         both = {"0": {1: "length"}, "1": {1: "length"}}
-        names_of({"0": {1: "s1"}, "1": {1: "s2"}}, both, {"0": "query", "1": "document"}, ["length"])
+        symbol_names({"0": {1: "s1"}, "1": {1: "s2"}}, both, {"0": "query", "1": "document"}, ["length"])
         # {"s1": "query_length", "s2": "document_length"}
 
     Args:
@@ -110,10 +110,10 @@ def names_of(
 def enlarged(inputs: Inputs) -> Inputs:
     """Leading dimensions, and the lengths of matrices of integers, at least 2: a tracer takes 1 for fixed."""
     twice: dict[str, dict[int, int]] = {}
-    for name, value in named(inputs).items():
+    for name, value in tensors_by_name(inputs).items():
         opened = range(min(value.dim(), 2 if _is_tokens(value) else 1))
         twice[name] = {dim: 2 for dim in opened if value.shape[dim] == 1}
-    return _resized(inputs, twice)
+    return _of_sizes(inputs, twice)
 
 
 def sizes_to_check(inputs: Inputs, opened: Dimensions) -> Iterator[Inputs]:
@@ -121,7 +121,7 @@ def sizes_to_check(inputs: Inputs, opened: Dimensions) -> Iterator[Inputs]:
     yield inputs
     if not opened:
         return
-    known = named(inputs)
+    known = tensors_by_name(inputs)
     sizes: dict[str, int] = {}
     others: dict[str, dict[int, int]] = {}
     for owner, dims in opened.items():
@@ -129,7 +129,7 @@ def sizes_to_check(inputs: Inputs, opened: Dimensions) -> Iterator[Inputs]:
         for dim, name in dims.items():
             sizes.setdefault(name, _other(dim, known[owner].shape[dim], len(sizes)))
             others[owner][dim] = sizes[name]
-    yield _resized(inputs, others)
+    yield _of_sizes(inputs, others)
 
 
 def _other(dim: int, size: int, count: int) -> int:
@@ -139,7 +139,7 @@ def _other(dim: int, size: int, count: int) -> int:
     return size - 2 - count if size > 4 + count else size + 2 + count
 
 
-def _resized(inputs: Inputs, sizes: Mapping[str, Mapping[int, int]]) -> Inputs:
+def _of_sizes(inputs: Inputs, sizes: Mapping[str, Mapping[int, int]]) -> Inputs:
     """The inputs with some dimensions of another size, filled by going round."""
 
     def one(name: str, value: Tensor) -> Tensor:
@@ -178,4 +178,4 @@ def shape_of(value: Tensor) -> str:
 
 def shapes_of(inputs: Inputs) -> str:
     """The shapes of inputs for people, each once: "2 x 12 and 2 x 7"."""
-    return " and ".join(dict.fromkeys(map(shape_of, named(inputs).values())))
+    return " and ".join(dict.fromkeys(map(shape_of, tensors_by_name(inputs).values())))

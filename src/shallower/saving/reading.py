@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shallower.core import files
 from shallower.core.failures import failing
 from shallower.errors import CheckpointError
-from shallower.saving.description import BUFFERS, CONFIG, DESCRIPTION, GENERATION, INDEX, WEIGHTS, Description, Entry
+from shallower.saving.description import BUFFERS, CONFIG, DESCRIPTION, GENERATION, INDEX, WEIGHTS, Description, Layout
 from shallower.saving.sources import source_of
 
 # Lists with an item for each of a million layers keep the validation of a config busy for minutes.
@@ -51,7 +51,7 @@ def read_config(directory: Path, source: str) -> dict[str, Any] | None:
     return config
 
 
-def read_tensors(directory: Path, description: Description) -> dict[str, Tensor]:
+def read_weights(directory: Path, description: Description) -> dict[str, Tensor]:
     """The parameters and persistent buffers, from one file or several.
 
     Raises:
@@ -63,7 +63,7 @@ def read_tensors(directory: Path, description: Description) -> dict[str, Tensor]
     shard_of = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
         raise CheckpointError(f"{directory / INDEX}: not the index of a model in several files")
-    shards: dict[str, dict[str, Entry]] = {}
+    shards: dict[str, dict[str, Layout]] = {}
     for name, shard in shard_of.items():
         if not _SHARD.fullmatch(shard):
             raise CheckpointError(f"{directory / INDEX}: {shard!r:.200} is not the name of a file beside it")
@@ -88,14 +88,14 @@ def read_buffers(directory: Path, description: Description) -> dict[str, Tensor]
     return _read_described(directory / BUFFERS, description.buffers) if description.buffers else {}
 
 
-def _read_described(path: Path, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+def _read_described(path: Path, entries: Mapping[str, Layout]) -> dict[str, Tensor]:
     tensors = files.read_tensors(path, error=CheckpointError)
     for key in (*entries, *tensors):
         if key not in tensors:
             raise CheckpointError(f"tensor {key:.200}: it is not in {path}")
         if key not in entries:
             raise CheckpointError(f"tensor {key:.200}: it is in {path} and not in {DESCRIPTION}")
-        found = Entry.of(tensors[key])
+        found = Layout.of(tensors[key])
         if (found.dtype, found.shape) != (entries[key].dtype, entries[key].shape):
             raise CheckpointError(
                 f"tensor {key}: {path} has it as {found.dtype} {list(found.shape)}, and {DESCRIPTION} as "

@@ -40,7 +40,7 @@ from shallower.saving.sources import (
 )
 
 # Numbers that are values rather than sizes; nothing is as long as they are.
-_VALUES = re.compile(r"(theta|base|_ids?|max_length|max_position_embeddings|sliding_window)\Z")
+_NO_SIZES = re.compile(r"(theta|base|_ids?|max_length|max_position_embeddings|sliding_window)\Z")
 _LARGE = 1 << 20
 _LARGE_OPTION = 1 << 14
 _REMOTE = re.compile(r"(hf[-_]hub|local-dir|https?):")
@@ -133,7 +133,7 @@ def _maker(source: str, config: Mapping[str, Any], limits: Limits | None) -> Cal
         raise ModelError(f"{source!r:.200} names no architecture of Transformers, timm or torchvision")
     name, options = parse_options(rest)
     if library == "transformers":
-        return _transformers(name, options, config, limits)
+        return _transformers_maker(name, options, config, limits)
     if limits is not None:
         for key, value in options.items():
             _check_number(key, value, max(_LARGE_OPTION, limits.largest))
@@ -141,7 +141,7 @@ def _maker(source: str, config: Mapping[str, Any], limits: Limits | None) -> Cal
     return lambda: build(name, options, False)
 
 
-def _transformers(
+def _transformers_maker(
     name: str, options: Mapping[str, Option], config: Mapping[str, Any], limits: Limits | None
 ) -> Callable[[], nn.Module]:
     library = import_transformers()
@@ -186,7 +186,7 @@ def _inert(key: str, value: Any, most: int | None) -> Any:
         return [_inert(key, item, most) for item in value]
     if isinstance(value, str) and _REMOTE.match(value):
         raise ModelError(f"its config has {key} = {value!r:.80}, which would be fetched")
-    if most is not None and not _VALUES.search(key):
+    if most is not None and not _NO_SIZES.search(key):
         _check_number(key, value, most)
     return value
 
@@ -212,7 +212,7 @@ def _check_number(key: str, value: object, most: int) -> None:
 
 def _draft(make: Callable[[], nn.Module], limits: Limits | None) -> nn.Module:
     """Everything on the meta device."""
-    with torch.device("meta"), _counted(limits), _deadline(limits):
+    with torch.device("meta"), _limited(limits), _deadline(limits):
         return make()
 
 
@@ -229,14 +229,14 @@ def _real_buffers(make: Callable[[], nn.Module], limits: Limits | None) -> nn.Mo
     thread = threading.get_ident()
     hook = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]
     try:
-        with _counted(limits), _deadline(limits), torch.random.fork_rng(devices=[]):
+        with _limited(limits), _deadline(limits), torch.random.fork_rng(devices=[]):
             return make()
     finally:
         hook.remove()
 
 
 @contextmanager
-def _counted(limits: Limits | None) -> Iterator[None]:
+def _limited(limits: Limits | None) -> Iterator[None]:
     """Raise where more parameters or modules are made than the limits allow."""
     if limits is None:
         yield

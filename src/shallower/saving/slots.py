@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from shallower.core.trees import tensors as tensors_in
 from shallower.errors import CheckpointError
 from shallower.modules.attachment import detach
-from shallower.saving.description import DTYPES, Description, Entry
+from shallower.saving.description import DTYPES, Description, Layout
 
 # torch.compile, activation checkpointing and FSDP put a module with one child around another.
 _WRAPPER = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
@@ -112,7 +112,7 @@ class Stored:
         frozen: names of parameters without gradients.
     """
 
-    entries: dict[str, Entry]
+    entries: dict[str, Layout]
     tensors: dict[str, Tensor]
     buffers: dict[str, Tensor]
     tied: list[list[str]]
@@ -129,13 +129,13 @@ def stored(model: nn.Module) -> Stored:
     for name, slot in slots.items():
         _check_storable(name, slot.tensor)
     _check_complete(model)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, Layout] = {}
     tensors: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     groups: dict[Any, list[str]] = {}
     frozen = []
     for name, slot in slots.items():
-        entries[name] = Entry.of(slot.tensor)
+        entries[name] = Layout.of(slot.tensor)
         if slot.kind == "transient":
             buffers[name] = slot.tensor
             continue

@@ -75,7 +75,7 @@ def _value(text: str) -> Option:
     return text
 
 
-def _checked(name: str, known: list[str], options: Mapping[str, Option], library: str) -> None:
+def _check_known(name: str, known: list[str], options: Mapping[str, Option], library: str) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
         raise ModelError(f"{library} has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
@@ -115,7 +115,7 @@ def timm(name: str, options: Mapping[str, Option], pretrained: bool) -> nn.Modul
         ModelError: timm is not installed, has no such model, or cannot build it with these options.
     """
     timm = import_timm()
-    _checked(name.partition(".")[0], timm.list_models(), options, "timm")
+    _check_known(name.partition(".")[0], timm.list_models(), options, "timm")
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except ModelError:
@@ -140,7 +140,7 @@ def torchvision(name: str, options: Mapping[str, Option], pretrained: bool) -> n
         ModelError: torchvision is not installed, has no such model, or cannot build it with these options.
     """
     models = import_torchvision().models
-    _checked(name, models.list_models(module=models), options, "torchvision")
+    _check_known(name, models.list_models(module=models), options, "torchvision")
     try:
         model: nn.Module = models.get_model(name, weights=None, **options)
         if pretrained:

@@ -16,7 +16,7 @@ from shallower.errors import CheckpointError
 from shallower.saving.description import DESCRIPTION, INDEX
 from shallower.saving.reading import read_description
 
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?(KB|MB|GB|TB)")
 
 
@@ -42,7 +42,7 @@ def bytes_of(size: int | str) -> int:
         CheckpointError: it is no size, or not positive.
     """
     text = _SIZE.fullmatch(size.strip().upper()) if isinstance(size, str) else None
-    found = int(float(text[1]) * _UNITS[text[2]]) if text else size
+    found = int(float(text[1]) * _BYTES[text[2]]) if text else size
     if type(found) is not int or found < 1:
         raise CheckpointError(f"{size!r:.40} is not the size of a file: give a positive number of bytes, or '5GB'")
     return found
