@@ -396,7 +396,7 @@ def test_the_state_of_another_run_is_not_gone_on_from(shallower: Shallower, pict
         (("--target", "params:20%", "--task", "causal-lm"), "which column holds the text"),
         (("--target", "params:20%", "--task", "causal-lm", "--augment"), "--augment means nothing for causal-lm"),
         (("--target", "params:20%", "--label-column", "colour"), "no column 'colour'"),
-        (("--target", "params:20%", "--lr", "0"), "lr=0.0 is out of range"),
+        (("--target", "params:20%", "--lr", "0"), "lr=0.0"),
         (("--target", "params:20%", "--length", "8"), "--length means nothing for image-classification"),
         (("--target", "params:20%", "--text-column", "x"), "--text-column means nothing"),
     ],
@@ -427,7 +427,7 @@ def test_a_target_that_is_not_met_exits_with_3(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--target", "size:1%"), "not of the form UNIT:AMOUNT"),
+        (("--target", "weight:1%"), "not of the form UNIT:AMOUNT"),
         (("--target", "params:100%"), "less than 100 %"),
         (("--target", "params:50%", "--strength", "1"), "it belongs to --method layer-collapse"),
         (("--target", "params:50%", "--epochs", "2"), "--heal 2 distils"),

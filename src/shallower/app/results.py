@@ -218,6 +218,9 @@ def read_points(directory: Path, error: type[ShallowerError] = CheckpointError) 
 def point_of(data: Mapping[str, Any], label: str = "", *, chosen: bool = False) -> Measured:
     """A model of the file: one of the two of result.json, or a point of curve.json."""
     score = _number(data, "score")
+    size = "memory"
+    if size not in data:
+        size = "size"
     tested = _number_or_none(data, "test_score")
     ranked = None
     if tested is not None:
@@ -226,7 +229,7 @@ def point_of(data: Mapping[str, Any], label: str = "", *, chosen: bool = False) 
         score,
         _count(data, "params"),
         _count(data, "macs"),
-        _count(data, "memory"),
+        _count(data, size),
         _number_or_none(data, "latency", least=0),
         str(data.get("label") or label),
         bool(data.get("chosen", chosen)),

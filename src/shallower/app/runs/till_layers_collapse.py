@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from shallower.app.compression import Outcome, Work
+from shallower.app.compression import Outcome, Work, measured
 from shallower.app.options import TillLayersCollapsing
 from shallower.core.files import read_json, write_json
 from shallower.core.inputs import Inputs
@@ -142,7 +142,7 @@ class _Points:
         cost, times = cost_of(small, self.work.example), compare({"": small}, self.work.example, rounds=_TIMED)
         count = len(round_.removed)
         self.found = [point for point in self.found if point["removed"] < count]
-        point = {"label": f"{count} removed", "removed": count, "score": round_.score, **asdict(cost)}
-        self.found.append({**point, "latency": times[""].latency})
+        point = measured(round_.score or 0.0, cost, times[""].latency).to_json()
+        self.found.append({"label": f"{count} removed", "removed": count, **point})
         if self.path is not None:
             write_json(self.path, self.found, error=CheckpointError)
