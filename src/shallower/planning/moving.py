@@ -53,7 +53,8 @@ def worth_moving(sites: Iterable[Site], unit: Unit = "") -> tuple[Site, ...]:
 
 def _has_padding_between(site: Site) -> bool:
     """Whether there is padding to move, as far as the description tells."""
-    if site.producer is None or site.between or site.pooled or site.not_merged or site.heads is not None:
+    bridge = site.bridge
+    if site.producer is None or bridge.not_merged is not None or bridge.has("depthwise") or bridge.has("pool"):
         return False
     paddings = {c.padding for c in site.consumers}
     return all(m.kind == "conv2d" for m in site.maps) and len(paddings) == 1 and paddings != {(0, 0)}
