@@ -53,8 +53,9 @@ from benchmarks.images import Images, cifar10, cropped_and_flipped
 from benchmarks.record import markdown, required, stage, write_json
 from benchmarks.squeeze import RESNET_MEAN, RESNET_STD, ResNet, remembered
 from shallower.core.files import read_state, write_state
-from shallower.core.inputs import call, tensors
+from shallower.core.inputs import call
 from shallower.core.text import amount
+from shallower.core.trees import tensors
 from shallower.errors import TrainingError
 from shallower.finding.matching import find_sites
 from shallower.measuring.cost import count_macs, count_params

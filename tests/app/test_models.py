@@ -13,7 +13,8 @@ import transformers
 from torch import nn
 
 from shallower.app.models import LoadedModel, load_model
-from shallower.core.inputs import call, tensors
+from shallower.core.inputs import call
+from shallower.core.trees import tensors
 from shallower.errors import ModelError
 from shallower.saving.skeletons import build_skeleton
 from shallower.saving.sources import format_options, parse_options, source_of

@@ -12,7 +12,8 @@ import torch
 import torchvision.models as tv
 from torch import nn
 
-from shallower.core.inputs import call, to_device
+from shallower.core.inputs import call
+from shallower.core.trees import to_device
 from shallower.finding.matching import find_sites
 from shallower.sites import Site, Sites
 from tests.zoo import ZOO, Expected, Specimen

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shallower.core.inputs import Inputs, call, tensors
+from shallower.core.inputs import Inputs, call
+from shallower.core.trees import tensors
 from shallower.errors import PlanError
 from shallower.finding.matching import find_sites
 from shallower.modules.edits import edits, perform, replay

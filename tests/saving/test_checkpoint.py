@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shallower.app.models import load_model
-from shallower.core.inputs import call, tensors
+from shallower.core.inputs import call
+from shallower.core.trees import tensors
 from shallower.errors import CheckpointError
 from shallower.finding.matching import find_sites
 from shallower.modules.activations import PartialActivation

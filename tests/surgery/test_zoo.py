@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shallower.core.inputs import Inputs, call, tensors
+from shallower.core.inputs import Inputs, call
+from shallower.core.trees import tensors
 from shallower.errors import PlanError
 from shallower.finding.matching import find_sites
 from shallower.planning.entries import Entry, Fate

@@ -49,7 +49,7 @@ class Batch:
         if common is not None:
             return common
         first = next(tensors(self.inputs))
-        return len(first) if first.dim() else 1
+        return first.shape[0] if first.dim() else 1
 
     def on(self, device: torch.device | str) -> Batch:
         """The same on a device."""
@@ -67,7 +67,9 @@ class Batches:
     def __init__(self, most: int | None = None) -> None:
         self.digest = ""
         self.rows = 0
-        self._most = max(_LEAST_ROOM, free_bytes() // 4) if most is None else most
+        if most is None:
+            most = max(_LEAST_ROOM, free_bytes() // 4)
+        self._most = most
         self._kept: list[Batch | _Spilled] = []
         self._folder: Path | None = None
 
@@ -108,8 +110,10 @@ class Batches:
             found.rows += batch.rows
             if in_memory > found._most:
                 found._kept.append(found._spilled(number, batch))
+            elif own:
+                found._kept.append(_cloned(batch))
             else:
-                found._kept.append(_cloned(batch) if own else batch)
+                found._kept.append(batch)
         found.digest = digest.hexdigest()
         return found
 
@@ -119,7 +123,9 @@ class Batches:
     def __getitem__(self, index: int) -> Batch:
         """A copy of a batch: what a model writes into its inputs stays out of the next pass."""
         batch = self._kept[index]
-        return batch.loaded() if isinstance(batch, _Spilled) else _cloned(batch)
+        if isinstance(batch, _Spilled):
+            return batch.loaded()
+        return _cloned(batch)
 
     def __iter__(self) -> Iterator[Batch]:
         for index in range(len(self)):
@@ -174,7 +180,9 @@ class _Spilled:
 
 def _bytes(tensor: Tensor) -> int:
     """Bytes that could be in a file; sparse and nested tensors stay in memory."""
-    return 0 if tensor.layout is not torch.strided or tensor.is_nested else tensor.nbytes
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return 0
+    return tensor.nbytes
 
 
 def _cloned(batch: Batch) -> Batch:
@@ -192,8 +200,10 @@ def _each(batches: Iterable[Any]) -> Iterator[Any]:
         raise SiteError(f"`batches` is a single {type(batches).__name__}, not a list of batches: pass [batch]")
     with failing(SiteError, f"`batches` is a {type(batches).__name__}, which cannot be iterated over"):
         # a data set with neither `__iter__` nor an end is read by its length
-        by_index: Any = batches
-        iterator = iter(batches) if hasattr(batches, "__iter__") else (by_index[i] for i in range(len(by_index)))
+        given: Any = batches
+        if not hasattr(batches, "__iter__"):
+            given = map(given.__getitem__, range(len(given)))
+        iterator = iter(given)
     number = 0
     while True:
         number += 1
@@ -232,20 +242,21 @@ def _update(digest: Any, tree: Any) -> None:
         return tensor
 
     mapped(described, tree)
-    structure.append(_plain(tree))
+    structure.append(_structure(tree))
     digest.update("\n".join(structure).encode())
     for tensor in tensors(tree):
-        dense = tensor.to_dense() if tensor.layout is not torch.strided else tensor
-        parts = dense.unbind() if dense.is_nested else (dense,)
+        if tensor.layout is not torch.strided:
+            tensor = tensor.to_dense()
+        parts = list(tensor.unbind()) if tensor.is_nested else [tensor]
         for part in parts:
             digest.update(content(part))
 
 
-def _plain(tree: Any) -> str:
+def _structure(tree: Any) -> str:
     if isinstance(tree, Mapping):
-        return "{" + ",".join(f"{key}:{_plain(value)}" for key, value in tree.items()) + "}"
+        return "{" + ",".join(f"{key}:{_structure(value)}" for key, value in tree.items()) + "}"
     if isinstance(tree, (tuple, list)):
-        return "[" + ",".join(map(_plain, tree)) + "]"
+        return "[" + ",".join(map(_structure, tree)) + "]"
     if isinstance(tree, (bool, int, float, str, type(None))):
         return repr(tree)
     return type(tree).__name__

@@ -32,7 +32,7 @@ T = TypeVar("T")
 _MOST_WHOLE = 1 << 53
 """Whole numbers beyond it are not the same in every reader of JSON."""
 
-_PLAIN: Mapping[type, str] = {
+_SCALARS: Mapping[type, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a finite number",
@@ -70,12 +70,12 @@ def encode(value: Any, *, special: Special | None = None, at: str = "") -> Any:
     if is_dataclass(value):
         cls: Any = type(value)
         return {
-            name: encode(getattr(value, name), special=special, at=_joined(at, name)) for name in _fields_in_files(cls)
+            name: encode(getattr(value, name), special=special, at=_below(at, name)) for name in _fields_in_files(cls)
         }
     if isinstance(value, Mapping):
-        return {key: encode(item, special=special, at=_joined(at, key)) for key, item in value.items()}
+        return {key: encode(item, special=special, at=_below(at, key)) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [encode(item, special=special, at=_joined(at, i)) for i, item in enumerate(value)]
+        return [encode(item, special=special, at=_below(at, i)) for i, item in enumerate(value)]
     return value
 
 
@@ -117,8 +117,8 @@ class _Reader:
             return data
         if hint is None:
             hint = type(None)
-        if hint in _PLAIN:
-            return _plain(hint, data, at)
+        if hint in _SCALARS:
+            return _scalar(hint, data, at)
         if isinstance(hint, type) and is_dataclass(hint):
             return self.instance(hint, data, at)
         origin, arguments = get_origin(hint), get_args(hint)
@@ -145,9 +145,10 @@ class _Reader:
         value = self.read(hint, data, at)
         for bounds in notes:
             if isinstance(bounds, Bounds) and value is not None:
-                size = len(value) if hasattr(value, "__len__") else value
+                size, what = value, "a number"
+                if hasattr(value, "__len__"):
+                    size, what = len(value), "of length"
                 if not bounds.least <= size <= bounds.most:
-                    what = "of length" if hasattr(value, "__len__") else "a number"
                     raise _MismatchError(at, data, f"{what} {bounds}")
         return value
 
@@ -167,7 +168,7 @@ class _Reader:
         key_hint, hint = arguments
         found = {}
         for key, item in data.items():
-            found[self.read(key_hint, key, f"{at}: the key")] = self.read(hint, item, f"{at}.{_short(key)}")
+            found[self.read(key_hint, key, f"{at}: the key")] = self.read(hint, item, f"{at}.{_shortened(key)}")
         return found
 
     def one_of(self, arguments: tuple[Any, ...], data: Any, at: str) -> Any:
@@ -203,7 +204,7 @@ class _Reader:
         values = {}
         for name, f in known.items():
             if name in data:
-                value = self.read(hints[name], data[name], _joined(at, name))
+                value = self.read(hints[name], data[name], _below(at, name))
                 if f.init:
                     values[name] = value
             elif not f.init or (f.default is MISSING and f.default_factory is MISSING):
@@ -214,13 +215,13 @@ class _Reader:
             raise _MismatchError(at, dict(data), f"a {cls.__name__}: {error}") from None
 
 
-def _plain(hint: type, data: Any, at: str) -> Any:
+def _scalar(hint: type, data: Any, at: str) -> Any:
     if isinstance(data, int) and abs(data) > _MOST_WHOLE:
-        raise _MismatchError(at, f"a number of {data.bit_length()} bits", _PLAIN[hint])
+        raise _MismatchError(at, f"a number of {data.bit_length()} bits", _SCALARS[hint])
     if hint is float and type(data) is int:
         data = float(data)
     if type(data) is not hint or (isinstance(data, float) and not math.isfinite(data)):
-        raise _MismatchError(at, data, _PLAIN[hint])
+        raise _MismatchError(at, data, _SCALARS[hint])
     return data
 
 
@@ -246,11 +247,11 @@ def _hints(cls: Any) -> dict[str, Any]:
     return {f.name: known[f.name] for f in fields(cls)}
 
 
-def _joined(at: str, name: object) -> str:
+def _below(at: str, name: object) -> str:
     return f"{at}.{name}" if at else str(name)
 
 
-def _short(key: object) -> str:
+def _shortened(key: object) -> str:
     return str(key)[:80]
 
 

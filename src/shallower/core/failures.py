@@ -17,7 +17,7 @@ from shallower.errors import ForwardError, OutOfMemoryError, ShallowerError
 
 _ALLOCATION = re.compile(r"allocate (?:an array .*? requires )?([\d.]+ ?\w+)")
 _EXHAUSTED = ("can't allocate memory", "cannot allocate memory", "out of memory", "not enough memory", "bad_alloc")
-_MOST = 600
+_LONGEST = 600
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -44,8 +44,8 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
-    if len(text) > _MOST:
-        text = text[:_MOST] + " ..."
+    if len(text) > _LONGEST:
+        text = text[:_LONGEST] + " ..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from shallower.core.failures import failing
 from shallower.errors import ShallowerError
 
-_MOST_BYTES = 64 << 20
+_MOST_JSON = 64 << 20
 _MOST_DEPTH = 100
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _ABANDONED = 24 * 3600
@@ -54,7 +54,7 @@ def atomic(path: Path, *, error: type[ShallowerError]) -> Iterator[Path]:
     with failing(error, f"{path}: cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path, "partial")
-        partial = _beside(path, "partial")
+        partial = _partial_name(path, "partial")
         try:
             # a library that replaces this file may give its own one other permissions
             with partial.open("xb") as file:
@@ -80,7 +80,7 @@ def replacing(directory: Path, *, error: type[ShallowerError]) -> Iterator[Path]
     with failing(error, f"{directory}: cannot be written"):
         directory.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(directory, "partial")
-        partial, previous = _beside(directory, "partial"), _beside(directory, "previous")
+        partial, previous = _partial_name(directory, "partial"), _partial_name(directory, "previous")
         try:
             partial.mkdir()
             yield partial
@@ -107,7 +107,7 @@ def temporary_folder(owner: object, *, error: type[ShallowerError]) -> Path:
     place = Path(tempfile.gettempdir()) / "shallower"
     with failing(error, f"{place.parent}: no temporary folder can be made"):
         _remove_leftovers(place, "temporary")
-        folder = _beside(place, "temporary")
+        folder = _partial_name(place, "temporary")
         folder.mkdir()
     weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -175,7 +175,7 @@ def write_state(path: Path, state: Mapping[str, Any], *, error: type[ShallowerEr
 # ---------------------------------------------------------------------- reading
 
 
-def read_bytes(path: Path, *, error: type[ShallowerError], most: int = _MOST_BYTES) -> bytes:
+def read_bytes(path: Path, *, error: type[ShallowerError], most: int = _MOST_JSON) -> bytes:
     """The content of a regular file of at most `most` bytes."""
     with failing(error, f"{path}: cannot be read"):
         _check_regular(path, error)
@@ -188,7 +188,7 @@ def read_bytes(path: Path, *, error: type[ShallowerError], most: int = _MOST_BYT
     return content
 
 
-def read_json(path: Path, *, error: type[ShallowerError], most: int = _MOST_BYTES) -> Any:
+def read_json(path: Path, *, error: type[ShallowerError], most: int = _MOST_JSON) -> Any:
     """The plain data of a JSON file, in which no key is given twice and every number is finite.
 
     description = read_json(directory / "shallower.json", error=CheckpointError)
@@ -196,7 +196,10 @@ def read_json(path: Path, *, error: type[ShallowerError], most: int = _MOST_BYTE
     content = read_bytes(path, error=error, most=most)
     with failing(error, f"{path}: not readable as JSON"):
         data = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
+            content.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_float=_finite_number,
+            parse_constant=_finite_number,
         )
         if _depth(data) > _MOST_DEPTH:
             raise RecursionError
@@ -246,7 +249,7 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _finite(text: str) -> float:
+def _finite_number(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is not a finite number")
@@ -270,7 +273,7 @@ def _depth(data: Any) -> int:
 # ---------------------------------------------------------------------- names of what is half-written
 
 
-def _beside(path: Path, kind: str) -> Path:
+def _partial_name(path: Path, kind: str) -> Path:
     """A new name in the same directory that says which process writes there."""
     return path.with_name(f".{path.name}.{kind}-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}")
 

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from shallower.core.failures import failing
 from shallower.core.modes import single_pass
-from shallower.core.trees import mapped
-from shallower.core.trees import tensors as tensors
-from shallower.core.trees import to_device as to_device
+from shallower.core.trees import mapped, tensors
 from shallower.errors import ForwardError, SiteError
 
 Inputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]

@@ -120,7 +120,7 @@ def raised_anywhere() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
-    found: list[tuple[type[ShallowerError], str] | None] = gathered(None if own is None else _described(own))
+    found: list[tuple[type[ShallowerError], str] | None] = gathered(None if own is None else _as_sent(own))
     if own is not None:
         raise own
     for failure in found:
@@ -129,7 +129,7 @@ def raised_anywhere() -> Iterator[None]:
             raise kind(text)
 
 
-def _described(error: BaseException) -> tuple[type[ShallowerError], str]:
+def _as_sent(error: BaseException) -> tuple[type[ShallowerError], str]:
     if isinstance(error, ShallowerError):
         return type(error), str(error)
     return ShallowerError, f"another process failed: {type(error).__name__}: {error}"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-_PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type, nn.Module)
+_LEAVES = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type, nn.Module)
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
@@ -35,7 +35,7 @@ def mapped(f: Callable[[Tensor], Any], tree: Any) -> Any:
 
     halves = mapped(lambda t: t.half(), batch)
     """
-    return _mapped(f, tree, ())
+    return _replaced(f, tree, ())
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:
@@ -77,21 +77,21 @@ def _tensors(tree: Any, around: tuple[int, ...]) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
         yield tree
         return
-    opened = _opened(tree)
+    opened = _taken_apart(tree)
     # objects may hold each other
     if opened is not None and id(tree) not in around:
         for item in opened[0]:
             yield from _tensors(item, (*around, id(tree)))
 
 
-def _mapped(f: Callable[[Tensor], Any], tree: Any, around: tuple[int, ...]) -> Any:
+def _replaced(f: Callable[[Tensor], Any], tree: Any, around: tuple[int, ...]) -> Any:
     if isinstance(tree, Tensor):
         return f(tree)
-    opened = _opened(tree)
+    opened = _taken_apart(tree)
     if opened is None or id(tree) in around:
         return tree
     items, rebuild = opened
-    changed = [_mapped(f, item, (*around, id(tree))) for item in items]
+    changed = [_replaced(f, item, (*around, id(tree))) for item in items]
     if all(new is old for new, old in zip(changed, items, strict=True)):
         return tree
     return rebuild(changed)
@@ -103,9 +103,9 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _opened(value: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]] | None:
+def _taken_apart(value: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]] | None:
     """What `value` consists of, and how to build another from the same number of items; None if it is a leaf."""
-    if value is None or isinstance(value, _PLAIN):
+    if value is None or isinstance(value, _LEAVES):
         return None
     if type(value) is tuple or type(value) is list:
         return value, type(value)
@@ -120,7 +120,7 @@ def _opened(value: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]] | No
         return list(value), lambda changed: _with_items(value, changed)
     if isinstance(value, tuple):
         return list(value), lambda changed: getattr(type(value), "_make", type(value))(changed)
-    return _attributes(value)
+    return _taken_from_object(value)
 
 
 def _with_entries(value: Mapping[Any, Any], changed: Sequence[Any]) -> Any:
@@ -139,7 +139,7 @@ def _with_items(value: list[Any], changed: Sequence[Any]) -> list[Any]:
     return other
 
 
-def _attributes(value: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]] | None:
+def _taken_from_object(value: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]] | None:
     """The attributes of an object that may hold tensors: all fields of a dataclass, else tensors and collections."""
     fields = getattr(value, "__dict__", None)
     if is_dataclass(value):

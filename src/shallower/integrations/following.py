@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from shallower.core.inputs import Inputs, default_inputs_of, model_device, to_device
+from shallower.core.inputs import Inputs, default_inputs_of, model_device
+from shallower.core.trees import to_device
 from shallower.errors import MethodError
 from shallower.methods.base import Method
 from shallower.planning.plan import Plan

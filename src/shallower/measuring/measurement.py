@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.utils.benchmark import timer
 
-from shallower.core.inputs import Inputs, call, model_device, tensors, to_device
+from shallower.core.inputs import Inputs, call, model_device
 from shallower.core.text import amount
+from shallower.core.trees import tensors, to_device
 from shallower.errors import ModelError
 from shallower.measuring.cost import count_macs, count_params, peak_memory, running
 from shallower.measuring.devices import device_name

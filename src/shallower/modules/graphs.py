@@ -157,7 +157,7 @@ def forwards_of(owner: nn.Module) -> Forwards | Refusal:
         free: frozenset[str] = frozenset()
         for optional in [h for h in traced[1] if h.default is not inspect.Parameter.empty]:
             other = _graph(owner, training, free | {optional.name})
-            if not isinstance(other, Refusal) and _shape(other[0]) == _shape(traced[0]):
+            if not isinstance(other, Refusal) and _operations(other[0]) == _operations(traced[0]):
                 free, traced = free | {optional.name}, other
         graphs.append(traced[0])
         held |= {h.name: h for h in traced[1]}
@@ -184,7 +184,7 @@ def _graph(owner: nn.Module, training: bool, free: frozenset[str]) -> tuple[fx.G
     return graph, tracer.held
 
 
-def _shape(graph: fx.Graph) -> list[tuple[str, Any]]:
+def _operations(graph: fx.Graph) -> list[tuple[str, Any]]:
     return [(node.op, node.target) for node in graph.nodes if node.op != "placeholder"]
 
 

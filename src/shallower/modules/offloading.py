@@ -56,7 +56,7 @@ def mapped(model: M) -> M:
                 if isinstance(tensor, nn.Parameter):
                     memo[id(tensor)] = _shared(tensor, tensor.detach().cpu())
             elif name in found:
-                value = _mapped(found[name], name)
+                value = _in_file(found[name], name)
                 memo[id(tensor)] = _shared(tensor, value) if isinstance(tensor, nn.Parameter) else value
     plain = copy.deepcopy(model, memo)
     for module in plain.modules():
@@ -142,7 +142,7 @@ class _Named(Mapping[str, Tensor]):
         return len(self.names)
 
 
-def _mapped(weights: Mapping[str, Tensor], name: str) -> Tensor:
+def _in_file(weights: Mapping[str, Tensor], name: str) -> Tensor:
     """A weight as Accelerate keeps it: from memory, from a safetensors file, or from a file of its own."""
     place: Any = weights.weights if isinstance(weights, _Named) else weights
     while hasattr(place, "dataset") and hasattr(place, "prefix"):

@@ -48,7 +48,7 @@ def externalise(model: nn.Module, place: Place) -> str:
         vars(owner).setdefault(_RECORD, {})[place.calls] = change.install(owner)
         _rebind(owner)
         _choose_paths(model)
-    return f"{place.module}.{record_name(owner, place)}" if place.module else record_name(owner, place)
+    return f"{place.module}.{record_name(owner, place)}".strip(".")
 
 
 def name_at(model: nn.Module, place: Place) -> str:
@@ -221,7 +221,8 @@ def _change(
     taken = {call for calls in _record(owner) for call in calls}
     if taken & set(place.calls):
         return Refusal("a part of it has been made a module already")
-    known = {} if known is None else known
+    if known is None:
+        known = {}
     if owner not in known:
         known[owner] = forwards_of(owner)
     forwards = known[owner]

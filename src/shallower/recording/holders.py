@@ -24,8 +24,8 @@ def check_copyable(model: nn.Module) -> None:
     """
     names = {module: name for name, module in reversed([*model.named_modules()])}
     for module, name in names.items():
-        for key, value in _attributes(module):
-            kept = next((other for other in _kept(value, False, ()) if other in names), None)
+        for key, value in _own_attributes(module):
+            kept = next((other for other in _shared_by_copies(value, False, ()) if other in names), None)
             if kept is None:
                 continue
             where = f"`{name}`" if name else type(model).__name__
@@ -41,14 +41,14 @@ def held_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
     """The modules that lists, tuples and dicts in attributes hold, and which: "the list `layers` of `head`"."""
     found: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        for key, value in _attributes(module):
+        for key, value in _own_attributes(module):
             for held in _members(value, 3):
                 owner = f"`{name}`" if name else "the model"
                 found.setdefault(held, f"the {type(value).__name__} `{key}` of {owner}")
     return found
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _own_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in vars(module).items():
         own = key.startswith("_shallower") or key.endswith("_hooks") or key in ("_modules", "_parameters", "_buffers")
         # torch.compile(module) is copied by building it anew
@@ -67,7 +67,7 @@ def _members(value: Any, depth: int) -> Iterator[nn.Module]:
                 yield from _members(item, depth - 1)
 
 
-def _kept(value: Any, shared: bool, seen: tuple[int, ...]) -> Iterator[nn.Module]:
+def _shared_by_copies(value: Any, shared: bool, seen: tuple[int, ...]) -> Iterator[nn.Module]:
     """The modules that a copy of `value` would share with it; `shared` says whether `value` itself is not copied."""
     if id(value) in seen:
         return
@@ -78,7 +78,7 @@ def _kept(value: Any, shared: bool, seen: tuple[int, ...]) -> Iterator[nn.Module
             yield value
     elif isinstance(value, types.FunctionType):
         shared = True
-        inner = [*_cells(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        inner = [*_closed_over(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         inner += vars(value).values()
     elif isinstance(value, types.MethodType):
         inner = [value.__self__, value.__func__]
@@ -89,10 +89,10 @@ def _kept(value: Any, shared: bool, seen: tuple[int, ...]) -> Iterator[nn.Module
     elif isinstance(value, dict):
         inner = list(value.values())
     for item in inner:
-        yield from _kept(item, shared, seen)
+        yield from _shared_by_copies(item, shared, seen)
 
 
-def _cells(function: types.FunctionType) -> list[Any]:
+def _closed_over(function: types.FunctionType) -> list[Any]:
     found = []
     for cell in function.__closure__ or ():
         try:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shallower.core.inputs import call, tensors
+from shallower.core.inputs import call
+from shallower.core.trees import tensors
 from shallower.errors import SiteError
 from shallower.finding.matching import find_sites
 from shallower.methods.squeezing.calibration import Calibration

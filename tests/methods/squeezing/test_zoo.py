@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shallower.core.inputs import call, tensors
+from shallower.core.inputs import call
+from shallower.core.trees import tensors
 from shallower.errors import SiteError
 from shallower.finding.matching import find_sites
 from shallower.methods.squeezing.calibration import Calibration

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from shallower.core.inputs import InputsOf, call, default_inputs_of, model_device, reiterable, tensors, to_device
+from shallower.core.inputs import InputsOf, call, default_inputs_of, model_device, reiterable
 from shallower.core.modes import evaluating
+from shallower.core.trees import tensors, to_device
 from shallower.errors import MethodError, SiteError
 from shallower.training.loop import Loss, Score
 

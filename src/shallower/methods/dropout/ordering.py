@@ -15,17 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from shallower.calibrating.selection import eliminate
-from shallower.core.inputs import (
-    InputsOf,
-    MaskOf,
-    call,
-    default_inputs_of,
-    default_mask_of,
-    model_device,
-    reiterable,
-    to_device,
-)
+from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, default_mask_of, model_device, reiterable
 from shallower.core.modes import evaluating
+from shallower.core.trees import to_device
 from shallower.core.watching import read, watching
 from shallower.errors import FitError
 from shallower.methods.dropout.prefix import Block, prefix, produced

@@ -28,8 +28,9 @@ from torch.utils.benchmark import timer
 from tqdm.auto import tqdm
 
 from shallower.core.files import read_json, write_json
-from shallower.core.inputs import Inputs, call, model_device, tensors, to_device
+from shallower.core.inputs import Inputs, call, model_device
 from shallower.core.modes import evaluating
+from shallower.core.trees import tensors, to_device
 from shallower.errors import MethodError
 from shallower.measuring.devices import device_name
 from shallower.methods.squeezing.refitting import may_have_path

@@ -20,18 +20,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shallower.calibrating.moments import Moments, collect
-from shallower.core.inputs import (
-    InputsOf,
-    MaskOf,
-    call,
-    default_inputs_of,
-    default_mask_of,
-    model_device,
-    reiterable,
-    to_device,
-)
+from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, default_mask_of, model_device, reiterable
 from shallower.core.modes import evaluating
 from shallower.core.text import listing
+from shallower.core.trees import to_device
 from shallower.core.watching import read, watching
 from shallower.errors import MethodError
 from shallower.modules import attachment

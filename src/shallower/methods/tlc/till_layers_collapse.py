@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from shallower.core.inputs import Inputs, InputsOf, MaskOf, default_inputs_of, model_device, reiterable, to_device
+from shallower.core.inputs import Inputs, InputsOf, MaskOf, default_inputs_of, model_device, reiterable
 from shallower.core.modes import evaluating
 from shallower.core.processes import from_first_process
+from shallower.core.trees import to_device
 from shallower.errors import MethodError
 from shallower.methods.base import Method, activation_of, linearisable
 from shallower.methods.tlc.criteria import Line, Normal, input_statistics, lines, relative_change, sign_entropies

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from shallower.core.algebra import wide
-from shallower.core.inputs import Inputs, InputsOf, call, model_device, to_device
+from shallower.core.inputs import Inputs, InputsOf, call, model_device
+from shallower.core.trees import to_device
 from shallower.core.watching import recorded
 from shallower.errors import PlanError
 from shallower.measuring.timing import Ratio, times_in_turn
