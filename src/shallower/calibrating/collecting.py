@@ -33,7 +33,7 @@ from shallower.sites import Site
 _POSITIONS = 1 << 17
 """Positions of which the inputs and outputs themselves are kept, for fitting the producers."""
 
-T = TypeVar("T")
+Present = TypeVar("Present")
 
 _NEVER = "its consumers ran in no calibration batch, or on no rows"
 
@@ -61,7 +61,7 @@ class GramOptions:
 def collect_goals(
     dense: nn.Module,
     sites: Sequence[Site],
-    batches: Iterable[Any] | Batches,
+    batches: Iterable[Any],
     *,
     compensation: float = 0.0,
     inputs_of: InputsOf = default_inputs_of,
@@ -91,13 +91,13 @@ def collect_goals(
         for batch in tqdm(calibration, desc="dense outputs", delay=5, leave=False):
             recorder.run(batch.on(device).inputs)
             if not goals and most is not None:
-                chosen = _fitting(recorder, chosen, most // len(calibration))
+                chosen = _sites_that_fit(recorder, chosen, most // len(calibration))
                 recorder.limit(chosen)
             goals.append({site.name: recorder.goals(site, compensation) for site in chosen})
     return goals
 
 
-def _fitting(recorder: Recorder, sites: list[Site], most: int) -> list[Site]:
+def _sites_that_fit(recorder: Recorder, sites: list[Site], most: int) -> list[Site]:
     """The first of the sites, as many as their outputs fit into so many bytes; at least one."""
     for i, site in enumerate(sites):
         for m in site.consumers:
@@ -111,7 +111,7 @@ def collect_grams(
     dense: nn.Module,
     small: nn.Module | None,
     sites: Sequence[Site],
-    batches: Iterable[Any] | Batches,
+    batches: Iterable[Any],
     options: GramOptions | None = None,
     *,
     goals: Sequence[Goals] | None = None,
@@ -183,7 +183,7 @@ def check_enough(samples: int) -> None:
 
 
 @dataclass
-class _Seen:
+class _SiteSoFar:
     """What was seen at one site so far.
 
     Attributes:
@@ -210,7 +210,7 @@ class _Passes:
         self._options = options
         self._batches = batches
         self._device = device
-        self._seen = {site.name: _Seen() for site in sites}
+        self._seen = {site.name: _SiteSoFar() for site in sites}
 
     def add(self, target: Recorder | None, source: Recorder, goals: Goals | None, mask: Tensor | None) -> None:
         """Add one pass.
@@ -322,8 +322,8 @@ class _Passes:
                 found[site.name] = refusals[0]
                 continue
             # a process that saw no rows of this site takes part in the sums all the same
-            shapes = _first(gathered(None if seen.grams is None else seen.grams.shapes))
-            units = _first(gathered(None if seen.units is None else seen.units.cpu()))
+            shapes = _first_present(gathered(None if seen.grams is None else seen.grams.shapes))
+            units = _first_present(gathered(None if seen.units is None else seen.units.cpu()))
             if shapes is None or units is None:
                 found[site.name] = Refusal(_NEVER)
                 continue
@@ -338,7 +338,7 @@ class _Passes:
         return found
 
 
-def _first(values: Sequence[T | None]) -> T | None:
+def _first_present(values: Sequence[Present | None]) -> Present | None:
     return next((value for value in values if value is not None), None)
 
 

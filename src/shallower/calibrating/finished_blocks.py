@@ -31,7 +31,7 @@ from shallower.errors import SiteError
 from shallower.modules.offloading import held_bytes
 from shallower.sites import Site
 
-_MOST = 1 << 28
+_LEAST_ROOM_FOR_BLOCKS = 1 << 28
 """Bytes of finished blocks that two networks may always keep; of larger models as much as their weights take."""
 
 
@@ -58,8 +58,8 @@ def course_of(model: nn.Module, sites: Sequence[Site], run: Callable[[], object]
         sites: in the order in which they will be visited.
         run: calls the model once.
     """
-    blocks = [name for name, _ in _blocks(model)]
-    inside = {site.name: _around(site, blocks) for site in sites}
+    blocks = [name for name, _ in _named_blocks(model)]
+    inside = {site.name: _smallest_around(site, blocks) for site in sites}
     clock = count(1)
     began: dict[str, int] = {}
     finished: dict[str, list[int]] = {name: [] for name in blocks}
@@ -112,7 +112,7 @@ class FinishedBlocks:
         self.reached = True
         if most is None:
             weights = sum(p.nbytes for p in model.parameters())
-            most = max(_MOST, held_bytes(model), min(weights, free_bytes() // 2)) // 2
+            most = max(_LEAST_ROOM_FOR_BLOCKS, held_bytes(model), min(weights, free_bytes() // 2)) // 2
         self._most = most
         self._given: dict[int, dict[str, Any]] = {}
         self._at: dict[int, str] = {}
@@ -143,7 +143,7 @@ class FinishedBlocks:
         def keeps(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
                 output = forward(*args, **kwargs)
-                seen[name] = _kept(output, copied if name == to else _nothing)
+                seen[name] = _checked_output(output, copied if name == to else _nothing)
                 self.reached = self.reached or name == to
                 return output
 
@@ -173,7 +173,7 @@ class FinishedBlocks:
                 kept.pop(batch, None)
 
 
-def _kept(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
+def _checked_output(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
     """What a module returned, with each tensor exchanged.
 
     Raises:
@@ -209,14 +209,14 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             vars(module)["forward"] = own
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for container, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
             for name, child in module.named_children():
                 yield f"{container}.{name}" if container else name, child
 
 
-def _around(site: Site, blocks: Sequence[str]) -> list[str]:
+def _smallest_around(site: Site, blocks: Sequence[str]) -> list[str]:
     """The smallest block that the whole site is in, or else its maps: before these nothing of the site runs."""
     whole = [name for name in blocks if all(_within(m.name, name) for m in site.maps)]
     return [max(whole, key=len)] if whole else [m.name for m in site.maps]

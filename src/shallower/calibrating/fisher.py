@@ -62,7 +62,7 @@ def default_output_of(output: Any) -> Tensor:
 def output_metrics(
     model: nn.Module,
     names: Sequence[str],
-    batches: Iterable[Any] | Batches,
+    batches: Iterable[Any],
     *,
     inputs_of: InputsOf = default_inputs_of,
     mask_of: MaskOf | None = None,

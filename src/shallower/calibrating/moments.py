@@ -31,7 +31,7 @@ from shallower.errors import FitError, SiteError
 from shallower.modules import attachment
 from shallower.sites import Place, Site
 
-_ELEMENTS = 1 << 20
+_WIDE_VALUES = 1 << 20
 """Values that are converted to float64 at a time."""
 
 Key = tuple[int, str]
@@ -63,7 +63,7 @@ class Moments:
     @classmethod
     def of(cls, h: Tensor, f: Tensor, u: Tensor | None = None) -> Moments:
         """Moments of samples: h, f and u are (positions, n), of any dtype."""
-        rows = max(1, _ELEMENTS // max(1, h.shape[1]))
+        rows = max(1, _WIDE_VALUES // max(1, h.shape[1]))
         pieces = zip(
             torch.split(h, rows),
             torch.split(f, rows),
@@ -135,10 +135,10 @@ class Moments:
             raise FitError("the moments are not finite: does the model overflow on the calibration batches?")
         mean_f = self.f / self.count
         if self.uu is not None and self.fuu is not None:
-            return torch.where(self.uu > 0, self.fuu / self.uu.clamp_min(_TINY), mean_f), torch.zeros_like(mean_f)
+            return torch.where(self.uu > 0, self.fuu / self.uu.clamp_min(_SMALLEST), mean_f), torch.zeros_like(mean_f)
         varies = self.var > 1e-12 * self.hh / self.count
         covariance = self.hf / self.count - self.mean * mean_f
-        slope = torch.where(varies, covariance / self.var.clamp_min(_TINY), 0.0)
+        slope = torch.where(varies, covariance / self.var.clamp_min(_SMALLEST), 0.0)
         return slope, mean_f - slope * self.mean
 
     def error(self, slope: Tensor, offset: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class Moments:
         return (total / self.count).clamp_min(0)
 
 
-_TINY = torch.finfo(torch.float64).tiny
+_SMALLEST = torch.finfo(torch.float64).tiny
 
 
 def gaussian_prelu(mean: Tensor, std: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ def gaussian_prelu(mean: Tensor, std: Tensor, a: Tensor) -> tuple[Tensor, Tensor
 def collect(
     model: nn.Module,
     sites: Iterable[Site],
-    batches: Iterable[Any] | Batches,
+    batches: Iterable[Any],
     *,
     inputs_of: InputsOf = default_inputs_of,
     mask_of: MaskOf | None = None,

@@ -13,7 +13,7 @@ from shallower.sites import LinearMap
 _PER_COLUMN = 256
 """Positions of a convolution that are used, for each column of its patches: neighbours are correlated."""
 
-_VALUES = 1 << 22
+_PATCH_VALUES = 1 << 22
 """Values of patches that are made at a time."""
 
 
@@ -30,7 +30,7 @@ def patches(z: Tensor, m: LinearMap, step: int = 1) -> Tensor:
     if m.taps == 1 and m.padding == (0, 0):
         return flat(z[:, :, :: m.stride[0], :: m.stride[1]], True)[::step]
     found, seen = [], 0
-    for images in torch.split(z, max(1, _VALUES // max(1, z[0].numel() * m.taps))):
+    for images in torch.split(z, max(1, _PATCH_VALUES // max(1, z[0].numel() * m.taps))):
         columns = F.unfold(images, m.kernel, dilation=m.dilation, padding=m.padding, stride=m.stride)
         each = columns.shape[2]
         taken = torch.arange(-seen % step, len(images) * each, step, device=z.device)

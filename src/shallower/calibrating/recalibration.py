@@ -16,7 +16,7 @@ from shallower.core.modes import evaluating
 from shallower.errors import FitError
 
 
-def recalibrate(model: nn.Module, batches: Iterable[Any] | Batches, *, inputs_of: InputsOf = default_inputs_of) -> int:
+def recalibrate(model: nn.Module, batches: Iterable[Any], *, inputs_of: InputsOf = default_inputs_of) -> int:
     """Replace the running mean and variance of every BatchNorm by those over the batches, in place.
 
         small = sh.apply(model, plan, example_inputs)

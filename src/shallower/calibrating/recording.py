@@ -67,7 +67,7 @@ class Recorder:
         self.units: dict[str, Tensor] = {}
         self.read_as: dict[str, LinearMap] = {}
         self._sampled = sampled
-        self._keep: Callable[[Tensor], Tensor] = _sample if sampled else copied
+        self._keep: Callable[[Tensor], Tensor] = _sampled_values if sampled else copied
         self._stack = ExitStack()
         self._sums = _Sums(self)
         self._follows: list[str] = []
@@ -114,7 +114,7 @@ class Recorder:
         self.forget()
         self._sums = _Sums(self, measure=not self.units and not self._sampled)
         if self._sampled:
-            self._sums.keep = _sample
+            self._sums.keep = _sampled_values
         self._reached = reached
         try:
             with self._sums:
@@ -182,7 +182,7 @@ class Recorder:
     def samples(self, site: Site) -> list[Tensor]:
         """Some values of each of these tensors."""
         tensors = self.tensors(site)
-        return tensors if self._sampled else list(map(_sample, tensors))
+        return tensors if self._sampled else list(map(_sampled_values, tensors))
 
 
 class _Sums(ResidualSums):
@@ -202,7 +202,7 @@ class _Sums(ResidualSums):
         return result
 
 
-def _sample(t: Tensor) -> Tensor:
+def _sampled_values(t: Tensor) -> Tensor:
     """Some of the values, spread over all dimensions."""
     values = t.detach().reshape(-1)
     return values[:: max(1, values.numel() // _SAMPLE) | 1].clone()

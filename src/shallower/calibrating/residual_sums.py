@@ -24,7 +24,7 @@ _SUMS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 _UNCHANGED = frozenset({"dropout", "dropout_", "contiguous", "dropout1d", "dropout2d", "feature_dropout"})
 _RESHAPED = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"})
 _SCALED = frozenset({"mul", "mul_", "__mul__", "__rmul__", "__imul__"})
-_TINY = 1e-2
+_LEAST_SCALE = 1e-2
 
 
 class ResidualSums(TorchFunctionMode):
@@ -127,4 +127,4 @@ def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inverse | None
 def _guarded(scale: Tensor) -> Tensor:
     """The scale, infinite where it is tiny beside the others."""
     size = scale.abs()
-    return torch.where(size > _TINY * size.median(), scale, torch.inf)
+    return torch.where(size > _LEAST_SCALE * size.median(), scale, torch.inf)

@@ -104,7 +104,7 @@ def eliminate(
     Reference: Hassibi and Stork, Second order derivatives for network pruning: Optimal Brain Surgeon, 1992, applied to
     the least-squares problem of one layer, where it is exact.
     """
-    n = _channels(zz, zy, keep, taps)
+    n = _channels_of(zz, zy, keep, taps)
     inverse = torch.cholesky_inverse(factor(ridged(zz.double(), ridge)))
     # to multiply W and not zy keeps what is small of it: P would enlarge rounding errors of zy zy^T by its square
     return _elimination(_walk(inverse, gain(inverse @ zy.double()), n - keep, taps, block), n)
@@ -132,7 +132,7 @@ def eliminate_rows(z: Tensor, yy: Tensor, *, ridge: float, keep: int = 1, taps: 
     if yy.shape != (len(z), len(z)) or z.shape[1] % taps:
         raise FitError(f"rows of shape {tuple(z.shape)} and products of shape {tuple(yy.shape)} with {taps} taps")
     _check_finite(z, yy)
-    n = _checked(z.shape[1] // taps, keep)
+    n = _checked_channels(z.shape[1] // taps, keep)
     z = z.double().clone()
     amount = ridge_amount(z.square().sum(0), ridge)
     return _elimination(_walk_rows(z, yy.double(), amount, n - keep, taps), n)
@@ -195,12 +195,12 @@ def factor(matrix: Tensor) -> Tensor:
     return found
 
 
-def _channels(zz: Tensor, zy: Tensor, keep: int, taps: int) -> int:
+def _channels_of(zz: Tensor, zy: Tensor, keep: int, taps: int) -> int:
     columns = len(zz)
     if zz.shape != (columns, columns) or zy.dim() != 2 or len(zy) != columns or columns % taps:
         raise FitError(f"moments of shapes {tuple(zz.shape)} and {tuple(zy.shape)} with {taps} columns a channel")
     _check_finite(zz, zy)
-    return _checked(columns // taps, keep)
+    return _checked_channels(columns // taps, keep)
 
 
 def _check_finite(*given: Tensor) -> None:
@@ -208,7 +208,7 @@ def _check_finite(*given: Tensor) -> None:
         raise FitError(_NOT_FINITE)
 
 
-def _checked(channels: int, keep: int) -> int:
+def _checked_channels(channels: int, keep: int) -> int:
     if not 0 <= keep <= channels:
         raise FitError(f"{keep} of {channels} channels cannot stay")
     return channels
@@ -236,7 +236,7 @@ def _walk(p: Tensor, s: Tensor, steps: int, taps: int, block: int) -> Removed:
             columns = columns_of(free.nonzero().flatten(), taps)
             p, s = p[columns][:, columns], s[columns][:, columns]
             left, free = left[free], free[free]
-    return _joined(found, p)
+    return _all_removed(found, p)
 
 
 def _round(p: Tensor, s: Tensor, free: Tensor, count: int, taps: int) -> tuple[Removed, Tensor, Tensor]:
@@ -248,10 +248,10 @@ def _round(p: Tensor, s: Tensor, free: Tensor, count: int, taps: int) -> tuple[R
     """
     n = len(free)
     u, k = p.new_zeros(len(p), count * taps), p.new_zeros(len(p), count * taps)
-    diagonal, squares, free = _blocks(p, taps), _blocks(s, taps), free.clone()
+    diagonal, squares, free = _diagonal_blocks(p, taps), _diagonal_blocks(s, taps), free.clone()
     order, costs = [], []
     for done in range(0, count * taps, taps):
-        score = _scores(squares, diagonal).masked_fill(~free, torch.inf)
+        score = _costs_of_removal(squares, diagonal).masked_fill(~free, torch.inf)
         g = score.argmin()
         order.append(g)
         costs.append(score[g])
@@ -290,7 +290,7 @@ def _walk_rows(z: Tensor, yy: Tensor, amount: Tensor, steps: int, taps: int) -> 
         steps -= count
         free[gone] = False
         z[:, columns_of(gone, taps)] = 0
-    return _joined(found, z)
+    return _all_removed(found, z)
 
 
 def _round_of_rows(z: Tensor, yy: Tensor, amount: Tensor, free: Tensor, count: int, taps: int) -> Removed:
@@ -309,7 +309,7 @@ def _round_of_rows(z: Tensor, yy: Tensor, amount: Tensor, free: Tensor, count: i
     one = torch.eye(taps, dtype=z.dtype, device=z.device)
     order, costs = [], []
     for _ in range(count):
-        score = _scores(squares, (one - q) / amount).masked_fill(~free, torch.inf)
+        score = _costs_of_removal(squares, (one - q) / amount).masked_fill(~free, torch.inf)
         g = score.argmin()
         order.append(g)
         costs.append(score[g])
@@ -318,20 +318,20 @@ def _round_of_rows(z: Tensor, yy: Tensor, amount: Tensor, free: Tensor, count: i
         both = (z.T @ torch.cat([a, inverse @ (yy @ a)], 1)).view(n, taps, 2 * taps)
         beside, cross = both[..., :taps], both[..., taps:]
         m = torch.linalg.inv(one - q[g])
-        times = _times(beside, m)
+        times = _each_times(beside, m)
         grown = _products(times, cross)
-        squares = squares + grown + grown.mT + _products(_times(times, squares[g]), times)
+        squares = squares + grown + grown.mT + _products(_each_times(times, squares[g]), times)
         q = q + _products(times, beside)
         inverse = inverse + a @ m @ a.T
     return torch.stack(order), torch.stack(costs)
 
 
-def _times(blocks: Tensor, matrix: Tensor) -> Tensor:
+def _each_times(blocks: Tensor, matrix: Tensor) -> Tensor:
     """Each block times a small matrix; see `_products`."""
     return blocks * matrix if len(matrix) == 1 else blocks @ matrix
 
 
-def _joined(found: list[Removed], like: Tensor) -> Removed:
+def _all_removed(found: list[Removed], like: Tensor) -> Removed:
     if not found:
         return torch.zeros(0, dtype=torch.int64, device=like.device), like.new_zeros(0)
     return torch.cat([order for order, _ in found]), torch.cat([costs for _, costs in found])
@@ -342,7 +342,7 @@ def _elimination(removed: Removed, channels: int) -> Elimination:
     return Elimination(order, torch.cat([costs.new_zeros(1), costs.clamp_min(0).cumsum(0)]), channels)
 
 
-def _blocks(q: Tensor, taps: int) -> Tensor:
+def _diagonal_blocks(q: Tensor, taps: int) -> Tensor:
     """(n, taps, taps) blocks on the diagonal."""
     n = len(q) // taps
     if taps == 1:
@@ -356,7 +356,7 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, keepdim=True) if a.shape[1] == 1 else a @ b.mT
 
 
-def _scores(squares: Tensor, diagonal: Tensor) -> Tensor:
+def _costs_of_removal(squares: Tensor, diagonal: Tensor) -> Tensor:
     """(n,) traces of diagonal^-1 squares."""
     if squares.shape[-1] == 1:
         return (squares / diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny)).flatten().clamp_min(0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from shallower.calibrating.grams import Gram
 from shallower.sites import Site
 
-_VALUES = 1 << 22
+_HIDDEN_VALUES = 1 << 22
 """Hidden values that are computed at a time."""
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -36,7 +36,7 @@ class Rows:
     def chunks(self, width: int) -> Iterator[Rows]:
         """The rows, so many at a time as a hidden tensor of this width allows."""
         each = max(1, self.x[0].numel() // self.x.shape[1]) * width
-        for x, y in zip(*(torch.split(t, max(1, _VALUES // each)) for t in (self.x, self.y)), strict=True):
+        for x, y in zip(*(torch.split(t, max(1, _HIDDEN_VALUES // each)) for t in (self.x, self.y)), strict=True):
             yield Rows(x, y)
 
     @property

@@ -60,7 +60,7 @@ class Walk:
         dense: nn.Module,
         small: nn.Module | None,
         sites: Sequence[Site],
-        batches: Iterable[Any] | Batches,
+        batches: Iterable[Any],
         inputs_of: InputsOf = default_inputs_of,
     ) -> Walk:
         """Along these sites, in this order; one pass of the dense network over the first batch."""
@@ -103,7 +103,7 @@ class Walk:
         if not first or recorder.model is not self.dense.model:
             return all(bool(t.sum(dtype=torch.float32).isfinite()) for t in recorder.tensors(site))
         here, there = recorder.samples(site), self.samples[site.name]
-        return len(here) == len(there) and all(map(_same, here, there))
+        return len(here) == len(there) and all(map(_same_but_rounding, here, there))
 
 
 def walked(recorder: Recorder, walk: Walk | None, index: int, sites: Sequence[Site], inputs: Any) -> None:
@@ -137,7 +137,7 @@ def walked(recorder: Recorder, walk: Walk | None, index: int, sites: Sequence[Si
     recorder.run(inputs)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _same_but_rounding(a: Tensor, b: Tensor) -> bool:
     """Whether two samples are the same but for rounding."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
