@@ -23,6 +23,13 @@ def test_one_row_in_four_is_held_out() -> None:
     torch.testing.assert_close(grams.held.centred().mean_z, z[30:].mean(0))
 
 
+def test_of_small_batches_every_fourth_is_held_out() -> None:
+    total = SiteGrams.of(*rows(2), number=0)
+    for number in range(1, 8):
+        total += SiteGrams.of(*rows(2, number), number=number)
+    assert (total.fit.count, total.held.count) == (12, 4)
+
+
 def test_moments_of_both_sides_are_kept_only_where_asked_for() -> None:
     z, x, y = rows(40)
     assert SiteGrams.of(z, None, y).shapes == {"fit": (5, 2)}

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from shallower.calibrating.patches import flat, patches, thinned
 from shallower.calibrating.recording import DenseOutputs, Goals, Recorder
-from shallower.calibrating.site_grams import HELD_OUT, Rows, SiteGrams, read_alike
+from shallower.calibrating.site_grams import Rows, SiteGrams, fitted_rows, read_alike
 from shallower.calibrating.walking import Walk, walked
 from shallower.core.batches import Batches
 from shallower.core.inputs import InputsOf, MaskOf, default_inputs_of, model_device
@@ -190,13 +190,15 @@ class _SiteSoFar:
         grams: the sums; None before any rows were seen.
         rows: for fitting and held out.
         units: of the consumers' outputs, once they were seen.
-        parts, positions: how many parts of rows were taken, and how many positions those for fitting have.
+        calls, parts, positions: calls that were added, parts of rows that were taken, and positions of those for
+            fitting.
         refusal: why the site cannot be calibrated.
     """
 
     grams: SiteGrams | None = None
     rows: tuple[list[Rows], list[Rows]] = field(default_factory=lambda: ([], []))
     units: Tensor | None = None
+    calls: int = 0
     parts: int = 0
     positions: float = 0.0
     refusal: Refusal | None = None
@@ -274,7 +276,8 @@ class _Passes:
         if mask is not None and step == 1 and len(mask) == len(y):
             z, y = z[mask], y[mask]
             x = None if x is None else x[mask]
-        grams = SiteGrams.of(z, x, y, joint=self._options.joint)
+        grams = SiteGrams.of(z, x, y, joint=self._options.joint, number=seen.calls)
+        seen.calls += 1
         seen.grams = grams if seen.grams is None else seen.grams + grams
         for part, held_out in self._taken(site, source.inputs, i, wanted, mask):
             seen.parts += 1
@@ -300,10 +303,7 @@ class _Passes:
                 x, y = x[mask], y[mask]
         step = max(1, -(-len(x) * positions * self._batches // _POSITIONS))
         rows = Rows(x[::step], y[::step])
-        cut = len(rows.x) - len(rows.x) // HELD_OUT
-        if len(rows.x) < HELD_OUT:
-            # of small batches whole ones are held out, every fourth
-            cut = 0 if self._seen[site.name].parts % HELD_OUT == HELD_OUT - 1 else len(rows.x)
+        cut = fitted_rows(len(rows.x), self._seen[site.name].parts)
         for part, held_out in ((slice(None, cut), False), (slice(cut, None), True)):
             if len(rows.x[part]):
                 yield Rows(rows.x[part], rows.y[part]), held_out

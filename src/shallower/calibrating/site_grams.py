@@ -71,9 +71,12 @@ class SiteGrams:
     positions: float = 0.0
 
     @classmethod
-    def of(cls, z: Tensor, x: Tensor | None, y: Tensor, *, joint: bool = False) -> SiteGrams:
-        """The rows of one call, of which the last ones are held out: z, x and y at the same positions."""
-        cut = len(y) - len(y) // HELD_OUT
+    def of(cls, z: Tensor, x: Tensor | None, y: Tensor, *, joint: bool = False, number: int = 0) -> SiteGrams:
+        """The rows of one call, of which the last ones are held out: z, x and y at the same positions.
+
+        Of calls with fewer than four rows whole ones are held out, every fourth by their `number`.
+        """
+        cut = fitted_rows(len(y), number)
 
         def pair(read: Tensor) -> tuple[Gram, Gram]:
             return Gram.of(read[:cut], y[:cut]), Gram.of(read[cut:], y[cut:])
@@ -128,6 +131,13 @@ class SiteGrams:
     def all(self) -> Gram:
         """All rows."""
         return self.fit + self.held
+
+
+def fitted_rows(rows: int, number: int) -> int:
+    """How many of some rows are for fitting; those behind them are held out."""
+    if rows >= HELD_OUT:
+        return rows - rows // HELD_OUT
+    return 0 if number % HELD_OUT == HELD_OUT - 1 else rows
 
 
 def read_alike(site: Site) -> bool:
