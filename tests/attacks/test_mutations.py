@@ -120,7 +120,8 @@ def mutate_file(path: Path, chance: random.Random) -> str:
     kind = chance.choice(["gone", "pipe", "directory", "link", "endless", "swap"])
     outside = path.parent.with_name("outside")
     shutil.copy(path, outside)
-    other = chance.choice(sorted(path.parent.iterdir()))
+    # Regular files only: a pipe or /dev/zero, put there by an earlier mutation, would never be copied to its end.
+    other = chance.choice(sorted(file for file in path.parent.iterdir() if file.is_file()))
     if kind == "swap":
         shutil.copy(other, path) if other != path else path.unlink()
         return f"{path.name}: {other.name} in its place"
