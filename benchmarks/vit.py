@@ -24,7 +24,7 @@ from shallower.calibrating.moments import collect
 from shallower.core.text import amount
 from shallower.finding.matching import find_sites
 from shallower.measuring.measurement import compare, measure
-from shallower.methods.collapsing.layer_collapse import Affine, LayerCollapse
+from shallower.methods.collapsing.layer_collapse import AffineRule, LayerCollapse
 from shallower.planning.plan import Plan
 from shallower.saving.vision import repair_torchvision
 from shallower.sites import Sites
@@ -39,7 +39,7 @@ STAGE_EPOCHS = 2
 STRENGTH = 12.0
 CALIBRATION = 512
 """Rows of the training set that the best affine map is computed on."""
-AFFINE: tuple[Affine, ...] = ("unit", "calibration")
+AFFINE: tuple[AffineRule, ...] = ("unit", "calibration")
 
 
 def recipe_of(number: int, quick: bool = False) -> Recipe:
@@ -118,14 +118,14 @@ class Work:
         plans = {"unit": Plan.collapse(sites), "calibration": Plan(tuple(fitted))}
         return {affine: accuracy(apply(model, plan, self.example), self.test) for affine, plan in plans.items()}
 
-    def merged(self, model: nn.Module, method: LayerCollapse, affine: Affine) -> nn.Module:
+    def merged(self, model: nn.Module, method: LayerCollapse, affine: AffineRule) -> nn.Module:
         """The network with all attached sites collapsed, whatever their slopes are."""
         batches = self.calibration if affine == "calibration" else None
         return apply(model, method.plan(tolerance=1.01, affine=affine, batches=batches), self.example)
 
     def collapsed(
         self, model: nn.Module, number: int, name: str
-    ) -> tuple[dict[Affine, nn.Module], list[dict[str, float]]]:
+    ) -> tuple[dict[AffineRule, nn.Module], list[dict[str, float]]]:
         """The network with `name` collapsed too, in both ways, and how both did on held-out rows after each epoch."""
         model = copy.deepcopy(model)
         recipe = recipe_of(number, self.quick)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from shallower.app.batching import Batches
+from shallower.app.batching import TaskBatches
 from shallower.app.compression import Work
 from shallower.app.tasks import Classification
 from shallower.planning.targets import Target
@@ -25,14 +25,14 @@ def network(*, normed: bool = False) -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-def batches(seed: int = 0) -> Batches:
+def batches(seed: int = 0) -> TaskBatches:
     """Rows whose class is the largest of their first three numbers."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(240, 8, generator=generator)
     rows = TensorDataset(x, x[:, :3].argmax(1))
     train, validation, test = (TensorDataset(*rows[part]) for part in (slice(160), slice(160, 200), slice(200, 240)))
     shuffled = DataLoader(train, 16, shuffle=True, generator=torch.Generator().manual_seed(seed))
-    return Batches(shuffled, DataLoader(validation, 40), DataLoader(test, 40), x[160:168], seed)
+    return TaskBatches(shuffled, DataLoader(validation, 40), DataLoader(test, 40), x[160:168], seed)
 
 
 def work(target: str = "", *, normed: bool = False, epochs: int = 2, folder: Path | None = None, **more: Any) -> Work:

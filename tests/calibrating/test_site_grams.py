@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from shallower.calibrating.site_grams import Rows, SiteGrams, may_collapse, read_alike
+from shallower.calibrating.site_grams import SiteGrams, SiteRows, may_collapse, read_alike
 from shallower.finding.matching import find_sites
 
 
@@ -52,7 +52,7 @@ def test_sums_of_batches_add_up_and_nothing_changes_nothing() -> None:
 
 
 def test_rows_come_in_chunks_that_fit() -> None:
-    images = Rows(torch.randn(10, 3, 64, 64), torch.randn(10, 2, 64, 64))
+    images = SiteRows(torch.randn(10, 3, 64, 64), torch.randn(10, 2, 64, 64))
     chunks = list(images.chunks(256))
     assert len(chunks) > 1
     assert torch.equal(torch.cat([chunk.x for chunk in chunks]), images.x)

@@ -15,7 +15,7 @@ from shallower.errors import ModelError
 from shallower.finding.matching import find_sites
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze
-from shallower.modules.offloading import held_bytes, is_mapped, is_offloaded, mapped
+from shallower.modules.offloading import held_bytes, is_mapped, is_offloaded, with_mapped_weights
 from shallower.saving.checkpoint import load, save
 from shallower.surgery.applying import apply
 
@@ -92,7 +92,7 @@ def test_the_offloaded_model_stays_as_it_was(offload: Offload, tmp_path: Path) -
 
 @pytest.mark.parametrize("offload", [by_loading, to_disk])
 def test_what_is_mapped_takes_no_memory_and_is_never_written(offload: Offload, tmp_path: Path) -> None:
-    plain = mapped(offload(llama(), tmp_path))
+    plain = with_mapped_weights(offload(llama(), tmp_path))
     assert held_bytes(plain) == 0
     before = {name: p.clone() for name, p in plain.named_parameters()}
     small = apply(plain, squeeze(plain, find_sites(plain, batches()[0]), batches(), "params:85%"), batches()[0])
@@ -103,7 +103,7 @@ def test_what_is_mapped_takes_no_memory_and_is_never_written(offload: Offload, t
 
 def test_tied_embeddings_are_tied_again(tmp_path: Path) -> None:
     model = llama(tied=True)
-    plain = mapped(by_loading(model, tmp_path))
+    plain = with_mapped_weights(by_loading(model, tmp_path))
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
     torch.testing.assert_close(logits(plain), logits(model))
 
@@ -118,7 +118,7 @@ def test_the_result_is_saved_and_loaded(tmp_path: Path) -> None:
 
 def test_a_model_in_memory_is_left_alone() -> None:
     model = llama()
-    assert mapped(model) is model
+    assert with_mapped_weights(model) is model
 
 
 def test_a_weight_that_is_gone_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -126,4 +126,4 @@ def test_a_weight_that_is_gone_is_an_error_that_names_it(tmp_path: Path) -> None
     module = offloaded.get_submodule("model.layers.1.mlp.up_proj")
     vars(module)["_hf_hook"].offload = False
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight"):
-        mapped(offloaded)
+        with_mapped_weights(offloaded)

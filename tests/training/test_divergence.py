@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from shallower.training.divergence import counted, kl_divergence, relative_error
+from shallower.training.divergence import counted, kl_divergence, relative_divergence
 
 
 def test_kl_is_torchs_and_zero_of_equal_logits() -> None:
@@ -22,8 +22,8 @@ def test_a_temperature_divides_logits_and_multiplies_by_its_square() -> None:
 
 
 def test_relative_error_is_the_squared_error_over_the_size() -> None:
-    assert float(relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))) == pytest.approx(4 / 17)
-    assert float(relative_error(torch.zeros(2), torch.zeros(2))) == 0
+    assert float(relative_divergence(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))) == pytest.approx(4 / 17)
+    assert float(relative_divergence(torch.zeros(2), torch.zeros(2))) == 0
 
 
 def test_padding_counts_for_nothing() -> None:

@@ -279,7 +279,7 @@ def loader(rows: Any, reader: Reader, batch_size: int, seed: int | None = None) 
 
 
 @dataclass(frozen=True)
-class Batches:
+class TaskBatches:
     """What a model is trained, validated and tested on.
 
     Attributes:
@@ -324,7 +324,7 @@ def make_batches(
     *,
     augment: bool = False,
     seed: int = 0,
-) -> Batches:
+) -> TaskBatches:
     """The batches of `rows` that a model takes. One of them is tried: what comes later has a model that runs.
 
     Args:
@@ -366,7 +366,7 @@ def make_batches(
     moving: Reader = reader
     if augment and isinstance(reader, ImageReader):
         moving = Augmented(reader)
-    return Batches(loader(parts["train"], moving, size, seed), validation, test, example, seed, classes)
+    return TaskBatches(loader(parts["train"], moving, size, seed), validation, test, example, seed, classes)
 
 
 def _image_reader(rows: Rows, loaded: LoadedModel, options: DataOptions) -> ImageReader:

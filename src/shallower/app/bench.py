@@ -107,12 +107,12 @@ def example_of(model: LoadedModel, directory: Path, *, batch: int, length: int, 
     if not shape and not model.source and model.example is None and (directory / RESULT).is_file():
         shape = ",".join(map(str, read_record(directory).example[1:]))
     if shape:
-        return torch.zeros(batch, *_sizes(shape), dtype=model.dtype)
-    example: Inputs = _resized(model.make_example_inputs(batch=batch, length=length), batch)
+        return torch.zeros(batch, *_parsed_sizes(shape), dtype=model.dtype)
+    example: Inputs = _with_rows(model.make_example_inputs(batch=batch, length=length), batch)
     return example
 
 
-def _sizes(shape: str) -> list[int]:
+def _parsed_sizes(shape: str) -> list[int]:
     """The sizes in "3,32,32"."""
     sizes = shape.split(",")
     if not all(size.strip().isdecimal() and int(size) for size in sizes) or math.prod(map(int, sizes)) > _MOST_NUMBERS:
@@ -172,7 +172,7 @@ def bench_json(timings: Sequence[Timing]) -> list[dict[str, Any]]:
     return [asdict(timing) for timing in timings]
 
 
-def _resized(example: Any, batch: int) -> Any:
+def _with_rows(example: Any, batch: int) -> Any:
     """Inputs of a factory with the wanted number of rows: the first ones, again and again."""
 
     def repeated(tensor: Tensor) -> Tensor:

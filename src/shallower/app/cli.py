@@ -277,8 +277,8 @@ def bench(
     from shallower.app.bench import bench_json, bench_table, example_of, pair
     from shallower.app.jobs import device_named
 
-    counts = _counts(batch, "--batch")
-    runs = _counts(threads, "--threads") if threads else [torch.get_num_threads()]
+    counts = _parsed_counts(batch, "--batch")
+    runs = _parsed_counts(threads, "--threads") if threads else [torch.get_num_threads()]
     with _speaking(as_json):
         before, after = pair(directory, original)
         examples = [example_of(before, directory, batch=rows, length=length, shape=shape) for rows in counts]
@@ -376,7 +376,7 @@ def _target(text: str) -> Target:
         raise typer.BadParameter(str(error), param_hint="'--target'") from error
 
 
-def _counts(text: str, option: str) -> list[int]:
+def _parsed_counts(text: str, option: str) -> list[int]:
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from shallower.app.batching import Batches
+from shallower.app.batching import TaskBatches
 from shallower.app.results import Measured, Verdict
 from shallower.app.tasks import Likeness, Task
 from shallower.core.inputs import Inputs, model_device
@@ -57,7 +57,7 @@ class Work:
     """
 
     model: nn.Module
-    batches: Batches
+    batches: TaskBatches
     task: Task
     goal: Target | None = None
     recipe: Recipe = Recipe(3, 1e-4, warmup=0.1)
@@ -190,7 +190,7 @@ def compress(work: Work, method: MethodRun) -> Result:
         TargetError: the target cannot be met, or was not met above the floor.
         TrainingError, MethodError, FitError: see the method.
     """
-    sites = _sites(work, method)
+    sites = _chosen_sites(work, method)
     if work.dense_epochs:
         _train_dense(work)
     dense, base, work = _judged(work)
@@ -221,14 +221,14 @@ def preview(work: Work, method: MethodRun) -> tuple[Plan, Cost, Cost]:
         SiteError: no site can be squeezed.
         TargetError: the target cannot be met.
     """
-    sites = _sites(work, method)
+    sites = _chosen_sites(work, method)
     dense, _, work = _judged(work)
     plan = method.preview(work, sites)
     before = cost_of(dense, work.example)
     return plan, before, cost_after(plan, before, dense)
 
 
-def judge(dense: nn.Module, small: nn.Module, batches: Batches, task: Task, known: float | None = None) -> Verdict:
+def judge(dense: nn.Module, small: nn.Module, batches: TaskBatches, task: Task, known: float | None = None) -> Verdict:
     """Score both on the test set, count their costs, and time them in turn.
 
     Args:
@@ -287,7 +287,7 @@ def _train_dense(work: Work) -> None:
     )
 
 
-def _sites(work: Work, method: MethodRun) -> Sites:
+def _chosen_sites(work: Work, method: MethodRun) -> Sites:
     found = method.find(work.model, work.example)
     try:
         return method.usable(found.select(work.sites), work.goal)

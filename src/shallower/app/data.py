@@ -179,14 +179,14 @@ def read_rows(
     for name in list(parts):
         _check_columns(parts[name], f"{source} ({name})", columns)
     if "validation" not in parts:
-        parts["train"], parts["validation"] = _divided(parts["train"], source, options.held_out, seed)
+        parts["train"], parts["validation"] = _split_rows(parts["train"], source, options.held_out, seed)
     if options.limit is not None:
         for name, part in parts.items():
-            parts[name] = _sample(part, options.limit, seed)
+            parts[name] = _sampled_rows(part, options.limit, seed)
     return Rows(parts["train"], parts["validation"], parts.get("test"), columns, labels, tuple(remarks))
 
 
-def _divided(part: Any, source: str, held_out: float, seed: int) -> tuple[Any, Any]:
+def _split_rows(part: Any, source: str, held_out: float, seed: int) -> tuple[Any, Any]:
     """Rows to train on, and rows held out for validation, drawn at random."""
     if len(part) < 2:
         raise DataError(f"{source}: one row is too few to train on some and validate on others")
@@ -349,7 +349,7 @@ def _check_columns(part: Any, source: str, columns: Columns) -> None:
             raise DataError(f"{source}: column {column!r} is empty in {empty} of {len(part)} rows; remove them")
 
 
-def _sample(part: Any, limit: int, seed: int) -> Any:
+def _sampled_rows(part: Any, limit: int, seed: int) -> Any:
     if len(part) <= limit:
         return part
     return part.select(np.sort(np.random.default_rng(seed).permutation(len(part))[:limit]), keep_in_memory=True)

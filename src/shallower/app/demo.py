@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from shallower.app.batching import Batches
+from shallower.app.batching import TaskBatches
 from shallower.app.compression import MethodRun, Result, Work, compress
 from shallower.app.jobs import numbers_of, write
 from shallower.app.models import LoadedModel
@@ -145,7 +145,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
 }
 
 
-def digits(seed: int = 0, batch_size: int = 64) -> Batches:
+def digits(seed: int = 0, batch_size: int = 64) -> TaskBatches:
     """1,797 scans of handwritten digits: 1,197 to train on, 300 to choose on, 300 to report on.
 
     Raises:
@@ -164,7 +164,7 @@ def digits(seed: int = 0, batch_size: int = 64) -> Batches:
     )
     shuffled = DataLoader(train_part, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
     example = validation.tensors[0][:128]
-    return Batches(shuffled, DataLoader(validation, 300), DataLoader(test, 300), example, seed)
+    return TaskBatches(shuffled, DataLoader(validation, 300), DataLoader(test, 300), example, seed)
 
 
 def run(output: Path, *, seed: int = 0, quick: bool = False) -> str:
@@ -232,7 +232,7 @@ def check(output: Path) -> str:
 
 
 @torch.no_grad()
-def _keep_answers(result: Result, batches: Batches, path: Path) -> None:
+def _keep_answers(result: Result, batches: TaskBatches, path: Path) -> None:
     pictures = torch.cat([inputs for inputs, _ in batches.test])
     save_file({"pictures": pictures, "logits": result.model(pictures)}, path)
 

@@ -26,7 +26,7 @@ DEBUG = "SHALLOWER_DEBUG"
 """The environment variable that asks for tracebacks."""
 
 _PACKAGE = str(Path(__file__).parents[1])
-_LIBRARIES = (*{str(Path(path)) for path in sysconfig.get_paths().values()}, "<")
+_LIBRARY_FOLDERS = (*{str(Path(path)) for path in sysconfig.get_paths().values()}, "<")
 
 
 def one_line(error: BaseException) -> str:
@@ -54,7 +54,7 @@ def _place(error: BaseException) -> str:
     for frame in frames:
         if frame.filename.startswith(_PACKAGE):
             own.append(frame)
-        elif not frame.filename.startswith(_LIBRARIES):
+        elif not frame.filename.startswith(_LIBRARY_FOLDERS):
             foreign.append(frame)
     if not frames:
         return "nowhere known"

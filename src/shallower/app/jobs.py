@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shallower.app.batching import Batches, make_batches
+from shallower.app.batching import TaskBatches, make_batches
 from shallower.app.compression import MethodRun, Result, Work, compress, preview, site_table
 from shallower.app.data import Rows, read_rows
 from shallower.app.models import LoadedModel, load_model
@@ -230,7 +230,7 @@ def device_named(name: str) -> torch.device:
 
 
 def numbers_of(
-    result: Result, options: Mapping[str, Any], batches: Batches, *, seconds: float, warnings: Sequence[str] = ()
+    result: Result, options: Mapping[str, Any], batches: TaskBatches, *, seconds: float, warnings: Sequence[str] = ()
 ) -> dict[str, Any]:
     """What result.json says of a run: plain data.
 
@@ -255,7 +255,7 @@ def numbers_of(
         "warnings": list(warnings),
         "classes": list(batches.classes) or None,
         "rows": batches.counts,
-        "example": " x ".join(map(str, _shape(batches.example))),
+        "example": " x ".join(map(str, _example_shape(batches.example))),
         "seconds": seconds,
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -268,7 +268,7 @@ def numbers_of(
     }
 
 
-def _shape(example: Inputs) -> Sequence[int]:
+def _example_shape(example: Inputs) -> Sequence[int]:
     first = next(tensors(example), None)
     if first is None:
         return ()

@@ -133,7 +133,7 @@ def load_model(
             return _saved(path)
         if not (path / "config.json").exists():
             raise ModelError(f"{spec}: neither a Transformers directory (config.json) nor one that save wrote")
-        return _transformers(str(path), task, num_labels, pretrained)
+        return _load_transformers(str(path), task, num_labels, pretrained)
     library, _, rest = spec.partition(":")
     if rest and library in ("timm", "torchvision"):
         name, options = parse_options(rest)
@@ -145,7 +145,7 @@ def load_model(
     if _FACTORY.fullmatch(spec):
         return _factory(spec)
     if HUB_NAME.fullmatch(spec):
-        return _transformers(spec, task, num_labels, pretrained)
+        return _load_transformers(spec, task, num_labels, pretrained)
     raise ModelError(
         f"{spec}: no such directory, and not a model name either: give a Transformers directory or hub name, "
         "timm:NAME, torchvision:NAME or package.module:factory"
@@ -204,7 +204,7 @@ def _importable(folder: str) -> Iterator[None]:
             sys.path.remove(folder)
 
 
-def _transformers(spec: str, task: TaskName | None, num_labels: int | None, pretrained: bool) -> LoadedModel:
+def _load_transformers(spec: str, task: TaskName | None, num_labels: int | None, pretrained: bool) -> LoadedModel:
     library = import_transformers()
     local = Path(spec).is_dir()
     where: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}

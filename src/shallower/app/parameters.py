@@ -145,7 +145,7 @@ def _made(kind: type[Options], values: Mapping[str, Any]) -> Options:
     found: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         if field.name in values:
-            found[field.name] = _plain(values[field.name])
+            found[field.name] = _plain_default(values[field.name])
     try:
         return kind(**found)
     except ShallowerError as error:
@@ -160,7 +160,7 @@ def _chosen(
     Raises:
         BadParameter: an option of another variant was given.
     """
-    name = _plain(values[choice])
+    name = _plain_default(values[choice])
     own = {field.name for field in dataclasses.fields(variants[name])}
     given = given_options(context) - own
     for other, kind in variants.items():
@@ -172,5 +172,5 @@ def _chosen(
     return _made(variants[name], values)
 
 
-def _plain(value: Any) -> Any:
+def _plain_default(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value

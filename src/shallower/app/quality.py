@@ -11,14 +11,14 @@ import math
 PERCENT = ("accuracy", "agreement")
 """Qualities that are a fraction of all rows."""
 
-_GREATEST = 700.0
+_GREATEST_LOSS = 700.0
 """Above this exponent a float overflows."""
 
 
 def number(quality: str, score: float) -> float:
     """The score on the scale that people read: percent, or a perplexity."""
     if quality == "perplexity":
-        return math.exp(min(-score, _GREATEST))
+        return math.exp(min(-score, _GREATEST_LOSS))
     if quality in PERCENT:
         return score * 100
     return score

@@ -184,7 +184,7 @@ def read_record(directory: Path, error: type[ShallowerError] = CheckpointError) 
         raise error(f"{directory}: there is no {RESULT}; give a directory that `shallower compress` wrote")
     data = read_object(path, error)
     try:
-        return _record(data)
+        return _checked_record(data)
     except _DamagedError as damage:
         raise error(f"{path}: it does not describe a result: {damage}") from damage
 
@@ -303,7 +303,7 @@ class _DamagedError(ValueError):
     """A value in a file that is missing or not what it should be."""
 
 
-def _record(data: Mapping[str, Any]) -> Record:
+def _checked_record(data: Mapping[str, Any]) -> Record:
     if data.get("schema", RESULT_SCHEMA) not in (1, RESULT_SCHEMA):
         raise _DamagedError(f"it has schema {data['schema']!r:.20}; this version reads 1 and {RESULT_SCHEMA}")
     options = _mapping(_of(data, "options"), "options")
@@ -323,10 +323,10 @@ def _record(data: Mapping[str, Any]) -> Record:
         **asked,
         quality=quality,
         verdict=verdict,
-        sites=tuple(_site(name, _mapping(site, name)) for name, site in sites.items()),
+        sites=tuple(_site_record(name, _mapping(site, name)) for name, site in sites.items()),
         options=options,
         rows={name: _count_or_none(rows, name) for name in rows},
-        example=_shape(str(data.get("example") or "")),
+        example=_parsed_shape(str(data.get("example") or "")),
         machine=_mapping(data.get("machine") or {}, "machine"),
         seconds=_number_or_none(data, "seconds", least=0),
         warnings=tuple(map(str, _list(data, "warnings"))),
@@ -334,9 +334,9 @@ def _record(data: Mapping[str, Any]) -> Record:
     )
 
 
-def _site(name: str, data: Mapping[str, Any]) -> SiteRow:
+def _site_record(name: str, data: Mapping[str, Any]) -> SiteRow:
     counts = {key: _count_or_none(data, key) or 0 for key in ("width", "kept", "linear", "dropped")}
-    pairs = {key: _pair(data, key) for key in ("params", "macs")}
+    pairs = {key: _number_pair(data, key) for key in ("params", "macs")}
     words = {key: str(data.get(key) or "") for key in ("kind", "becomes", "note")}
     error = _number_or_none(data, "error")
     noted = _NOTED_ERROR.search(words["note"])
@@ -392,7 +392,7 @@ def _count_or_none(data: Mapping[str, Any], name: str) -> int | None:
     return _count(data, name)
 
 
-def _pair(data: Mapping[str, Any], name: str) -> tuple[int, int]:
+def _number_pair(data: Mapping[str, Any], name: str) -> tuple[int, int]:
     values = data.get(name) or (0, 0)
     if not isinstance(values, (list, tuple)) or len(values) != 2:
         raise _DamagedError(f"{name!r} is not a pair of counts")
@@ -400,7 +400,7 @@ def _pair(data: Mapping[str, Any], name: str) -> tuple[int, int]:
     return _count(counts, f"{name} before"), _count(counts, f"{name} after")
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _parsed_shape(text: str) -> tuple[int, ...]:
     """The sizes in "32 x 49"; () where the text says none."""
     sizes = text.split(" x ")
     if not all(size.isdecimal() for size in sizes):

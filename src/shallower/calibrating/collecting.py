@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from shallower.calibrating.patches import flat, patches, thinned
 from shallower.calibrating.recording import DenseOutputs, Goals, Recorder
-from shallower.calibrating.site_grams import Rows, SiteGrams, fitted_rows, read_alike
+from shallower.calibrating.site_grams import SiteGrams, SiteRows, fitted_rows, read_alike
 from shallower.calibrating.walking import Walk, walked
 from shallower.core.batches import Batches
 from shallower.core.inputs import InputsOf, MaskOf, default_inputs_of, model_device
@@ -196,7 +196,7 @@ class _SiteSoFar:
     """
 
     grams: SiteGrams | None = None
-    rows: tuple[list[Rows], list[Rows]] = field(default_factory=lambda: ([], []))
+    rows: tuple[list[SiteRows], list[SiteRows]] = field(default_factory=lambda: ([], []))
     units: Tensor | None = None
     calls: int = 0
     parts: int = 0
@@ -284,12 +284,12 @@ class _Passes:
             if not held_out:
                 seen.positions += part.positions
             if self._options.rows:
-                seen.rows[held_out].append(Rows(part.x.float().clone(), part.y.float().clone()))
+                seen.rows[held_out].append(SiteRows(part.x.float().clone(), part.y.float().clone()))
         return None
 
     def _taken(
         self, site: Site, inputs: Mapping[str, Sequence[Tensor]], i: int, y: Tensor, mask: Tensor | None
-    ) -> Iterator[tuple[Rows, bool]]:
+    ) -> Iterator[tuple[SiteRows, bool]]:
         """Rows that producers may be fitted on, and whether they are held out: tokens, or whole images."""
         if site.producer is None or not site.bridge.pixelwise:
             return  # a pooling stands between what is read and what is returned
@@ -302,11 +302,11 @@ class _Passes:
             if mask is not None and len(mask) == len(x):
                 x, y = x[mask], y[mask]
         step = max(1, -(-len(x) * positions * self._batches // _POSITIONS))
-        rows = Rows(x[::step], y[::step])
+        rows = SiteRows(x[::step], y[::step])
         cut = fitted_rows(len(rows.x), self._seen[site.name].parts)
         for part, held_out in ((slice(None, cut), False), (slice(cut, None), True)):
             if len(rows.x[part]):
-                yield Rows(rows.x[part], rows.y[part]), held_out
+                yield SiteRows(rows.x[part], rows.y[part]), held_out
 
     def found(self) -> dict[str, SiteGrams | Refusal]:
         """The sums of all processes.

@@ -22,7 +22,7 @@ HELD_OUT = 4
 
 
 @dataclass(frozen=True)
-class Rows:
+class SiteRows:
     """What a site reads and should give.
 
     Attributes:
@@ -33,11 +33,11 @@ class Rows:
     x: Tensor
     y: Tensor
 
-    def chunks(self, width: int) -> Iterator[Rows]:
+    def chunks(self, width: int) -> Iterator[SiteRows]:
         """The rows, so many at a time as a hidden tensor of this width allows."""
         each = max(1, self.x[0].numel() // self.x.shape[1]) * width
         for x, y in zip(*(torch.split(t, max(1, _HIDDEN_VALUES // each)) for t in (self.x, self.y)), strict=True):
-            yield Rows(x, y)
+            yield SiteRows(x, y)
 
     @property
     def positions(self) -> int:
@@ -66,7 +66,7 @@ class SiteGrams:
     held: Gram
     inputs: tuple[Gram, Gram] | None = None
     joint: tuple[Gram, Gram] | None = None
-    rows: tuple[Sequence[Rows], Sequence[Rows]] = ((), ())
+    rows: tuple[Sequence[SiteRows], Sequence[SiteRows]] = ((), ())
     units: Tensor | None = None
     positions: float = 0.0
 

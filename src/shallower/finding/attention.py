@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from shallower.finding.graph import Graph, Step, Unit
 from shallower.finding.pointwise import DROPOUT, RESHAPES, UNCHANGED, is_pointwise, moving
 from shallower.recording.tracing import Call, Value
-from shallower.sites import Heads, Rows, Site
+from shallower.sites import HeadRows, Heads, Site
 
 MOST_CALLS = 256
 """Calls that are followed on one side of an attention before giving up."""
@@ -234,7 +234,7 @@ def _describe(graph: Graph, attention: Attention) -> None:
     )
 
 
-def _made_by(graph: Graph, attention: Attention, value: Value) -> tuple[Unit, tuple[Rows, int, list[int]]]:
+def _made_by(graph: Graph, attention: Attention, value: Value) -> tuple[Unit, tuple[HeadRows, int, list[int]]]:
     """The map that makes a query, key or value, and (rows of its first head, number of heads, order of use)."""
     before: dict[Value, Value] = {}
     cone: set[Step] = set()
@@ -290,7 +290,7 @@ def _check_readers(graph: Graph, attention: Attention, value: Value, inside: set
                 waiting += graph.readers(made)
 
 
-def _rows(graph: Graph, unit: Unit, target: Value, way: set[Value], cone: set[Step]) -> tuple[Rows, int]:
+def _rows(graph: Graph, unit: Unit, target: Value, way: set[Value], cone: set[Step]) -> tuple[HeadRows, int]:
     """The rows of the heads that a query, key or value has, and how many heads.
 
     Numbers of the map's rows go forward through all that only rearranges them; together, those that arrive where
@@ -322,7 +322,7 @@ def _rows(graph: Graph, unit: Unit, target: Value, way: set[Value], cone: set[St
     return (own[0], apart, len(own)), count
 
 
-def _order(graph: Graph, unit: Unit, path: Sequence[Value], rows: Rows) -> list[int]:
+def _order(graph: Graph, unit: Unit, path: Sequence[Value], rows: HeadRows) -> list[int]:
     """Which of a map's heads an attention reads in each place: numbers of heads go along one path."""
     numbers = torch.arange(unit.result.shape[-1], dtype=torch.int32).expand(unit.result.shape)
     divided = False

@@ -31,7 +31,7 @@ from shallower.finding.pointwise import (
     stays_on,
 )
 from shallower.finding.residuals import with_residuals
-from shallower.modules.offloading import mapped
+from shallower.modules.offloading import with_mapped_weights
 from shallower.recording.tracing import Call, Frame, Value, trace_forward
 from shallower.sites import Kind, LinearMap, Place, Site, Sites
 
@@ -54,7 +54,7 @@ def find_sites(model: nn.Module, example_inputs: Inputs, *, places: bool = False
     Raises:
         SiteError: `model` is not a module with parameters, or does not run on these inputs.
     """
-    model = mapped(model)
+    model = with_mapped_weights(model)
     matcher = Matcher(Graph(trace_forward(model, example_inputs)))
     found, skipped = head_sites(matcher.graph) if heads else ([], {})
     found, refused = with_counts(model, example_inputs, found)

@@ -94,7 +94,7 @@ def peak_memory(model: nn.Module, example_inputs: Inputs) -> int:
         ModelError: the model does not run on these inputs.
     """
     given = [*model.parameters(), *model.buffers(), *tensors(example_inputs)]
-    storages = {id(storage): storage for storage in map(_storage, given) if storage is not None}
+    storages = {id(storage): storage for storage in map(_storage_key, given) if storage is not None}
     with torch.no_grad(), running(model):
         beside = _peak_beside(model, example_inputs, given)
     return sum(storage.nbytes() for storage in storages.values()) + beside
@@ -128,7 +128,7 @@ def _peak_beside(model: nn.Module, example_inputs: Inputs, given: list[Tensor]) 
     return live.peak
 
 
-def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+def _storage_key(tensor: Tensor) -> torch.UntypedStorage | None:
     return tensor.untyped_storage() if tensor.layout == torch.strided else None
 
 
@@ -139,14 +139,14 @@ class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
-        self._known = weakref.WeakSet(storage for storage in map(_storage, given) if storage is not None)
+        self._known = weakref.WeakSet(storage for storage in map(_storage_key, given) if storage is not None)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tensors(result):
-            storage = _storage(tensor)
+            storage = _storage_key(tensor)
             if storage is not None and storage not in self._known:
                 self._known.add(storage)
                 self.live += storage.nbytes()

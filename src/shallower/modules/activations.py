@@ -23,7 +23,7 @@ PRELU_INIT = 0.01
 """Initial slope of the PReLU family (LayerCollapse, arXiv 2311.17943)."""
 
 
-def channel_dim(channels_first: bool) -> int:
+def dim_of_channels(channels_first: bool) -> int:
     """The dimension of the channels: 1 of images, -1 of rows and sequences."""
     if channels_first:
         return 1
@@ -65,7 +65,7 @@ class PartialActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x with f applied to the kept channels."""
-        dim = channel_dim(self.channels_first)
+        dim = dim_of_channels(self.channels_first)
         if self.gate == "separate":
             if self.kept == 0:
                 return torch.ones_like(x.narrow(dim, 0, 1))
@@ -94,7 +94,7 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x of n channels gives 2 n channels."""
-        return torch.cat([x, x], channel_dim(self.channels_first))
+        return torch.cat([x, x], dim_of_channels(self.channels_first))
 
 
 class Operand(nn.Module):
@@ -280,14 +280,14 @@ def recognise(f: nn.Module) -> str:
     values = _probe(f)
     if values is None:
         return ""
-    points = _points()
+    points = _probe_points()
     for name, kernel in KERNELS.items():
         if torch.allclose(values, kernel.plain(points), rtol=1e-9, atol=1e-12):
             return name
     return ""
 
 
-def _points() -> Tensor:
+def _probe_points() -> Tensor:
     inner = torch.linspace(-12, 12, 481, dtype=torch.float64)
     outer = torch.logspace(1, 3, 15, dtype=torch.float64)
     return torch.cat([-outer, inner, outer])
@@ -295,7 +295,7 @@ def _points() -> Tensor:
 
 @torch.no_grad()
 def _probe(f: nn.Module) -> Tensor | None:
-    points = _points()
+    points = _probe_points()
     try:
         values = f(points)
     except Exception:  # f is anybody's code, and may need other shapes than the probe's
@@ -309,12 +309,12 @@ def _probe(f: nn.Module) -> Tensor | None:
 def _writes_input(f: nn.Module) -> bool:
     if getattr(f, "inplace", False):
         return True
-    points = _points()
+    points = _probe_points()
     try:
         f(points)
     except Exception:
         return True
-    return not torch.equal(points, _points())
+    return not torch.equal(points, _probe_points())
 
 
 def _aligned(slope: Tensor, x: Tensor, channels_first: bool) -> Tensor:
@@ -367,7 +367,7 @@ class _Slope(torch.autograd.Function):
         if needs_slope:
             aim = torch.ones_like(a) if ctx.target == "one" else x
             distance = torch.sub(aim, y, out=grad_x)
-            grad_slope = _inner(g, distance, channel_dim(ctx.channels_first), slope)
+            grad_slope = _inner(g, distance, dim_of_channels(ctx.channels_first), slope)
         if not needs_x:
             return None, grad_slope, None, None, None
         # d/dx [a t + (1 - a) f(x)] = a t' + (1 - a) f'(x), with t' = 1, or 0 where the target is the constant one

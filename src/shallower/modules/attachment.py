@@ -25,7 +25,7 @@ from shallower.sites import Place
 
 M = TypeVar("M", bound=nn.Module)
 
-_RECORD = "_shallower_attached"
+_ATTACHED = "_shallower_attached"
 
 
 @dataclass
@@ -62,7 +62,7 @@ def attach(model: nn.Module, place: Place, module: nn.Module | Callable[[nn.Modu
     original = _get(model, name, place)
     replacement = module if isinstance(module, nn.Module) else module(original)
     model.set_submodule(name, replacement.train(original.training))
-    vars(model).setdefault(_RECORD, {})[place] = _Attached(name, original)
+    vars(model).setdefault(_ATTACHED, {})[place] = _Attached(name, original)
     return replacement
 
 
@@ -94,7 +94,7 @@ def detach(model: nn.Module, places: Iterable[Place] | None = None) -> None:
 
     Places at which nothing is attached are passed over.
     """
-    owners = [m for m in model.modules() if _RECORD in vars(m)] if places is None else [model]
+    owners = [m for m in model.modules() if _ATTACHED in vars(m)] if places is None else [model]
     for owner in owners:
         record = _record(owner)
         for place in list(record) if places is None else [p for p in places if p in record]:
@@ -102,7 +102,7 @@ def detach(model: nn.Module, places: Iterable[Place] | None = None) -> None:
             owner.set_submodule(entry.name, entry.original.train(owner.get_submodule(entry.name).training))
             internalise(owner, place)
         if not record:
-            vars(owner).pop(_RECORD, None)
+            vars(owner).pop(_ATTACHED, None)
 
 
 def detached_copy(model: M) -> M:
@@ -148,7 +148,7 @@ def standing_at(model: nn.Module, place: Place) -> str:
 
 
 def _record(model: nn.Module) -> dict[Place, _Attached]:
-    record: dict[Place, _Attached] = vars(model).get(_RECORD, {})
+    record: dict[Place, _Attached] = vars(model).get(_ATTACHED, {})
     return record
 
 

@@ -30,12 +30,12 @@ from shallower.sites import LinearMap, Place
 _MOST_WEIGHTS = 2**36
 
 
-Name = Annotated[str, Bounds(1, 1000)]
+ModuleName = Annotated[str, Bounds(1, 1000)]
 Owner = Annotated[str, Bounds(0, 1000)]
 Whole = Annotated[int, Bounds(0, 2**24)]
 Size = Annotated[int, Bounds(1, 2**24)]
 Pixels = Annotated[int, Bounds(0, 2**16)]
-Steps = Annotated[int, Bounds(1, 2**16)]
+StepSizes = Annotated[int, Bounds(1, 2**16)]
 
 
 def _exchange(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -54,7 +54,7 @@ class Externalise:
     """
 
     module: Owner
-    calls: tuple[tuple[Name, Whole], ...]
+    calls: tuple[tuple[ModuleName, Whole], ...]
     edit: Literal["externalise"] = field(default="externalise", init=False, repr=False)
 
     def perform(self, model: nn.Module) -> None:
@@ -69,15 +69,15 @@ class Externalise:
 class Resize:
     """A linear map gets these sizes; its weights are not set."""
 
-    name: Name
+    name: ModuleName
     kind: Literal["linear", "conv1d", "conv2d"]
     d_in: Size
     d_out: Size
     bias: bool
-    kernel: tuple[Steps, Steps] = (1, 1)
-    stride: tuple[Steps, Steps] = (1, 1)
+    kernel: tuple[StepSizes, StepSizes] = (1, 1)
+    stride: tuple[StepSizes, StepSizes] = (1, 1)
     padding: tuple[Pixels, Pixels] = (0, 0)
-    dilation: tuple[Steps, Steps] = (1, 1)
+    dilation: tuple[StepSizes, StepSizes] = (1, 1)
     groups: Size = 1
     edit: Literal["map"] = field(default="map", init=False, repr=False)
 
@@ -119,7 +119,7 @@ class Resize:
 class Norm:
     """A BatchNorm gets this width; its vectors are not set."""
 
-    name: Name
+    name: ModuleName
     channels: Size
     edit: Literal["norm"] = field(default="norm", init=False, repr=False)
 
@@ -136,7 +136,7 @@ class Identity:
     width of a layer that is gone.
     """
 
-    name: Name
+    name: ModuleName
     edit: Literal["identity"] = field(default="identity", init=False, repr=False)
 
     _SETTINGS: ClassVar[tuple[type, ...]] = (int, float, str, tuple)
@@ -154,7 +154,7 @@ class Identity:
 class Doubled:
     """The packed producer of a gated site becomes `Twice`, which passes its input on as gate and as up projection."""
 
-    name: Name
+    name: ModuleName
     channels_first: bool
     edit: Literal["twice"] = field(default="twice", init=False, repr=False)
 
@@ -167,7 +167,7 @@ class Doubled:
 class Summand:
     """A sum becomes `Operand`, which returns one of the two: the other was folded into the layer before."""
 
-    name: Name
+    name: ModuleName
     index: Annotated[int, Bounds(0, 1)]
     edit: Literal["operand"] = field(default="operand", init=False, repr=False)
 
@@ -183,7 +183,7 @@ class Padding:
     Only the number changes: its weights stay the very parameters that an optimizer may hold.
     """
 
-    name: Name
+    name: ModuleName
     padding: tuple[Pixels, Pixels]
     edit: Literal["padding"] = field(default="padding", init=False, repr=False)
 
@@ -202,7 +202,7 @@ class Attribute:
     """A whole number that a module holds, how many heads it has for instance, gets this value."""
 
     name: Owner
-    attribute: Name
+    attribute: ModuleName
     value: Whole
     edit: Literal["attribute"] = field(default="attribute", init=False, repr=False)
 
@@ -218,7 +218,7 @@ class Attribute:
 class Partial:
     """An activation becomes a `PartialActivation` around itself."""
 
-    name: Name
+    name: ModuleName
     kept: Whole
     linear: Whole
     gate: Literal["", "separate", "packed"]
@@ -241,7 +241,7 @@ class Slope:
         dtype: of the slope. In a float64 model a float32 slope would be the least exact number of all.
     """
 
-    name: Name
+    name: ModuleName
     width: Whole
     family: Family
     target: Target
@@ -263,7 +263,7 @@ class Slope:
 class Activation:
     """An activation with one parameter for each channel gets this many; the parameters are not set."""
 
-    name: Name
+    name: ModuleName
     channels: Size
     edit: Literal["activation"] = field(default="activation", init=False, repr=False)
 
@@ -281,7 +281,7 @@ class Weights:
         tensors: by name, in the module's shapes and in any type; a linear map's weight in the logical orientation.
     """
 
-    name: Name
+    name: ModuleName
     tensors: Mapping[str, Tensor]
 
     @torch.no_grad()

@@ -35,7 +35,7 @@ def is_offloaded(model: nn.Module) -> bool:
     return isinstance(model, nn.Module) and any(True for module in model.modules() for _ in _weights_of(module))
 
 
-def mapped(model: M) -> M:
+def with_mapped_weights(model: M) -> M:
     """An offloaded model as a plain one on the CPU, whose weights are mapped from their files; any other model itself.
 
     The argument is untouched. Weights that Accelerate holds in memory are shared with it.

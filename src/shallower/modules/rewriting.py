@@ -40,7 +40,7 @@ def externalise(model: nn.Module, place: Place) -> str:
     if not place.calls:
         return place.module
     owner = _owner(model, place)
-    record = _record(owner)
+    record = _rewritten_places(owner)
     if place.calls not in record:
         change = _change(owner, place)
         if isinstance(change, Refusal):
@@ -61,7 +61,7 @@ def name_at(model: nn.Module, place: Place) -> str:
         return place.module
     owner = _owner(model, place)
     attribute = _attribute(owner, place)
-    if place.calls in _record(owner):
+    if place.calls in _rewritten_places(owner):
         child = record_name(owner, place)
     elif attribute is not None:
         child = attribute.child
@@ -72,7 +72,7 @@ def name_at(model: nn.Module, place: Place) -> str:
 
 def record_name(owner: nn.Module, place: Place) -> str:
     """The name, below `owner`, of the child that the operation at `place` has become."""
-    return _record(owner)[place.calls].child
+    return _rewritten_places(owner)[place.calls].child
 
 
 def internalise(model: nn.Module, place: Place) -> None:
@@ -84,11 +84,11 @@ def internalise(model: nn.Module, place: Place) -> None:
     if not place.calls:
         return
     owner = _owner(model, place)
-    change = _record(owner).pop(place.calls, None)
+    change = _rewritten_places(owner).pop(place.calls, None)
     if change is None:
         return
     change.remove(owner)
-    if not _record(owner):
+    if not _rewritten_places(owner):
         vars(owner).pop(_RECORD, None)
     _rebind(owner)
     _choose_paths(model)
@@ -134,7 +134,7 @@ def reason_not_rewritable(
         owner = _owner(model, place)
     except SiteError as error:
         return str(error)
-    if place.calls in _record(owner):
+    if place.calls in _rewritten_places(owner):
         return ""
     change = _change(owner, place, frame, known)
     return change.reason if isinstance(change, Refusal) else ""
@@ -195,7 +195,7 @@ class _Attribute:
 _Change = _NewChild | _Attribute
 
 
-def _record(owner: nn.Module) -> dict[tuple[tuple[str, int], ...], _Change]:
+def _rewritten_places(owner: nn.Module) -> dict[tuple[tuple[str, int], ...], _Change]:
     record: dict[tuple[tuple[str, int], ...], _Change] = vars(owner).get(_RECORD, {})
     return record
 
@@ -216,9 +216,11 @@ def _change(
     attribute = _attribute(owner, place)
     if attribute is not None:
         return attribute
-    if "forward" in vars(owner) and not any(isinstance(change, _NewChild) for change in _record(owner).values()):
+    if "forward" in vars(owner) and not any(
+        isinstance(change, _NewChild) for change in _rewritten_places(owner).values()
+    ):
         return Refusal(f"the forward of {place.module or 'the model'} has been replaced on the instance")
-    taken = {call for calls in _record(owner) for call in calls}
+    taken = {call for calls in _rewritten_places(owner) for call in calls}
     if taken & set(place.calls):
         return Refusal("a part of it has been made a module already")
     if known is None:
@@ -287,7 +289,7 @@ def _child_name(owner: nn.Module, place: Place) -> str:
 
 def _rebind(owner: nn.Module) -> None:
     """Give `owner` the forward in which every externalised place is a call of its child."""
-    changes = {calls: change for calls, change in _record(owner).items() if isinstance(change, _NewChild)}
+    changes = {calls: change for calls, change in _rewritten_places(owner).items() if isinstance(change, _NewChild)}
     vars(owner).pop("forward", None)
     if not changes:
         return

@@ -27,7 +27,7 @@ def parts_of(model: nn.Module, sites: Iterable[Site]) -> dict[str, nn.Module]:
     replaced = dict(attachment.originals(model))
     parts: dict[str, nn.Module] = {}
     for site in sites:
-        for name in _names(site):
+        for name in _module_names(site):
             if name not in parts:
                 parts[name] = replaced[name] if name in replaced else _found(model, site, name)
     return parts
@@ -51,7 +51,7 @@ def fingerprint(model: nn.Module, sites: Iterable[Site]) -> str:
     return digest.hexdigest()
 
 
-def _names(site: Site) -> Iterator[str]:
+def _module_names(site: Site) -> Iterator[str]:
     """Dotted names of a site's modules."""
     for place in (*site.bridge.activations, *site.dropouts):
         yield from _modules_at(place)

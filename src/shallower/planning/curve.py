@@ -23,7 +23,7 @@ from shallower.errors import MethodError, TargetError
 from shallower.planning.costs import Cost
 from shallower.planning.targets import Target
 
-SCHEMA = 1
+CURVE_SCHEMA = 1
 """Version of curve.json."""
 
 
@@ -137,7 +137,7 @@ class Curve:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON; `Curve.from_json` reads it back."""
-        return {"schema": SCHEMA, "name": self.name, "points": [p.to_json() for p in self.points]}
+        return {"schema": CURVE_SCHEMA, "name": self.name, "points": [p.to_json() for p in self.points]}
 
     @classmethod
     def from_json(cls, data: Any) -> Curve:
@@ -148,8 +148,8 @@ class Curve:
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("points"), list):
             raise MethodError("this is not the description of a curve: it is no object with points")
-        if data.get("schema") != SCHEMA:
-            raise MethodError(f"a curve of schema {data.get('schema')!r:.20}; this version reads {SCHEMA}")
+        if data.get("schema") != CURVE_SCHEMA:
+            raise MethodError(f"a curve of schema {data.get('schema')!r:.20}; this version reads {CURVE_SCHEMA}")
         points = tuple(_point(item, f"curve.points[{i}]") for i, item in enumerate(data["points"]))
         return cls(points, str(data.get("name", "score")))
 
@@ -223,7 +223,7 @@ class Curve:
         for p in self.points:
             latency = "" if p.cost.latency is None else f"{p.cost.latency * 1e3:.2f} ms"
             counts = (amount(p.cost.params), amount(p.cost.macs), f"{amount(p.cost.size)}B", latency)
-            rows.append((p.label, f"{p.score:.4g}", *counts, _listing(p.widths.values())))
+            rows.append((p.label, f"{p.score:.4g}", *counts, _widths_text(p.widths.values())))
         sizes = [max(len(row[i]) for row in rows) for i in range(7)]
         return "\n".join(
             "  ".join(
@@ -274,6 +274,6 @@ def _point(data: Any, at: str) -> Point:
     return Point(stored.label, stored.widths, stored.score, cost, stored.spread)
 
 
-def _listing(widths: Iterable[int], most: int = 8) -> str:
+def _widths_text(widths: Iterable[int], most: int = 8) -> str:
     shown = [str(k) for k in widths]
     return " ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

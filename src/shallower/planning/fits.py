@@ -93,7 +93,7 @@ def checked(site: Site, fit: Fit, kept: int) -> Fit:
             raise PlanError(f"{site.name}: `{c.name}` is a grouped convolution, whose kept columns cannot be fitted")
         _check_shape(site, f"consumers.{i}", consumers[i], (c.d_out, kept * site.bridge.block, *_window(c)))
         _check_shape(site, f"biases.{i}", fit.biases[i], (c.d_out,))
-    return _with_path(site, fitted)
+    return _with_checked_path(site, fitted)
 
 
 def _check_shape(site: Site, name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
@@ -125,7 +125,7 @@ def _with_producers(site: Site, fit: Fit, kept: int) -> Fit:
     return replace(fit, **changed)  # type: ignore[arg-type]
 
 
-def _with_path(site: Site, fit: Fit) -> Fit:
+def _with_checked_path(site: Site, fit: Fit) -> Fit:
     """The fit with its linear path checked."""
     down, producer = fit.down, site.producer
     if down is None and fit.down_bias is not None:

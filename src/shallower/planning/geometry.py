@@ -33,7 +33,7 @@ def fitted_map(producer: LinearMap, consumer: LinearMap, kernel: tuple[int, int]
     Raises:
         PlanError: no padding keeps the size.
     """
-    exact = ungrouped(composed(producer, consumer, bias))
+    exact = ungrouped_map(composed(producer, consumer, bias))
     if kernel == exact.kernel:
         return exact
     if exact.kind != "conv2d":
@@ -61,7 +61,7 @@ def composed(producer: LinearMap, consumer: LinearMap, bias: bool, *, flattened:
     Raises:
         PlanError: one is a convolution and the other is not.
     """
-    merged = resized(consumer, d_in=producer.d_in, bias=bias)
+    merged = resized_map(consumer, d_in=producer.d_in, bias=bias)
     if flattened:
         return replace(merged, d_in=producer.d_in * producer.size[0] * producer.size[1], size=producer.size)
     pointwise = producer.taps == 1 and is_plain(producer)
@@ -109,7 +109,9 @@ def same_stride(consumers: tuple[LinearMap, ...]) -> bool:
     return len({c.stride for c in consumers}) == 1
 
 
-def resized(m: LinearMap, *, d_in: int | None = None, d_out: int | None = None, bias: bool | None = None) -> LinearMap:
+def resized_map(
+    m: LinearMap, *, d_in: int | None = None, d_out: int | None = None, bias: bool | None = None
+) -> LinearMap:
     """A map with other sizes; Transformers' `Conv1D` always has a bias."""
     d_in, d_out = m.d_in if d_in is None else d_in, m.d_out if d_out is None else d_out
     bias = m.kind == "conv1d" or (m.bias if bias is None else bias)
@@ -118,6 +120,6 @@ def resized(m: LinearMap, *, d_in: int | None = None, d_out: int | None = None, 
     return replace(m, d_in=d_in, d_out=d_out, bias=bias)
 
 
-def ungrouped(m: LinearMap) -> LinearMap:
+def ungrouped_map(m: LinearMap) -> LinearMap:
     """A map with every output made of every input."""
     return m if m.groups == 1 else replace(m, groups=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from shallower.planning.paying import Unit, paying
+from shallower.planning.paying import PaidUnit, paying
 from shallower.sites import Site
 
 
@@ -36,7 +36,7 @@ def as_moved(sites: Iterable[Site], chosen: Iterable[Site]) -> list[Site]:
     ]
 
 
-def worth_moving(sites: Iterable[Site], unit: Unit = "") -> tuple[Site, ...]:
+def worth_moving(sites: Iterable[Site], unit: PaidUnit = "") -> tuple[Site, ...]:
     """Of sites that are to become linear, those whose padding has to move for layers to merge into something cheaper.
 
         moved = move_padding(model, worth_moving(sites.select("features.3.*")))

@@ -9,16 +9,16 @@ from typing import Literal
 from shallower.errors import PlanError
 from shallower.planning.entries import Entry
 from shallower.planning.forms import form_of
-from shallower.planning.forms.steps import Walk, in_execution_order
+from shallower.planning.forms.steps import StepWalk, in_execution_order
 from shallower.sites import LinearMap, Site, overlapping
 
-Unit = Literal["", "params", "macs"]
+PaidUnit = Literal["", "params", "macs"]
 
 _NEAR = 5
 """Sites of a chain that are judged together: one and the next ones that read what it writes."""
 
 
-def paying(sites: Iterable[Site], unit: Unit = "") -> tuple[tuple[Site, ...], dict[str, str]]:
+def paying(sites: Iterable[Site], unit: PaidUnit = "") -> tuple[tuple[Site, ...], dict[str, str]]:
     """The sites whose collapse makes something cheaper, and why each of the others does not.
 
         chosen, left_out = paying(sites, "macs")
@@ -53,24 +53,24 @@ def paying(sites: Iterable[Site], unit: Unit = "") -> tuple[tuple[Site, ...], di
     return tuple(site for site in given if site.name in chosen), reasons
 
 
-def _needed(group: Sequence[Site], unit: Unit) -> set[str]:
+def _needed(group: Sequence[Site], unit: PaidUnit) -> set[str]:
     """Names of a group's sites, without those that could stay as they are at no cost, one after the other."""
     ordered = in_execution_order(map(Entry.collapse, group))
-    walk = Walk(ordered)
+    walk = StepWalk(ordered)
     needed: set[str] = set()
     for entry in ordered:
         near = walk.following(entry)[:_NEAR]
         names = {m.name for other in near for m in other.site.maps}
         collapsed, others = walk.ahead(near), walk.ahead(near[1:])
-        cost = _cost(collapsed.maps, names - collapsed.gone, unit)
-        without = _cost(ChainMap(others.maps, walk.maps), names - others.gone, unit)
+        cost = _cost_of_maps(collapsed.maps, names - collapsed.gone, unit)
+        without = _cost_of_maps(ChainMap(others.maps, walk.maps), names - others.gone, unit)
         if any(a > b for a, b in zip(without, cost, strict=True)):
             walk.take(entry, walk.best(entry, {}))
             needed.add(entry.site.name)
     return needed
 
 
-def _cost(maps: Mapping[str, LinearMap], names: Iterable[str], unit: Unit) -> list[int]:
+def _cost_of_maps(maps: Mapping[str, LinearMap], names: Iterable[str], unit: PaidUnit) -> list[int]:
     """Weights and MACs of some maps, or the one of them that counts."""
     found = [maps[name] for name in names]
     weights, macs = sum(m.weights for m in found), sum(m.macs for m in found)

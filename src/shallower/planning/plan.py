@@ -164,7 +164,7 @@ class Plan:
         if self.entries:
             why = "why" if any(entry.note for entry in self.entries) else ""
             header = ("site", "keep", "linear", "drop", "becomes", "params", "after", "MACs", "after", why)
-            lines.append(table(header, list(map(_row, self.steps)), right=(1, 2, 3, 5, 6, 7, 8)))
+            lines.append(table(header, list(map(_step_row, self.steps)), right=(1, 2, 3, 5, 6, 7, 8)))
         if self.left_out:
             lines.append("left as they are:")
             lines += [f"  {name}: {reason}" for name, reason in self.left_out.items()]
@@ -195,7 +195,7 @@ class Plan:
         Raises:
             PlanError: it cannot be written.
         """
-        plan_file.save(self._contents, Path(directory))
+        plan_file.save_contents(self._contents, Path(directory))
 
     @classmethod
     def load(cls, directory: str | Path) -> Plan:
@@ -204,7 +204,7 @@ class Plan:
         Raises:
             PlanError: there is no plan, or it is damaged, of an unknown version or not a plan at all.
         """
-        return cls._of(plan_file.load(Path(directory)))
+        return cls._of(plan_file.load_contents(Path(directory)))
 
     @property
     def _contents(self) -> plan_file.Contents:
@@ -222,7 +222,7 @@ class Plan:
         return plan
 
 
-def _row(step: Step) -> tuple[str, ...]:
+def _step_row(step: Step) -> tuple[str, ...]:
     """A step's row of the table."""
     entry, form = step.entry, step.form
     fates = (str(len(channels) or "") for channels in (entry.kept, entry.linear, entry.dropped))

@@ -29,12 +29,12 @@ VERSION = 4
 _EARLIER = (1, 2, 3)
 """The versions before, whose plans are read too: they had fewer fields."""
 
-_MOST_BYTES = 1 << 28
+_MOST_PLAN_BYTES = 1 << 28
 _MOST_ENTRIES = 20_000
 
 _TYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-Run = tuple[Literal["keep", "linear", "drop"], Annotated[int, Bounds(1, MOST_CHANNELS)]]
+FateRun = tuple[Literal["keep", "linear", "drop"], Annotated[int, Bounds(1, MOST_CHANNELS)]]
 """A fate, and of how many channels in a row."""
 
 
@@ -76,7 +76,7 @@ class StoredEntry:
     """An `Entry`, its fates as runs."""
 
     site: Site
-    fates: tuple[Run, ...]
+    fates: tuple[FateRun, ...]
     slopes: Tensor
     offsets: Tensor
     alphas: Tensor | None = None
@@ -154,7 +154,7 @@ def from_json(data: object, tensors: Mapping[str, Tensor]) -> Contents:
     return Contents(made, stored.fingerprint, stored.method, stored.left_out, stored.saves)
 
 
-def save(contents: Contents, directory: Path) -> None:
+def save_contents(contents: Contents, directory: Path) -> None:
     """Write plan.safetensors and then plan.json, each whole or not at all.
 
     Raises:
@@ -165,7 +165,7 @@ def save(contents: Contents, directory: Path) -> None:
     write_json(directory / "plan.json", data, error=PlanError)
 
 
-def load(directory: Path) -> Contents:
+def load_contents(directory: Path) -> Contents:
     """Read plan.json and plan.safetensors.
 
     Raises:
@@ -174,7 +174,7 @@ def load(directory: Path) -> Contents:
     for name in ("plan.json", "plan.safetensors"):
         if not (directory / name).exists():
             raise PlanError(f"{directory} holds no plan: {name} is missing")
-    data = read_json(directory / "plan.json", error=PlanError, most=_MOST_BYTES)
+    data = read_json(directory / "plan.json", error=PlanError, most=_MOST_PLAN_BYTES)
     return from_json(data, read_tensors(directory / "plan.safetensors", error=PlanError))
 
 

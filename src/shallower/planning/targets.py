@@ -14,13 +14,13 @@ Unit = Literal["params", "macs", "size", "kv", "latency", "drop"]
 Amount = Literal["share", "factor", "absolute"]
 T = TypeVar("T")
 
-_EARLIER = {"memory": "size"}
+_EARLIER_UNITS = {"memory": "size"}
 """Units by the names that they had in earlier versions."""
 
 _BYTES = ("size", "kv")
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(%|x|[KMGT]i?B?|B|us|ms|s)?", re.IGNORECASE)
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+_SECONDS_IN = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _EXAMPLES = "params:50%, params:7B, macs:60%, size:40MB, kv:50%, latency:1.5x, drop:1%"
 
 
@@ -59,7 +59,7 @@ class Target:
             raise TargetError(f"a target is text, for example {_EXAMPLES}; not {type(text).__name__}")
         name, separator, amount = text.strip().partition(":")
         name = name.strip().lower()
-        unit = next((unit for unit in get_args(Unit) if unit == _EARLIER.get(name, name)), None)
+        unit = next((unit for unit in get_args(Unit) if unit == _EARLIER_UNITS.get(name, name)), None)
         if not separator or unit is None:
             raise TargetError(f"the target {text!r} is not of the form UNIT:AMOUNT; for example {_EXAMPLES}")
         match = _NUMBER.fullmatch(amount.strip())
@@ -116,10 +116,10 @@ def _amount(text: str, unit: Unit, number: float, suffix: str) -> tuple[Amount, 
         return "share", number / 100
     if suffix == "x":
         return "factor", number
-    if suffix in _SECONDS:
+    if suffix in _SECONDS_IN:
         if unit != "latency":
             raise TargetError(f"the target {text!r} counts {unit}, which is not measured in seconds")
-        return "absolute", number * _SECONDS[suffix]
+        return "absolute", number * _SECONDS_IN[suffix]
     if unit == "latency":
         raise TargetError(f"the target {text!r} needs a unit of time (ms), a factor (1.5x) or a share (60%)")
     if unit == "drop" and suffix:

@@ -31,7 +31,7 @@ from shallower.saving.description import BUFFERS, CONFIG, DESCRIPTION, Descripti
 from shallower.saving.implementations import implementations_of_parts
 from shallower.saving.reading import read_buffers, read_config, read_description, read_generation_config, read_weights
 from shallower.saving.skeletons import Limits, build_skeleton
-from shallower.saving.slots import Stored, check_fits, check_whole, put_in, stored, unwrapped, without_weights
+from shallower.saving.slots import Stored, check_tensors_fit, check_whole, put_in, stored, unwrapped, without_weights
 from shallower.saving.sources import LIBRARIES, source_of
 from shallower.saving.writing import bytes_of, check_as_written, check_replaceable, write_weights
 
@@ -274,7 +274,7 @@ def _skeleton(description: Description, config: Mapping[str, Any] | None, where:
         )
 
     def fits(draft: nn.Module) -> None:
-        check_fits(replay(draft, description.edits), description)
+        check_tensors_fit(replay(draft, description.edits), description)
 
     # No surgery takes more than a handful of tensors away, and a class may make some that it then ties.
     most = 4 * (len(description.names) + 8 * len(description.edits)) + 64
@@ -300,6 +300,6 @@ def _operated(skeleton: nn.Module, description: Description) -> nn.Module:
     # All tensors of the new modules come from the files.
     with torch.device("meta"):
         replay(skeleton, description.edits)
-    check_fits(skeleton, description)
+    check_tensors_fit(skeleton, description)
     check_whole(skeleton)
     return skeleton

@@ -189,7 +189,7 @@ def _identity(tensor: Tensor) -> Any:
 # ---------------------------------------------------------------------------------------------------- what is read
 
 
-def check_fits(skeleton: nn.Module, description: Description) -> None:
+def check_tensors_fit(skeleton: nn.Module, description: Description) -> None:
     """Every tensor has its place and every place its tensor, of that shape and kind of number.
 
     Raises:

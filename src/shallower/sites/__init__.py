@@ -2,18 +2,18 @@
 
 from shallower.sites.bridge import Bridge, Stage
 from shallower.sites.collection import Sites, overlapping
-from shallower.sites.parts import Between, Heads, LinearMap, Place, Residual, Rows
+from shallower.sites.parts import Between, HeadRows, Heads, LinearMap, Place, Residual
 from shallower.sites.site import Kind, Site
 
 __all__ = [
     "Between",
     "Bridge",
+    "HeadRows",
     "Heads",
     "Kind",
     "LinearMap",
     "Place",
     "Residual",
-    "Rows",
     "Site",
     "Sites",
     "Stage",

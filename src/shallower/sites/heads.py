@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shallower.errors import PlanError
-from shallower.sites.parts import Heads, LinearMap, Rows
+from shallower.sites.parts import HeadRows, Heads, LinearMap
 from shallower.sites.site import Site
 
 
@@ -25,7 +25,7 @@ def narrowed(site: Site, kept: int, bias: bool | None = None) -> Site:
     def map_of(m: LinearMap) -> LinearMap:
         return replace(m, d_out=m.d_out // site.width * kept)
 
-    def rows_of(rows: Rows) -> Rows:
+    def rows_of(rows: HeadRows) -> HeadRows:
         return (rows[0] // site.width * kept if heads.packed == "blocks" else rows[0], rows[1], rows[2])
 
     smaller = replace(

@@ -138,7 +138,7 @@ class Between:
     activation_params: Count = 0
 
 
-Rows = tuple[Count, Count, Count]
+HeadRows = tuple[Count, Count, Count]
 """(start, step, length): channel g of a site has the rows start + g * step, ..., start + g * step + length - 1."""
 
 
@@ -171,9 +171,9 @@ class Heads:
     value_dim: Channels
     queries_per_group: Channels
     packed: Literal["", "blocks", "heads"]
-    query_rows: Rows
-    key_rows: Rows
-    value_rows: Rows
+    query_rows: HeadRows
+    key_rows: HeadRows
+    value_rows: HeadRows
     counts: tuple[tuple[Name, Count], ...] = ()
     products: Macs = 0
 

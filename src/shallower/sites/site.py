@@ -198,12 +198,12 @@ class Site:
 
 
 def _stages(site: Site) -> Iterable[Stage]:
-    yield from _norm(site.norm_before)
+    yield from _norm_stage(site.norm_before)
     if site.activation is not None:
         yield Stage("activation", site.activation)
-    yield from _norm(site.norm_after)
+    yield from _norm_stage(site.norm_after)
     for part in site.between:
-        yield from _around(part)
+        yield from _stages_around(part)
     if site.averaged:
         yield Stage("average")
     elif site.pooled:
@@ -212,15 +212,15 @@ def _stages(site: Site) -> Iterable[Stage]:
         yield Stage("flatten")
 
 
-def _around(part: Between) -> Iterable[Stage]:
+def _stages_around(part: Between) -> Iterable[Stage]:
     yield Stage("depthwise", Place(part.map.name), part.map)
-    yield from _norm(part.norm_before)
+    yield from _norm_stage(part.norm_before)
     if part.activation is not None:
         yield Stage("activation", part.activation)
-    yield from _norm(part.norm_after)
+    yield from _norm_stage(part.norm_after)
 
 
-def _norm(name: str) -> Iterable[Stage]:
+def _norm_stage(name: str) -> Iterable[Stage]:
     if name:
         yield Stage("norm", Place(name))
 

@@ -12,7 +12,7 @@ from shallower.core.inputs import Inputs, InputsOf, default_inputs_of
 from shallower.core.modes import without_inference_mode
 from shallower.core.tensors import has_no_numbers
 from shallower.errors import PlanError
-from shallower.modules.offloading import mapped
+from shallower.modules.offloading import with_mapped_weights
 from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
 from shallower.surgery.checking import check_fits
@@ -63,7 +63,7 @@ def apply(
     Warns:
         CostWarning: a site does not become cheaper.
     """
-    model = mapped(model)
+    model = with_mapped_weights(model)
     check_fits(model, plan)
     plan.warn_of_cost()
     todo = steps(plan.entries)

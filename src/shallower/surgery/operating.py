@@ -217,11 +217,14 @@ def _with_kept_channels(model: nn.Module, entry: Entry, form: Form, path: Path) 
     if path.shift is not None and form.rank:
         shift = path.shift
     if form.rank:
-        rows, bias = _beside(rows, down), _beside(bias, shift)
+        rows, bias = _side_by_side(rows, down), _side_by_side(bias, shift)
     if site.bridge.packed:
         gates, gate_bias = _kept_rows(producer, site.bridge.gate_rows(kept), fit, "gate")
         if form.rank:
-            gates, gate_bias = _beside(gates, torch.zeros_like(down)), _beside(gate_bias, torch.zeros_like(shift))
+            gates, gate_bias = (
+                _side_by_side(gates, torch.zeros_like(down)),
+                _side_by_side(gate_bias, torch.zeros_like(shift)),
+            )
         rows, bias = _halves(site, gates, rows), _halves(site, gate_bias, bias)
     edits = _as_layer(model, cast("LinearMap", form.producer), rows, bias)
     if site.gate is not None:
@@ -233,7 +236,7 @@ def _with_kept_channels(model: nn.Module, entry: Entry, form: Form, path: Path) 
     for i, (m, consumer) in enumerate(zip(form.consumers, consumers, strict=True)):
         columns = columns_read(site, consumer, kept) if fit is None else fit.consumers[i]
         if form.rank:
-            columns = _beside(columns, ups[i], 1)
+            columns = _side_by_side(columns, ups[i], 1)
         edits += _as_layer(model, m, columns, path.biases[i])
     edits += _norms(model, entry, form)
     edits += _activation_edits(model, entry, form)
@@ -452,11 +455,11 @@ def _as_layer(model: nn.Module, m: LinearMap, weight: Tensor, bias: Tensor | Non
 def _halves(site: Site, gate: Tensor, up: Tensor) -> Tensor:
     """Gate and up projection in the order in which a packed producer gives them."""
     if site.bridge.gate_first:
-        return _beside(gate, up)
-    return _beside(up, gate)
+        return _side_by_side(gate, up)
+    return _side_by_side(up, gate)
 
 
-def _beside(first: Tensor, second: Tensor, dim: int = 0) -> Tensor:
+def _side_by_side(first: Tensor, second: Tensor, dim: int = 0) -> Tensor:
     """Two parts of a weight; on the CPU where one of them is there, for it may be too wide for another device."""
     device = first.device
     if second.device.type == "cpu":

@@ -23,7 +23,7 @@ from shallower.sites.heads import heads_of
 
 
 @dataclass(frozen=True)
-class Channels:
+class TapChannels:
     """Channels of one output that a model before and one after surgery have in common."""
 
     before: Tensor
@@ -44,7 +44,7 @@ class Tap:
     site: Site
     place: Place
     dim: int = -1
-    common: Channels | None = None
+    common: TapChannels | None = None
 
     @property
     def name(self) -> str:
@@ -77,7 +77,7 @@ def taps_of(todo: Sequence[Step]) -> list[Tap]:
     return [tap for step in todo for tap in _taps_of_step(step, _roles(todo))]
 
 
-def _taps_of_step(step: Step, roles: Mapping[str, Channels | None]) -> Iterator[Tap]:
+def _taps_of_step(step: Step, roles: Mapping[str, TapChannels | None]) -> Iterator[Tap]:
     site = step.entry.site
     if site.producer is None and site.activation is not None:
         yield Tap(site, site.activation)
@@ -94,9 +94,9 @@ def _taps_of_step(step: Step, roles: Mapping[str, Channels | None]) -> Iterator[
             yield Tap(site, Place(m.name), 1 if m.kind == "conv2d" else -1, common)
 
 
-def _roles(todo: Sequence[Step]) -> dict[str, Channels | None]:
+def _roles(todo: Sequence[Step]) -> dict[str, TapChannels | None]:
     """What each step leaves of the outputs of its own producers, by their names; None where nothing is left."""
-    roles: dict[str, Channels | None] = {}
+    roles: dict[str, TapChannels | None] = {}
     for step in todo:
         site = step.entry.site
         if site.heads is not None:
@@ -109,19 +109,19 @@ def _roles(todo: Sequence[Step]) -> dict[str, Channels | None]:
     return roles
 
 
-def _of_producer(step: Step) -> Channels | None:
+def _of_producer(step: Step) -> TapChannels | None:
     """The kept channels: first in what is left, in a packed producer first in each half."""
     kept, site = step.entry.kept, step.entry.site
     if len(kept) == 0:
         return None
     first = torch.arange(len(kept))
     if not site.bridge.packed:
-        return Channels(kept, first)
+        return TapChannels(kept, first)
     half = len(kept) + step.form.rank
-    return Channels(torch.cat([kept, kept + site.width]), torch.cat([first, first + half]))
+    return TapChannels(torch.cat([kept, kept + site.width]), torch.cat([first, first + half]))
 
 
-def _rows_left_of_heads(site: Site, m: LinearMap, kept: Tensor) -> Channels:
+def _rows_left_of_heads(site: Site, m: LinearMap, kept: Tensor) -> TapChannels:
     """The rows of a projection that belong to the kept heads, found from each row's number: (row - start) // step."""
     heads = heads_of(site)
     row = torch.arange(m.d_out)
@@ -134,4 +134,4 @@ def _rows_left_of_heads(site: Site, m: LinearMap, kept: Tensor) -> Channels:
         within = (row - start) % step < length
         chosen |= within & torch.isin(head, kept) & (row >= start)
     before = chosen.nonzero().flatten()
-    return Channels(before, torch.arange(len(before)))
+    return TapChannels(before, torch.arange(len(before)))

@@ -120,8 +120,8 @@ def simulated(model: nn.Module, todo: Sequence[Step], run: Pass, taps: Sequence[
     except ForwardError as error:
         cause = error.__cause__ or error
         raise SurgeryError(
-            f"{_sites(todo)}: the model does not run on the example inputs with the plan simulated on its own layers: "
-            f"{sentence(cause)}. Weights of narrow types are proven in float32, which a forward must allow"
+            f"{_site_names(todo)}: the model does not run on the example inputs with the plan simulated on its own "
+            f"layers: {sentence(cause)}. Weights of narrow types are proven in float32, which a forward must allow"
         ) from cause
 
 
@@ -165,13 +165,13 @@ def after_surgery(model: nn.Module, todo: Sequence[Step], run: Pass, taps: Seque
     except ForwardError as error:
         cause = error.__cause__ or error
         raise SurgeryError(
-            f"{_sites(todo)}: the model after surgery does not run on the example inputs: {sentence(cause)}. Something "
-            "in its forward depends on the width or on an attribute of a changed layer. Apply the entries of the plan "
-            "one by one to see which, and exclude that site"
+            f"{_site_names(todo)}: the model after surgery does not run on the example inputs: {sentence(cause)}. "
+            "Something in its forward depends on the width or on an attribute of a changed layer. Apply the entries of "
+            "the plan one by one to see which, and exclude that site"
         ) from cause
 
 
-def _sites(todo: Sequence[Step]) -> str:
+def _site_names(todo: Sequence[Step]) -> str:
     if not todo:
         return "an empty plan"
     return listing(step.entry.site.name for step in todo)

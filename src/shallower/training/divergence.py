@@ -23,7 +23,7 @@ def kl_divergence(given: Tensor, wanted: Tensor, mask: Tensor | None = None, tem
     return counted(each, mask).mean()
 
 
-def relative_error(given: Tensor, wanted: Tensor, mask: Tensor | None = None) -> Tensor:
+def relative_divergence(given: Tensor, wanted: Tensor, mask: Tensor | None = None) -> Tensor:
     """sum (given - wanted)^2 / sum wanted^2 over the positions that the mask counts; 0 where both are equal."""
     a, b = counted(_wide(given), mask), counted(_wide(wanted), mask)
     error: Tensor = (a - b).square().sum() / b.square().sum().clamp_min(torch.finfo(torch.float32).tiny)

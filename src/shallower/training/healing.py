@@ -27,7 +27,7 @@ from shallower.errors import MethodError
 from shallower.modules.attachment import attached_places, detached_copy
 from shallower.sites import Sites
 from shallower.training.accelerating import placed
-from shallower.training.divergence import kl_divergence, relative_error
+from shallower.training.divergence import kl_divergence, relative_divergence
 from shallower.training.loop import Score, train
 from shallower.training.recipe import Checkpoint, History, Recipe
 
@@ -136,7 +136,7 @@ def heal(
                 given = call(student, inputs)
             if chosen.names:
                 pairs = zip(tensors(here.outputs), tensors(there.outputs), strict=True)
-                return torch.stack([relative_error(a, b, mask) for a, b in pairs]).mean()
+                return torch.stack([relative_divergence(a, b, mask) for a, b in pairs]).mean()
             return _distance(given, wanted, mask, chosen)
 
         options: dict[str, Any] = {"score": score, "floor": floor, "checkpoint": checkpoint, "cpu": cpu}
@@ -150,7 +150,7 @@ def _distance(given: Any, wanted: Any, mask: Tensor | None, matching: Matching) 
     a, b = matching.output_of(given), matching.output_of(wanted)
     if categorical:
         return kl_divergence(a, b, mask, matching.temperature)
-    return relative_error(a, b, mask)
+    return relative_divergence(a, b, mask)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

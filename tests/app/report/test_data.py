@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shallower.app.report.data import read_report, source_of
+from shallower.app.report.data import read_report, source_in
 from shallower.errors import ReportError
 from tests.app.report.test_page import DENSE, POINTS, RESULT, SITES, saved
 
@@ -87,12 +87,12 @@ def test_a_network_without_parameters_is_no_division_by_zero(tmp_path: Path) -> 
 
 
 def test_the_source_is_read_from_what_describes_the_directory(tmp_path: Path) -> None:
-    assert source_of(tmp_path, "timm:resnet18") == "timm:resnet18"
-    assert source_of(tmp_path, "my.nets:make") == ""
+    assert source_in(tmp_path, "timm:resnet18") == "timm:resnet18"
+    assert source_in(tmp_path, "my.nets:make") == ""
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
-    assert source_of(tmp_path, "") == "transformers:BertModel"
+    assert source_in(tmp_path, "") == "transformers:BertModel"
     (tmp_path / "shallower.json").write_text(json.dumps({"source": "torchvision:vgg16"}))
-    assert source_of(tmp_path, "") == "torchvision:vgg16"
+    assert source_in(tmp_path, "") == "torchvision:vgg16"
 
 
 def test_an_error_that_only_a_note_says_is_read(tmp_path: Path) -> None:

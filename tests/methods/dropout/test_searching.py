@@ -8,7 +8,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower.methods.dropout.searching import Search, equal_shares, interpolated
+from shallower.methods.dropout.searching import WidthSearch, equal_shares, interpolated
 
 TABLE = {"a": (2, 4, 6, 8), "b": (1, 2, 3, 4)}
 
@@ -18,14 +18,14 @@ def cost(widths: Mapping[str, int]) -> float:
 
 
 def test_every_site_is_tried_alone_below_its_full_width() -> None:
-    assert Search(TABLE, cost).alone(2) == [("a", 2), ("a", 6), ("b", 1), ("b", 3)]
-    assert Search(TABLE, cost).alone(0) == []
-    assert Search({"a": (2, 4)}, cost).alone(3) == []
-    assert Search({"a": (4,), "b": (1, 2)}, cost).alone(3) == [("b", 1)]
+    assert WidthSearch(TABLE, cost).alone(2) == [("a", 2), ("a", 6), ("b", 1), ("b", 3)]
+    assert WidthSearch(TABLE, cost).alone(0) == []
+    assert WidthSearch({"a": (2, 4)}, cost).alone(3) == []
+    assert WidthSearch({"a": (4,), "b": (1, 2)}, cost).alone(3) == [("b", 1)]
 
 
 def test_the_site_that_loses_nothing_is_narrowed_first() -> None:
-    search = Search(TABLE, cost)
+    search = WidthSearch(TABLE, cost)
 
     def scored(widths: Mapping[str, int]) -> float:
         return float(widths["a"])  # b is never missed

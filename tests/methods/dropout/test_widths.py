@@ -17,7 +17,7 @@ from shallower.methods.dropout.widths import (
     checked,
     drawn,
     full,
-    named,
+    named_widths,
     nearest,
     share_of,
     smallest,
@@ -81,5 +81,5 @@ def test_a_width_is_a_number_of_channels() -> None:
 def test_widths_are_named_for_people() -> None:
     assert summary((2, 4, 8)) == "3 widths from 2 to 8"
     assert summary(None) == "no such site"
-    assert named({"a": 1, "b": 2}) == "a: 1, b: 2"
-    assert "and 2 more" in named({str(i): i for i in range(6)})
+    assert named_widths({"a": 1, "b": 2}) == "a: 1, b: 2"
+    assert "and 2 more" in named_widths({str(i): i for i in range(6)})

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from shallower.errors import SiteError
 from shallower.finding.matching import find_sites
-from shallower.methods.squeezing.calibration import Calibration, divergence, reader_of
+from shallower.methods.squeezing.calibration import Calibration, mean_divergence, reader_of
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze
 from shallower.sites import Sites
@@ -77,5 +77,5 @@ def test_a_network_does_not_diverge_from_itself_and_masked_outputs_do_not_count(
         options = SqueezeOptions(mask_of=lambda batch: batch["mask"])
         return Calibration([{"x": changed if masked else x, "mask": mask}] * 3, options, lambda batch: batch["x"])
 
-    assert divergence(calibration(False), model, model) == 0
-    assert divergence(calibration(True), model, other) == pytest.approx(6, rel=1e-4)
+    assert mean_divergence(calibration(False), model, model) == 0
+    assert mean_divergence(calibration(True), model, other) == pytest.approx(6, rel=1e-4)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shallower.finding.matching import find_sites
-from shallower.methods.squeezing.costing import Counts, Times
+from shallower.methods.squeezing.costing import Times, WidthCosts
 from shallower.methods.squeezing.latencies import narrowed_copy
 from shallower.methods.squeezing.options import SqueezeOptions
 
@@ -36,7 +36,7 @@ def test_what_is_counted_is_what_the_narrower_model_has(make: type[nn.Sequential
     sites = find_sites(model, torch.zeros(2, 6, dtype=dtype))
     widths = {site.name: site.width // 2 for site in sites}
     small = narrowed_copy(model, list(sites), widths)
-    found = Counts(model, sites).after(widths)
+    found = WidthCosts(model, sites).after(widths)
     assert found.params == sum(p.numel() for p in small.parameters())
     assert found.size == held(small)
 

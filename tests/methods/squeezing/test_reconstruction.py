@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shallower.calibrating.site_grams import Rows
+from shallower.calibrating.site_grams import SiteRows
 from shallower.finding.matching import find_sites
 from shallower.methods.squeezing.reconstruction import Reconstruction, reconstruct
 from shallower.methods.squeezing.site_layers import SiteLayers
@@ -111,7 +111,7 @@ def fitted(name: str, keep: int = 5) -> tuple[nn.Module, Site, Tensor, Tensor, R
     bias = site.consumers[0].bias or site.channels_first
     with torch.no_grad():
         found = reconstruct(
-            layers, [Rows(x[:cut], y[:cut])], [Rows(x[cut:], y[cut:])], root, ridge=1e-6, intercept=bias
+            layers, [SiteRows(x[:cut], y[:cut])], [SiteRows(x[cut:], y[cut:])], root, ridge=1e-6, intercept=bias
         )
     return model, site, x, kept, found
 

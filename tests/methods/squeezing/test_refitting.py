@@ -10,12 +10,12 @@ from shallower.calibrating.site_grams import SiteGrams
 from shallower.errors import FitError
 from shallower.finding.matching import find_sites
 from shallower.methods.squeezing.refitting import (
-    collapsed,
+    collapsed_fit,
     enough_for_producers,
     error_curve,
     may_have_path,
     metric_of,
-    narrowed,
+    narrowed_fit,
     price_of_path,
 )
 from shallower.planning.plan import Plan
@@ -48,7 +48,7 @@ def error(model: nn.Sequential, small: nn.Module, x: Tensor) -> float:
 def test_channels_that_are_copies_go_without_loss() -> None:
     model, site = network()
     x, grams = seen(model)
-    entry = narrowed(site, grams, metric_of(site, {}, grams), 8)
+    entry = narrowed_fit(site, grams, metric_of(site, {}, grams), 8)
     assert set((entry.kept % 8).tolist()) == set(range(8))
     assert error(model, apply(model, Plan((entry,)), x), x) < 1e-3
 
@@ -56,7 +56,7 @@ def test_channels_that_are_copies_go_without_loss() -> None:
 def test_a_linear_site_collapses_without_loss() -> None:
     model, site = network(nn.LeakyReLU(0.999))
     x, grams = seen(model)
-    entry = collapsed(site, grams, metric_of(site, {}, grams))
+    entry = collapsed_fit(site, grams, metric_of(site, {}, grams))
     assert len(entry.kept) == 0
     assert error(model, apply(model, Plan((entry,)), x), x) < 1e-2
 
@@ -67,7 +67,7 @@ def test_a_collapse_needs_what_the_producer_reads() -> None:
     z = model[:2](x).detach()
     grams = SiteGrams.of(z, None, model[2](z).detach())
     with pytest.raises(FitError, match="full collapse"):
-        collapsed(site, grams, metric_of(site, {}, grams))
+        collapsed_fit(site, grams, metric_of(site, {}, grams))
     assert 0 not in error_curve(site, grams, metric_of(site, {}, grams))
 
 

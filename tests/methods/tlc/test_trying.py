@@ -8,7 +8,7 @@ from torch import nn
 from shallower.core.inputs import default_inputs_of
 from shallower.core.modes import evaluating
 from shallower.finding.matching import find_sites
-from shallower.methods.tlc.trying import Trial, relative_error
+from shallower.methods.tlc.trying import Trial, variance_error
 from shallower.planning.entries import Entry
 
 
@@ -47,5 +47,5 @@ def test_without_batches_nothing_is_fitted() -> None:
 def test_the_error_is_a_part_of_the_variance() -> None:
     reference = torch.randn(50, 3, dtype=torch.float64)
     mean = reference.mean(0, keepdim=True).expand_as(reference)
-    assert relative_error(reference, reference) == 0
-    assert abs(relative_error(mean, reference) - 1) < 1e-12
+    assert variance_error(reference, reference) == 0
+    assert abs(variance_error(mean, reference) - 1) < 1e-12

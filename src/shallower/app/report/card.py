@@ -12,8 +12,8 @@ from pathlib import Path
 
 from shallower.app import quality as qualities
 from shallower.app.options import HUB_NAME
-from shallower.app.report.data import Report, read_report, source_of
-from shallower.app.report.page import summary, title, usage
+from shallower.app.report.data import Report, read_report, source_in
+from shallower.app.report.page import headline, title, usage
 from shallower.app.results import RESULT
 from shallower.core.files import write_text
 from shallower.core.text import amount
@@ -38,7 +38,7 @@ def write_card(directory: str | Path, *, at: str | Path | None = None) -> Path:
     if (directory / RESULT).is_file():
         text = card(read_report(directory, at=at))
     else:
-        text = plain_card(name, source_of(directory, ""))
+        text = plain_card(name, source_in(directory, ""))
     path = directory / NAME
     write_text(path, text, error=ReportError)
     return path
@@ -70,7 +70,7 @@ def card(report: Report) -> str:
     return f"""{_front_matter(report)}
 # {title(report)}
 
-`{made_from}` made smaller by {report.method}{target}. {summary(report)}
+`{made_from}` made smaller by {report.method}{target}. {headline(report)}
 {notes}
 | | before | after |
 |---|---:|---:|

@@ -126,14 +126,14 @@ def read_report(directory: str | Path, *, at: str | Path | None = None) -> Repor
         record,
         curve,
         tuple(_measured(record)),
-        source_of(directory, record.model),
+        source_in(directory, record.model),
         stock,
         not_stock,
         command,
     )
 
 
-def source_of(directory: Path, model: str) -> str:
+def source_in(directory: Path, model: str) -> str:
     """How the architecture of a saved directory is built again, as far as it says; "" where only the user can.
 
     Raises:

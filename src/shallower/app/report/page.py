@@ -29,7 +29,7 @@ _NOUNS = (("params", "parameters"), ("macs", "MACs"), ("memory", ""), ("latency"
 _FASTER = 1.005
 """Below this speed-up a model is no faster."""
 
-_LEAST = 1e-12
+_LEAST_DIFFERENCE = 1e-12
 """In the place of a cost of nothing, to divide by."""
 
 
@@ -80,11 +80,11 @@ def render(report: Report) -> str:
         data |= _plots(report, points)
     units = [(unit, name) for unit, name in _UNITS.items() if all(point[unit] is not None for point in points)]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_file("page.html")).render(
+    return environment.from_string(_asset("page.html")).render(
         report=report,
         record=report.record,
         title=title(report),
-        summary=summary(report),
+        headline=headline(report),
         cards=_cards(report),
         units=units,
         points=[_point_row(report, point, units) for point in points],
@@ -96,8 +96,8 @@ def render(report: Report) -> str:
         sites_text=f"the fates of the channels of {len(rows)} sites; all numbers are in the table below",
         usage=usage(report),
         library=library and Markup(library),
-        style=Markup(_file("page.css")),
-        script=Markup(_file("page.js")),
+        style=Markup(_asset("page.css")),
+        script=Markup(_asset("page.js")),
         data=Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c")),
     )
 
@@ -113,7 +113,7 @@ def _plots(report: Report, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _point_row(report: Report, point: dict[str, Any], units: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    costs = {unit: _cost(unit, point[unit]) for unit, _ in units}
+    costs = {unit: _cost_text(unit, point[unit]) for unit, _ in units}
     return {"index": point["index"], "label": point["label"], "score": report.shown(point["score"]), "costs": costs}
 
 
@@ -127,13 +127,13 @@ def _site_row(site: SiteRow) -> dict[str, Any]:
 
 def title(report: Report) -> str:
     """What the result is called: "resnet18, by LayerCollapse"."""
-    name = _short(report.record.model)
+    name = _short_name(report.record.model)
     if not report.method:
         return f"{name}, smaller"
     return f"{name}, by {report.method}"
 
 
-def summary(report: Report) -> str:
+def headline(report: Report) -> str:
     """The result in a sentence."""
     before, after = report.before, report.after
     parts = [
@@ -168,7 +168,7 @@ def usage(report: Report) -> list[Snippet]:
     return snippets
 
 
-def _cost(unit: str, value: float | None) -> str:
+def _cost_text(unit: str, value: float | None) -> str:
     if value is None:
         return ""
     if unit == "latency":
@@ -194,12 +194,12 @@ def _cards(report: Report) -> list[dict[str, Any]]:
         old, new = getattr(before, unit), getattr(after, unit)
         if old is None or new is None:
             continue
-        share = new / max(old, _LEAST)
+        share = new / max(old, _LEAST_DIFFERENCE)
         change = f"({share - 1:+.0%})"
         if unit == "latency" and report.speedup is not None:
             share, change = 1 / report.speedup, f"({report.speedup:.2f}x as fast)"
         width = round(100 * min(1.0, share), 1)
-        costs = {"after": _cost(unit, new), "before": _cost(unit, old)}
+        costs = {"after": _cost_text(unit, new), "before": _cost_text(unit, old)}
         cards.append({"name": name, "change": change, "share": width, **costs})
     return cards
 
@@ -210,34 +210,36 @@ def _points(report: Report) -> list[dict[str, Any]]:
         return []
     before, after = report.before, report.after
     kinds = [(before, "before"), (after, "chosen")]
-    if _same(before, after):  # trained at all widths, and saved at the full one
+    if _same_model(before, after):  # trained at all widths, and saved at the full one
         kinds = kinds[1:]
     for point in report.curve:
-        if not (_same(point, before) or _same(point, after) or point.chosen):
+        if not (_same_model(point, before) or _same_model(point, after) or point.chosen):
             kinds.append((point, ""))
     kinds.sort(key=lambda pair: (pair[0].params, pair[0].macs))
-    points = [_point(report, index, point, kind) for index, (point, kind) in enumerate(kinds)]
+    points = [_plot_point(report, index, point, kind) for index, (point, kind) in enumerate(kinds)]
     for found in points:
         found["front"] = {unit: _on_front(found, points, unit) for unit in _UNITS}
     return points
 
 
-def _same(a: Measured, b: Measured) -> bool:
+def _same_model(a: Measured, b: Measured) -> bool:
     return (a.params, a.macs) == (b.params, b.macs)
 
 
-def _point(report: Report, index: int, point: Measured, kind: str) -> dict[str, Any]:
+def _plot_point(report: Report, index: int, point: Measured, kind: str) -> dict[str, Any]:
     """A point of the plot: its numbers, and what is said where it is shown."""
     twin = point
     if kind:
         # One of the two of the report: the curve has its name and the score that it was chosen by.
-        twin = next((other for other in report.curve if _same(other, point)), point)
+        twin = next((other for other in report.curve if _same_model(other, point)), point)
     name = twin.label or point.label
     if kind == "before":
         name = "the model as it was"
     elif kind == "chosen" and name != "saved":
         name = f"{name} (saved)"
-    costs = [f"{_cost(unit, getattr(point, unit))} {noun}".strip() for unit, noun in _NOUNS if getattr(point, unit)]
+    costs = [
+        f"{_cost_text(unit, getattr(point, unit))} {noun}".strip() for unit, noun in _NOUNS if getattr(point, unit)
+    ]
     words = f"{report.quality} {report.shown(point.score)}, {', '.join(costs)}"
     return {
         "index": index,
@@ -292,10 +294,10 @@ def amount_of(count: int, noun: str) -> str:
     return f"{count} {noun}s"
 
 
-def _short(model: str) -> str:
+def _short_name(model: str) -> str:
     """A model's name without folders and options."""
     return model.partition("?")[0].rstrip("/").rpartition("/")[-1]
 
 
-def _file(name: str) -> str:
+def _asset(name: str) -> str:
     return files("shallower.app.report").joinpath(name).read_text(encoding="utf-8")

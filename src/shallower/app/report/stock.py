@@ -34,14 +34,14 @@ def stock_class(directory: Path) -> tuple[str, str]:
     from shallower.modules.edits import replay
     from shallower.saving.reading import read_description
     from shallower.saving.skeletons import build_skeleton
-    from shallower.saving.slots import check_fits
+    from shallower.saving.slots import check_tensors_fit
 
     try:
         description = read_description(directory)
         if not description.source.startswith("transformers:"):
             return "", ""
         stock = build_skeleton(description.source, config)
-        check_fits(stock, description)
+        check_tensors_fit(stock, description)
         ours = replay(build_skeleton(description.source, config), description.edits)
     except ShallowerError as error:
         return "", str(error)
@@ -57,10 +57,10 @@ def _difference(stock: nn.Module, ours: nn.Module) -> str:
     for name, module in ours.named_modules():
         if name not in known or type(known[name]) is not type(module):
             return f"{name} is a {type(module).__name__} after surgery"
-        if _numbers(known[name]) != _numbers(module):
+        if _tensor_shapes(known[name]) != _tensor_shapes(module):
             return f"{name} has other numbers after surgery than its class gives it"
     return ""
 
 
-def _numbers(module: nn.Module) -> Mapping[str, Any]:
+def _tensor_shapes(module: nn.Module) -> Mapping[str, Any]:
     return {name: value for name, value in vars(module).items() if type(value) is int}

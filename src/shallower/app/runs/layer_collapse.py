@@ -18,7 +18,7 @@ from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.methods.collapsing.stages import StageResult, Stages
 from shallower.planning.costs import Cost, cost_after
 from shallower.planning.entries import Entry
-from shallower.planning.paying import Unit, paying
+from shallower.planning.paying import PaidUnit, paying
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target, shortest_prefix
 from shallower.sites import Site, Sites
@@ -27,7 +27,7 @@ from shallower.surgery.applying import apply
 SENSITIVITY_ROWS = 256
 """Rows of the training data on which the sensitivity of the sites is measured."""
 
-_COUNTED: Mapping[str, Unit] = {"params": "params", "size": "params", "macs": "macs", "latency": "macs"}
+_COUNTED: Mapping[str, PaidUnit] = {"params": "params", "size": "params", "macs": "macs", "latency": "macs"}
 """What has to become less for a target; either of the two for any other."""
 
 

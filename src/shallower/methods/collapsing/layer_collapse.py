@@ -41,7 +41,7 @@ from shallower.training.recipe import Checkpoint, Recipe
 from shallower.training.rounds import Rounds, Training
 
 Granularity = Literal["site", "channel"]
-Affine = Literal["best", "calibration", "gaussian", "unit"]
+AffineRule = Literal["best", "calibration", "gaussian", "unit"]
 
 _PROBE = 8
 """Batches on which the sensitivity is measured."""
@@ -267,7 +267,7 @@ class LayerCollapse(Method):
     def plan(
         self,
         tolerance: float = 0.05,
-        affine: Affine = "best",
+        affine: AffineRule = "best",
         *,
         batches: Iterable[Any] | None = None,
         inputs_of: InputsOf = default_inputs_of,

@@ -20,7 +20,7 @@ from shallower.core.modes import evaluating
 from shallower.core.trees import to_device
 from shallower.core.watching import read, watching
 from shallower.errors import FitError
-from shallower.methods.dropout.prefix import Block, prefix, produced
+from shallower.methods.dropout.prefix import RowBlock, prefix, produced
 from shallower.modules.layers import weight_of
 from shallower.sites import Site, Sites
 
@@ -81,7 +81,7 @@ def by_elimination(
         if not bool(gram.isfinite().all()):
             raise FitError(f"{site.name}: the channels are not finite on these batches")
         if gram.dim() == 2:
-            columns = torch.cat([_columns(model, m.name) for m in site.consumers]).to(gram)
+            columns = torch.cat([_wide_weight(model, m.name) for m in site.consumers]).to(gram)
             gone = eliminate(gram, gram @ columns.t(), ridge=_RIDGE, keep=1).order
             left = torch.ones(site.width, dtype=torch.bool)
             left[gone.cpu()] = False
@@ -110,7 +110,7 @@ def permute(model: nn.Module, site: Site, order: Tensor) -> None:
     for m, blocks in produced(site):
         module = model.get_submodule(m.name)
         for start, step in blocks:
-            rows = start + _expanded(order, step)
+            rows = start + _block_rows(order, step)
             for tensor in (weight_of(module), cast("Tensor | None", module.bias)):
                 if tensor is not None:
                     tensor.detach()[start : start + site.width * step] = tensor.detach()[rows.to(tensor.device)]
@@ -131,23 +131,23 @@ def _reorder(module: nn.Module, width: int, order: Tensor) -> None:
             tensor.detach().copy_(tensor.detach()[order.to(tensor.device)].clone())
 
 
-def _expanded(order: Tensor, each: int) -> Tensor:
+def _block_rows(order: Tensor, each: int) -> Tensor:
     """Indices of the rows, `each` for a channel."""
     return (order.cpu()[:, None] * each + torch.arange(each)).flatten()
 
 
-def _norms_of_rows(weight: Tensor, block: Block, width: int) -> Tensor:
+def _norms_of_rows(weight: Tensor, block: RowBlock, width: int) -> Tensor:
     rows = prefix(weight, [block], width).reshape(width, -1)
     return rows.square().sum(1).sqrt()
 
 
-def _columns(model: nn.Module, name: str) -> Tensor:
+def _wide_weight(model: nn.Module, name: str) -> Tensor:
     return weight_of(model.get_submodule(name)).double()
 
 
 def _column_squares(model: nn.Module, site: Site) -> Tensor:
     """For each column of the consumers, the sum of its squares, (n * block,)."""
-    squares = [_columns(model, m.name).square().transpose(0, 1).flatten(1).sum(1).cpu() for m in site.consumers]
+    squares = [_wide_weight(model, m.name).square().transpose(0, 1).flatten(1).sum(1).cpu() for m in site.consumers]
     return torch.stack(squares).sum(0)
 
 

@@ -29,7 +29,7 @@ from shallower.planning.entries import Entry
 from shallower.planning.fits import Fit
 from shallower.sites import Heads, LinearMap, Place, Site, Sites
 
-Block = tuple[int, int]
+RowBlock = tuple[int, int]
 """(start, step): k channels are the rows start, ..., start + k step - 1 of a map."""
 
 
@@ -96,10 +96,10 @@ def _attach(model: nn.Module, site: Site, width: Width, rescale: float, places: 
     for depthwise in site.bridge.depthwise:
         put(Place(depthwise.name), lambda layer: _view(layer, _PrefixDepthwise))
     for name in site.bridge.norms:
-        put(Place(name), partial(_norm, name=name))
+        put(Place(name), partial(_prefix_norm, name=name))
     for place in site.bridge.activations:
         if _stands_in_the_way(model, place, site):
-            put(place, lambda f: _activation(f, site))
+            put(place, lambda f: _narrower_activation(f, site))
     for m in site.consumers:
         map_at(m.name).rescale = rescale
 
@@ -148,22 +148,22 @@ def _adds_behind(site: Site) -> bool:
     return "norm" in behind or "depthwise" in behind
 
 
-def produced(site: Site) -> list[tuple[LinearMap, tuple[Block, ...]]]:
+def produced(site: Site) -> list[tuple[LinearMap, tuple[RowBlock, ...]]]:
     """The maps that give a site's channels, each with the rows that belong to them."""
     if site.heads is not None:
         return [(m, _head_blocks(site.heads, m)) for m in site.heads.maps]
-    maps: list[tuple[LinearMap, tuple[Block, ...]]] = []
+    maps: list[tuple[LinearMap, tuple[RowBlock, ...]]] = []
     if site.gate is not None:
         maps.append((site.gate, ((0, 1),)))
     if site.producer is not None:
-        blocks: tuple[Block, ...] = ((0, 1),)
+        blocks: tuple[RowBlock, ...] = ((0, 1),)
         if site.bridge.packed:
             blocks = ((0, 1), (site.width, 1))
         maps.append((site.producer, blocks))
     return maps
 
 
-def _head_blocks(heads: Heads, m: LinearMap) -> tuple[Block, ...]:
+def _head_blocks(heads: Heads, m: LinearMap) -> tuple[RowBlock, ...]:
     rows = [
         own
         for projection, own in (
@@ -182,7 +182,7 @@ def _head_blocks(heads: Heads, m: LinearMap) -> tuple[Block, ...]:
 @dataclass
 class _Rows:
     width: Width
-    blocks: tuple[Block, ...]
+    blocks: tuple[RowBlock, ...]
 
 
 class PrefixMap(nn.Module):
@@ -213,7 +213,7 @@ class PrefixMap(nn.Module):
             if self.rescale:
                 weight = weight * (full / channels) ** self.rescale
         if is_convolution:
-            return F.conv2d(x, weight, bias, **_geometry(self), groups=cast("int", self.groups))
+            return F.conv2d(x, weight, bias, **_conv_geometry(self), groups=cast("int", self.groups))
         return F.linear(x, weight, bias)
 
     def _rows(self) -> tuple[Tensor, Tensor | None]:
@@ -235,15 +235,15 @@ class _PrefixDepthwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
-        weight, bias = _first(self.weight, channels), _first(self.bias, channels)
-        return F.conv2d(x, cast("Tensor", weight), bias, **_geometry(self), groups=channels)
+        weight, bias = _first_channels(self.weight, channels), _first_channels(self.bias, channels)
+        return F.conv2d(x, cast("Tensor", weight), bias, **_conv_geometry(self), groups=channels)
 
 
-def _geometry(module: nn.Module) -> dict[str, Any]:
+def _conv_geometry(module: nn.Module) -> dict[str, Any]:
     return {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
 
 
-def prefix(tensor: Tensor, blocks: Sequence[Block], k: int) -> Tensor:
+def prefix(tensor: Tensor, blocks: Sequence[RowBlock], k: int) -> Tensor:
     """The rows of the first k channels: a view where they are one block."""
     parts = [tensor[start : start + k * step] for start, step in blocks]
     if len(parts) == 1:
@@ -256,7 +256,7 @@ class _PrefixNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = x.shape[1]
-        mean, var = _first(self.running_mean, channels), _first(self.running_var, channels)
+        mean, var = _first_channels(self.running_mean, channels), _first_channels(self.running_var, channels)
         by_batch = self.training or (mean is None and var is None)
         momentum = cast("float | None", self.momentum)
         if self.training and not self.track_running_stats:
@@ -266,7 +266,7 @@ class _PrefixNorm(nn.Module):
             count.add_(1)
             if momentum is None:  # a cumulative mean
                 momentum = 1.0 / float(count)
-        weight, bias = _first(self.weight, channels), _first(self.bias, channels)
+        weight, bias = _first_channels(self.weight, channels), _first_channels(self.bias, channels)
         return F.batch_norm(x, mean, var, weight, bias, by_batch, momentum or 0.0, cast("float", self.eps))
 
 
@@ -288,13 +288,13 @@ class _PrefixVectors(nn.Module):
         return cast("Tensor", functional_call(original, own, (x,)))
 
 
-def _first(vector: Any, channels: int) -> Tensor | None:
+def _first_channels(vector: Any, channels: int) -> Tensor | None:
     if vector is None:
         return None
     return cast("Tensor", vector)[:channels]
 
 
-def _norm(norm: nn.Module, name: str) -> nn.Module:
+def _prefix_norm(norm: nn.Module, name: str) -> nn.Module:
     if isinstance(norm, nn.SyncBatchNorm) or not isinstance(norm, _BatchNorm):
         raise MethodError(
             f"`{name}` is a {type(norm).__name__}, of which the first channels alone are not computed here; train with "
@@ -318,7 +318,7 @@ def _stands_in_the_way(model: nn.Module, place: Place, site: Site) -> bool:
     return any(p.numel() == site.width > 1 for p in model.get_submodule(place.module).parameters())
 
 
-def _activation(f: nn.Module, site: Site) -> nn.Module:
+def _narrower_activation(f: nn.Module, site: Site) -> nn.Module:
     if not any(p.numel() == site.width > 1 for p in f.parameters()):
         return f
     if not isinstance(f, nn.PReLU) and not hasattr(f, "slope"):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from shallower.methods.dropout.widths import Table, full, smallest
 from shallower.planning.allocation import Choice, allocate
 
-Widths = dict[str, int]
+WidthChoice = dict[str, int]
 
 
 @dataclass(frozen=True)
-class Search:
+class WidthSearch:
     """A search along a table of widths for choices that cost little and lose little.
 
         search = Search(table, cost=lambda widths: params_at(widths))
@@ -57,7 +57,7 @@ class Search:
             known[name][k] = best - scored(at_full | {name: k})
         return known
 
-    def between(self, known: Mapping[str, Mapping[int, float]], points: int) -> Iterator[Widths]:
+    def between(self, known: Mapping[str, Mapping[int, float]], points: int) -> Iterator[WidthChoice]:
         """Choices between the smallest and the full cost, each that of least summed loss for its cost.
 
         Losses are taken to add up over the sites, and to lie on straight lines between the widths that were tried.
@@ -84,7 +84,7 @@ class Search:
         return met
 
 
-def equal_shares(table: Table, points: int) -> Iterator[tuple[str, Widths]]:
+def equal_shares(table: Table, points: int) -> Iterator[tuple[str, WidthChoice]]:
     """Choices with about the same share of channels at every site, from all down to the smallest, each with a label."""
     whole = sum(full(table).values())
     for i in range(points):

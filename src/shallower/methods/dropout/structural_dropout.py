@@ -31,14 +31,14 @@ from shallower.methods.dropout.norms import frozen_statistics, restored_statisti
 from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.ordering import by_elimination, by_magnitude, permute
 from shallower.methods.dropout.prefix import Width, attach_prefix, check_free, entry_at
-from shallower.methods.dropout.searching import Search, equal_shares
+from shallower.methods.dropout.searching import WidthSearch, equal_shares
 from shallower.methods.dropout.teaching import divergence
 from shallower.methods.dropout.widths import (
     at_most,
     checked,
     drawn,
     full,
-    named,
+    named_widths,
     nearest,
     share_of,
     smallest,
@@ -374,9 +374,10 @@ class StructuralDropout(Method):
             if target.met(before, self.cost(widths)):
                 return widths
         start = target.amount_of(before)
+        narrowest = named_widths(smallest(self.table))
         raise TargetError(
             f"the target {target} asks for {target.limit(before) / start:.1%} of the model's {target.unit}; with the "
-            f"smallest widths ({named(smallest(self.table))}) {target.amount_of(least) / start:.1%} would remain. Ask "
+            f"smallest widths ({narrowest}) {target.amount_of(least) / start:.1%} would remain. Ask "
             "for less, or train with a smaller lower_bound or at more sites"
         )
 
@@ -432,7 +433,7 @@ class StructuralDropout(Method):
                 "recalibrate=batches to measure them at every width",
                 stacklevel=2,
             )
-        searching = Search(self.table, lambda widths: float(getattr(self.cost(widths), unit)))
+        searching = WidthSearch(self.table, lambda widths: float(getattr(self.cost(widths), unit)))
         tries = searching.alone(search)
         rounds = points + len(tries)
         if tries:

@@ -30,8 +30,8 @@ def table_of(sites: Sites, lower_bound: int | str, step: int | str) -> dict[str,
     """
     table = {}
     for site in sites:
-        low = _channels(site, "lower_bound", lower_bound)
-        stride = _channels(site, "step", step)
+        low = _channel_number(site, "lower_bound", lower_bound)
+        stride = _channel_number(site, "step", step)
         table[site.name] = (*range(low, site.width, stride), site.width)
     return table
 
@@ -114,12 +114,12 @@ def summary(widths: Sequence[int] | None) -> str:
     return f"{len(widths)} widths from {widths[0]} to {widths[-1]}"
 
 
-def named(widths: Mapping[str, int]) -> str:
+def named_widths(widths: Mapping[str, int]) -> str:
     """The first few widths by site, for people."""
     return listing([f"{name}: {k}" for name, k in widths.items()], 4)
 
 
-def _channels(site: Site, name: str, value: int | str) -> int:
+def _channel_number(site: Site, name: str, value: int | str) -> int:
     """A number of channels that was given as such or as a share."""
     if isinstance(value, str):
         return max(1, math.ceil(share_of(value) * site.width - 1e-9))

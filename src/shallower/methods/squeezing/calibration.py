@@ -113,7 +113,7 @@ class Calibration:
         )
 
 
-def divergence(calibration: Calibration, dense: nn.Module, small: nn.Module) -> float:
+def mean_divergence(calibration: Calibration, dense: nn.Module, small: nn.Module) -> float:
     """The mean divergence of two networks' outputs, on some of the batches of all processes.
 
     Of logits the Kullback-Leibler divergence of the distributions, else the squared difference.

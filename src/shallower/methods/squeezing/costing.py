@@ -24,14 +24,14 @@ from shallower.planning.forms import Step, form_of
 from shallower.planning.plan import Plan
 from shallower.sites import Site, Sites
 
-Widths = Mapping[str, int]
+SiteWidths = Mapping[str, int]
 """Site name -> channels that stay; 0 for one linear map in the place of the site."""
 
-_ROUNDS = 15
+_TIMING_ROUNDS = 15
 """The whole model is timed in so many rounds; on a busy machine in more, until the ratio is precise or time is up."""
 
 _PRECISION = 0.01
-_SECONDS = 3.0
+_TIMING_SECONDS = 3.0
 _ROUND_SECONDS = 2e-3
 """A round takes at least this long for each model, see `compare`."""
 
@@ -39,7 +39,7 @@ _TRUST = (0.5, 2.0)
 """Bounds of the part of the sites' savings that the whole model is taken to save."""
 
 
-class Counts:
+class WidthCosts:
     """Parameters, MACs and bytes of the model, by the widths of its sites.
 
     Attributes:
@@ -57,7 +57,7 @@ class Counts:
         """Of the model as it is."""
         return Cost(count_params(self.dense), self.sites.macs, size_of(self.dense))
 
-    def after(self, widths: Widths) -> Cost:
+    def after(self, widths: SiteWidths) -> Cost:
         """Of the model with its sites at these widths."""
         if self._overlapping:
             changed = [site for site in self.sites if widths[site.name] != site.width]
@@ -114,7 +114,7 @@ class Times:
     @cached_property
     def before(self) -> float:
         """Of the model as it is."""
-        return compare({"dense": self.dense}, self.inputs, rounds=_ROUNDS)["dense"].latency
+        return compare({"dense": self.dense}, self.inputs, rounds=_TIMING_ROUNDS)["dense"].latency
 
     @cached_property
     def latencies(self) -> dict[str, Latency]:
@@ -122,7 +122,7 @@ class Times:
         merged = [site.name for site in self.sites if self.options.collapse and may_collapse(site)]
         return site_latencies(self.dense, self.sites, self.inputs, round_to=self.options.round_to, collapse=merged)
 
-    def predicted(self, widths: Widths) -> float:
+    def predicted(self, widths: SiteWidths) -> float:
         """Of the model with its sites at these widths, if it saves what they save one by one."""
         saved = 0.0
         for site in self.sites:
@@ -130,24 +130,24 @@ class Times:
             saved += latency.part - latency.at(widths[site.name])
         return self.before * (1 - saved)
 
-    def expected(self, widths: Widths) -> float:
+    def expected(self, widths: SiteWidths) -> float:
         """The same, corrected by what was measured so far."""
         return self.before - self.trust * (self.before - self.predicted(widths))
 
-    def measured(self, widths: Widths) -> float:
+    def measured(self, widths: SiteWidths) -> float:
         """Of the model with its sites at these widths, timed in turns with the dense model."""
         small = narrowed_copy(self.dense, self.sites, widths, paths=self.options.linear_path)
         models = {"dense": self.dense, "small": small}
-        found = compare(models, self.inputs, rounds=_ROUNDS)["small"]
+        found = compare(models, self.inputs, rounds=_TIMING_ROUNDS)["small"]
         # the spread of a median falls with the root of the number of rounds
         wanted = round((found.ratio_spread / found.ratio / _PRECISION) ** 2)
-        affordable = round(_SECONDS / (2 * max(self.before, _ROUND_SECONDS)))
+        affordable = round(_TIMING_SECONDS / (2 * max(self.before, _ROUND_SECONDS)))
         rounds = min(wanted, affordable)
-        if rounds > _ROUNDS:
+        if rounds > _TIMING_ROUNDS:
             found = compare(models, self.inputs, rounds=rounds)["small"]
         return found.ratio * self.before
 
-    def learn(self, widths: Widths, seconds: float) -> None:
+    def learn(self, widths: SiteWidths, seconds: float) -> None:
         """Correct what is expected by a measurement at these widths."""
         ratio = (self.before - seconds) / (self.before - self.predicted(widths))
         # a little less than was saved, so that the next widths are rather too small than too large

@@ -44,7 +44,7 @@ def error_curves(
     curves: dict[str, dict[int, float]] = {}
     waiting = list(sites)
     while waiting:
-        group = waiting[:1] if _goes_on(walk) else _fitting(waiting)
+        group = waiting[:1] if _goes_on(walk) else _fitting_in_memory(waiting)
         waiting = waiting[len(group) :]
         inputs = options.collapse or any(paths[site.name] for site in group)
         found = calibration.grams(dense, None, group, inputs=inputs, walk=walk)
@@ -71,7 +71,7 @@ def _goes_on(walk: Walk) -> bool:
     return walk.on
 
 
-def _fitting(sites: Sequence[Site]) -> Sequence[Site]:
+def _fitting_in_memory(sites: Sequence[Site]) -> Sequence[Site]:
     """The first of the sites: as many as their Gram matrices fit into memory together."""
     room = _MEMORY
     for i, site in enumerate(sites):

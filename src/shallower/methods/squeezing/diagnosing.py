@@ -73,7 +73,7 @@ def explained(
         stack.enter_context(evaluating(model))
         for site in sites:
             for m in site.consumers:
-                hook = _finite(site.name, found)
+                hook = _finite_hook(site.name, found)
                 handle = model.get_submodule(m.name).register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
         for number, batch in enumerate(calibration.batches, 1):
@@ -93,7 +93,7 @@ def explained(
     return None
 
 
-def _finite(name: str, found: list[str]) -> Any:
+def _finite_hook(name: str, found: list[str]) -> Any:
     """A hook that notes the first site at which something is not finite."""
 
     def hook(_: nn.Module, args: Any, kwargs: Any) -> None:

@@ -109,7 +109,7 @@ def site_latencies(
     key = _key(model, shapes.values(), inputs, round_to)
     known = _read(path)
     if len(known.get(key, ())) != len(sites):
-        known[key] = _by_shape(_measured(model, sites, inputs, round_to, merged), shapes)
+        known[key] = _by_shape(_measured_sites(model, sites, inputs, round_to, merged), shapes)
         _write(path, known)
     found = zip(sites, known[key], strict=True)
     return {site.name: Latency(site.width, part, shares) for site, (part, shares) in found}
@@ -127,7 +127,9 @@ def cache_file() -> Path:
     return (Path(folder) if folder else platformdirs.user_cache_path("shallower")) / "latencies.json"
 
 
-def _measured(model: nn.Module, sites: Sequence[Site], inputs: Inputs, round_to: int, merged: set[str]) -> list[_Timed]:
+def _measured_sites(
+    model: nn.Module, sites: Sequence[Site], inputs: Inputs, round_to: int, merged: set[str]
+) -> list[_Timed]:
     """For each site: its part of the model's time, and for each width the part of its own."""
     ladders = {site.name: candidates(site.width, round_to) for site in sites}
     levels = [*range(max(map(len, ladders.values()), default=0)), *([-1] if merged else [])]
@@ -283,13 +285,13 @@ def _read(path: Path) -> dict[str, list[_Timed]]:
         data = read_json(path, error=MethodError)
         known: dict[str, list[_Timed]] = {}
         for key, found in data.items():
-            known[str(key)] = list(map(_checked, found))
+            known[str(key)] = list(map(_checked_latencies, found))
     except (MethodError, ValueError, TypeError, KeyError, AttributeError):
         return {}
     return known
 
 
-def _checked(timed: Any) -> _Timed:
+def _checked_latencies(timed: Any) -> _Timed:
     """One site's latencies as they stand in the file.
 
     Raises:

@@ -35,7 +35,7 @@ _DENSE = 16
 """From this part of all channels on, the gains of a path are computed at every half octave of their number; below, at
 every octave, since the first channels may take away nearly all of the error."""
 
-_TINY = 1e-12
+_LEAST_VARIANCE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,14 @@ def eliminate_beyond(moments: Centred, channels: int, root: Tensor, *, ridge: fl
     Raises:
         FitError: the moments are not finite or not positive definite.
     """
-    zz, cross, xx = _blocks(moments, channels, torch.arange(channels, device=root.device), ridge)
+    zz, cross, xx = _moment_blocks(moments, channels, torch.arange(channels, device=root.device), ridge)
     told = torch.cat([cross.T, moments.zy[channels:] @ root], 1)
     left = torch.linalg.solve_triangular(factor(xx), told, upper=False)
     known = left[:, :channels].T @ left
     # the ridge is in already; a little more keeps what rounding leaves positive
-    return eliminate(zz - known[:, :channels], moments.zy[:channels] @ root - known[:, channels:], ridge=_TINY, keep=0)
+    return eliminate(
+        zz - known[:, :channels], moments.zy[:channels] @ root - known[:, channels:], ridge=_LEAST_VARIANCE, keep=0
+    )
 
 
 def path_gains(
@@ -130,7 +132,7 @@ def path_gains(
         raise FitError(f"the elimination removed {len(elimination.order)} of {n} channels: all are needed here")
     order = elimination.order.flip(0)
     d_in = len(moments.zz) - n
-    zz, cross, xx = _blocks(moments, n, order, ridge)
+    zz, cross, xx = _moment_blocks(moments, n, order, ridge)
     xy, zy = moments.zy[n:] @ root, moments.zy[:n][order] @ root
     left = torch.linalg.solve_triangular(factor(zz), torch.cat([cross, zy], 1), upper=False)
     widths = _widths(n)
@@ -169,7 +171,7 @@ def path(moments: Centred, channels: int, kept: Tensor, rank: int, root: Tensor,
     Raises:
         FitError: the rank is out of range, or the moments are not positive definite.
     """
-    zz, cross, xx = _blocks(moments, channels, kept, ridge)
+    zz, cross, xx = _moment_blocks(moments, channels, kept, ridge)
     xy, zy = moments.zy[channels:] @ root, moments.zy[:channels][kept] @ root
     if not 1 <= rank <= min(xy.shape):
         raise FitError(f"no linear path from {len(xy)} inputs to {xy.shape[1]} outputs has the rank {rank}")
@@ -197,7 +199,7 @@ def _widths(n: int) -> Tensor:
     return torch.tensor(sorted(found))
 
 
-def _blocks(moments: Centred, channels: int, kept: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+def _moment_blocks(moments: Centred, channels: int, kept: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """Second moments of the kept columns of z, of these with x, and of x; the first and the last with their ridge."""
     zz, xx = moments.zz[:channels, :channels], moments.zz[channels:, channels:]
     return ridged(zz, ridge)[kept][:, kept], moments.zz[kept][:, channels:], ridged(xx, ridge)

@@ -177,7 +177,7 @@ def identity_of(model: nn.Module, sites: Iterable[Site], data: str, options: Squ
     chosen = {field.name: _told_apart(getattr(options, field.name)) for field in fields(options)}
     return {
         "version": f"{__version__}, torch {torch.__version__}",
-        "modules": _hashed(*map(_described, model.named_modules())),
+        "modules": _hashed(*map(_module_text, model.named_modules())),
         "weights": _hash_of_weights(model),
         "sites": _hashed(*(site.to_json() for site in sites)),
         "data": _hashed(*gathered(data)),
@@ -207,7 +207,7 @@ def _hash_of_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _described(named: tuple[str, nn.Module]) -> str:
+def _module_text(named: tuple[str, nn.Module]) -> str:
     name, module = named
     return f"{name} {type(module).__module__}.{type(module).__qualname__}({module.extra_repr()})"
 

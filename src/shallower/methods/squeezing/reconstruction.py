@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from shallower.calibrating.grams import Centred, Gram
 from shallower.calibrating.patches import flat, patches, thinned
-from shallower.calibrating.site_grams import Rows
+from shallower.calibrating.site_grams import SiteRows
 from shallower.core.processes import summed, summed_over_processes
 from shallower.errors import FitError
 from shallower.methods.squeezing.site_layers import Deltas, SiteLayers, linear, vector
@@ -51,7 +51,7 @@ _INPUT_RIDGE = 1e-3
 _WORTHWHILE = 0.98
 """A step that leaves more of the held-out error than this is the last."""
 
-_TINY = 1e-12
+_LEAST_NORM = 1e-12
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Reconstruction:
 
 def reconstruct(
     layers: SiteLayers,
-    rows: Sequence[Rows],
-    held: Sequence[Rows],
+    rows: Sequence[SiteRows],
+    held: Sequence[SiteRows],
     root: Tensor,
     *,
     ridge: float,
@@ -140,7 +140,7 @@ _Fitted = tuple[Tensor, Tensor]
 """The consumers' weight (d, columns) and bias (d,), float32."""
 
 
-def _consumers(layers: SiteLayers, rows: Sequence[Rows], ridge: float, intercept: bool, d: int) -> _Fitted:
+def _consumers(layers: SiteLayers, rows: Sequence[SiteRows], ridge: float, intercept: bool, d: int) -> _Fitted:
     """The consumers by ridge least squares, W = C_yz (C_zz + ridge)^-1."""
     consumer, columns = layers.consumer, layers.width * layers.consumer.taps
     device = layers.producers["producer"].weight.device
@@ -166,18 +166,18 @@ def _ridge_fit(moments: Centred, ridge: float) -> Tensor:
     return moments.fit(max(1e-2, 1000.0 * ridge))
 
 
-def _error(layers: SiteLayers, rows: Sequence[Rows], fitted: _Fitted, root: Tensor) -> float:
+def _error(layers: SiteLayers, rows: Sequence[SiteRows], fitted: _Fitted, root: Tensor) -> float:
     """The mean over positions of the squared weighted error."""
     total = positions = 0.0
-    for part in _parts(layers, rows):
-        residual = _residual(layers, part, fitted, root, layers.hidden(part.x))
+    for part in _row_parts(layers, rows):
+        residual = _missing_output(layers, part, fitted, root, layers.hidden(part.x))
         total += float(residual.square().sum().double())
         positions += part.positions
     total, positions = summed_over_processes(total, positions)
     return total / max(1.0, positions)
 
 
-def _residual(layers: SiteLayers, part: Rows, fitted: _Fitted, root: Tensor, z: Tensor) -> Tensor:
+def _missing_output(layers: SiteLayers, part: SiteRows, fitted: _Fitted, root: Tensor, z: Tensor) -> Tensor:
     """What is missing of the outputs, in units in which all errors count alike: R^T (y - W z - b)."""
     weight, bias = fitted
     given = linear(z, _kernel(weight, layers.consumer), layers.consumer)
@@ -196,7 +196,9 @@ class _Linearised:
         damping: a, see the module.
     """
 
-    def __init__(self, layers: SiteLayers, rows: Sequence[Rows], fitted: _Fitted, root: Tensor, damping: float) -> None:
+    def __init__(
+        self, layers: SiteLayers, rows: Sequence[SiteRows], fitted: _Fitted, root: Tensor, damping: float
+    ) -> None:
         self.layers = layers
         self.damping = damping
         self._consumer = _kernel(root.T @ fitted[0], layers.consumer)
@@ -207,9 +209,9 @@ class _Linearised:
         for name, made in layers.producers.items():
             slopes[name] = made.weight.new_zeros(len(made.weight))
         positions = 0
-        for part in _parts(layers, rows):
+        for part in _row_parts(layers, rows):
             z, found, later = layers.linearised(part.x)
-            self._seen.append((part.x, found, later, _residual(layers, part, fitted, root, z)))
+            self._seen.append((part.x, found, later, _missing_output(layers, part, fitted, root, z)))
             for name, slope in found.items():
                 slopes[name] += flat(slope, slope.dim() > 2).square().sum(0)
             moments += _input_moments(part.x, producer.map)
@@ -229,7 +231,7 @@ class _Linearised:
             own = weights[-kept:] if name == "path" else weights[:kept]
             if producer.scale is not None:
                 own = own * producer.scale.square()
-            sizes[name] = summed(slopes[name]).to(own) / self._count * own + _TINY
+            sizes[name] = summed(slopes[name]).to(own) / self._count * own + _LEAST_NORM
         return sizes
 
     def unpacked(self, change: Tensor) -> Deltas:
@@ -306,7 +308,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return float(a.double() @ b.double())
 
 
-def _parts(layers: SiteLayers, rows: Sequence[Rows]) -> Iterator[Rows]:
+def _row_parts(layers: SiteLayers, rows: Sequence[SiteRows]) -> Iterator[SiteRows]:
     width = layers.width
     for each in rows:
         yield from each.chunks(width)

@@ -30,7 +30,7 @@ RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Ridges that held-out rows choose from, relative to the mean diagonal."""
 
 _SELECTION_RIDGE = 1e-4
-_DAMPING = 1e-2
+_OUTPUT_DAMPING = 1e-2
 _DAMPING_OF_IMAGES = 1.0
 """Shares of plain size in the weight of errors; large where positions tell nearly the same, and the rest is noisy."""
 
@@ -56,7 +56,7 @@ def metric_of(site: Site, metrics: Mapping[str, Centred], grams: SiteGrams) -> M
     if len(found) < len(site.consumers) or not any(bool(block.squares.any()) for block in found):
         moments = _moments(site, grams)
         return Metric(plain / (moments.yy * plain).sum().clamp_min(torch.finfo(torch.float64).tiny))
-    damping = _DAMPING_OF_IMAGES if site.consumers[0].taps > 1 else _DAMPING
+    damping = _DAMPING_OF_IMAGES if site.consumers[0].taps > 1 else _OUTPUT_DAMPING
     size = torch.cat([block.squares for block in found]).mean()
     return Metric(damping * size / plain.mean() * plain, tuple(found))
 
@@ -92,7 +92,7 @@ class _Choice:
         return cls(kept, down, seen, *_best_ridge(site, seen, metric))
 
 
-def narrowed(
+def narrowed_fit(
     site: Site, grams: SiteGrams, metric: Metric, width: int, small: nn.Module | None = None, *, paths: int = 0
 ) -> Entry:
     """Keep this many channels, and fit the consumers to them; with `small`, the producers too where that helps.
@@ -123,7 +123,7 @@ def narrowed(
     return Entry.narrow(site, best.kept.cpu(), fit=_fit(site, best), note=_note(best.error))
 
 
-def collapsed(site: Site, grams: SiteGrams, metric: Metric) -> Entry:
+def collapsed_fit(site: Site, grams: SiteGrams, metric: Metric) -> Entry:
     """One linear map from what the producer reads to what the consumers should give."""
     if grams.inputs is None:
         raise FitError("a full collapse needs Gram matrices of what the producer reads")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from shallower.core.processes import from_first_process
 from shallower.errors import MethodError, TargetError
-from shallower.methods.squeezing.costing import Counts, Times, Widths
+from shallower.methods.squeezing.costing import SiteWidths, Times, WidthCosts
 from shallower.methods.squeezing.sweeping import Sweep
 from shallower.planning.allocation import Choice, allocate, in_proportion
 from shallower.planning.costs import Cost
@@ -20,7 +20,7 @@ from shallower.planning.targets import Target
 from shallower.sites import Site, Sites
 from shallower.training.loop import Score
 
-_TRIALS = 6
+_TARGET_TRIALS = 6
 """Steps of the bisection for a score."""
 
 _TIMINGS = 4
@@ -44,7 +44,7 @@ class Search:
     """
 
     sweep: Sweep
-    counts: Counts
+    counts: WidthCosts
     times: Times
     round_to: int
     uniform: bool = False
@@ -95,7 +95,7 @@ class Search:
         low, high = 0.0, 1.0
         best: Plan | None = None
         reached = float("-inf")
-        for _ in range(_TRIALS):
+        for _ in range(_TARGET_TRIALS):
             share = (low + high) / 2
             try:
                 plan, small = self.sweep.plan(self.widths(Target("params", "share", share)))
@@ -159,7 +159,7 @@ class Search:
         before = self._before(target)
         widths = {site.name: site.width for site in self.sites}
 
-        def met(chosen: Widths) -> bool:
+        def met(chosen: SiteWidths) -> bool:
             return target.met(before, self._after(target, chosen))
 
         try:
@@ -183,7 +183,7 @@ class Search:
             )
         return found
 
-    def _in_proportion(self, widths: Widths, met: Callable[[Widths], bool]) -> dict[str, int]:
+    def _in_proportion(self, widths: SiteWidths, met: Callable[[SiteWidths], bool]) -> dict[str, int]:
         """The same share of the width of every site that is not fixed."""
         free = {name: width for name, width in widths.items() if name not in self.fixed}
         return {**widths, **in_proportion(free, lambda chosen: met({**widths, **chosen}), self.round_to)}
@@ -193,7 +193,7 @@ class Search:
             return self.counts.before
         return replace(self.counts.before, latency=self.times.before)
 
-    def _after(self, target: Target, widths: Widths) -> Cost:
+    def _after(self, target: Target, widths: SiteWidths) -> Cost:
         if target.unit != "latency":
             return self.counts.after(widths)
         return replace(self.counts.before, latency=self.times.expected(widths))

@@ -195,7 +195,7 @@ class SiteLayers:
             if site.producer.kind == "conv2d":
                 weight = weight[:, :, None, None]
             producers["path"] = Producer(site.producer, weight)
-        stages = _stages(model, site, kept)
+        stages = _layer_stages(model, site, kept)
         activation = next(stages)
         assert isinstance(activation, Pointwise)
         return cls(producers, activation, tuple(stages), site.consumers[0])
@@ -278,7 +278,7 @@ def _may_be_refitted(model: nn.Module, site: Site) -> bool:
     return all(unusual_padding(model.get_submodule(m.name)) is None for m in site.maps)
 
 
-def _stages(model: nn.Module, site: Site, kept: Tensor) -> Iterator[Affine | Depthwise | Pointwise]:
+def _layer_stages(model: nn.Module, site: Site, kept: Tensor) -> Iterator[Affine | Depthwise | Pointwise]:
     """What a hidden channel passes, from the activation on; a norm before it belongs to the producer."""
     reached = False
     for stage in site.bridge.stages:

@@ -23,7 +23,7 @@ from shallower.core.modes import without_inference_mode
 from shallower.core.trees import to_device
 from shallower.errors import FitError
 from shallower.methods.squeezing.calibration import Calibration, reader_of
-from shallower.methods.squeezing.costing import Counts, Times
+from shallower.methods.squeezing.costing import Times, WidthCosts
 from shallower.methods.squeezing.diagnosing import check_call, check_model, explained
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.progress import Progress, identity_of
@@ -31,7 +31,7 @@ from shallower.methods.squeezing.searching import Search
 from shallower.methods.squeezing.sweeping import Sweep
 from shallower.methods.squeezing.uniformity import only_expressible
 from shallower.modules.attachment import attached_places, detached_copy
-from shallower.modules.offloading import mapped
+from shallower.modules.offloading import with_mapped_weights
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
 from shallower.sites import Sites
@@ -94,7 +94,7 @@ def squeeze(
         options = replace(options, collapse=False)
     goal = Target.parse(target) if isinstance(target, str) else target
     with without_inference_mode():
-        model = mapped(model)
+        model = with_mapped_weights(model)
         dense = detached_copy(model) if attached_places(model) else model
         squeezable = narrowable(sites)
         check_model(dense, squeezable)
@@ -107,7 +107,7 @@ def squeeze(
         sweep = Sweep(dense, squeezable, calibration, progress)
         inputs = _timed_on(calibration, example_inputs, dense)
         times = Times(dense, squeezable, inputs, options)
-        search = Search(sweep, Counts(dense, squeezable), times, options.round_to, uniform)
+        search = Search(sweep, WidthCosts(dense, squeezable), times, options.round_to, uniform)
         try:
             plan = search.plan(goal, score)
         except Exception as error:

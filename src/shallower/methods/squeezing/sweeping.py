@@ -24,10 +24,16 @@ from shallower.calibrating.site_grams import SiteGrams
 from shallower.calibrating.walking import Walk
 from shallower.core.memory import give_back
 from shallower.errors import FitError, Refusal
-from shallower.methods.squeezing.calibration import Calibration, divergence
+from shallower.methods.squeezing.calibration import Calibration, mean_divergence
 from shallower.methods.squeezing.curves import error_curves
 from shallower.methods.squeezing.progress import Progress
-from shallower.methods.squeezing.refitting import collapsed, enough_for_producers, may_have_path, metric_of, narrowed
+from shallower.methods.squeezing.refitting import (
+    collapsed_fit,
+    enough_for_producers,
+    may_have_path,
+    metric_of,
+    narrowed_fit,
+)
 from shallower.modules.attachment import detach
 from shallower.modules.site_parts import fingerprint
 from shallower.planning.entries import Entry
@@ -125,20 +131,20 @@ class Sweep:
 
     def likeness(self, small: nn.Module) -> float:
         """Minus the mean divergence of its output from the dense network's, on some of the batches."""
-        return -divergence(self.calibration, self.dense, small)
+        return -mean_divergence(self.calibration, self.dense, small)
 
     def warn_of_shortage(self, plan: Plan) -> None:
         """Warn where each of the consumers' outputs has several numbers to fit for each position that was seen."""
         short: dict[str, float] = {}
         for entry in plan.entries:
-            ratio = _numbers(entry) / max(1.0, self._counts.get(entry.site.name, math.inf))
+            ratio = _fitted_numbers(entry) / max(1.0, self._counts.get(entry.site.name, math.inf))
             if ratio > _SCARCE:
                 short[entry.site.name] = ratio
         if not short:
             return
         name = max(short, key=short.__getitem__)
         entry = next(e for e in plan.entries if e.site.name == name)
-        numbers, samples = _numbers(entry), self.calibration.batches.rows
+        numbers, samples = _fitted_numbers(entry), self.calibration.batches.rows
         others = f", and {len(short) - 1} more sites have too few" * (len(short) > 1)
         warnings.warn(
             f"{name}: each output of `{entry.site.consumers[0].name}` is fitted with {numbers} numbers on "
@@ -235,8 +241,8 @@ class Sweep:
         metric = metric_of(site, metrics, grams)
         try:
             if width == 0:
-                return collapsed(site, grams, metric)
-            return narrowed(site, grams, metric, width, small if producers else None, paths=paths)
+                return collapsed_fit(site, grams, metric)
+            return narrowed_fit(site, grams, metric, width, small if producers else None, paths=paths)
         except FitError as error:
             raise FitError(f"{site.name}: {error}") from error
 
@@ -268,7 +274,7 @@ class Sweep:
         return Walk.along(self.dense, small, along, self.calibration.batches, lambda batch: batch.inputs)
 
 
-def _numbers(entry: Entry) -> int:
+def _fitted_numbers(entry: Entry) -> int:
     """Weights that are fitted for each of the consumers' outputs."""
     site, producer = entry.site, entry.site.producer
     if len(entry.kept):

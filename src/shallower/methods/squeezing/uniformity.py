@@ -78,10 +78,10 @@ def _inexpressible(model: nn.Module, sites: Sites) -> set[str]:
     for prefix, part in _stock_parts(trial):
         try:
             config = cast("Any", part.config).to_dict()
-            stock = _shapes(build_skeleton(source_of(part), config), prefix)
+            stock = _layer_shapes(build_skeleton(source_of(part), config), prefix)
         except ModelError:
             continue  # a class that cannot be built without weights is not judged
-        narrowed = _shapes(part, prefix)
+        narrowed = _layer_shapes(part, prefix)
         wrong.update(site.name for site in sites if _differs(site, narrowed, stock))
     return wrong
 
@@ -106,7 +106,7 @@ def _stock_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield prefix, module
 
 
-def _shapes(model: nn.Module, prefix: str) -> dict[str, Size]:
+def _layer_shapes(model: nn.Module, prefix: str) -> dict[str, Size]:
     return {prefix + name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 

@@ -112,7 +112,7 @@ def _decided(tried: Tried, error: float) -> list[Entry]:
         [against[variant.label] for variant in near],
         [variant.fitted for variant in near],
     )
-    note = _note(near[best], tried, error)
+    note = _choice_note(near[best], tried, error)
     return [replace(entry, note=note) for entry in near[best].entries]
 
 
@@ -136,13 +136,13 @@ def surely_fastest(costs: Sequence[tuple[int, int]], times: Sequence[Ratio], fit
     return min(alike, key=lambda form: (fitted[form], costs[form]))
 
 
-def _note(chosen: Variant, tried: Tried, limit: float) -> str:
+def _choice_note(chosen: Variant, tried: Tried, limit: float) -> str:
     times = tried.against("now")
-    others = "; ".join(_described(v, times, tried.errors, limit) for v in tried.variants if v is not chosen)
-    return f"{_described(chosen, times, tried.errors, limit)}. Not: {others}"[:_MOST_NOTE]
+    others = "; ".join(_variant_text(v, times, tried.errors, limit) for v in tried.variants if v is not chosen)
+    return f"{_variant_text(chosen, times, tried.errors, limit)}. Not: {others}"[:_MOST_NOTE]
 
 
-def _described(variant: Variant, times: Mapping[str, Ratio], errors: Mapping[str, float], limit: float) -> str:
+def _variant_text(variant: Variant, times: Mapping[str, Ratio], errors: Mapping[str, float], limit: float) -> str:
     macs, params = variant.cost
     label = variant.label
     text = f"{label}: {_signed(params)} params, {_signed(macs)} MACs, {times[label]} of the time"

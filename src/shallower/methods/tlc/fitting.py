@@ -12,7 +12,7 @@ from shallower.modules.layers import bias_of, weight_of
 from shallower.planning.fits import Fit
 from shallower.sites import LinearMap
 
-_ELEMENTS = 1 << 24
+_MOST_ELEMENTS = 1 << 24
 """Numbers in the patches that are held at a time."""
 
 
@@ -38,7 +38,7 @@ class PatchGram:
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add images x (n, d_in, h, w) and the outputs y (n, d_out, h', w') that they are to give."""
         m = self.map
-        size = max(1, _ELEMENTS // max(1, m.d_in * m.taps * y.shape[2] * y.shape[3]))
+        size = max(1, _MOST_ELEMENTS // max(1, m.d_in * m.taps * y.shape[2] * y.shape[3]))
         for images, outputs in zip(torch.split(x, size), torch.split(y, size), strict=True):
             patches = F.unfold(images, m.kernel, m.dilation, m.padding, m.stride).transpose(1, 2).flatten(0, 1)
             rows = wide(torch.cat([patches, patches.new_ones(len(patches), 1)], 1))

@@ -341,7 +341,7 @@ class TillLayersCollapse(Method):
         return shortest_prefix(order, target, cost(dense), lambda names: cost(apply(dense, plan_of(names), inputs)))
 
     def _plan(self, planned: Mapping[str, tuple[Tensor, Tensor]]) -> Plan:
-        entries = tuple(_entry(site, *planned[site.name]) for site in self.sites if site.name in planned)
+        entries = tuple(_linear_entry(site, *planned[site.name]) for site in self.sites if site.name in planned)
         return Plan(entries, fingerprint(self.model, [entry.site for entry in entries]), "till-layers-collapse")
 
     def fit(
@@ -442,7 +442,7 @@ class TillLayersCollapse(Method):
         return {"lines": {n: planned[n] for n in chosen}, "costs": costs, "base": base, "joint": joint}
 
 
-def _entry(site: Site, slope: Tensor, offset: Tensor) -> Entry:
+def _linear_entry(site: Site, slope: Tensor, offset: Tensor) -> Entry:
     if site.kind == "activation":
         return Entry.collapse(site)
     slope, offset = slope.detach().cpu().double(), offset.detach().cpu().double()

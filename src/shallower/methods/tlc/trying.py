@@ -79,7 +79,7 @@ class Trial:
             for variant in fits:
                 models[variant.label] = self._built(variant)
                 found = Chain(models[variant.label], sites, variant.entries)(judge)
-                errors[variant.label] = relative_error(found, wanted)
+                errors[variant.label] = variance_error(found, wanted)
             variants += fits
         for variant in variants:
             chains[variant.label] = Chain(models[variant.label], sites, variant.entries)
@@ -119,7 +119,7 @@ class Trial:
                 break
             for gram in grams.values():
                 gram.add(pair.x, pair.y)
-            z = _rows(pair.z, site.bridge.dim)
+            z = _positions(pair.z, site.bridge.dim)
             moments, total, count = moments + z.T @ z, total + z.sum(0), count + len(z)
         collapsed = Entry.collapse(site)
         found = []
@@ -188,7 +188,7 @@ def _can_be_fitted(site: Site) -> bool:
     return len(maps) == 2 and all(m.groups == 1 for m in maps)
 
 
-def relative_error(found: Tensor, reference: Tensor) -> float:
+def variance_error(found: Tensor, reference: Tensor) -> float:
     """||found - reference||^2 as a part of the reference's variance over everything but its channels."""
     channels = 1 if reference.dim() == 4 else reference.dim() - 1
     dims = [dim for dim in range(reference.dim()) if dim != channels]
@@ -203,7 +203,7 @@ def _with(entry: Entry, fit: Fit, becomes: Any, fold_skip: bool = False) -> Entr
     )  # fmt: skip
 
 
-def _rows(z: Tensor, dim: int) -> Tensor:
+def _positions(z: Tensor, dim: int) -> Tensor:
     """(positions, channels), float64."""
     z = z.movedim(dim, -1)
     return wide(z.reshape(-1, z.shape[-1]))

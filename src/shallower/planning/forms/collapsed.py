@@ -11,7 +11,7 @@ from shallower.planning.entries import Becomes, Entry
 from shallower.planning.forms.constants import has_constants, inexact, needs_bias
 from shallower.planning.forms.form import Form
 from shallower.planning.forms.linear_path import path_of
-from shallower.planning.geometry import composed, fitted_map, kernel_of, not_foldable, resized, ungrouped
+from shallower.planning.geometry import composed, fitted_map, kernel_of, not_foldable, resized_map, ungrouped_map
 from shallower.sites import LinearMap
 
 Consumers = tuple[LinearMap, ...]
@@ -52,7 +52,7 @@ def collapsed(
     wanted = entry.becomes or prefer
     if not why or wanted == "merged":
         merged = _merged(entry, producer, consumers, before, first)
-        if wanted == "merged" or (wanted == "" and _at_most(merged.maps, two.maps)):
+        if wanted == "merged" or (wanted == "" and _no_more_than(merged.maps, two.maps)):
             return replace(merged, why=why)
         why = why or (
             f"one layer would have {amount(merged.params)} parameters and {amount(merged.macs)} MACs, the two have "
@@ -90,11 +90,11 @@ def _one(entry: Entry, producer: LinearMap, consumer: LinearMap, i: int) -> Line
     """The one map in the place of the producer and a consumer."""
     fit, bias = entry.fit, needs_bias(entry, producer, consumer, i)
     if fit is not None and fit.ups and fit.down is None:
-        return ungrouped(fitted_map(producer, consumer, kernel_of(fit.ups[i]), bias))
+        return ungrouped_map(fitted_map(producer, consumer, kernel_of(fit.ups[i]), bias))
     m = composed(producer, consumer, bias, flattened=entry.site.bridge.has("flatten"))
     if entry.site.bridge.has("average"):  # it reads the average, not the image
         m = replace(m, size=consumer.size)
-    return m if fit is None else ungrouped(m)
+    return m if fit is None else ungrouped_map(m)
 
 
 def _two(entry: Entry, producer: LinearMap, consumers: Consumers, before: tuple[int, int], rank: int) -> Form:
@@ -104,7 +104,7 @@ def _two(entry: Entry, producer: LinearMap, consumers: Consumers, before: tuple[
     border = constants and site.bridge.pads(consumers)
     if fit is None and (producer.groups > 1 or any(c.groups > 1 for c in consumers)):
         # channels of grouped convolutions belong together: they stay, and those that are dropped become constants
-        made = resized(producer, bias=constants)
+        made = resized_map(producer, bias=constants)
         return Form("apart", made, None, consumers, before, rank=site.width, inside=True)
     if entry.becomes == "apart" or (fit is None and border and not site.bridge.gated):
         return _apart(entry, producer, consumers, before, rank)
@@ -112,8 +112,8 @@ def _two(entry: Entry, producer: LinearMap, consumers: Consumers, before: tuple[
     read = []
     for i, c in enumerate(consumers):
         bias = needs_bias(entry, producer, c, i, border)
-        read.append(ungrouped(resized(c, d_in=rank * site.bridge.block, bias=bias)))
-    made = ungrouped(resized(producer, d_out=rank * (1 + site.bridge.packed), bias=border))
+        read.append(ungrouped_map(resized_map(c, d_in=rank * site.bridge.block, bias=bias)))
+    made = ungrouped_map(resized_map(producer, d_out=rank * (1 + site.bridge.packed), bias=border))
     return Form("pair", made, None, tuple(read), before, rank=rank, inside=border)
 
 
@@ -131,12 +131,12 @@ def _apart(entry: Entry, producer: LinearMap, consumers: Consumers, before: tupl
     read = []
     for i, c in enumerate(consumers):
         bias = c.bias or (not constant and needs_bias(entry, producer, c, i, True))
-        read.append(resized(c, d_in=(rank + constant) * site.bridge.block, bias=bias))
-    made = resized(producer, d_out=rank + constant, bias=has_constants(entry, producer))
+        read.append(resized_map(c, d_in=(rank + constant) * site.bridge.block, bias=bias))
+    made = resized_map(producer, d_out=rank + constant, bias=has_constants(entry, producer))
     return Form("apart", made, None, tuple(read), before, rank=rank, constant=constant, inside=True)
 
 
-def _at_most(maps: Iterable[LinearMap], others: Iterable[LinearMap]) -> bool:
+def _no_more_than(maps: Iterable[LinearMap], others: Iterable[LinearMap]) -> bool:
     """Whether maps have neither more weights nor more MACs than others; biases do not count."""
     weights, macs = _cost(maps)
     other_weights, other_macs = _cost(others)

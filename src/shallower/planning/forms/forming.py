@@ -14,7 +14,7 @@ from shallower.planning.forms.collapsed import collapsed
 from shallower.planning.forms.constants import has_constants, needs_bias
 from shallower.planning.forms.form import Form
 from shallower.planning.forms.linear_path import check_geometry, path_of
-from shallower.planning.geometry import resized
+from shallower.planning.geometry import resized_map
 from shallower.sites import Heads, LinearMap, Site
 
 
@@ -63,12 +63,12 @@ def _of_heads(entry: Entry, heads: Heads, now: Mapping[str, LinearMap], before: 
     site, kept = entry.site, len(entry.kept)
     out = now[site.consumers[0].name]
     biased = out.bias or (entry.fit is not None and bool(entry.fit.biases[0].ne(0).any()))
-    projections = tuple(resized(now[m.name], d_out=m.d_out // site.width * kept) for m in heads.maps)
+    projections = tuple(resized_map(now[m.name], d_out=m.d_out // site.width * kept) for m in heads.maps)
     return Form(
         "narrower",
         None,
         None,
-        (resized(out, d_in=kept * heads.block, bias=biased),),
+        (resized_map(out, d_in=kept * heads.block, bias=biased),),
         before,
         kept=kept,
         projections=projections,
@@ -96,15 +96,15 @@ def _narrower(
     inside = rank > 0 and site.bridge.pads(consumers) and has_constants(entry, producer)
     up_bias = fit is not None and fit.producer_bias is not None and not site.norm_before
     gate_bias = fit is not None and fit.gate_bias is not None
-    made = resized(producer, d_out=width * (1 + site.bridge.packed), bias=producer.bias or inside or up_bias)
+    made = resized_map(producer, d_out=width * (1 + site.bridge.packed), bias=producer.bias or inside or up_bias)
     read = (
-        resized(c, d_in=width * site.bridge.block, bias=needs_bias(entry, producer, c, i, inside))
+        resized_map(c, d_in=width * site.bridge.block, bias=needs_bias(entry, producer, c, i, inside))
         for i, c in enumerate(consumers)
     )
     return Form(
         "partial" if rank else "narrower",
         made,
-        None if gate is None else resized(gate, d_out=kept, bias=gate.bias or gate_bias),
+        None if gate is None else resized_map(gate, d_out=kept, bias=gate.bias or gate_bias),
         tuple(read),
         before,
         kept=kept,

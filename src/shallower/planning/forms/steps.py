@@ -41,12 +41,12 @@ def steps(entries: Iterable[Entry]) -> list[Step]:
             fit what it reads.
     """
     ordered = in_execution_order(entries)
-    walk = Walk(ordered)
+    walk = StepWalk(ordered)
     prefer = _chained(ordered)
     return [Step(entry, walk.take(entry, walk.best(entry, prefer))) for entry in ordered]
 
 
-class Walk:
+class StepWalk:
     """Goes through entries in the order of execution, with the linear maps as the steps so far have left them.
 
     Attributes:
@@ -112,7 +112,7 @@ class Walk:
         except PlanError:
             return ""
 
-    def ahead(self, entries: Sequence[Entry]) -> Walk:
+    def ahead(self, entries: Sequence[Entry]) -> StepWalk:
         """Another walk that has taken these entries, each in its better form."""
         trial = self._copy(entries)
         for i, entry in enumerate(entries):
@@ -136,9 +136,9 @@ class Walk:
         trial = self._copy(entries)
         return [trial.take(entry, prefer.get(entry.site.name, "")) for entry in entries]
 
-    def _copy(self, entries: Iterable[Entry]) -> Walk:
+    def _copy(self, entries: Iterable[Entry]) -> StepWalk:
         """Another walk, with what these entries need."""
-        copy = Walk(())
+        copy = StepWalk(())
         copy._known = self._known
         for entry in entries:
             copy.maps.update((m.name, self.maps[m.name]) for m in entry.site.maps)
