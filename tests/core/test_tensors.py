@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch._subclasses import FakeTensorMode
 
-from shallower.core.tensors import content, has_no_numbers
+from shallower.core.tensors import are_finite, content, has_no_numbers
 
 
 def test_meta_and_fake_tensors_hold_no_numbers() -> None:
@@ -13,6 +13,13 @@ def test_meta_and_fake_tensors_hold_no_numbers() -> None:
         assert has_no_numbers(torch.zeros(2))
     assert has_no_numbers(torch.zeros(2, device="meta"))
     assert not has_no_numbers(torch.zeros(2))
+
+
+def test_tensors_are_finite_where_all_their_numbers_are() -> None:
+    assert are_finite([])
+    assert are_finite([torch.zeros(0), torch.arange(3)])
+    assert not are_finite([torch.zeros(2), torch.tensor([0.0, torch.nan])])
+    assert not are_finite([torch.tensor(torch.inf), torch.zeros(2)])
 
 
 def test_the_content_does_not_depend_on_the_layout() -> None:

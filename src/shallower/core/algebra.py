@@ -13,7 +13,9 @@ from torch.nn.grad import conv2d_input
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float64, on the CPU where its device has no float64."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
+    if tensor.device.type == "mps":
+        tensor = tensor.cpu()
+    return tensor.to(torch.float64)
 
 
 def norm_as_affine(
@@ -29,11 +31,14 @@ def norm_as_affine(
     Returns:
         scale (n,) and shift (n,), float64.
     """
+    # norm(x) = gamma (x - mean) / sqrt(var + eps) + beta
     scale = (wide(var) + eps).rsqrt()
     if weight is not None:
         scale = scale * wide(weight)
     shift = -wide(mean) * scale
-    return scale, shift if bias is None else shift + wide(bias)
+    if bias is not None:
+        shift = shift + wide(bias)
+    return scale, shift
 
 
 def scale_rows(weight: Tensor, scale: Tensor) -> Tensor:
@@ -43,7 +48,9 @@ def scale_rows(weight: Tensor, scale: Tensor) -> Tensor:
 
 def response(weight: Tensor, constant: Tensor) -> Tensor:
     """What a map without bias answers to a constant input (d_in,): (d_out,). Of a convolution, away from the border."""
-    return weight.flatten(2).sum(2) @ constant if weight.dim() > 2 else weight @ constant
+    if weight.dim() > 2:
+        weight = weight.flatten(2).sum(2)
+    return weight @ constant
 
 
 def ungrouped(weight: Tensor, groups: int) -> Tensor:
@@ -74,7 +81,9 @@ def with_skip(weight: Tensor) -> Tensor:
         weight: (d, d), or (d, d, kh, kw) with odd kh and kw.
     """
     added = weight.clone()
-    centre = added if weight.dim() == 2 else added[:, :, weight.shape[2] // 2, weight.shape[3] // 2]
+    centre = added
+    if weight.dim() != 2:
+        centre = added[:, :, weight.shape[2] // 2, weight.shape[3] // 2]
     centre.diagonal().add_(1)
     return added
 
@@ -111,6 +120,7 @@ def compose(
             d1 = d2 = 1
         steps.append((d1, d2))
         sizes.append(d1 * (k1 - 1) + d2 * (k2 - 1) + 1)
+    # tap b of the outer kernel, which reads tap a of the inner one, stands at d1 a + d2 b
     result = outer.new_zeros(outer.shape[0], inner.shape[1], *sizes)
     for b0 in range(outer.shape[2]):
         for b1 in range(outer.shape[3]):
@@ -149,6 +159,7 @@ def unrolled(
     shape = (outer.shape[0], inner.shape[1], *size)
     if inner.shape[0] == 0:
         return outer.new_zeros(shape).flatten(1)
+    # a row of the product is the gradient of one output of the linear layer by the image, a transposed convolution
     pictures = outer.reshape(outer.shape[0], -1, *result)
     weight: Tensor = conv2d_input(shape, inner, pictures, stride, padding, dilation)  # type: ignore[no-untyped-call]
     return weight.flatten(1)

@@ -49,7 +49,9 @@ class Batch:
         if common is not None:
             return common
         first = next(tensors(self.inputs))
-        return first.shape[0] if first.dim() else 1
+        if first.dim() == 0:
+            return 1
+        return first.shape[0]
 
     def on(self, device: torch.device | str) -> Batch:
         """The same on a device."""
@@ -247,7 +249,9 @@ def _update(digest: Any, tree: Any) -> None:
     for tensor in tensors(tree):
         if tensor.layout is not torch.strided:
             tensor = tensor.to_dense()
-        parts = list(tensor.unbind()) if tensor.is_nested else [tensor]
+        parts = [tensor]
+        if tensor.is_nested:
+            parts = list(tensor.unbind())
         for part in parts:
             digest.update(content(part))
 

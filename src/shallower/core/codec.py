@@ -135,7 +135,9 @@ class _Reader:
             return self.items(arguments, data, at)
         if origin in (list, collections.abc.Sequence):
             items = self.items((arguments[0], ...), data, at)
-            return list(items) if origin is list else items
+            if origin is list:
+                return list(items)
+            return items
         if origin in (dict, collections.abc.Mapping):
             return self.entries(arguments, data, at)
         raise TypeError(f"{hint} is not a type of a field in a file")
@@ -182,6 +184,7 @@ class _Reader:
             for (name, value), kind in tagged.items():
                 if name in data and data[name] == value:
                     return self.read(kind, data, at)
+        # what has no tag is tried in turn: the first kind that the data fit
         mismatches = []
         for kind in kinds:
             if kind not in tagged.values():
@@ -218,6 +221,7 @@ class _Reader:
 def _scalar(hint: type, data: Any, at: str) -> Any:
     if isinstance(data, int) and abs(data) > _MOST_WHOLE:
         raise _MismatchError(at, f"a number of {data.bit_length()} bits", _SCALARS[hint])
+    # JSON writes 1.0 as 1 in some languages; the other way round nothing is converted
     if hint is float and type(data) is int:
         data = float(data)
     if type(data) is not hint or (isinstance(data, float) and not math.isfinite(data)):
@@ -229,16 +233,24 @@ def _tags(kind: Any) -> list[tuple[str, Any]]:
     """The fields, with their values, by which a dataclass is told apart in a union."""
     if not (isinstance(kind, type) and is_dataclass(kind)):
         return []
-    tags = [name for name, f in _fields_in_files(kind).items() if not f.init]
-    return [(name, value) for name in tags for value in get_args(_hints(kind)[name])]
+    tags = []
+    for name, f in _fields_in_files(kind).items():
+        if not f.init:
+            tags += [(name, value) for value in get_args(_hints(kind)[name])]
+    return tags
 
 
 @cache
 def _fields_in_files(cls: Any) -> Mapping[str, Field[Any]]:
     """What the constructor takes, and before it what tells the kind."""
     hints = _hints(cls)
-    tags = [f for f in fields(cls) if not f.init and get_origin(hints[f.name]) is Literal]
-    return {f.name: f for f in (*tags, *(f for f in fields(cls) if f.init))}
+    tags, taken = {}, {}
+    for f in fields(cls):
+        if f.init:
+            taken[f.name] = f
+        elif get_origin(hints[f.name]) is Literal:
+            tags[f.name] = f
+    return tags | taken
 
 
 @cache
@@ -248,7 +260,9 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def _below(at: str, name: object) -> str:
-    return f"{at}.{name}" if at else str(name)
+    if not at:
+        return str(name)
+    return f"{at}.{name}"
 
 
 def _shortened(key: object) -> str:
@@ -261,4 +275,6 @@ def _shown(data: Any) -> str:
     if isinstance(data, (list, tuple)):
         return f"a list of {len(data)}"
     text = repr(data)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    if len(text) > 80:
+        return f"{text[:80]}..."
+    return text

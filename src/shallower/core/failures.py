@@ -38,15 +38,19 @@ def sentence(error: BaseException) -> str:
         return str(error)
     if is_out_of_memory(error):
         asked = _ALLOCATION.search(str(error).replace("you tried to", "tried to"))
-        return f"out of memory ({asked[1]} asked for)" if asked else "out of memory"
+        if asked:
+            return f"out of memory ({asked[1]} asked for)"
+        return "out of memory"
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = " ".join(str(error).split())
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    if not text:
+        return kind
     if len(text) > _LONGEST:
         text = text[:_LONGEST] + " ..."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"{kind}: {text}"
 
 
 @contextmanager
@@ -80,4 +84,6 @@ def failing(
         text = f"{where}: {sentence(cause)}"
         if is_out_of_memory(cause):
             raise OutOfMemoryError(f"{text}. Use smaller batches, or a device with more memory") from cause
-        raise error(f"{text}. {advice}" if advice else text) from cause
+        if advice:
+            text = f"{text}. {advice}"
+        raise error(text) from cause

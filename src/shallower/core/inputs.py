@@ -57,13 +57,17 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 def arguments_in(inputs: Inputs) -> int:
     """How many arguments a model is called with."""
-    return len(inputs) if isinstance(inputs, (tuple, list, Mapping)) else 1
+    if isinstance(inputs, (tuple, list, Mapping)):
+        return len(inputs)
+    return 1
 
 
 def model_device(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer; the CPU where it has none."""
     tensor = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
+    if tensor is None:
+        return torch.device("cpu")
+    return tensor.device
 
 
 def default_inputs_of(batch: Any) -> Inputs:
@@ -104,5 +108,10 @@ def default_mask_of(batch: Any) -> Tensor | None:
     """The two-dimensional `attention_mask` of a batch that is a mapping or (mapping, labels), if there is one."""
     if isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if not isinstance(batch, Mapping):
+        return None
+    mask = batch.get("attention_mask")
+    # a mask of more dimensions says who may look at whom, not which positions count
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask
+    return None

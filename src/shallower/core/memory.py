@@ -44,6 +44,7 @@ def in_pieces(batches: Iterable[Any], model: nn.Module, room: int, step: Callabl
             if len(parts) == 1:
                 step(batch)
                 continue
+            # what was too large once is so again: not to be tried
             try:
                 if size >= smallest:
                     raise _TooLarge
@@ -67,7 +68,9 @@ def _at_most(room: int, model: nn.Module) -> Iterator[None]:
             seen.add(storage.data_ptr())
             kept += storage.nbytes()
         # an error in here would leave the model's own code in the middle of something
-        return None if kept > room else t
+        if kept > room:
+            return None
+        return t
 
     def kept_one(t: Tensor | None) -> Tensor:
         if t is None:

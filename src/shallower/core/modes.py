@@ -100,14 +100,18 @@ class _Kept:
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         self._before = [dict(vars(module)) for module in self._modules]
-        values = [value for before in self._before for name, value in before.items() if _is_attribute(name)]
-        self._contents = [(value, value.copy()) for value in values if type(value) in (list, dict, deque)]
+        # a forward may also write into a collection and leave the attribute as it is
+        self._contents = []
+        for before in self._before:
+            for name, value in before.items():
+                if _is_attribute(name) and type(value) in (list, dict, deque):
+                    self._contents.append((value, value.copy()))
 
     def put_back(self, tensors_only: bool = False) -> None:
         """Let every module have what it had; `tensors_only` leaves alone what never held tensors."""
         for module, before in zip(self._modules, self._before, strict=True):
             now = vars(module)
-            for name in [name for name in {*now, *before} if _is_attribute(name)]:
+            for name in filter(_is_attribute, {*now, *before}):
                 value, old = now.get(name, _ABSENT), before.get(name, _ABSENT)
                 if value is old or (tensors_only and not (_holds_tensors(value) or _holds_tensors(old))):
                     continue
@@ -128,8 +132,9 @@ class _Kept:
         for module in self._modules:
             for name, table in vars(module).items():
                 if name.endswith("_hooks") and isinstance(table, dict):
-                    for key in [key for key in table if isinstance(key, int) and key >= first]:
-                        del table[key]
+                    for key in list(table):
+                        if isinstance(key, int) and key >= first:
+                            del table[key]
 
 
 _ABSENT = object()
@@ -154,7 +159,9 @@ def _same_random_state(model: nn.Module) -> Iterator[None]:
     """Afterwards the generators of torch, NumPy and Python go on as if nothing had run."""
     own = random.getstate()
     numpy = sys.modules.get("numpy")
-    of_numpy = numpy.random.get_state() if numpy is not None else None
+    of_numpy = None
+    if numpy is not None:
+        of_numpy = numpy.random.get_state()
     devices = {tensor.device for tensor in chain(model.parameters(), model.buffers()) if tensor.device.type == "cuda"}
     with torch.random.fork_rng(list(devices)):
         try:

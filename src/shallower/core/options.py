@@ -99,16 +99,21 @@ def problem_of(value: Any, field: dataclasses.Field[Any], hint: Any) -> str:
         return ""
     choices = choices_of(hint)
     if choices:
-        return "" if value in choices else f"choose one of {', '.join(map(str, choices))}"
+        if value in choices:
+            return ""
+        return f"choose one of {', '.join(map(str, choices))}"
     kinds = kinds_of(hint)
     whole = int in kinds and float not in kinds
+    # beside a number other kinds may be allowed, and only a number has bounds
     others = any(kind not in (int, float) for kind in kinds)
     if (not whole and float not in kinds) or (others and not isinstance(value, (int, float))):
         return ""
     if isinstance(value, str) and str in kinds:
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (whole and not isinstance(value, int)):
-        return "a whole number" if whole else "a number"
+        if whole:
+            return "a whole number"
+        return "a number"
     if not math.isfinite(value):
         return "a finite number"
     for name, phrase, holds in _BOUNDS:

@@ -44,7 +44,9 @@ def summed(tensor: Tensor) -> Tensor:
 
     It is on the tensor's own device, or on the CPU where that has no float64.
     """
-    wide = torch.float64 if tensor.is_floating_point() else torch.int64
+    wide = torch.int64
+    if tensor.is_floating_point():
+        wide = torch.float64
     if tensor.device.type == "mps":
         tensor = tensor.cpu()
     if not several():
@@ -116,11 +118,13 @@ def raised_anywhere() -> Iterator[None]:
         yield
         return
     own: BaseException | None = None
+    sent: tuple[type[ShallowerError], str] | None = None
     try:
         yield
     except Exception as error:
-        own = error
-    found: list[tuple[type[ShallowerError], str] | None] = gathered(None if own is None else _as_sent(own))
+        own, sent = error, _as_sent(error)
+    # its own error keeps its traceback; of the others' only class and text travel
+    found = gathered(sent)
     if own is not None:
         raise own
     for failure in found:
@@ -143,4 +147,6 @@ def _device(own: torch.device) -> torch.device:
     if "cpu" in served:
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
-    return own if accelerator is None else accelerator
+    if accelerator is None:
+        return own
+    return accelerator

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,15 @@ def has_no_numbers(tensor: Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor)
 
 
+def are_finite(given: Iterable[Tensor]) -> bool:
+    """Whether every number in these tensors is finite."""
+    return all(bool(t.isfinite().all()) for t in given)
+
+
 def content(tensor: Tensor) -> memoryview:
     """The numbers of a tensor as bytes in logical order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    if not flat.numel():
+        return memoryview(b"")
+    # as bytes, since NumPy does not know every dtype (bfloat16)
+    return flat.view(torch.uint8).numpy().data

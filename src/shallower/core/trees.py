@@ -70,7 +70,13 @@ def cut(tree: Any, rows: slice) -> Any:
 
     first_half = cut(batch, slice(0, rows_of(batch) // 2))
     """
-    return mapped(lambda t: t[rows] if t.dim() else t, tree)
+
+    def part(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0:
+            return tensor
+        return tensor[rows]
+
+    return mapped(part, tree)
 
 
 def _tensors(tree: Any, around: tuple[int, ...]) -> Iterator[Tensor]:
@@ -100,7 +106,9 @@ def _replaced(f: Callable[[Tensor], Any], tree: Any, around: tuple[int, ...]) ->
 def _double(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         return tensor.to(torch.complex128)
-    return tensor.double() if tensor.is_floating_point() else tensor
+    if tensor.is_floating_point():
+        return tensor.double()
+    return tensor
 
 
 def _taken_apart(value: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]] | None:
@@ -111,6 +119,7 @@ def _taken_apart(value: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]]
         return value, type(value)
     if type(value) is dict:
         return list(value.values()), lambda changed: dict(zip(value, changed, strict=True))
+    # one level only: what is inside is taken apart in its turn
     items, spec = _pytree.tree_flatten(value, is_leaf=lambda item: item is not value)
     if len(items) != 1 or items[0] is not value:
         return items, lambda changed: _pytree.tree_unflatten(changed, spec)
