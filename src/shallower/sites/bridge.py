@@ -36,7 +36,9 @@ class Stage:
     @property
     def name(self) -> str:
         """Dotted name of the module; "" where there is none."""
-        return "" if self.place is None else self.place.module
+        if self.place is None:
+            return ""
+        return self.place.module
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Bridge:
 
         An average and a pooling leave constants as they are, whatever `not_merged` says.
         """
+        # a linear map of a constant is a constant only where nothing else is put around it
         if any(consumer.padding != (0, 0) for consumer in consumers):
             return True
         return self.not_merged is not None and not self.has("average") and not self.has("pool")
@@ -133,13 +136,19 @@ class Bridge:
 
     def up_rows(self, channels: Tensor) -> Tensor:
         """The rows of the producer that give these channels (of a packed map, those of the up projection)."""
-        return channels + self.width if self.gate == "gate-first" else channels
+        if self.gate == "gate-first":
+            return channels + self.width
+        return channels
 
     def gate_rows(self, channels: Tensor) -> Tensor:
         """The rows of the gate's map that gate these channels."""
-        return channels + self.width if self.gate == "up-first" else channels
+        if self.gate == "up-first":
+            return channels + self.width
+        return channels
 
     def split(self, made: Tensor) -> tuple[Tensor, Tensor]:
         """(gate, up) of what a packed map gives."""
         first, second = made.chunk(2, self.dim)
-        return (first, second) if self.gate_first else (second, first)
+        if self.gate_first:
+            return first, second
+        return second, first

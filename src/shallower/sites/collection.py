@@ -128,7 +128,9 @@ class Sites(Sequence[Site]):
         usable, refused = self.partition(refusal)
         if not usable:
             reasons = [f"{name}: {reason}" for name, reason in {**refused, **self.skipped}.items()]
-            raise error(f"{nothing}: {'; '.join(reasons[:4])}" if reasons else nothing)
+            if reasons:
+                nothing = f"{nothing}: {'; '.join(reasons[:4])}"
+            raise error(nothing)
         return usable.only(usable, refused)
 
     def __str__(self) -> str:
@@ -147,11 +149,18 @@ class Sites(Sequence[Site]):
 
 def _row(site: Site) -> tuple[str, ...]:
     """A site's row of the table; "-" where a collapse saves nothing."""
-    params = amount(site.params_collapsed) if site.params_collapsed < site.params else "-"
-    macs = amount(site.macs_collapsed) if site.macs_collapsed < site.macs else "-"
-    costs = (amount(site.params), params, amount(site.macs), macs)
-    times = f"x{site.calls}" if site.calls > 1 else ""
-    return (site.name, site.kind, site.activation_name, str(site.width or ""), *costs, times)
+    params = (amount(site.params), _amount_below(site.params_collapsed, site.params))
+    macs = (amount(site.macs), _amount_below(site.macs_collapsed, site.macs))
+    times = ""
+    if site.calls > 1:
+        times = f"x{site.calls}"
+    return (site.name, site.kind, site.activation_name, str(site.width or ""), *params, *macs, times)
+
+
+def _amount_below(count: int, limit: int) -> str:
+    if count < limit:
+        return amount(count)
+    return "-"
 
 
 def overlapping(sites: Iterable[Site]) -> list[list[Site]]:
@@ -164,6 +173,7 @@ def overlapping(sites: Iterable[Site]) -> list[list[Site]]:
 
     def root(name: str) -> str:
         while parent[name] != name:
+            # halving the path keeps the trees flat
             parent[name] = parent[parent[name]]
             name = parent[name]
         return name

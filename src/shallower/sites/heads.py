@@ -26,7 +26,11 @@ def narrowed(site: Site, kept: int, bias: bool | None = None) -> Site:
         return replace(m, d_out=m.d_out // site.width * kept)
 
     def rows_of(rows: HeadRows) -> HeadRows:
-        return (rows[0] // site.width * kept if heads.packed == "blocks" else rows[0], rows[1], rows[2])
+        # blocks of queries, keys and values move up where those before them get smaller
+        start, step, length = rows
+        if heads.packed == "blocks":
+            start = start // site.width * kept
+        return start, step, length
 
     smaller = replace(
         heads,
@@ -37,7 +41,9 @@ def narrowed(site: Site, kept: int, bias: bool | None = None) -> Site:
         key_rows=rows_of(heads.key_rows),
         value_rows=rows_of(heads.value_rows),
     )
-    consumer = replace(out, d_in=kept * heads.block, bias=out.bias if bias is None else bias)
+    if bias is None:
+        bias = out.bias
+    consumer = replace(out, d_in=kept * heads.block, bias=bias)
     return replace(site, width=kept, heads=smaller, consumers=(consumer,))
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import Refusal, SiteError
-from shallower.sites.bridge import Bridge, Stage
+from shallower.sites.bridge import Bridge, Gate, Stage
 from shallower.sites.parts import Between, Count, Heads, LinearMap, Name, Place, Residual
 
 Text = Annotated[str, Bounds(0, 2000)]
@@ -106,12 +106,12 @@ class Site:
         return Bridge(
             width=self.width,
             stages=tuple(_stages(self)),
-            gate=self.packed or ("separate" if self.gate is not None else ""),
+            gate=_gate_of(self),
             block=self.block,
             dim=1 if self.channels_first else -1,
             not_linear=_not_linear(self),
             not_narrow=_not_narrow(self),
-            not_merged=Refusal(self.not_merged) if self.not_merged else None,
+            not_merged=_not_merged(self),
             not_refitted=_not_narrow(self) or _not_refitted(self),
         )
 
@@ -130,19 +130,26 @@ class Site:
         """Columns of a consumer that one channel has: those of a head, or the pixels of a flattened image."""
         if self.heads is not None:
             return self.heads.block
-        return self.consumers[0].size[0] * self.consumers[0].size[1] if self.flattened else 1
+        if not self.flattened:
+            return 1
+        height, width = self.consumers[0].size
+        return height * width
 
     @cached_property
     def maps(self) -> tuple[LinearMap, ...]:
         """All linear maps of the site: gate and producer (or query, key and value), those between, consumers."""
-        made = (self.gate, self.producer) if self.heads is None else self.heads.maps
+        # in the order in which they run: those that make the hidden tensor first
+        made: tuple[LinearMap | None, ...] = (self.gate, self.producer)
+        if self.heads is not None:
+            made = self.heads.maps
         return (*(m for m in made if m is not None), *(b.map for b in self.between), *self.consumers)
 
     @property
     def params(self) -> int:
         """Weights, biases and BatchNorm scales and shifts of the site's maps, and the activation's own, now."""
-        activation = 0 if self.activation_shared else self.activation_params
-        own = self.width * self.norm_params + activation + sum(b.activation_params for b in self.between)
+        own = self.width * self.norm_params + sum(b.activation_params for b in self.between)
+        if not self.activation_shared:
+            own += self.activation_params
         return sum(m.params for m in self.maps) + own
 
     @property
@@ -153,7 +160,9 @@ class Site:
     @property
     def products(self) -> int:
         """MACs of attention's products with the sequence; 0 for other sites."""
-        return 0 if self.heads is None else self.width * self.heads.products
+        if self.heads is None:
+            return 0
+        return self.width * self.heads.products
 
     @property
     def macs(self) -> int:
@@ -180,7 +189,9 @@ class Site:
         p = self.producer
         if p is None:
             return 0
-        return p.d_in * (p.size[0] * p.size[1] if self.flattened else p.taps)
+        if self.flattened:
+            return p.d_in * p.size[0] * p.size[1]
+        return p.d_in * p.taps
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON; `Site.from_json` reads it back."""
@@ -225,12 +236,28 @@ def _norm_stage(name: str) -> Iterable[Stage]:
         yield Stage("norm", Place(name))
 
 
+def _gate_of(site: Site) -> Gate:
+    if site.packed:
+        return site.packed
+    if site.gate is not None:
+        return "separate"
+    return ""
+
+
+def _not_merged(site: Site) -> Refusal | None:
+    if site.not_merged:
+        return Refusal(site.not_merged)
+    return None
+
+
 def _not_linear(site: Site) -> Refusal | None:
     if site.not_linear:
         return Refusal(site.not_linear)
     if site.kind == "heads":
         return Refusal("an attention head is kept or dropped; it cannot become linear")
-    return Refusal("it has no activation") if site.activation is None else None
+    if site.activation is None:
+        return Refusal("it has no activation")
+    return None
 
 
 def _not_narrow(site: Site) -> Refusal | None:
