@@ -70,6 +70,7 @@ def augment_tokens(
     inner = []
     for row in rows:
         inner.append(row[len(before) : len(row) - len(after)])
+    # the tokens of the frame are put around a joined row again, once
     room = (longest or max(128, *map(len, rows))) - len(before) - len(after)
     tokens = vocabulary or list(chain.from_iterable(inner))
     if not any(inner) or not tokens:
@@ -129,7 +130,9 @@ class _Mixing:
 
 
 def _inputs_of(batch: Any) -> Any:
-    return default_inputs_of(batch) if isinstance(batch, Mapping) else batch
+    if isinstance(batch, Mapping):
+        return default_inputs_of(batch)
+    return batch
 
 
 def _rows_without_padding(batch: Any) -> Iterator[TokenRow]:
@@ -138,7 +141,9 @@ def _rows_without_padding(batch: Any) -> Iterator[TokenRow]:
     Raises:
         FitError: the batch is not of this kind.
     """
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    ids = None
+    if isinstance(batch, Mapping):
+        ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or set(batch) - _KEYS:
         raise FitError(
             "only batches of tokens can be augmented: mappings of `input_ids` (rows, tokens), `attention_mask` and "
@@ -154,16 +159,21 @@ def _rows_without_padding(batch: Any) -> Iterator[TokenRow]:
 
 def _mask_or_ones(batch: TokenBatch) -> Tensor:
     mask = default_mask_of(batch)
-    return torch.ones_like(batch["input_ids"]) if mask is None else mask
+    if mask is None:
+        return torch.ones_like(batch["input_ids"])
+    return mask
 
 
 def _frame(rows: Sequence[TokenRow]) -> tuple[TokenRow, TokenRow]:
     """The token that begins all rows and the one that ends them, where there is such a one."""
     if len(rows) < 2 or min(map(len, rows)) < 3:
         return [], []
-    first, last = rows[0][:1], rows[0][-1:]
-    before = first if all(row[:1] == first for row in rows) else []
-    after = last if all(row[-1:] == last for row in rows) else []
+    before, after = rows[0][:1], rows[0][-1:]
+    for row in rows:
+        if row[:1] != before:
+            before = []
+        if row[-1:] != after:
+            after = []
     return before, after
 
 

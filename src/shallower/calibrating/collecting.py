@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from shallower.calibrating.patches import flat, patches, thinned
+from shallower.calibrating.patches import flat, flat_mask, patches, thinned
 from shallower.calibrating.recording import DenseOutputs, Goals, Recorder
 from shallower.calibrating.site_grams import SiteGrams, SiteRows, fitted_rows, read_alike
 from shallower.calibrating.walking import Walk, walked
@@ -165,6 +165,7 @@ def collect_grams(
             for recorder in (target, source):
                 if recorder is not None:
                     recorder.forget()
+            # what was read and returned is freed after each batch: only the sums stay
             give_back()
     check_enough(int(summed_over_processes(calibration.rows)[0]))
     return passes.found()
@@ -223,16 +224,16 @@ class _Passes:
             goals: what the consumers should return.
             mask: positions that count; None for all.
         """
-        flat_mask = None if mask is None else mask.bool().flatten()
+        counting = flat_mask(mask)
         for site in self._sites:
             seen = self._seen[site.name]
             if seen.refusal is not None:
                 continue
-            wanted: Sequence[DenseOutputs] | Refusal
+            wanted: Sequence[DenseOutputs] | Refusal = ()
             if target is not None:
                 wanted = target.goals(site, self._options.compensation)
-            else:
-                wanted = () if goals is None else goals[site.name]
+            elif goals is not None:
+                wanted = goals[site.name]
             calls = source.calls(site)
             for problem in (wanted, calls):
                 if isinstance(problem, Refusal):
@@ -247,7 +248,7 @@ class _Passes:
             if wanted:
                 seen.units = torch.cat(wanted[0].units)
             for i, goal in enumerate(wanted):
-                seen.refusal = seen.refusal or self._add_call(site, source, i, goal, flat_mask)
+                seen.refusal = seen.refusal or self._add_call(site, source, i, goal, counting)
 
     def _add_call(
         self, site: Site, source: Recorder, i: int, goal: DenseOutputs, mask: Tensor | None
@@ -262,7 +263,10 @@ class _Passes:
                 return Refusal("it sees other rows in the squeezed network than in the dense one")
             if streamed and here is None:
                 return Refusal(f"what `{m.name}` returns is added to nothing in the squeezed network")
-            parts.append(y - self._options.compensation * here if streamed and here is not None else y)
+            if streamed and here is not None:
+                # y + c (stream of the dense network - stream here), of which `goal.y` has all but the last
+                y = y - self._options.compensation * here
+            parts.append(y)
         wanted = torch.cat(parts, 1 if images else -1)
         if not wanted.numel():
             return None
@@ -275,10 +279,13 @@ class _Passes:
         y = y[::step]
         if mask is not None and step == 1 and len(mask) == len(y):
             z, y = z[mask], y[mask]
-            x = None if x is None else x[mask]
+            if x is not None:
+                x = x[mask]
         grams = SiteGrams.of(z, x, y, joint=self._options.joint, number=seen.calls)
         seen.calls += 1
-        seen.grams = grams if seen.grams is None else seen.grams + grams
+        if seen.grams is not None:
+            grams = seen.grams + grams
+        seen.grams = grams
         for part, held_out in self._taken(site, source.inputs, i, wanted, mask):
             seen.parts += 1
             if not held_out:
@@ -301,6 +308,7 @@ class _Passes:
             x, y = flat(x, False), flat(y, False)
             if mask is not None and len(mask) == len(x):
                 x, y = x[mask], y[mask]
+        # rounded up, so that all batches together keep no more than that many positions
         step = max(1, -(-len(x) * positions * self._batches // _POSITIONS))
         rows = SiteRows(x[::step], y[::step])
         cut = fitted_rows(len(rows.x), self._seen[site.name].parts)
@@ -317,9 +325,9 @@ class _Passes:
         found: dict[str, SiteGrams | Refusal] = {}
         for site in self._sites:
             seen = self._seen[site.name]
-            refusals = [reason for reason in gathered(seen.refusal) if reason is not None]
-            if refusals:
-                found[site.name] = refusals[0]
+            refusal = _first_present(gathered(seen.refusal))
+            if refusal is not None:
+                found[site.name] = refusal
                 continue
             # a process that saw no rows of this site takes part in the sums all the same
             shapes = _first_present(gathered(None if seen.grams is None else seen.grams.shapes))
@@ -347,7 +355,9 @@ def samples_in(inputs: Any) -> int:
     first = next(tensors(inputs), None)
     if first is None:
         return 0
-    return len(first) if first.dim() else 1
+    if first.dim() == 0:
+        return 1
+    return len(first)
 
 
 def one_site(found: Mapping[str, SiteGrams | Refusal], site: Site) -> SiteGrams:

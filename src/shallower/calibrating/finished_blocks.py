@@ -58,7 +58,7 @@ def course_of(model: nn.Module, sites: Sequence[Site], run: Callable[[], object]
         sites: in the order in which they will be visited.
         run: calls the model once.
     """
-    blocks = [name for name, _ in _named_blocks(model)]
+    blocks = list(_block_names(model))
     inside = {site.name: _smallest_around(site, blocks) for site in sites}
     clock = count(1)
     began: dict[str, int] = {}
@@ -79,18 +79,29 @@ def course_of(model: nn.Module, sites: Sequence[Site], run: Callable[[], object]
     watched = {*blocks, *chain.from_iterable(inside.values())}
     with watching(model, before={name: begins(name) for name in watched}, after={n: finishes(n) for n in blocks}):
         run()
-    once = {name: ticks[0] for name, ticks in finished.items() if len(ticks) == 1}
-    again = {name for name, ticks in finished.items() if len(ticks) > 1}
+    once: dict[str, int] = {}
+    again: list[str] = []
+    for name, ticks in finished.items():
+        if len(ticks) == 1:
+            once[name] = ticks[0]
+        elif ticks:
+            again.append(name)
+
+    def tick(name: str) -> int:
+        return once.get(name, 0)
+
     before = {}
     for site in sites:
+        before[site.name] = ""
+        # in a block that runs several times a site has no single beginning
+        if any(_within(m.name, name) for m in site.maps for name in again):
+            continue
         start = min((began[name] for name in inside[site.name] if name in began), default=0)
-        tied = any(_within(m.name, name) for m in site.maps for name in again)
-        earlier = {} if tied else {name: tick for name, tick in once.items() if tick < start}
-        before[site.name] = max(earlier, key=earlier.__getitem__, default="")
+        earlier = [name for name in once if once[name] < start]
+        before[site.name] = max(earlier, key=tick, default="")
     ahead = {}
     for site, following in zip(sites, [*sites[1:], *sites[-1:]], strict=True):
-        here, there = before[site.name], before[following.name]
-        ahead[site.name] = there if once.get(there, 0) > once.get(here, 0) else here
+        ahead[site.name] = max(before[site.name], before[following.name], key=tick)
     return Course(once, before, ahead)
 
 
@@ -143,8 +154,11 @@ class FinishedBlocks:
         def keeps(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
                 output = forward(*args, **kwargs)
-                seen[name] = _checked_output(output, copied if name == to else _nothing)
-                self.reached = self.reached or name == to
+                if name == to:
+                    seen[name] = _checked_output(output, copied)
+                    self.reached = True
+                else:
+                    seen[name] = _checked_output(output, _nothing)
                 return output
 
             return run
@@ -159,18 +173,23 @@ class FinishedBlocks:
                     stack.enter_context(_forward(module, keeps(name, module.forward)))
             yield
         if to and at != to and to in seen:
+            # only what `to` returned is read from now on; of earlier blocks the shapes are enough
             old = {name: mapped(_nothing, value) for name, value in given.items()}
-            everything = {**old, **seen}
-            self._given[batch] = {
-                name: value
-                for name, value in everything.items()
-                if not any(name != outer and _within(name, outer) for outer in everything)
-            }
+            self._given[batch] = _outermost(old | seen)
             self._at[batch] = to
             self._bytes[batch] = sum(t.nbytes for t in tensors(seen[to]))
         if to != self._at.get(batch) or sum(self._bytes.values()) > self._most:
             for kept in (self._given, self._at, self._bytes):
                 kept.pop(batch, None)
+
+
+def _outermost(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the blocks returned that are within no other of them."""
+    found = {}
+    for name, value in given.items():
+        if not any(name != outer and _within(name, outer) for outer in given):
+            found[name] = value
+    return found
 
 
 def _checked_output(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
@@ -187,12 +206,21 @@ def _checked_output(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
 
 def _nothing(t: Tensor) -> Tensor:
     """A tensor of this shape that takes no memory."""
-    return t.new_full((), torch.nan if t.is_floating_point() else 0).expand(t.shape)
+    filling: float = 0
+    if t.is_floating_point():
+        filling = torch.nan
+    return t.new_full((), filling).expand(t.shape)
 
 
 def _giving(value: Any) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: mapped(_given_once, value)
+
+
+def _given_once(t: Tensor) -> Tensor:
     # what follows may work in place; on the tensors that take no memory it cannot, and that is an error
-    return lambda *_args, **_kwargs: mapped(lambda t: t.clone() if 0 not in t.stride() else t, value)
+    if 0 in t.stride():
+        return t
+    return t.clone()
 
 
 @contextmanager
@@ -209,17 +237,19 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             vars(module)["forward"] = own
 
 
-def _named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _block_names(model: nn.Module) -> Iterator[str]:
     for container, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
-            for name, child in module.named_children():
-                yield f"{container}.{name}" if container else name, child
+            for name, _ in module.named_children():
+                yield f"{container}.{name}".removeprefix(".")
 
 
 def _smallest_around(site: Site, blocks: Sequence[str]) -> list[str]:
     """The smallest block that the whole site is in, or else its maps: before these nothing of the site runs."""
     whole = [name for name in blocks if all(_within(m.name, name) for m in site.maps)]
-    return [max(whole, key=len)] if whole else [m.name for m in site.maps]
+    if not whole:
+        return [m.name for m in site.maps]
+    return [max(whole, key=len)]
 
 
 def _within(name: str, block: str) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shallower.calibrating.grams import Centred, Gram
+from shallower.calibrating.patches import flat, flat_mask, unmasked
 from shallower.core.batches import Batch, Batches
 from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, model_device
 from shallower.core.memory import in_pieces
@@ -103,10 +104,13 @@ def output_metrics(
     def backward(batch: Batch) -> None:
         here = batch.on(device)
         mask = here.mask
-        gradients.mask = None if mask is None else mask.bool().flatten()
+        gradients.mask = flat_mask(mask)
         raw = call(model, here.inputs)
         output = output_of(raw)
-        direction = _direction(output, are_logits(raw) if logits is None else logits, generator)
+        classes = logits
+        if classes is None:
+            classes = are_logits(raw)
+        direction = _direction(output, classes, generator)
         if mask is not None and output.dim() == 3 and output.shape[:2] == mask.shape:
             direction = direction * mask.to(direction)[..., None]
         if output.requires_grad:
@@ -153,17 +157,17 @@ class _Gradients:
                     output = start.requires_grad_().clone()
             images = isinstance(module, nn.Conv2d)
             output.register_hook(  # type: ignore[no-untyped-call]
-                lambda g: self._add(name, g.movedim(1, -1) if images else g)
+                lambda g: self._add(name, unmasked(flat(g, images), self.mask))
             )
             return output
 
         return after
 
-    def _add(self, name: str, gradient: Tensor) -> None:
-        g = gradient.reshape(-1, gradient.shape[-1])
-        if self.mask is not None and len(self.mask) == len(g):
-            g = g[self.mask]
-        self._sums[name] = self._sums[name].seen(g) if name in self._sums else Gram.of(g)
+    def _add(self, name: str, gradients: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name] = self._sums[name].seen(gradients)
+        else:
+            self._sums[name] = Gram.of(gradients)
 
     def found(self) -> dict[str, Centred]:
         """The means over all positions of all processes."""
@@ -229,6 +233,7 @@ def _direction(output: Tensor, logits: bool, generator: torch.Generator) -> Tens
             return torch.randn(output.shape, generator=generator).to(output)
         probabilities = output.detach().float().softmax(-1)
         flat = probabilities.reshape(-1, probabilities.shape[-1]).cpu()
+        # for y drawn from p, v = p - one_hot(y) has E[v v^T] = diag(p) - p p^T
         drawn = torch.multinomial(flat, 1, generator=generator).to(output.device)
         chosen = torch.zeros_like(probabilities).reshape(flat.shape).scatter_(1, drawn, 1.0)
         return (probabilities - chosen.view_as(probabilities)).to(output)

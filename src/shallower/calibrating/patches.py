@@ -29,6 +29,7 @@ def patches(z: Tensor, m: LinearMap, step: int = 1) -> Tensor:
         return flat(z, False)[::step]
     if m.taps == 1 and m.padding == (0, 0):
         return flat(z[:, :, :: m.stride[0], :: m.stride[1]], True)[::step]
+    # every step-th position of all images, as if they stood one behind the other
     found, seen = [], 0
     for images in torch.split(z, max(1, _PATCH_VALUES // max(1, z[0].numel() * m.taps))):
         columns = F.unfold(images, m.kernel, dilation=m.dilation, padding=m.padding, stride=m.stride)
@@ -43,13 +44,17 @@ def unusual_padding(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """How a convolution pads its input where a `LinearMap` does not say it: not with zeros, or not evenly."""
     if not isinstance(module, nn.Conv2d) or (module.padding_mode == "zeros" and module.padding != "same"):
         return None
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    mode: str = module.padding_mode
+    if mode == "zeros":
+        mode = "constant"
     return lambda x: F.pad(x, module._reversed_padding_repeated_twice, mode)
 
 
 def thinned(positions: int, channels: int, taps: int) -> int:
     """Stride between sampled positions: 1 for tokens; larger for convolutions, whose neighbours are correlated."""
-    return max(1, positions // (_PER_COLUMN * channels * taps)) if taps > 1 else 1
+    if taps == 1:
+        return 1
+    return max(1, positions // (_PER_COLUMN * channels * taps))
 
 
 def flat(t: Tensor, channels_first: bool) -> Tensor:
@@ -57,3 +62,17 @@ def flat(t: Tensor, channels_first: bool) -> Tensor:
     if channels_first:
         t = t.movedim(1, -1)
     return t.reshape(-1, t.shape[-1])
+
+
+def flat_mask(mask: Tensor | None) -> Tensor | None:
+    """(positions,) which of them count; None for all."""
+    if mask is None:
+        return None
+    return mask.bool().flatten()
+
+
+def unmasked(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows (positions, channels) that count; all, where the mask is not of these positions."""
+    if mask is not None and len(mask) == len(rows):
+        return rows[mask]
+    return rows
