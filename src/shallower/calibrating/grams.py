@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from shallower.calibrating.selection import (
 )
 from shallower.core.algebra import wide
 from shallower.core.processes import gathered, several, summed
+from shallower.core.tensors import are_finite
 from shallower.errors import FitError
 
 _ROWS = 1 << 10
@@ -72,7 +74,12 @@ class _Products:
         return _Products(count, z, y, yy, tuple(zz), zy)
 
     def cloned(self) -> _Products:
-        return self.mapped(self.count, [t.clone() for t in self.tensors])
+        return self.mapped(self.count, list(map(torch.clone, self.tensors)))
+
+    def plus(self, other: _Products) -> _Products:
+        """The sums of both."""
+        sums = list(map(torch.add, self.tensors, other.tensors))
+        return self.mapped(self.count + other.count, sums)
 
     def add(self, z: Tensor, y: Tensor, dtype: torch.dtype) -> None:
         """Add the products of some rows in place."""
@@ -133,14 +140,17 @@ class Gram:
     @classmethod
     def of(cls, z: Tensor, y: Tensor | None = None, *, quick: bool = False) -> Gram:
         """The moments of z (positions, n) and y (positions, d), of any dtype; of z alone without y."""
-        y = z[:, :0] if y is None else y
+        if y is None:
+            y = z[:, :0]
         return cls(z.shape[1], y.shape[1], quick, wide(z[:0]).device).seen(z, y)
 
     @property
     def count(self) -> int:
         """Positions seen."""
-        before = 0 if self._products is None else self._products.count
-        return before + sum(len(z) for z, _ in self._waiting)
+        count = self._waiting_rows
+        if self._products is not None:
+            count += self._products.count
+        return count
 
     def seen(self, z: Tensor, y: Tensor | None = None) -> Gram:
         """The moments of these samples too.
@@ -152,7 +162,8 @@ class Gram:
         Raises:
             FitError: the samples do not have n columns and d outputs.
         """
-        y = z[:, :0] if y is None else y
+        if y is None:
+            y = z[:, :0]
         if z.shape != (len(y), self.columns) or y.shape[1] != self.outputs:
             raise FitError(
                 f"samples of shapes {tuple(z.shape)} and {tuple(y.shape)} where {self.columns} columns and "
@@ -170,13 +181,13 @@ class Gram:
         """The moments of both samples together."""
         if (self.columns, self.outputs) != (other.columns, other.outputs):
             raise FitError("Gram matrices of different sites do not add up")
-        pair = [p for p in (self._products, other._products) if p is not None]
-        products = pair[0] if pair else None
-        if len(pair) == 2:
-            sums = [a + b for a, b in zip(pair[0].tensors, pair[1].tensors, strict=True)]
-            products = pair[0].mapped(pair[0].count + pair[1].count, sums)
+        products = self._products or other._products
+        if self._products is not None and other._products is not None:
+            products = self._products.plus(other._products)
         both = replace(self, _products=products, _waiting=(*self._waiting, *other._waiting))
-        return both._folded() if both._waiting_rows >= self.columns else both
+        if both._waiting_rows >= self.columns:
+            return both._folded()
+        return both
 
     @property
     def _waiting_rows(self) -> int:
@@ -198,7 +209,9 @@ class Gram:
             products = _Products.zeros(self.columns, self.outputs, self.device)
         else:
             products = self._products.cloned()
-        dtype = torch.float32 if self.quick else torch.float64
+        dtype = torch.float64
+        if self.quick:
+            dtype = torch.float32
         for start in range(0, len(z), _ROWS):
             products.add(z[start : start + _ROWS], y[start : start + _ROWS], dtype)
         return replace(self, _products=replace(products, count=products.count + len(z)), _waiting=())
@@ -231,6 +244,7 @@ class Gram:
         waiting = tuple((seen(wide(z).T).T, y) for z, y in self._waiting)
         products = self._products
         if products is not None:
+            # with S = [rows of the identity; D], z becomes S z and zz becomes S zz S^T
             zz = seen(seen(products.square()).T)
             products = replace(products, z=seen(products.z), zz=_triangle(zz), zy=seen(products.zy))
         return replace(self, columns=len(kept) + len(down), _products=products, _waiting=waiting)
@@ -240,14 +254,17 @@ class Gram:
         if not several():
             return self
         # rows can be gathered where all processes have rows, and together fewer than columns
-        counts = gathered(self.columns if self._products is not None else self.count)
-        if sum(counts) < self.columns:
-            parts = gathered([(z.cpu(), y.cpu()) for z, y in self._waiting])
-            rows = [(z.to(self.device), y.to(self.device)) for part in parts for z, y in part]
+        count = self.count
+        if self._products is not None:
+            count = self.columns
+        if sum(gathered(count)) < self.columns:
+            rows = []
+            for z, y in chain.from_iterable(gathered([(z.cpu(), y.cpu()) for z, y in self._waiting])):
+                rows.append((z.to(self.device), y.to(self.device)))
             return replace(self, _waiting=tuple(rows))
         own = self._folded()._products or _Products.zeros(self.columns, self.outputs, self.device)
         total = sum(gathered(own.count))
-        return replace(self, _products=own.mapped(total, [summed(t) for t in own.tensors]), _waiting=())
+        return replace(self, _products=own.mapped(total, list(map(summed, own.tensors))), _waiting=())
 
     def centred(self, intercept: bool = True) -> Centred:
         """Means and second moments; about the means where the fit has an intercept, about 0 where it has none.
@@ -255,7 +272,8 @@ class Gram:
         Raises:
             FitError: too little was seen, or something was not finite.
         """
-        if self.count < (2 if intercept else 1):
+        # the mean takes one position by itself
+        if self.count < 1 + intercept:
             raise FitError(f"only {self.count} positions were seen: too few calibration data to fit anything")
         if not self.is_finite():
             raise FitError("a value is not finite: does the model overflow on the calibration batches?")
@@ -268,9 +286,10 @@ class Gram:
 
     def is_finite(self) -> bool:
         """Whether every value seen was finite, and every sum."""
-        summed_up = () if self._products is None else self._products.tensors
-        waiting = (t for samples in self._waiting for t in samples)
-        return all(bool(t.isfinite().all()) for t in (*summed_up, *waiting))
+        given = list(chain.from_iterable(self._waiting))
+        if self._products is not None:
+            given += self._products.tensors
+        return are_finite(given)
 
 
 def _centred_rows(z: Tensor, y: Tensor, intercept: bool) -> Centred:
@@ -337,7 +356,9 @@ class Centred:
     @property
     def squares(self) -> Tensor:
         """(n,) the diagonal of zz."""
-        return self.zz.diagonal() if self.rows is None else self.rows[0].square().sum(0)
+        if self.rows is not None:
+            return self.rows[0].square().sum(0)
+        return self.zz.diagonal()
 
     def fit(self, ridge: float) -> Tensor:
         """The linear map W (d, n) with which W (z - mean_z) + mean_y predicts y best.

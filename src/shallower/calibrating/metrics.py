@@ -50,6 +50,7 @@ class Metric:
         for block in self.blocks:
             start, end = end, end + len(block.mean_z)
             part = y[:, start:end]
+            # y G y^T with G = Z^T Z is (y Z^T) (y Z^T)^T, without G where there are few rows
             if block.rows is None:
                 total += part @ block.zz @ part.T
             else:

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from shallower.calibrating.patches import flat, flat_mask, unmasked
 from shallower.core.batches import Batches
 from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, model_device
 from shallower.core.modes import evaluating
+from shallower.core.tensors import are_finite
 from shallower.core.trees import tensors
 from shallower.core.watching import After, Before, copied, read, watching
 from shallower.errors import FitError, SiteError
@@ -64,13 +66,10 @@ class Moments:
     def of(cls, h: Tensor, f: Tensor, u: Tensor | None = None) -> Moments:
         """Moments of samples: h, f and u are (positions, n), of any dtype."""
         rows = max(1, _WIDE_VALUES // max(1, h.shape[1]))
-        pieces = zip(
-            torch.split(h, rows),
-            torch.split(f, rows),
-            repeat(None) if u is None else torch.split(u, rows),
-            strict=False,
-        )
-        return reduce(add, (cls._of(*piece) for piece in pieces))
+        ups: Iterable[Tensor | None] = repeat(None)
+        if u is not None:
+            ups = torch.split(u, rows)
+        return reduce(add, map(cls._of, torch.split(h, rows), torch.split(f, rows), ups))
 
     @classmethod
     def _of(cls, h: Tensor, f: Tensor, u: Tensor | None) -> Moments:
@@ -101,10 +100,15 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both samples together."""
-        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
-        if any((a is None) != (b is None) for a, b in pairs) or self.h.shape != other.h.shape:
-            raise FitError("moments of different sites do not add up")
-        sums: list[Any] = [None if a is None else a + b for a, b in pairs]
+        unlike = self.h.shape != other.h.shape
+        sums: list[Any] = []
+        for field in fields(self):
+            total, further = getattr(self, field.name), getattr(other, field.name)
+            if unlike or (total is None) != (further is None):
+                raise FitError("moments of different sites do not add up")
+            if total is not None:
+                total = total + further
+            sums.append(total)
         return Moments(*sums)
 
     @property
@@ -131,11 +135,12 @@ class Moments:
         Raises:
             FitError: the moments are not finite, or nothing was seen.
         """
-        if self.count == 0 or not all(torch.isfinite(t).all() for t in (self.hh, self.hf, self.f)):
+        if self.count == 0 or not are_finite((self.hh, self.hf, self.f)):
             raise FitError("the moments are not finite: does the model overflow on the calibration batches?")
         mean_f = self.f / self.count
         if self.uu is not None and self.fuu is not None:
             return torch.where(self.uu > 0, self.fuu / self.uu.clamp_min(_SMALLEST), mean_f), torch.zeros_like(mean_f)
+        # beside E[h^2] a variance that small is what rounding leaves of none
         varies = self.var > 1e-12 * self.hh / self.count
         covariance = self.hf / self.count - self.mean * mean_f
         slope = torch.where(varies, covariance / self.var.clamp_min(_SMALLEST), 0.0)
@@ -144,8 +149,10 @@ class Moments:
     def error(self, slope: Tensor, offset: Tensor) -> Tensor:
         """(n,) mean squared error of that affine map in the place of f: of f(h), or of f(h) u in a gated site."""
         if self.uu is not None and self.fuu is not None and self.ffuu is not None:
+            # the mean of (f u - slope u)^2
             total = self.ffuu - 2 * slope * self.fuu + slope.square() * self.uu
         else:
+            # the mean of (f - slope h - offset)^2
             total = (
                 self.ff
                 + slope.square() * self.hh
@@ -180,6 +187,7 @@ def gaussian_prelu(mean: Tensor, std: Tensor, a: Tensor) -> tuple[Tensor, Tensor
     z = mean / torch.where(varies, std, 1.0)
     below = torch.special.ndtr(-z)
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    # E[max(h, 0)] = mean Phi(mean / std) + std phi(mean / std)
     relu = torch.where(varies, mean * (1 - below) + std * density, mean.clamp_min(0))
     slope = torch.where(varies, 1 - (1 - a) * below, 0.0)
     return slope, a * mean + (1 - a) * relu - slope * mean
@@ -224,7 +232,7 @@ def collect(
             for batch in tqdm(calibration, desc="calibrating", delay=2):
                 here = batch.on(device)
                 for recorder in recorders:
-                    recorder.mask = None if here.mask is None else here.mask.bool().reshape(-1)
+                    recorder.mask = flat_mask(here.mask)
                 call(model, here.inputs)
                 for recorder in recorders:
                     recorder.check()
@@ -295,13 +303,13 @@ class _ActivationRecorder:
 
     def _rows(self, t: Tensor) -> Tensor:
         """(positions that count, channels)."""
-        if self.site.channels_first and t.dim() > 2:
-            t = t.movedim(1, -1)
-        t = t.reshape(-1, t.shape[-1])
-        return t[self.mask] if self.mask is not None and len(self.mask) == len(t) else t
+        t = flat(t, self.site.channels_first and t.dim() > 2)
+        return unmasked(t, self.mask)
 
     def _add(self, moments: Moments) -> None:
-        self._moments = moments if self._moments is None else self._moments + moments
+        if self._moments is not None:
+            moments = self._moments + moments
+        self._moments = moments
 
     def check(self) -> None:
         """Refuse a batch in which the activation and the producer did not run alike."""

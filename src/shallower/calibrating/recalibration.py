@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from shallower.core.batches import Batches
 from shallower.core.inputs import InputsOf, call, default_inputs_of, model_device
 from shallower.core.modes import evaluating
+from shallower.core.tensors import are_finite
 from shallower.errors import FitError
 
 
@@ -51,7 +52,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, inputs_of: InputsOf
             raise FitError("recalibration needs data: `batches` is empty. Give a few hundred samples")
         _measure(model, list(norms.values()), calibration)
         for name, norm in norms.items():
-            if not all(bool(t.isfinite().all()) for t in _statistics(norm)):
+            if not are_finite(_statistics(norm)):
                 raise FitError(f"{name}: what it reads on these batches is not finite; do they hold NaN?")
     except BaseException:
         for name, norm in norms.items():
@@ -76,6 +77,7 @@ def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Batches) -> Non
             for norm in norms:
                 norm.train()
                 norm.reset_running_stats()
+                # without a momentum it takes the plain mean of all batches
                 norm.momentum = None
             for batch in tqdm(batches, desc="measuring BatchNorms", delay=5, leave=False):
                 call(model, batch.on(device).inputs)

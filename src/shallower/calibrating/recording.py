@@ -67,7 +67,9 @@ class Recorder:
         self.units: dict[str, Tensor] = {}
         self.read_as: dict[str, LinearMap] = {}
         self._sampled = sampled
-        self._keep: Callable[[Tensor], Tensor] = _sampled_values if sampled else copied
+        self._keep: Callable[[Tensor], Tensor] = copied
+        if sampled:
+            self._keep = _sampled_values
         self._stack = ExitStack()
         self._sums = _Sums(self)
         self._follows: list[str] = []
@@ -75,10 +77,13 @@ class Recorder:
         self.limit(sites)
 
     def __enter__(self) -> Recorder:
-        consumers = {m.name: m for site in self.sites for m in site.consumers}
-        producers = {site.producer.name: site.producer for site in self.sites if site.producer is not None}
+        maps: dict[str, LinearMap] = {}
+        for site in self.sites:
+            if site.producer is not None:
+                maps[site.producer.name] = site.producer
         # a map may be the consumer of one site and the producer of the next
-        maps = {**producers, **consumers}
+        consumers = self._consumers()
+        maps |= consumers
         before = {name: self._before(m) for name, m in maps.items()}
         after = {name: self._after(name) for name in consumers}
         self._stack.enter_context(watching(self.model, before=before, after=after))
@@ -87,13 +92,20 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def _consumers(self) -> dict[str, LinearMap]:
+        return {m.name: m for site in self.sites for m in site.consumers}
+
     def _before(self, m: LinearMap) -> Before:
         padding = unusual_padding(self.model.get_submodule(m.name))
-        self.read_as[m.name] = m if padding is None else replace(m, padding=(0, 0))
+        self.read_as[m.name] = m
+        if padding is not None:
+            self.read_as[m.name] = replace(m, padding=(0, 0))
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = read(args, kwargs).detach()
-            self.inputs.setdefault(m.name, []).append(self._keep(x if padding is None else padding(x)))
+            if padding is not None:
+                x = padding(x)
+            self.inputs.setdefault(m.name, []).append(self._keep(x))
 
         return before
 
@@ -121,11 +133,12 @@ class Recorder:
                 call(self.model, inputs)
         except _Finished:
             pass
-        maps = {m.name: m for site in self.sites for m in site.consumers}
+        consumers = self._consumers()
         for name, unit, other in zip(self._follows, self._sums.units, self._sums.others, strict=True):
             self.others.setdefault(name, []).append(other)
             if unit is not None and unit.numel():
-                divided = flat(unit, maps[name].kind == "conv2d")[0]
+                # the way back divides by the scales in between, and makes 0 of what they nearly cut off
+                divided = flat(unit, consumers[name].kind == "conv2d")[0]
                 self.units[name] = torch.where(divided == 0, 0.0, 1 / divided)
 
     def forget(self) -> None:
@@ -162,7 +175,9 @@ class Recorder:
         for m in site.consumers:
             y, other = self.outputs[m.name][i], self.others[m.name][i]
             streamed.append(bool(compensation) and other is not None)
-            ys.append(y + compensation * other if compensation and other is not None else y)
+            if compensation and other is not None:
+                y = y + compensation * other
+            ys.append(y)
             units.append(self.units.get(m.name, torch.ones(m.d_out)))
         return DenseOutputs(tuple(ys), tuple(streamed), tuple(units))
 
@@ -182,7 +197,9 @@ class Recorder:
     def samples(self, site: Site) -> list[Tensor]:
         """Some values of each of these tensors."""
         tensors = self.tensors(site)
-        return tensors if self._sampled else list(map(_sampled_values, tensors))
+        if self._sampled:
+            return tensors
+        return list(map(_sampled_values, tensors))
 
 
 class _Sums(ResidualSums):
@@ -205,4 +222,5 @@ class _Sums(ResidualSums):
 def _sampled_values(t: Tensor) -> Tensor:
     """Some of the values, spread over all dimensions."""
     values = t.detach().reshape(-1)
+    # an odd step: an even one would meet the same channels again and again
     return values[:: max(1, values.numel() // _SAMPLE) | 1].clone()

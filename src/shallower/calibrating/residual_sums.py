@@ -65,13 +65,18 @@ class ResidualSums(TorchFunctionMode):
             return func(*args, **kwargs)
         _, index, inverses = self.followed[id(found)]
         if name in _SUMS and len(args) == 2 and kwargs.get("alpha", 1) == 1:
-            other = args[1] if args[0] is found else args[0]
+            other = _beside(found, args)
             if isinstance(other, Tensor) and other.shape == found.shape and id(other) not in self.followed:
-                before = other.detach().clone() if name in ("add_", "__iadd__") else other.detach()
-                unit = torch.ones_like(before) if self.measure else None
+                before = other.detach()
+                if name in ("add_", "__iadd__"):
+                    before = before.clone()
+                unit: Tensor | None = None
+                if self.measure:
+                    unit = torch.ones_like(before)
                 for inverse in reversed(inverses):
                     before = inverse(before)
-                    unit = None if unit is None else inverse(unit)
+                    if unit is not None:
+                        unit = inverse(unit)
                 self.others[index], self.units[index] = self.keep(before), unit
             del self.followed[id(found)]
             return func(*args, **kwargs)
@@ -84,6 +89,13 @@ class ResidualSums(TorchFunctionMode):
         return result
 
 
+def _beside(tensor: Tensor, pair: tuple[Any, ...]) -> Any:
+    """The other of two arguments."""
+    if pair[0] is tensor:
+        return pair[1]
+    return pair[0]
+
+
 def _inverse(name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inverse | None:
     """What takes the result of this call back to `tensor`; None where that is not known."""
     if name in _UNCHANGED:
@@ -92,17 +104,20 @@ def _inverse(name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str,
         shape = tensor.shape
         return lambda t: t.reshape(shape)
     if name == "permute":
-        given = args[1:] if len(args) > 1 else (kwargs["dims"],)
-        dims = given[0] if len(given) == 1 and not isinstance(given[0], int) else given
+        dims = args[1:] or (kwargs["dims"],)
+        if len(dims) == 1 and not isinstance(dims[0], int):
+            dims = dims[0]
+        # the inverse of a permutation sorts it
         order = [d % tensor.dim() for d in dims]
-        return lambda t: t.permute([order.index(d) for d in range(len(order))])
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return lambda t: t.permute(back)
     if name in ("transpose", "swapaxes") and len(args) == 3:
         first, second = args[1], args[2]
         return lambda t: t.transpose(first, second)
     if name == "batch_norm":
         return _batch_norm(args, kwargs)
     if name in _SCALED and len(args) == 2:
-        factor = args[1] if args[0] is tensor else args[0]
+        factor = _beside(tensor, args)
         if isinstance(factor, (int, float)) and math.isfinite(factor) and factor != 0:
             return lambda t: t / factor
         if isinstance(factor, torch.nn.Parameter) and factor.dim() <= tensor.dim():
@@ -117,6 +132,7 @@ def _batch_norm(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inverse | None
     given = dict(zip(names, args, strict=False)) | kwargs
     if len(args) > len(names) or given.get("training", False) or given.get("running_var") is None:
         return None
+    # scale y + shift + other = scale (y + other / scale) + shift: the shift plays no part
     scale = torch.rsqrt(given["running_var"].detach() + given.get("eps", 1e-5))
     if given.get("weight") is not None:
         scale = scale * given["weight"].detach()

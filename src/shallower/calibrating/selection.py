@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shallower.core.tensors import are_finite
 from shallower.errors import FitError
 
 _NOT_FINITE = "the second moments are not finite: does the model overflow on the calibration batches?"
@@ -204,7 +205,7 @@ def _channels_of(zz: Tensor, zy: Tensor, keep: int, taps: int) -> int:
 
 
 def _check_finite(*given: Tensor) -> None:
-    if not all(bool(t.isfinite().all()) for t in given):
+    if not are_finite(given):
         raise FitError(_NOT_FINITE)
 
 
@@ -317,6 +318,7 @@ def _round_of_rows(z: Tensor, yy: Tensor, amount: Tensor, free: Tensor, count: i
         a = inverse @ z[:, columns_of(g[None], taps)]
         both = (z.T @ torch.cat([a, inverse @ (yy @ a)], 1)).view(n, taps, 2 * taps)
         beside, cross = both[..., :taps], both[..., taps:]
+        # M = (1 - Q_gg)^-1, from Sherman, Morrison and Woodbury: K - z_g z_g^T has the inverse K^-1 + a M a^T
         m = torch.linalg.inv(one - q[g])
         times = _each_times(beside, m)
         grown = _products(times, cross)
@@ -328,13 +330,16 @@ def _round_of_rows(z: Tensor, yy: Tensor, amount: Tensor, free: Tensor, count: i
 
 def _each_times(blocks: Tensor, matrix: Tensor) -> Tensor:
     """Each block times a small matrix; see `_products`."""
-    return blocks * matrix if len(matrix) == 1 else blocks @ matrix
+    if len(matrix) == 1:
+        return blocks * matrix
+    return blocks @ matrix
 
 
 def _all_removed(found: list[Removed], like: Tensor) -> Removed:
     if not found:
         return torch.zeros(0, dtype=torch.int64, device=like.device), like.new_zeros(0)
-    return torch.cat([order for order, _ in found]), torch.cat([costs for _, costs in found])
+    orders, costs = zip(*found, strict=True)
+    return torch.cat(orders), torch.cat(costs)
 
 
 def _elimination(removed: Removed, channels: int) -> Elimination:
@@ -353,7 +358,9 @@ def _diagonal_blocks(q: Tensor, taps: int) -> Tensor:
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """a b^T of each block; of single rows without matrix products, since many small ones take longer."""
-    return (a * b).sum(-1, keepdim=True) if a.shape[1] == 1 else a @ b.mT
+    if a.shape[1] == 1:
+        return (a * b).sum(-1, keepdim=True)
+    return a @ b.mT
 
 
 def _costs_of_removal(squares: Tensor, diagonal: Tensor) -> Tensor:

@@ -84,7 +84,10 @@ class SiteGrams:
         fit, held = pair(z)
         if x is None:
             return cls(fit, held)
-        return cls(fit, held, pair(x), pair(torch.cat([z, x.to(z.dtype)], 1)) if joint else None)
+        both = None
+        if joint:
+            both = pair(torch.cat([z, x.to(z.dtype)], 1))
+        return cls(fit, held, pair(x), both)
 
     @classmethod
     def empty(cls, shapes: Shapes, device: torch.device) -> SiteGrams:
@@ -137,7 +140,9 @@ def fitted_rows(rows: int, number: int) -> int:
     """How many of some rows are for fitting; those behind them are held out."""
     if rows >= HELD_OUT:
         return rows - rows // HELD_OUT
-    return 0 if number % HELD_OUT == HELD_OUT - 1 else rows
+    if number % HELD_OUT == HELD_OUT - 1:
+        return 0
+    return rows
 
 
 def read_alike(site: Site) -> bool:

@@ -75,7 +75,9 @@ class Walk:
         with evaluating(dense), Recorder(dense, sites, sampled=True) as recorder:
             course = course_of(dense, sites, lambda: recorder.run(first))
         samples = {site.name: recorder.samples(site) for site in sites}
-        blocks = None if small is None else FinishedBlocks(small, course)
+        blocks = None
+        if small is not None:
+            blocks = FinishedBlocks(small, course)
         walk = cls(FinishedBlocks(dense, course), blocks, course, samples)
         if not any(course.before.values()):
             walk.end()
@@ -96,7 +98,9 @@ class Walk:
 
     def blocks_of(self, model: nn.Module) -> FinishedBlocks | None:
         """The finished blocks of one of the two networks."""
-        return self.dense if model is self.dense.model else self.small
+        if model is self.dense.model:
+            return self.dense
+        return self.small
 
     def agrees(self, recorder: Recorder, site: Site, first: bool) -> bool:
         """Whether the maps of a site read and returned what they do in a pass from the inputs."""
@@ -116,7 +120,9 @@ def walked(recorder: Recorder, walk: Walk | None, index: int, sites: Sequence[Si
         sites: that the pass is for. Only a pass for a single site starts from finished blocks.
         inputs: of the batch.
     """
-    blocks = None if walk is None else walk.blocks_of(recorder.model)
+    blocks = None
+    if walk is not None:
+        blocks = walk.blocks_of(recorder.model)
     if walk is None or blocks is None or not blocks.on or len(sites) != 1:
         recorder.run(inputs)
         return
