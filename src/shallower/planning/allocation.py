@@ -48,13 +48,15 @@ def allocate(menus: Menus, met: Met) -> dict[str, Choice]:
     """
     if met(best(menus, 0.0)):
         return best(menus, 0.0)
-    cheapest = {name: min(menu, key=lambda c: (c.cost, c.error)) for name, menu in menus.items()}
+    cheapest = _least(menus, lambda c: (c.cost, c.error))
     if not met(cheapest):
         raise TargetError("the target cannot be met, even with the cheapest choice at every site")
     low, high = _bracket(menus, met)
-    chosen = cheapest if high is None else best(menus, high)
-    for _ in range(_HALVINGS if high is not None else 0):
-        price = (low * (high or low)) ** 0.5
+    if high is None:
+        return filled(menus, cheapest, met)
+    chosen = best(menus, high)
+    for _ in range(_HALVINGS):  # prices range over many powers of ten: halve the bracket of their logarithms
+        price = (low * high) ** 0.5
         trial = best(menus, price)
         if met(trial):
             high, chosen = price, trial
@@ -65,19 +67,24 @@ def allocate(menus: Menus, met: Met) -> dict[str, Choice]:
 
 def best(menus: Menus, price: float) -> dict[str, Choice]:
     """What is best for each site where a unit of cost is worth `price` units of error; the cheaper of two equals."""
-    return {name: min(menu, key=lambda c: (c.error + price * c.cost, c.cost)) for name, menu in menus.items()}
+    return _least(menus, lambda c: (c.error + price * c.cost, c.cost))
+
+
+def _least(menus: Menus, key: Callable[[Choice], tuple[float, float]]) -> dict[str, Choice]:
+    """The choice of each menu with the least key."""
+    return {name: min(menu, key=key) for name, menu in menus.items()}
 
 
 def filled(menus: Menus, chosen: Mapping[str, Choice], met: Met) -> dict[str, Choice]:
     """Spend what is left of the budget: take the single change that lowers the error most, while the target is met."""
     current = dict(chosen)
     while True:
-        changes = [
-            (current[name].error - choice.error, name, choice)
-            for name, menu in menus.items()
-            for choice in menu
-            if choice.error < current[name].error and choice.cost > current[name].cost
-        ]
+        changes = []
+        for name, menu in menus.items():
+            now = current[name]
+            for choice in menu:
+                if choice.error < now.error and choice.cost > now.cost:
+                    changes.append((now.error - choice.error, name, choice))
         changes.sort(key=lambda change: -change[0])
         for _, name, choice in changes:
             trial = {**current, name: choice}
@@ -109,7 +116,10 @@ def in_proportion(widths: Mapping[str, int], met: Callable[[Mapping[str, int]], 
     low, high = 0, len(shares)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if met(at(shares[middle])) else (low, middle)
+        if met(at(shares[middle])):
+            low = middle
+        else:
+            high = middle
     return at(shares[low])
 
 

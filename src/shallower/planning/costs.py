@@ -61,7 +61,9 @@ def size_saved(step: Step, model: nn.Module) -> int:
     saved = (form.params_before - form.params) * each
     if site.producer is None:
         return saved
-    left = form.width if form.kind in ("narrower", "partial") else 0
+    left = 0
+    if form.kind in ("narrower", "partial"):
+        left = form.width
     for name in site.bridge.norms:
         saved += _norm_saved(model.get_submodule(name), site.width, left, each)
     if step.entry.fold_skip and site.residual is not None and site.residual.norm:
@@ -82,9 +84,11 @@ def _bytes_each(step: Step, model: nn.Module) -> int:
     """Bytes of one number of a site's weights."""
     maps = step.entry.site.maps
     names = [m.name for m in maps] or [place.module for place in step.entry.site.bridge.activations]
-    weights = (parameter for name in names for parameter in model.get_submodule(name).parameters())
-    first = next((weight for weight in weights if weight.is_floating_point()), None)
-    return 0 if first is None else first.element_size()
+    for name in names:
+        for weight in model.get_submodule(name).parameters():
+            if weight.is_floating_point():
+                return weight.element_size()
+    return 0
 
 
 def _norm_saved(norm: nn.Module, width: int, left: int, each: int) -> int:
@@ -100,7 +104,9 @@ def _norm_saved(norm: nn.Module, width: int, left: int, each: int) -> int:
     own: list[Tensor] = [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]
     for tensor in own:
         if tensor.numel() == width:
-            counted = each if isinstance(tensor, nn.Parameter) else 0
+            counted = 0
+            if isinstance(tensor, nn.Parameter):
+                counted = each
             saved += (width - left) * (tensor.element_size() - counted)
         elif left == 0:
             saved += tensor.numel() * tensor.element_size()

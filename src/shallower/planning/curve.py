@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,13 +19,16 @@ from typing import Annotated, Any
 
 from shallower.core.codec import Bounds, decode
 from shallower.core.files import read_json, write_json, write_text
-from shallower.core.text import amount
+from shallower.core.text import amount, table
 from shallower.errors import MethodError, TargetError
 from shallower.planning.costs import Cost
 from shallower.planning.targets import Target
 
 CURVE_SCHEMA = 1
 """Version of curve.json."""
+
+_COST, _SCORE = operator.itemgetter(0), operator.itemgetter(1)
+"""The axes of a point that is drawn."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Point:
     def beats(self, other: Point) -> bool:
         """Whether it is nowhere worse - in score, params, MACs and memory - and somewhere better."""
         own, theirs = self._goods(), other._goods()
-        return all(a >= b for a, b in zip(own, theirs, strict=True)) and own != theirs
+        return all(map(operator.ge, own, theirs)) and own != theirs
 
     def _goods(self) -> tuple[float, ...]:
         return self.score, -self.cost.params, -self.cost.macs, -self.cost.size
@@ -116,24 +120,29 @@ class Curve:
         Raises:
             TargetError: no point meets it; the error says how far they go.
         """
-        goal = Target.parse(target) if isinstance(target, str) else target
-        if goal.unit == "drop":
-            floor = goal.floor(self.full.score)
+        if isinstance(target, str):
+            return self.best(Target.parse(target))
+        if target.unit == "drop":
+            floor = target.floor(self.full.score)
             good = [p for p in self.points if p.score >= floor]
             return min(good, key=lambda p: (p.cost.params, p.cost.macs, -p.score))
-        if goal.unit == "latency" and self.full.cost.latency is None:
-            raise TargetError(f"the target {goal} needs measured latencies: curve(..., example_inputs=...)")
-        timed = [p for p in self.points if goal.unit != "latency" or p.cost.latency is not None]
-        met = [p for p in timed if goal.met(self.full.cost, p.cost)]
+        if target.unit == "latency" and self.full.cost.latency is None:
+            raise TargetError(f"the target {target} needs measured latencies: curve(..., example_inputs=...)")
+        counted, met = [], []
+        for p in self.points:
+            if target.unit == "latency" and p.cost.latency is None:
+                continue
+            counted.append(target.amount_of(p.cost))
+            if target.met(self.full.cost, p.cost):
+                met.append(p)
         if not met:
-            before = goal.amount_of(self.full.cost)
-            least = min(goal.amount_of(p.cost) for p in timed)
+            before = target.amount_of(self.full.cost)
+            wanted, least = target.limit(self.full.cost) / before, min(counted) / before
             raise TargetError(
-                f"the target {goal} asks for {goal.limit(self.full.cost) / before:.1%} of the model's {goal.unit}; the "
-                f"smallest point of the curve has {least / before:.1%}. Ask for less, or train with a smaller lower "
-                "bound or at more sites"
+                f"the target {target} asks for {wanted:.1%} of the model's {target.unit}; the smallest point of the "
+                f"curve has {least:.1%}. Ask for less, or train with a smaller lower bound or at more sites"
             )
-        return max(met, key=lambda p: (p.score, -goal.amount_of(p.cost)))
+        return max(met, key=lambda p: (p.score, -target.amount_of(p.cost)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON; `Curve.from_json` reads it back."""
@@ -195,18 +204,14 @@ class Curve:
             raise MethodError("plotting needs matplotlib: pip install shallower[plot]") from error
         if by not in ("params", "macs", "size", "latency"):
             raise MethodError(f"by={by!r}: choose params, macs, size or latency")
-        shown = [(p, getattr(p.cost, by)) for p in self.points if getattr(p.cost, by) is not None]
-        if not shown:
+        front, beaten = self._shown(by)
+        if not (front or beaten):
             raise MethodError("no latency was measured: curve(..., example_inputs=...)")
-        best = {id(p) for p in self.front()}
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        axes.scatter(
-            [c for p, c in shown if id(p) not in best], [p.score for p, _ in shown if id(p) not in best], c="0.7"
-        )
-        front = sorted(((c, p.score) for p, c in shown if id(p) in best))
-        axes.plot([c for c, _ in front], [s for _, s in front], "o-")
+        axes.scatter(list(map(_COST, beaten)), list(map(_SCORE, beaten)), c="0.7")
+        axes.plot(list(map(_COST, front)), list(map(_SCORE, front)), "o-")
         axes.set_xlabel({"latency": "seconds for one pass", "size": "bytes", "macs": "MACs"}.get(by, by))
         axes.set_ylabel(self.name)
         axes.grid(alpha=0.3)
@@ -217,20 +222,31 @@ class Curve:
             raise MethodError(f"{path} cannot be written: {error}") from error
         return path
 
+    def _shown(self, by: str) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+        """Cost and score of the points on the front, in the order of the cost, and of the others."""
+        best = set(map(id, self.front()))
+        front, beaten = [], []
+        for p in self.points:
+            cost = getattr(p.cost, by)
+            if cost is None:
+                continue
+            if id(p) in best:
+                front.append((cost, p.score))
+            else:
+                beaten.append((cost, p.score))
+        return sorted(front), beaten
+
     def __str__(self) -> str:
         """A table."""
-        rows = [("", self.name, "params", "MACs", "size", "latency", "widths")]
+        header = ("", self.name, "params", "MACs", "size", "latency", "widths")
+        rows = []
         for p in self.points:
-            latency = "" if p.cost.latency is None else f"{p.cost.latency * 1e3:.2f} ms"
+            latency = ""
+            if p.cost.latency is not None:
+                latency = f"{p.cost.latency * 1e3:.2f} ms"
             counts = (amount(p.cost.params), amount(p.cost.macs), f"{amount(p.cost.size)}B", latency)
             rows.append((p.label, f"{p.score:.4g}", *counts, _widths_text(p.widths.values())))
-        sizes = [max(len(row[i]) for row in rows) for i in range(7)]
-        return "\n".join(
-            "  ".join(
-                c.ljust(w) if i in (0, 6) else c.rjust(w) for i, (c, w) in enumerate(zip(row, sizes, strict=True))
-            ).rstrip()
-            for row in rows
-        )
+        return table(header, rows, right=range(1, 6))
 
     __repr__ = __str__
 
@@ -241,9 +257,8 @@ class Curve:
         writer.writerow(["label", "score", "params", "macs", "memory", "latency", *names])
         for p in self.points:
             cost = p.cost
-            latency = "" if cost.latency is None else cost.latency
             widths = [p.widths[name] for name in names]
-            writer.writerow([p.label, p.score, cost.params, cost.macs, cost.size, latency, *widths])
+            writer.writerow([p.label, p.score, cost.params, cost.macs, cost.size, cost.latency, *widths])
         return out.getvalue()
 
 
@@ -275,5 +290,8 @@ def _point(data: Any, at: str) -> Point:
 
 
 def _widths_text(widths: Iterable[int], most: int = 8) -> str:
-    shown = [str(k) for k in widths]
-    return " ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+    shown = list(map(str, widths))
+    text = " ".join(shown[:most])
+    if len(shown) > most:
+        text += f" and {len(shown) - most} more"
+    return text

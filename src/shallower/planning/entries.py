@@ -99,7 +99,9 @@ class Entry:
 
     def _check_allowed(self) -> None:
         site, bridge, kept = self.site, self.site.bridge, len(self.kept)
-        linear = len(self.linear) > 0 if self.fit is None else bool(self.fit.ups)
+        linear = len(self.linear) > 0
+        if self.fit is not None:  # its path says so then, and the fates do not
+            linear = bool(self.fit.ups)
         if linear and bridge.not_linear is not None:
             raise PlanError(f"{site.name}: no channel may become linear: {bridge.not_linear}")
         if 0 < kept < site.width and site.not_narrow:
@@ -109,7 +111,9 @@ class Entry:
         if self.fold_skip and site.residual is None:
             raise PlanError(f"{site.name}: there is no sum right around the site whose skip could be folded in")
         if site.kind == "heads" or bridge.has("depthwise"):
-            what = "attention heads" if site.kind == "heads" else "depthwise convolutions between"
+            what = "depthwise convolutions between"
+            if site.kind == "heads":
+                what = "attention heads"
             if kept == 0:
                 raise PlanError(f"{site.name}: a site of {what} keeps at least one channel")
             if self.alphas is not None:
@@ -142,15 +146,12 @@ class Entry:
     ) -> Entry:
         """Every channel linear, with slope 1 and offset 0 unless others are given, each (n,)."""
         n = site.width
-        return cls(
-            site,
-            torch.full((n,), int(Fate.LINEAR), dtype=torch.int8),
-            torch.ones(n, dtype=torch.float64) if slopes is None else slopes,
-            torch.zeros(n, dtype=torch.float64) if offsets is None else offsets,
-            becomes=becomes,
-            fold_skip=fold_skip,
-            note=note,
-        )
+        fates = torch.full((n,), int(Fate.LINEAR), dtype=torch.int8)
+        if slopes is None:
+            slopes = torch.ones(n, dtype=torch.float64)
+        if offsets is None:
+            offsets = torch.zeros(n, dtype=torch.float64)
+        return cls(site, fates, slopes, offsets, becomes=becomes, fold_skip=fold_skip, note=note)
 
     @classmethod
     def narrow(
@@ -181,8 +182,9 @@ class Entry:
         n = site.width
         fates = torch.full((n,), int(Fate.DROP), dtype=torch.int8)
         fates[_indices(site, kept)] = int(Fate.KEEP)
-        zeros, ones = torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
-        return cls(site, fates, ones, zeros if constants is None else constants, fit=fit, note=note)
+        if constants is None:
+            constants = torch.zeros(n, dtype=torch.float64)
+        return cls(site, fates, torch.ones(n, dtype=torch.float64), constants, fit=fit, note=note)
 
     @cached_property
     def kept(self) -> Tensor:

@@ -59,9 +59,12 @@ class Fit:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name: consumers.0, biases.0, down, ups.0."""
-        named = {f"consumers.{i}": t for i, t in enumerate(self.consumers)}
-        named |= {f"biases.{i}": t for i, t in enumerate(self.biases)}
-        return named | self.singles | {f"ups.{i}": t for i, t in enumerate(self.ups)}
+        maps = _numbered("consumers", self.consumers) | _numbered("biases", self.biases)
+        return maps | self.singles | _numbered("ups", self.ups)
+
+
+def _numbered(name: str, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {f"{name}.{i}": tensor for i, tensor in enumerate(tensors)}
 
 
 def checked(site: Site, fit: Fit, kept: int) -> Fit:
@@ -103,9 +106,11 @@ def _check_shape(site: Site, name: str, tensor: Tensor, wanted: tuple[int, ...])
 
 def _with_producers(site: Site, fit: Fit, kept: int) -> Fit:
     """The fit with its producer's and gate's rows checked."""
-    packed = site.bridge.packed
+    packed, gate = site.bridge.packed, site.gate
+    if packed:  # one layer makes both halves
+        gate = site.producer
     changed: dict[str, Tensor] = {}
-    for name, m in (("producer", site.producer), ("gate", site.producer if packed else site.gate)):
+    for name, m in (("producer", site.producer), ("gate", gate)):
         rows, bias = getattr(fit, name), getattr(fit, f"{name}_bias")
         if rows is None:
             if bias is not None:
@@ -135,7 +140,9 @@ def _with_checked_path(site: Site, fit: Fit) -> Fit:
     if not fit.ups:
         return fit
     if producer is None or not site.bridge.pixelwise:
-        what = "no producer" if producer is None else "an average, a pooling or a reshape in it"
+        what = "an average, a pooling or a reshape in it"
+        if producer is None:
+            what = "no producer"
         raise PlanError(f"{site.name}: the site has {what}, so that no fitted linear path can run beside it")
     if down is not None:
         down = _with_window(down, producer)
@@ -160,9 +167,13 @@ def _with_checked_path(site: Site, fit: Fit) -> Fit:
 
 def _window(m: LinearMap) -> tuple[int, ...]:
     """What the shape of a map's weight has behind (d_out, d_in)."""
-    return m.kernel if m.kind == "conv2d" else ()
+    if m.kind != "conv2d":
+        return ()
+    return m.kernel
 
 
 def _with_window(weight: Tensor, m: LinearMap) -> Tensor:
     """A (d_out, d_in) matrix for a 1x1 convolution as its weight."""
-    return weight[:, :, None, None] if m.kind == "conv2d" and weight.dim() == 2 else weight
+    if m.kind == "conv2d" and weight.dim() == 2:
+        return weight[:, :, None, None]
+    return weight

@@ -16,12 +16,16 @@ def not_foldable(m: LinearMap) -> str:
     if m.d_in != m.d_out or m.stride != (1, 1):
         return "the merged map changes the shape of its input"
     centred = all(k % 2 and 2 * p == d * (k - 1) for k, p, d in zip(m.kernel, m.padding, m.dilation, strict=True))
-    return "" if centred else "the merged kernel has no centre over its output (an odd kernel with padding of its half)"
+    if centred:
+        return ""
+    return "the merged kernel has no centre over its output (an odd kernel with padding of its half)"
 
 
 def kernel_of(weight: Tensor) -> tuple[int, int]:
     """The kernel size of a weight; (1, 1) of a matrix."""
-    return (1, 1) if weight.dim() == 2 else (weight.shape[2], weight.shape[3])
+    if weight.dim() == 2:
+        return 1, 1
+    return weight.shape[2], weight.shape[3]
 
 
 def fitted_map(producer: LinearMap, consumer: LinearMap, kernel: tuple[int, int], bias: bool = True) -> LinearMap:
@@ -70,7 +74,9 @@ def composed(producer: LinearMap, consumer: LinearMap, bias: bool, *, flattened:
     if (producer.kind == "conv2d") != (consumer.kind == "conv2d"):
         raise PlanError(f"{consumer.name}: a convolution and a linear layer do not merge into one")
     if producer.kind != "conv2d":
-        return merged if merged.size == producer.size else replace(merged, size=producer.size)
+        if merged.size == producer.size:
+            return merged
+        return replace(merged, size=producer.size)
     axes = [_axis(producer, consumer, i) for i in (0, 1)]
     return replace(
         merged,
@@ -90,8 +96,10 @@ def _axis(producer: LinearMap, consumer: LinearMap, i: int) -> tuple[int, int]:
     """Kernel size and dilation along one axis of two convolutions in a row."""
     k1, d1, k2 = producer.kernel[i], producer.dilation[i], consumer.kernel[i]
     d2 = producer.stride[i] * consumer.dilation[i]
+    if k1 == 1 and k2 == 1:
+        return 1, 1
     if k1 == 1:
-        return k2, d2 if k2 > 1 else 1
+        return k2, d2
     if k2 == 1:
         return k1, d1
     return d1 * (k1 - 1) + d2 * (k2 - 1) + 1, 1
@@ -113,8 +121,13 @@ def resized_map(
     m: LinearMap, *, d_in: int | None = None, d_out: int | None = None, bias: bool | None = None
 ) -> LinearMap:
     """A map with other sizes; Transformers' `Conv1D` always has a bias."""
-    d_in, d_out = m.d_in if d_in is None else d_in, m.d_out if d_out is None else d_out
-    bias = m.kind == "conv1d" or (m.bias if bias is None else bias)
+    if d_in is None:
+        d_in = m.d_in
+    if d_out is None:
+        d_out = m.d_out
+    if bias is None:
+        bias = m.bias
+    bias = m.kind == "conv1d" or bias
     if (d_in, d_out, bias) == (m.d_in, m.d_out, m.bias):
         return m
     return replace(m, d_in=d_in, d_out=d_out, bias=bias)
@@ -122,4 +135,6 @@ def resized_map(
 
 def ungrouped_map(m: LinearMap) -> LinearMap:
     """A map with every output made of every input."""
-    return m if m.groups == 1 else replace(m, groups=1)
+    if m.groups == 1:
+        return m
+    return replace(m, groups=1)

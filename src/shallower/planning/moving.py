@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from shallower.planning.paying import PaidUnit, paying
-from shallower.sites import Site
+from shallower.sites import LinearMap, Site
 
 
 def as_moved(sites: Iterable[Site], chosen: Iterable[Site]) -> list[Site]:
@@ -23,17 +23,20 @@ def as_moved(sites: Iterable[Site], chosen: Iterable[Site]) -> list[Site]:
         grown = [(size + 2 * p, size) for size, p in zip(maps[site.maps[1].name].size, outer, strict=True)]
         positions = producer.positions
         for new, old in grown:
-            positions = positions * new // old if old else positions
+            if old:
+                positions = positions * new // old
         padding = [p + s * q for p, s, q in zip(producer.padding, producer.stride, outer, strict=True)]
         maps[producer.name] = replace(producer, padding=(padding[0], padding[1]), positions=positions)
         for m in site.maps[1:]:
             maps[m.name] = replace(maps[m.name], padding=(0, 0), size=(grown[0][0], grown[1][0]))
-    return [
-        site
-        if site.producer is None
-        else replace(site, producer=maps[site.producer.name], consumers=tuple(maps[m.name] for m in site.consumers))
-        for site in given
-    ]
+    return [_with_maps(site, maps) for site in given]
+
+
+def _with_maps(site: Site, maps: Mapping[str, LinearMap]) -> Site:
+    """A site whose producer and consumers are these by now."""
+    if site.producer is None:
+        return site
+    return replace(site, producer=maps[site.producer.name], consumers=tuple(maps[m.name] for m in site.consumers))
 
 
 def worth_moving(sites: Iterable[Site], unit: PaidUnit = "") -> tuple[Site, ...]:

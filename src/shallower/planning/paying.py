@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -49,7 +50,9 @@ def paying(sites: Iterable[Site], unit: PaidUnit = "") -> tuple[tuple[Site, ...]
     for site in given:
         if site.name not in chosen and site.name not in reasons:
             why = form_of(Entry.collapse(site)).why
-            reasons[site.name] = "no layer becomes cheaper when it collapses" + (f": {why}" if why else "")
+            reasons[site.name] = "no layer becomes cheaper when it collapses"
+            if why:
+                reasons[site.name] += f": {why}"
     return tuple(site for site in given if site.name in chosen), reasons
 
 
@@ -64,7 +67,7 @@ def _needed(group: Sequence[Site], unit: PaidUnit) -> set[str]:
         collapsed, others = walk.ahead(near), walk.ahead(near[1:])
         cost = _cost_of_maps(collapsed.maps, names - collapsed.gone, unit)
         without = _cost_of_maps(ChainMap(others.maps, walk.maps), names - others.gone, unit)
-        if any(a > b for a, b in zip(without, cost, strict=True)):
+        if any(map(operator.gt, without, cost)):
             walk.take(entry, walk.best(entry, {}))
             needed.add(entry.site.name)
     return needed
@@ -72,6 +75,8 @@ def _needed(group: Sequence[Site], unit: PaidUnit) -> set[str]:
 
 def _cost_of_maps(maps: Mapping[str, LinearMap], names: Iterable[str], unit: PaidUnit) -> list[int]:
     """Weights and MACs of some maps, or the one of them that counts."""
-    found = [maps[name] for name in names]
-    weights, macs = sum(m.weights for m in found), sum(m.macs for m in found)
+    weights = macs = 0
+    for name in names:
+        weights += maps[name].weights
+        macs += maps[name].macs
     return {"": [weights, macs], "params": [weights], "macs": [macs]}[unit]

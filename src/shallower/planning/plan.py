@@ -88,7 +88,9 @@ class Plan:
         """
         chosen, left_out = list(sites), {}
         if names is not None:
-            wanted = {names} if isinstance(names, str) else set(names)
+            if isinstance(names, str):
+                names = [names]
+            wanted = set(names)
             if unknown := sorted(wanted - {site.name for site in chosen}):
                 raise PlanError(f"there is no site {unknown[0]!r} to collapse")
             chosen = [site for site in chosen if site.name in wanted]
@@ -132,15 +134,19 @@ class Plan:
         for group in overlapping(step.entry.site for step in self.steps):
             done = [by_site[site.name] for site in group]
             forms = [step.form for step in done]
-            params, macs = sum(f.params for f in forms), sum(f.macs for f in forms)
-            before = sum(f.params_before for f in forms), sum(f.macs_before for f in forms)
+            params = macs = params_before = macs_before = 0
+            for form in forms:
+                params += form.params
+                macs += form.macs
+                params_before += form.params_before
+                macs_before += form.macs_before
             decided = all(step.entry.becomes or step.entry.note for step in done)
-            cheaper = params < before[0] or macs < before[1] or all(f.cheaper for f in forms)
+            cheaper = params < params_before or macs < macs_before or all(f.cheaper for f in forms)
             if decided or cheaper or all(f.kind == "narrower" for f in forms):
                 continue
             warnings.warn(
                 f"{listing([site.name for site in group])}: the plan leaves {amount(params)} parameters and "
-                f"{amount(macs)} MACs, before it was {amount(before[0])} and {amount(before[1])}: exact, but not "
+                f"{amount(macs)} MACs, before it was {amount(params_before)} and {amount(macs_before)}: exact, but not "
                 "smaller. Collapsing pays only where the hidden width is larger than what goes in and out",
                 CostWarning,
                 stacklevel=3,
@@ -158,11 +164,14 @@ class Plan:
 
     def __str__(self) -> str:
         """A table: site, fates, the form it takes, params and MACs before and after; then what was left out."""
-        made_by = f" by {self.method}" if self.method else ""
+        title, why = "plan", ""
+        if self.method:
+            title += f" by {self.method}"
         saved = f"{_signed(-self.params_saved)} params, {_signed(-self.macs_saved)} MACs"
-        lines = [f"plan{made_by} for {len(self)} sites: {saved}"]
+        lines = [f"{title} for {len(self)} sites: {saved}"]
         if self.entries:
-            why = "why" if any(entry.note for entry in self.entries) else ""
+            if any(entry.note for entry in self.entries):
+                why = "why"
             header = ("site", "keep", "linear", "drop", "becomes", "params", "after", "MACs", "after", why)
             lines.append(table(header, list(map(_step_row, self.steps)), right=(1, 2, 3, 5, 6, 7, 8)))
         if self.left_out:
@@ -234,4 +243,6 @@ def _step_row(step: Step) -> tuple[str, ...]:
 
 
 def _signed(count: int) -> str:
-    return f"{'-' if count < 0 else '+'}{amount(abs(count))}"
+    if count < 0:
+        return f"-{amount(-count)}"
+    return f"+{amount(count)}"

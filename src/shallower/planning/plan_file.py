@@ -182,7 +182,7 @@ def _stored(entry: Entry) -> StoredEntry:
     """An entry as it is written."""
     runs: list[Any] = []
     for fate, run in groupby(entry.fates.tolist()):
-        runs.append((Fate(fate).name.lower(), sum(1 for _ in run)))
+        runs.append((Fate(fate).name.lower(), len(list(run))))
     return StoredEntry(
         entry.site,
         tuple(runs),
@@ -202,10 +202,12 @@ def _entry(stored: StoredEntry, what: str) -> Entry:
     _check_widths(stored.site, what)
     if sum(count for _, count in stored.fates) != stored.site.width:
         raise PlanError(f"{what}: the fates do not count {stored.site.width} channels")
-    runs = [torch.full((count,), int(Fate[name.upper()]), dtype=torch.int8) for name, count in stored.fates]
+    runs = [torch.zeros(0, dtype=torch.int8)]  # an activation place has no channels, and torch.cat needs a tensor
+    for name, count in stored.fates:
+        runs.append(torch.full((count,), int(Fate[name.upper()]), dtype=torch.int8))
     return Entry(
         site=stored.site,
-        fates=torch.cat(runs) if runs else torch.zeros(0, dtype=torch.int8),
+        fates=torch.cat(runs),
         slopes=stored.slopes,
         offsets=stored.offsets,
         alphas=stored.alphas,

@@ -70,13 +70,14 @@ class Target:
         return cls(unit, form, value)
 
     def __str__(self) -> str:
-        unit_of_time = "s" if self.unit == "latency" else ""
-        amount = {
-            "share": f"{self.value * 100:.12g}%",
-            "factor": f"{self.value:.12g}x",
-            "absolute": f"{self.value:.12g}{unit_of_time}",
-        }
-        return f"{self.unit}:{amount[self.form]}"
+        if self.form == "share":
+            return f"{self.unit}:{self.value * 100:.12g}%"
+        suffix = ""
+        if self.form == "factor":
+            suffix = "x"
+        elif self.unit == "latency":
+            suffix = "s"
+        return f"{self.unit}:{self.value:.12g}{suffix}"
 
     def amount_of(self, cost: Cost) -> float:
         """What of `cost` this target limits.
@@ -88,7 +89,9 @@ class Target:
             raise TargetError(f"the target {self} limits the score, not a cost")
         found: float | None = getattr(cost, self.unit)
         if found is None:
-            what = "a measured latency" if self.unit == "latency" else "a model that returns its KV cache"
+            what = "a model that returns its KV cache"
+            if self.unit == "latency":
+                what = "a measured latency"
             raise TargetError(f"the target {self} needs {what}")
         return found
 
@@ -97,7 +100,9 @@ class Target:
         amount = self.amount_of(before)
         if self.form == "share":
             return amount * self.value
-        return amount / self.value if self.form == "factor" else self.value
+        if self.form == "factor":
+            return amount / self.value
+        return self.value
 
     def met(self, before: Cost, after: Cost) -> bool:
         """Whether a model that costs `after` is small enough, where the original costs `before`."""
@@ -107,7 +112,9 @@ class Target:
         """The lowest score allowed by a `drop` target, where the original scores `score` (higher is better)."""
         if self.unit != "drop":
             raise TargetError(f"the target {self} limits a cost, not the score")
-        return score - (abs(score) * self.value if self.form == "share" else self.value)
+        if self.form == "share":
+            return score - abs(score) * self.value
+        return score - self.value
 
 
 def _amount(text: str, unit: Unit, number: float, suffix: str) -> tuple[Amount, float]:
@@ -177,7 +184,9 @@ def shortest_prefix(
             return order[:k]
         best = min(best, amount)
     start = target.amount_of(before)
-    reached = f"{best / start:.1%} of the original" if order else "nothing, since there is no site"
+    reached = "nothing, since there is no site"
+    if order:
+        reached = f"{best / start:.1%} of the original"
     raise TargetError(
         f"the target {target} asks for {limit / start:.1%} of the model's {target.unit}; "
         f"all {len(order)} sites together reach {reached}. Ask for less, or allow more sites"

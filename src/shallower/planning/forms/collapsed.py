@@ -94,7 +94,9 @@ def _one(entry: Entry, producer: LinearMap, consumer: LinearMap, i: int) -> Line
     m = composed(producer, consumer, bias, flattened=entry.site.bridge.has("flatten"))
     if entry.site.bridge.has("average"):  # it reads the average, not the image
         m = replace(m, size=consumer.size)
-    return m if fit is None else ungrouped_map(m)
+    if fit is not None:
+        return ungrouped_map(m)
+    return m
 
 
 def _two(entry: Entry, producer: LinearMap, consumers: Consumers, before: tuple[int, int], rank: int) -> Form:
@@ -144,5 +146,8 @@ def _no_more_than(maps: Iterable[LinearMap], others: Iterable[LinearMap]) -> boo
 
 
 def _cost(maps: Iterable[LinearMap]) -> tuple[int, int]:
-    given = list(maps)
-    return sum(m.weights for m in given), sum(m.macs for m in given)
+    weights = macs = 0
+    for m in maps:
+        weights += m.weights
+        macs += m.macs
+    return weights, macs

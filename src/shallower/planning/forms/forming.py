@@ -37,25 +37,30 @@ def form_of(
             cannot take.
     """
     site = entry.site
-    now = {m.name: m for m in site.maps} if maps is None else maps
-    before = _before(site, now)
+    if maps is None:
+        maps = {m.name: m for m in site.maps}
+    before = _before(site, maps)
     if site.heads is not None:
-        return _of_heads(entry, site.heads, now, before)
+        return _of_heads(entry, site.heads, maps, before)
     if site.producer is None:
         return Form("removed", None, None, (), before)
-    producer, consumers = now[site.producer.name], tuple(now[m.name] for m in site.consumers)
+    producer, consumers = maps[site.producer.name], tuple(maps[m.name] for m in site.consumers)
     if len(entry.kept) == 0:
         return collapsed(entry, producer, consumers, before, prefer, first)
-    return _narrower(entry, producer, consumers, now, before)
+    return _narrower(entry, producer, consumers, maps, before)
 
 
 def _before(site: Site, now: Mapping[str, LinearMap]) -> tuple[int, int]:
     """Parameters and MACs of a site whose maps are these by now."""
-    maps = [now[m.name] for m in site.maps]
-    own = site.norm_params * site.width + sum(part.activation_params for part in site.between)
+    params, macs = site.norm_params * site.width, site.products
+    for m in site.maps:
+        params += now[m.name].params
+        macs += now[m.name].macs
+    for part in site.between:
+        params += part.activation_params
     if not _stays(site):
-        own += site.activation_params
-    return sum(m.params for m in maps) + own, sum(m.macs for m in maps) + site.products
+        params += site.activation_params
+    return params, macs
 
 
 def _of_heads(entry: Entry, heads: Heads, now: Mapping[str, LinearMap], before: tuple[int, int]) -> Form:
@@ -127,7 +132,9 @@ def _slopes(entry: Entry) -> int:
 
 def _check_rows(entry: Entry, producer: LinearMap, gate: LinearMap | None) -> None:
     """Check that fitted rows read as many inputs as their layers have by now."""
-    fitted = {} if entry.fit is None else entry.fit.singles
+    if entry.fit is None:
+        return
+    fitted = entry.fit.singles
     if "producer" in fitted:
         check_geometry(entry.site, producer)
     for role, m in (("producer", producer), ("gate", gate or producer)):
@@ -151,7 +158,9 @@ def _activation_after(entry: Entry, kept: int) -> int:
     site = entry.site
 
     def left(params: int) -> int:
-        return kept if params == site.width > 1 else params
+        if params == site.width > 1:
+            return kept
+        return params
 
     behind = sum(left(part.activation_params) for part in site.between)
     if entry.alphas is not None and entry.family == "prelu":  # the slopes take the activation's place

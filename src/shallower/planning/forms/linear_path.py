@@ -27,7 +27,9 @@ def path_of(entry: Entry, producer: LinearMap, consumers: tuple[LinearMap, ...])
     bridge = entry.site.bridge
     if not bridge.pixelwise:
         return given, "channels"
-    ranks: list[tuple[int, Through]] = [(given, "channels")] if given else []
+    ranks: list[tuple[int, Through]] = []
+    if given:
+        ranks.append((given, "channels"))
     constant = bridge.pads(consumers) and has_constants(entry, producer)
     if not constant and producer.taps == 1 and producer.groups == 1 and is_plain(producer):
         ranks.append((producer.d_in, "inputs"))
@@ -47,14 +49,17 @@ def _given(entry: Entry, producer: LinearMap) -> int | None:
         return len(entry.linear) or None
     if not fit.ups:
         return None
-    read = {up.shape[1] for up in fit.ups} if fit.down is None else {fit.down.shape[1]}
+    if fit.down is None:
+        rank, read = 0, {up.shape[1] for up in fit.ups}
+    else:
+        rank, read = fit.down.shape[0], {fit.down.shape[1]}
     if read != {producer.d_in}:
         raise PlanError(
             f"{entry.site.name}: its linear path was fitted for {min(read)} inputs, and `{producer.name}` has "
             f"{producer.d_in} after the earlier entries of the plan. Apply those first, and fit this site on the result"
         )
     check_geometry(entry.site, producer)
-    return 0 if fit.down is None else fit.down.shape[0]
+    return rank
 
 
 def check_geometry(site: Site, producer: LinearMap) -> None:

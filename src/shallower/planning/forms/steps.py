@@ -73,9 +73,11 @@ class StepWalk:
         producer = entry.site.producer
         first = None if producer is None else self.reads.get(producer.name, producer.name)
         form = self._form(entry, prefer, first)
-        self.maps.update((m.name, m) for m in form.maps)
+        for m in form.maps:
+            self.maps[m.name] = m
         if form.kind == "merged" and first is not None:
-            self.reads.update((m.name, first) for m in form.consumers)
+            for m in form.consumers:
+                self.reads[m.name] = first
             self.gone.update(made_by(entry.site))
         return form
 
@@ -122,14 +124,17 @@ class StepWalk:
     def _better(self, near: Sequence[Entry], prefer: Mapping[str, Becomes]) -> Becomes:
         """The better form of the first of some entries."""
         forms = self._forms(near, prefer)
-        other: Becomes = "apart" if forms[0].kind == "merged" else "merged"
+        other: Becomes = "merged"
+        if forms[0].kind == "merged":
+            other = "apart"
         try:
             others = self._forms(near, {**prefer, near[0].site.name: other})
         except PlanError:
             return ""
         (params, macs), (other_params, other_macs) = _added(forms), _added(others)
-        less = other_params <= params and other_macs <= macs and (other_params, other_macs) != (params, macs)
-        return other if less else ""
+        if other_params > params or other_macs > macs or (other_params, other_macs) == (params, macs):
+            return ""
+        return other
 
     def _forms(self, entries: Sequence[Entry], prefer: Mapping[str, Becomes]) -> list[Form]:
         """The forms of these entries, were they next."""
@@ -141,7 +146,8 @@ class StepWalk:
         copy = StepWalk(())
         copy._known = self._known
         for entry in entries:
-            copy.maps.update((m.name, self.maps[m.name]) for m in entry.site.maps)
+            for m in entry.site.maps:
+                copy.maps[m.name] = self.maps[m.name]
             for name in made_by(entry.site):
                 if name in self.reads:
                     copy.reads[name] = self.reads[name]
