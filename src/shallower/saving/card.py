@@ -9,10 +9,12 @@ NAME = "README.md"
 
 def plain_card(name: str, source: str) -> str:
     """The card of a directory that holds no numbers."""
-    library = source.partition(":")[0] in ("timm", "torchvision", "transformers")
-    again = "" if library else ", model=make_model()"
-    hint = "" if library else "# make_model: a fresh instance of the original,\n# whatever its weights\n"
-    made = f"The architecture before surgery is `{source}`.\n" if source else ""
+    again, made = ", model=make_model()", ""
+    hint = "# make_model: a fresh instance of the original,\n# whatever its weights\n"
+    if source.partition(":")[0] in ("timm", "torchvision", "transformers"):
+        again = hint = ""
+    if source:
+        made = f"The architecture before surgery is `{source}`.\n"
     return f"""---
 library_name: shallower
 tags:

@@ -185,7 +185,8 @@ def _contents(
     model = unwrapped(model)
     if any(attached_places(module) for module in model.modules()):
         model = detached_copy(model)
-    source = source_of(model) if source is None else source
+    if source is None:
+        source = source_of(model)
     kept = stored(model)
     try:
         record = json.loads(json.dumps(dict(training or {}), allow_nan=False))

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shallower.modules.edits import Norm, Resize, edits, encoded, place_of
+from shallower.modules.edits import Norm, Resize, StructuralEdit, edits, encoded, place_of
 from shallower.modules.layers import geometry_of, kind_of, weight_of
 from shallower.modules.records import exchanged
 from shallower.saving.slots import plain_name
@@ -22,15 +22,23 @@ def collected(model: nn.Module) -> list[dict[str, Any]]:
     found = []
     for edit in edits(model):
         name = place_of(edit)
+        data = encoded(edit)
         present = _present(plain_name(name), model.get_submodule(name))
-        same = type(present) is type(edit) and getattr(present, "kind", "") == getattr(edit, "kind", "")
-        data = encoded(present if present is not None and same else edit)
-        found.append({key: plain_name(value) if key in ("name", "module") else value for key, value in data.items()})
+        if present is not None and _is_like(present, edit):
+            data = encoded(present)
+        for key in data.keys() & {"name", "module"}:
+            data[key] = plain_name(data[key])
+        found.append(data)
     for name, module in exchanged(model):
         present = _present(plain_name(name), module)
         if present is not None:
             found.append(encoded(present))
     return found
+
+
+def _is_like(present: Resize | Norm, edit: StructuralEdit) -> bool:
+    """Whether what stands there is of the kind that the edit made."""
+    return type(present) is type(edit) and getattr(present, "kind", "") == getattr(edit, "kind", "")
 
 
 def _present(name: str, module: nn.Module) -> Resize | Norm | None:

@@ -71,8 +71,9 @@ class Layout:
     def of(cls, tensor: Tensor) -> Layout:
         """What describes this tensor; one with gaps or overlaps in memory will be contiguous."""
         shape, strides = tuple(tensor.shape), tensor.stride()
-        plain = strides == _contiguous(shape) or not _is_dense(shape, strides)
-        return cls(str(tensor.dtype).removeprefix("torch."), shape, () if plain else strides)
+        if strides == _contiguous(shape) or not _is_dense(shape, strides):
+            strides = ()
+        return cls(str(tensor.dtype).removeprefix("torch."), shape, strides)
 
     def arranged(self, tensor: Tensor) -> Tensor:
         """A copy of the `tensor` of a file, in the memory layout that it had.
@@ -191,7 +192,10 @@ def _check_edits(edits: list[dict[str, Any]], largest: int) -> None:
     for i, edit in enumerate(edits):
         groups = edit.get("groups", 1)
         for key, value in edit.items():
-            most = max(_SMALL, largest * groups if isinstance(groups, int) and key in ("d_in", "d_out") else largest)
+            most = largest
+            if isinstance(groups, int) and key in ("d_in", "d_out"):  # a grouped weight has only its group's columns
+                most *= groups
+            most = max(_SMALL, most)
             if isinstance(value, int) and value > most:
                 raise CheckpointError(f"edit {i}: {key} = {value!r:.40} is larger than any tensor in the files")
         if edit.get("edit") in _WRAPS:

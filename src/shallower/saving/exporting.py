@@ -81,7 +81,9 @@ class Exported:
         """For people, in a line or two."""
         size = sum(file.stat().st_size for file in self.files)
         names = sorted({name for dims in self.dynamic.values() for name in dims.values()})
-        opened = f"{' and '.join(names)} may vary" if names else "all sizes are fixed"
+        opened = "all sizes are fixed"
+        if names:
+            opened = f"{' and '.join(names)} may vary"
         lines = [f"{', '.join(map(str, self.files))}: {size / 1e6:.3g} MB, {opened}"]
         if self.error is not None:
             lines.append(f"matches the model to within {self.error:.1e}, on inputs of {', '.join(self.checked)}")
@@ -126,7 +128,9 @@ def export(
     onnx = path.suffix == ".onnx"
     _check_path(path, opset)
     if onnx:
-        _need("onnx", "onnxscript", *(["onnxruntime"] if check else []))
+        _need("onnx", "onnxscript")
+    if onnx and check:
+        _need("onnxruntime")
     plain = _copy_to_export(model)
     dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
     if onnx and dtype == torch.bfloat16:
@@ -143,7 +147,7 @@ def export(
         _quiet(),
     ):
         program = _traced(plain, inputs, names, path)
-        opened = _open_dimensions(program, inputs, names, apart=("length",) if dynamic == "auto" else ())
+        opened = _open_dimensions(program, inputs, names, dynamic)
         check_opened(names, opened, dynamic)
         bar.update()
         partial = Path(folder) / path.name
@@ -202,13 +206,14 @@ def _traced(model: nn.Module, inputs: Inputs, names: Dimensions | None, path: Pa
     if names is not None:
         # AUTO, not a name: the tracer finds out which dimensions are open, and which of them always equal.
         shapes = {name: dict.fromkeys(dims, torch.export.Dim.AUTO) for name, dims in names.items()}
-        shapes = shapes if kwargs else tuple(shapes.values())
+        if not kwargs:
+            shapes = tuple(shapes.values())
     with failing(ExportError, f"{path.name}: this model cannot be traced by torch.export"), torch.no_grad():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
 def _open_dimensions(
-    program: ExportedProgram, inputs: Inputs, names: Dimensions | None, apart: Sequence[str]
+    program: ExportedProgram, inputs: Inputs, names: Dimensions | None, dynamic: Dynamic
 ) -> dict[str, dict[int, str]]:
     """The dimensions of the inputs that the program leaves open, by name."""
     given = set(program.graph_signature.user_inputs)
@@ -222,6 +227,9 @@ def _open_dimensions(
         for dim, size in enumerate(places[title].meta["val"].shape):
             if not is_concrete_int(size):
                 symbols.setdefault(owner, {})[dim] = str(size)
+    apart = []
+    if dynamic == "auto":  # nobody chose these names, so lengths that differ may have others
+        apart.append("length")
     name_of = symbol_names(symbols, names or {}, titles, apart)
     return {owner: {dim: name_of[symbol] for dim, symbol in dims.items()} for owner, dims in symbols.items()}
 

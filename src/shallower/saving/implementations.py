@@ -97,7 +97,7 @@ def _configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     for key in getattr(config, "sub_configs", ()):
         part = getattr(config, key, None)
         if part is not None and part is not config and path.count(".") < 8:
-            yield from _configs(part, f"{path}.{key}" if path else key)
+            yield from _configs(part, f"{path}.{key}".removeprefix("."))
 
 
 def _has_experts(model: nn.Module) -> bool:

@@ -25,7 +25,9 @@ def arguments_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {}
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    return tuple(inputs), {}
 
 
 def tensors_by_name(inputs: Inputs) -> dict[str, Tensor]:
@@ -70,7 +72,9 @@ def wanted(inputs: Inputs, dynamic: Dynamic) -> dict[str, dict[int, str]] | None
 def _usual(value: Tensor) -> dict[int, str]:
     if _is_tokens(value):
         return {0: "batch", 1: "length"}
-    return {0: "batch"} if value.dim() else {}
+    if value.dim() == 0:
+        return {}
+    return {0: "batch"}
 
 
 def _is_tokens(value: Tensor) -> bool:
@@ -103,7 +107,9 @@ def symbol_names(
     plain = [name for _, name in first.values()]
     found = {}
     for symbol, (title, name) in first.items():
-        found[symbol] = f"{title}_{name}" if name in apart and plain.count(name) > 1 else name
+        if name in apart and plain.count(name) > 1:
+            name = f"{title}_{name}"
+        found[symbol] = name
     return found
 
 
@@ -111,8 +117,7 @@ def enlarged(inputs: Inputs) -> Inputs:
     """Leading dimensions, and the lengths of matrices of integers, at least 2: a tracer takes 1 for fixed."""
     twice: dict[str, dict[int, int]] = {}
     for name, value in tensors_by_name(inputs).items():
-        opened = range(min(value.dim(), 2 if _is_tokens(value) else 1))
-        twice[name] = {dim: 2 for dim in opened if value.shape[dim] == 1}
+        twice[name] = {dim: 2 for dim in _usual(value) if value.shape[dim] == 1}
     return _of_sizes(inputs, twice)
 
 
@@ -136,7 +141,9 @@ def _other(dim: int, size: int, count: int) -> int:
     """Another size: a row more; a few columns fewer or more, by how many open dimensions came before."""
     if dim == 0:
         return size + 1
-    return size - 2 - count if size > 4 + count else size + 2 + count
+    if size > 4 + count:
+        return size - 2 - count
+    return size + 2 + count
 
 
 def _of_sizes(inputs: Inputs, sizes: Mapping[str, Mapping[int, int]]) -> Inputs:

@@ -29,9 +29,12 @@ def read_description(directory: Path) -> Description:
     """
     with failing(CheckpointError, f"{str(directory)!r:.200}: cannot be read"):
         if not directory.is_dir():
-            pattern = f".{glob.escape(directory.name)}.previous-*"
-            kept = sorted(directory.parent.glob(pattern)) if directory.name else []
-            hint = f"; an interrupted save left the earlier one at {kept[-1]}, rename it" if kept else ""
+            kept: list[Path] = []
+            hint = ""
+            if directory.name:
+                kept = sorted(directory.parent.glob(f".{glob.escape(directory.name)}.previous-*"))
+            if kept:
+                hint = f"; an interrupted save left the earlier one at {kept[-1]}, rename it"
             raise CheckpointError(f"{directory}: there is no such directory{hint}")
     path = directory / DESCRIPTION
     return Description.from_json(files.read_json(path, error=CheckpointError), str(path))
@@ -85,7 +88,9 @@ def read_buffers(directory: Path, description: Description) -> dict[str, Tensor]
     Raises:
         CheckpointError: the file is missing or damaged, or does not hold exactly what is described.
     """
-    return _read_described(directory / BUFFERS, description.buffers) if description.buffers else {}
+    if not description.buffers:
+        return {}
+    return _read_described(directory / BUFFERS, description.buffers)
 
 
 def _read_described(path: Path, entries: Mapping[str, Layout]) -> dict[str, Tensor]:

@@ -137,7 +137,7 @@ def _maker(source: str, config: Mapping[str, Any], limits: Limits | None) -> Cal
     if limits is not None:
         for key, value in options.items():
             _check_number(key, value, max(_LARGE_OPTION, limits.largest))
-    build = timm if library == "timm" else torchvision
+    build = {"timm": timm, "torchvision": torchvision}[library]
     return lambda: build(name, options, False)
 
 
@@ -149,8 +149,11 @@ def _transformers_maker(
     if architecture is None or architecture.config_class is None:
         raise ModelError(f"transformers has no model class {name!r:.200}")
     implementations = Implementations.from_options(name, options)
+    most = None
+    if limits is not None:
+        most = max(_LARGE, limits.largest)
     with failing(ModelError, f"transformers:{name}: its config cannot be read"):
-        plain = _inert("config", config, max(_LARGE, limits.largest) if limits else None)
+        plain = _inert("config", config, most)
 
     def make() -> nn.Module:
         try:
@@ -180,7 +183,9 @@ def _inert(key: str, value: Any, most: int | None) -> Any:
         for name, item in value.items():
             if name == "auto_map" or str(name).endswith(("attn_implementation", "experts_implementation")):
                 continue
-            inert[name] = False if name == "use_pretrained_backbone" else _inert(str(name), item, most)
+            inert[name] = False
+            if name != "use_pretrained_backbone":
+                inert[name] = _inert(str(name), item, most)
         return inert
     if isinstance(value, list):
         return [_inert(key, item, most) for item in value]

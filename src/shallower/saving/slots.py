@@ -46,9 +46,12 @@ def slots_of(model: nn.Module) -> dict[str, Slot]:
             if parameter is not None:
                 found[plain_name(prefix, name)] = Slot(module, name, parameter, "parameter")
         for name, buffer in module._buffers.items():
-            if buffer is not None:
-                transient = name in module._non_persistent_buffers_set
-                found[plain_name(prefix, name)] = Slot(module, name, buffer, "transient" if transient else "buffer")
+            if buffer is None:
+                continue
+            slot = Slot(module, name, buffer, "buffer")
+            if name in module._non_persistent_buffers_set:
+                slot = Slot(module, name, buffer, "transient")
+            found[plain_name(prefix, name)] = slot
     return found
 
 
@@ -90,9 +93,11 @@ def _loose_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     slots = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     for prefix, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if attribute in ("_parameters", "_buffers", "_modules") or isinstance(value, nn.Module):
+            if attribute in ("_parameters", "_buffers", "_modules"):
                 continue
-            for tensor in tensors_in(value) if isinstance(value, (Tensor, list, tuple, dict)) else ():
+            if isinstance(value, nn.Module) or not isinstance(value, (Tensor, list, tuple, dict)):
+                continue
+            for tensor in tensors_in(value):
                 if id(tensor) not in slots:
                     yield plain_name(prefix, attribute), tensor
 
@@ -198,7 +203,10 @@ def check_tensors_fit(skeleton: nn.Module, description: Description) -> None:
     names = description.names
     slots = slots_of(skeleton)
     for name, slot in slots.items():
-        if name not in (description.buffers if slot.kind == "transient" else names):
+        described: Mapping[str, object] = names
+        if slot.kind == "transient":
+            described = description.buffers
+        if name not in described:
             raise CheckpointError(f"tensor {name}: the model has it, and the files do not.")
     for name in (*names, *description.buffers):
         if name not in slots:
@@ -235,8 +243,10 @@ def put_in(
         slot = slots[name]
         if first not in placed:
             tensor = description.tensors[first].arranged(tensors[first])
-            learns = tensor.is_floating_point() and first not in description.frozen
-            placed[first] = nn.Parameter(tensor, requires_grad=learns) if slot.kind == "parameter" else tensor
+            if slot.kind == "parameter":
+                learns = tensor.is_floating_point() and first not in description.frozen
+                tensor = nn.Parameter(tensor, requires_grad=learns)
+            placed[first] = tensor
         setattr(slot.module, slot.attribute, placed[first])
     for name, entry in description.buffers.items():
         setattr(slots[name].module, slots[name].attribute, entry.arranged(buffers[name]))

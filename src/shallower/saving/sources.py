@@ -31,9 +31,11 @@ def parse_options(text: str) -> tuple[str, dict[str, Option]]:
         ModelError: the options are malformed or one is given twice.
     """
     name, question, query = text.partition("?")
+    if not question:
+        return name, {}
     options: dict[str, Option] = {}
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, max_num_fields=100) if question else []
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True, max_num_fields=100)
     except ValueError as error:
         raise ModelError(f"{text}: the options are written as in name?option=value&option=value") from error
     for key, value in pairs:
@@ -48,7 +50,9 @@ def parse_options(text: str) -> tuple[str, dict[str, Option]]:
 def format_options(name: str, options: Mapping[str, Option]) -> str:
     """The text that `parse_options` reads."""
     query = urlencode({key: str(value).lower() if isinstance(value, bool) else value for key, value in options.items()})
-    return f"{name}?{query}" if query else name
+    if not query:
+        return name
+    return f"{name}?{query}"
 
 
 def source_of(model: nn.Module) -> str:
@@ -77,8 +81,10 @@ def _value(text: str) -> Option:
 
 def _check_known(name: str, known: list[str], options: Mapping[str, Option], library: str) -> None:
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        raise ModelError(f"{library} has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+        problem = f"{library} has no model {name!r}"
+        if close := difflib.get_close_matches(name, known, n=3):
+            problem += f"; did you mean {', '.join(close)}?"
+        raise ModelError(problem)
     for key in options:
         if key.startswith(_FILES):
             raise ModelError(f"{library}:{name}: the option {key} would read files; load the weights yourself")
@@ -87,7 +93,9 @@ def _check_known(name: str, known: list[str], options: Mapping[str, Option], lib
 def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of what it says."""
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    return f"{type(error).__name__}: {text.splitlines()[0]}"
 
 
 # ---------------------------------------------------------------------------------------------------------- timm
@@ -126,8 +134,10 @@ def timm(name: str, options: Mapping[str, Option], pretrained: bool) -> nn.Modul
 
 
 def _not_built(what: str, error: Exception, pretrained: bool) -> ModelError:
-    hint = "; without network, ?pretrained=false gives random weights" if pretrained else ""
-    return ModelError(f"{what} cannot be built: {first_line(error)}{hint}")
+    problem = f"{what} cannot be built: {first_line(error)}"
+    if pretrained:
+        problem += "; without network, ?pretrained=false gives random weights"
+    return ModelError(problem)
 
 
 # --------------------------------------------------------------------------------------------------- torchvision
@@ -184,5 +194,9 @@ def import_transformers() -> ModuleType:
 
 def model_class(library: ModuleType, name: str) -> Any | None:
     """The model class of that name in the transformers package, or None."""
-    found = getattr(library, name, None) if name.isidentifier() and not name.startswith("_") else None
-    return found if isinstance(found, type) and issubclass(found, library.PreTrainedModel) else None
+    if not name.isidentifier() or name.startswith("_"):
+        return None
+    found = getattr(library, name, None)
+    if isinstance(found, type) and issubclass(found, library.PreTrainedModel):
+        return found
+    return None

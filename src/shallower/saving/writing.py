@@ -41,8 +41,9 @@ def bytes_of(size: int | str) -> int:
     Raises:
         CheckpointError: it is no size, or not positive.
     """
-    text = _SIZE.fullmatch(size.strip().upper()) if isinstance(size, str) else None
-    found = int(float(text[1]) * _BYTES[text[2]]) if text else size
+    found = size
+    if isinstance(size, str) and (text := _SIZE.fullmatch(size.strip().upper())):
+        found = int(float(text[1]) * _BYTES[text[2]])
     if type(found) is not int or found < 1:
         raise CheckpointError(f"{size!r:.40} is not the size of a file: give a positive number of bytes, or '5GB'")
     return found
