@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shallower.app.batching import Augmented, ImageFormat, ImageReader, TextReader, TokenReader, loader, packed
-from shallower.app.data import Labels, read_rows
+from shallower.app.data.rows import Labels, read_rows
 from shallower.app.options import DataOptions
 from shallower.app.tasks import LanguageModelling
 from shallower.errors import DataError

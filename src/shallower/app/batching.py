@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from shallower.app.data import Labels, Rows
+from shallower.app.data.rows import Labels, Rows
 from shallower.app.models import LoadedModel
 from shallower.app.options import DataOptions, TaskName
 from shallower.app.tasks import IGNORED, class_count, first_output

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from shallower.app.batching import TaskBatches, make_batches
 from shallower.app.compression import MethodRun, Result, Work, compress, preview, site_table
-from shallower.app.data import Rows, read_rows
+from shallower.app.data.rows import Rows, read_rows
 from shallower.app.models import LoadedModel, load_model
 from shallower.app.options import TASK_NAMES, DataOptions, RunOptions, Scope, TaskName, TrainingOptions
 from shallower.app.report.card import write_card

@@ -194,6 +194,8 @@ def _padded_batches(rows: Sequence[TokenRow], before: TokenRow, after: TokenRow,
 def varied(batches: Iterable[Any], **options: Any) -> list[TokenBatch]:
     """The earlier name of `augment_tokens`.
 
-    more = varied(batches, vocabulary=range(1000, 30522))
+        more = varied(batches, vocabulary=range(1000, 30522))
+
+    The options are those of `augment_tokens`.
     """
     return augment_tokens(batches, **options)

@@ -28,7 +28,9 @@ MOST_NOTE = 2000
 class Fate(IntEnum):
     """What happens to one hidden channel.
 
-    (entry.fates == sh.Fate.DROP).sum()
+        dropped = (entry.fates == sh.Fate.DROP).nonzero()
+
+    Members are the integers of `Entry.fates`.
     """
 
     KEEP = 0

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from shallower.app.data.reading import IMAGE_NAMES, LABEL_NAMES, datasets_library, parts_of
 from shallower.app.options import DataOptions, TaskName
-from shallower.app.reading import IMAGE_NAMES, LABEL_NAMES, datasets_library, parts_of
 from shallower.core.text import listing
 from shallower.errors import DataError
 

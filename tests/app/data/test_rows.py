@@ -12,7 +12,7 @@ import pytest
 datasets = pytest.importorskip("datasets")
 Image = pytest.importorskip("PIL.Image")
 
-from shallower.app.data import Labels, read_rows  # noqa: E402
+from shallower.app.data.rows import Labels, read_rows  # noqa: E402
 from shallower.app.options import DataOptions  # noqa: E402
 from shallower.errors import DataError  # noqa: E402
 
