@@ -116,12 +116,16 @@ def mutate_bytes(path: Path, chance: random.Random) -> str:
     return f"{path.name}: {kind}"
 
 
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
 def mutate_file(path: Path, chance: random.Random) -> str:
     kind = chance.choice(["gone", "pipe", "directory", "link", "endless", "swap"])
     outside = path.parent.with_name("outside")
     shutil.copy(path, outside)
     # Regular files only: a pipe or /dev/zero, put there by an earlier mutation, would never be copied to its end.
-    other = chance.choice(sorted(file for file in path.parent.iterdir() if file.is_file()))
+    other = chance.choice(sorted(file for file in path.parent.iterdir() if _is_plain(file)))
     if kind == "swap":
         shutil.copy(other, path) if other != path else path.unlink()
         return f"{path.name}: {other.name} in its place"
@@ -140,7 +144,7 @@ def mutate_file(path: Path, chance: random.Random) -> str:
 def mutate(directory: Path, chance: random.Random) -> str:
     done = []
     for _ in range(chance.choice([1, 1, 1, 2, 4])):
-        files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix != ".md")
+        files = sorted(path for path in directory.iterdir() if _is_plain(path) and path.suffix != ".md")
         if not files:
             break
         path = chance.choice([*files, *(path for path in files if path.name == "shallower.json")])
