@@ -206,8 +206,6 @@ def figures_of(tree: Path) -> Figures:
     tests = {path.stem.removeprefix("test_") for path in (tree / "tests").rglob("test_*.py")}
     outside = ("__init__.py", "__main__.py")
     untested = [place(m) for m in ours if m.path.name not in outside and m.path.stem not in tests]
-        place(m) for m in ours if m.path.name not in ("__init__.py", "__main__.py") and m.path.stem not in tests
-    ]
     figures.add("tests missing (modules without a test file)", len(untested), 0, untested)
     missing = without_example(tree, package)
     figures.add("examples missing (public docstrings without one)", len(missing), 0, missing)
