@@ -347,7 +347,10 @@ class _Passes:
 
 
 def _first_present(values: Sequence[Present | None]) -> Present | None:
-    return next((value for value in values if value is not None), None)
+    for value in values:
+        if value is not None:
+            return value
+    return None
 
 
 def samples_in(inputs: Any) -> int:

@@ -54,10 +54,10 @@ def default_output_of(output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    found = next((t for t in tensors(output) if t.is_floating_point()), None)
-    if found is None:
-        raise FitError("the model returns no floating-point tensor; say with output_of= what its output is")
-    return found
+    for tensor in tensors(output):
+        if tensor.is_floating_point():
+            return tensor
+    raise FitError("the model returns no floating-point tensor; say with output_of= what its output is")
 
 
 def output_metrics(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shallower.calibrating.grams import Gram
-from shallower.sites import Site
+from shallower.sites import LinearMap, Site
 
 _HIDDEN_VALUES = 1 << 22
 """Hidden values that are computed at a time."""
@@ -36,7 +36,8 @@ class SiteRows:
     def chunks(self, width: int) -> Iterator[SiteRows]:
         """The rows, so many at a time as a hidden tensor of this width allows."""
         each = max(1, self.x[0].numel() // self.x.shape[1]) * width
-        for x, y in zip(*(torch.split(t, max(1, _HIDDEN_VALUES // each)) for t in (self.x, self.y)), strict=True):
+        rows = max(1, _HIDDEN_VALUES // each)
+        for x, y in zip(torch.split(self.x, rows), torch.split(self.y, rows), strict=True):
             yield SiteRows(x, y)
 
     @property
@@ -76,6 +77,7 @@ class SiteGrams:
 
         Of calls with fewer than four rows whole ones are held out, every fourth by their `number`.
         """
+        # the last rows, not some in between: neighbours are alike, and would make the held-out error too small
         cut = fitted_rows(len(y), number)
 
         def pair(read: Tensor) -> tuple[Gram, Gram]:
@@ -151,7 +153,11 @@ def read_alike(site: Site) -> bool:
         return False
     if all(m.kind != "conv2d" for m in site.maps):
         return True
-    return all(m.kind == "conv2d" and m.taps == 1 and m.stride == (1, 1) and m.padding == (0, 0) for m in site.maps)
+    return all(map(_is_pointwise, site.maps))
+
+
+def _is_pointwise(m: LinearMap) -> bool:
+    return m.kind == "conv2d" and m.taps == 1 and m.stride == (1, 1) and m.padding == (0, 0)
 
 
 def may_collapse(site: Site) -> bool:

@@ -113,7 +113,7 @@ class Bridge:
 
         Only then a linear path from the producer's input to the consumers' output can run beside it.
         """
-        return not any(stage.kind in ("average", "pool", "flatten") for stage in self.stages)
+        return not (self.has("average") or self.has("pool") or self.has("flatten"))
 
     @property
     def direct(self) -> bool:

@@ -71,6 +71,7 @@ class Sites(Sequence[Site]):
         for site in self.ordered:
             if site.name == key:
                 return site
+        # an error that says why is worth more than one that lists the others
         if key in self.skipped:
             raise SiteError(f"{key}: skipped when the sites were found: {self.skipped[key]}")
         raise SiteError(f"there is no site {key!r}; the sites are {listing(list(self.names))}")

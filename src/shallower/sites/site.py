@@ -142,7 +142,7 @@ class Site:
         made: tuple[LinearMap | None, ...] = (self.gate, self.producer)
         if self.heads is not None:
             made = self.heads.maps
-        return (*(m for m in made if m is not None), *(b.map for b in self.between), *self.consumers)
+        return (*filter(None, made), *(b.map for b in self.between), *self.consumers)
 
     @property
     def params(self) -> int:
@@ -174,6 +174,7 @@ class Site:
         """Parameters if the site became one linear map for each consumer; `params` where it cannot."""
         if self.not_linear or self.not_merged or self.producer is None:
             return self.params
+        # a merged map always has a bias: what f and the norms add goes into it
         return sum(self._merged_inputs * c.d_out * c.taps + c.d_out for c in self.consumers)
 
     @property
@@ -189,6 +190,7 @@ class Site:
         p = self.producer
         if p is None:
             return 0
+        # every pixel of the flattened image is made of the whole image that the producer reads
         if self.flattened:
             return p.d_in * p.size[0] * p.size[1]
         return p.d_in * p.taps
@@ -268,9 +270,9 @@ def _not_narrow(site: Site) -> Refusal | None:
             "it has no hidden width: its channels are those of a residual sum or have other readers, and every layer "
             "that adds to it or reads it would have to be narrowed with it"
         )
-    grouped = (m for m in (site.producer, site.gate, *site.consumers) if m is not None and m.groups > 1)
-    if any(grouped):
-        return Refusal("the channels of a grouped convolution cannot be kept one by one")
+    for m in (site.producer, site.gate, *site.consumers):
+        if m is not None and m.groups > 1:
+            return Refusal("the channels of a grouped convolution cannot be kept one by one")
     return None
 
 
