@@ -89,3 +89,8 @@ def test_all_floating_tensors_count_and_whole_numbers_do_not() -> None:
 def test_an_output_without_a_floating_tensor_is_an_error() -> None:
     with pytest.raises(SiteError, match="no floating-point tensor"):
         output_change(torch.arange(3), torch.arange(3))
+
+
+def test_a_regression_that_calls_its_output_logits_is_compared_by_its_numbers() -> None:
+    reference, output = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [0.0]])
+    assert float(output_change({"logits": reference}, {"logits": output})) == pytest.approx(4 / 5)

@@ -67,9 +67,9 @@ def costs_of(
 def output_change(reference: Any, output: Any) -> Tensor:
     """How far a model's output is from a reference, 0 where they are equal; a scalar.
 
-    Logits (an output with a `logits` entry): the Kullback-Leibler divergence of the output's distribution from the
-    reference's, sum over classes p log(p / q), mean over rows. Otherwise the relative squared error,
-    sum (a - b)^2 / sum a^2, over all floating tensors of the output.
+    Logits (an output with a `logits` entry of several classes): the Kullback-Leibler divergence of the output's
+    distribution from the reference's, sum over classes p log(p / q), mean over rows. Otherwise the relative squared
+    error, sum (a - b)^2 / sum a^2, over all floating tensors of the output.
 
     Raises:
         SiteError: the output holds no floating tensor.
@@ -108,4 +108,5 @@ def _under(change: Change, run: Callable[[], Any]) -> Any:
 
 def _logits(output: Any) -> Tensor | None:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return logits if isinstance(logits, Tensor) else None
+    # of one number, which a regression returns under that name, the distribution would always be the same
+    return logits if isinstance(logits, Tensor) and logits.dim() and logits.shape[-1] > 1 else None
