@@ -15,8 +15,8 @@ import json
 import os
 import statistics
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,14 @@ from shallower.core.files import read_json, write_json
 from shallower.core.inputs import Inputs, call, model_device
 from shallower.core.modes import evaluating
 from shallower.core.trees import tensors, to_device
+from shallower.core.watching import After, Before, watching
 from shallower.errors import MethodError
 from shallower.measuring.devices import device_name
 from shallower.methods.squeezing.refitting import may_have_path
 from shallower.modules.attachment import detached_copy
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.forms import steps
-from shallower.sites import LinearMap, Site
+from shallower.sites import Site
 from shallower.surgery.operating import operate
 
 PARTS = 8
@@ -190,59 +191,56 @@ def _in_turns(
 ) -> Iterable[tuple[dict[str, float], dict[str, float]]]:
     """Seconds of each site in both models, round by round, after a pass to warm up."""
     rounds: list[tuple[dict[str, float], dict[str, float]]] = []
-    with evaluating(model), evaluating(small), torch.inference_mode():
-        clocks = (_Clock(model, sites), _Clock(small, sites))
-        try:
-            for clock in clocks:
-                clock.run(inputs)
-            start = timer()
-            while len(rounds) < _ROUNDS and (len(rounds) < 3 or timer() - start < _SECONDS):
-                order = (0, 1) if len(rounds) % 2 else (1, 0)
-                found = {i: clocks[i].run(inputs) for i in order}
-                rounds.append((found[0], found[1]))
-        finally:
-            for clock in clocks:
-                clock.remove()
+    clocks = (_Clock(model), _Clock(small))
+    with evaluating(model), evaluating(small), torch.inference_mode(), ExitStack() as stack:
+        for clock in clocks:
+            stack.enter_context(clock.watching(sites))
+            clock.run(inputs)
+        start = timer()
+        while len(rounds) < _ROUNDS and (len(rounds) < 3 or timer() - start < _SECONDS):
+            order = (0, 1) if len(rounds) % 2 else (1, 0)
+            found = {i: clocks[i].run(inputs) for i in order}
+            rounds.append((found[0], found[1]))
     return rounds
 
 
 class _Clock:
-    """Times sites where they stand: from the first of their layers to the end of the last consumer."""
+    """Times sites where they stand, from the first of their layers to the end of the last consumer, and the model.
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    The model is timed from within too: what `call` does around a pass is none of its time.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.started: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
-        self._handles: list[Any] = []
-        for site in sites:
-            for m in site.maps:
-                before, after = self._hooks(site, m)
-                module = model.get_submodule(m.name)
-                self._handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
-    def _hooks(self, site: Site, m: LinearMap) -> tuple[Any, Any]:
-        last = m.name == site.consumers[-1].name
+    @contextmanager
+    def watching(self, sites: Sequence[Site]) -> Iterator[None]:
+        """Time these sites, by their names, and the model, under the name ""."""
+        with ExitStack() as stack:
+            begins, ends = self._hooks("")
+            stack.enter_context(watching(self.model, before={"": begins}, after={"": ends}))
+            for site in sites:
+                begins, ends = self._hooks(site.name)
+                before = {m.name: begins for m in site.maps}
+                stack.enter_context(watching(self.model, before=before, after={site.consumers[-1].name: ends}))
+            yield
 
-        def before(*_: object) -> None:
-            self.started.setdefault(site.name, timer())
+    def _hooks(self, name: str) -> tuple[Before, After]:
+        def begins(*_: object) -> None:
+            self.started.setdefault(name, timer())
 
-        def after(*_: object) -> None:
-            if last:
-                self.seconds[site.name] = self.seconds.get(site.name, 0.0) + timer() - self.started.pop(site.name)
+        def ends(*_: object) -> None:
+            self.seconds[name] = self.seconds.get(name, 0.0) + timer() - self.started.pop(name)
 
-        return before, after
+        return begins, ends
 
     def run(self, inputs: Inputs) -> dict[str, float]:
         """Seconds of each site in one forward pass, and of all of it under the name ""."""
         self.started, self.seconds = {}, {}
-        start = timer()
         call(self.model, inputs)
-        self.seconds[""] = timer() - start
         return self.seconds
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
 
 
 def _by_shape(found: Sequence[_Timed], shapes: Mapping[str, str]) -> list[_Timed]:
