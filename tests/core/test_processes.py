@@ -22,6 +22,24 @@ from shallower.core.processes import (
 from shallower.errors import TargetError
 from tests.processes import in_two_processes
 
+WRITING = """
+import sys
+from torch import distributed
+from shallower.errors import CheckpointError
+from shallower.methods.squeezing.progress import Progress
+
+distributed.init_process_group("gloo")
+progress = Progress(sys.argv[1] + "/progress", {})
+open(sys.argv[1] + "/progress", "a").close()
+distributed.barrier()
+try:
+    progress.keep_curves({})
+except CheckpointError as error:
+    assert "cannot be written" in str(error)
+else:
+    raise AssertionError
+"""
+
 WORKER = """
 import sys
 import torch
@@ -88,6 +106,11 @@ with raised_anywhere():
 @pytest.mark.slow
 def test_two_processes_add_up_and_fail_together(tmp_path: Path) -> None:
     in_two_processes(SUMS, tmp_path)
+
+
+@pytest.mark.slow
+def test_what_the_first_process_cannot_write_is_an_error_of_both(tmp_path: Path) -> None:
+    in_two_processes(WRITING, tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.bool])

@@ -28,7 +28,7 @@ from shallower.core.codec import decode
 from shallower.core.failures import failing
 from shallower.core.files import read_state, write_state
 from shallower.core.inputs import reiterable
-from shallower.core.processes import agreed, gathered
+from shallower.core.processes import agreed, gathered, raised_anywhere
 from shallower.core.trees import tensors, to_device
 from shallower.errors import ForwardError, ShallowerError, SiteError, TrainingError
 from shallower.training.accelerating import Prepared, placed, prepared, started
@@ -268,7 +268,9 @@ class _Run:
         if self.checkpoint is None:
             return
         random_state = gathered(state(self.accelerator.device))
-        if self.accelerator.is_main_process:
+        with raised_anywhere():
+            if not self.accelerator.is_main_process:
+                return
             found = {
                 "schema": TRAINING_FORMAT,
                 "recipe": dataclasses.asdict(self.recipe),
@@ -284,7 +286,6 @@ class _Run:
                 "method": self.method.state_dict(),
             }
             write_state(self.checkpoint.file, found, error=TrainingError)
-        self.accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> None:
         found = read_state(path, error=TrainingError)

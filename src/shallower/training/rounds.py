@@ -22,7 +22,7 @@ from torch import Tensor
 from shallower.core.codec import decode
 from shallower.core.files import read_state, write_state
 from shallower.core.modes import evaluating
-from shallower.core.processes import agreed, barrier, is_first
+from shallower.core.processes import agreed, is_first, raised_anywhere
 from shallower.errors import MethodError, ShallowerError, TrainingError
 from shallower.training.accelerating import placed, started
 from shallower.training.loop import Loss, Score, train
@@ -182,7 +182,9 @@ class Rounds(Generic[R]):
         """Write the rounds so far, what is chosen, and the model."""
         if self.checkpoint is None:
             return
-        if is_first():
+        with raised_anywhere():
+            if not is_first():
+                return
             state = {
                 "schema": ROUNDS_FORMAT,
                 "identity": self.identity,
@@ -191,7 +193,6 @@ class Rounds(Generic[R]):
                 "model": dict(self.model.state_dict()),
             }
             write_state(self._file, state, error=TrainingError)
-        barrier()
 
     @property
     def steps(self) -> int:
@@ -223,9 +224,9 @@ class Rounds(Generic[R]):
             state = _upgraded(read_state(self._file, error=MethodError), own)
             if other := [name for name in own if state["identity"].get(name) != own[name]]:
                 raise MethodError(f"{self._file} is of another run ({', '.join(other)} differ): pass another folder")
-            self.model.load_state_dict(state["model"])
             at = f"{self._file}: rounds"
             self.finished = [decode(self.record, r, at=at, error=MethodError) for r in state["rounds"]]
+            self.model.load_state_dict(state["model"])
             self.chosen = dict(state["chosen"])
             self.over = bool(state["rounds"]) and state["rounds"][-1]["taken_back"]
         except MethodError:

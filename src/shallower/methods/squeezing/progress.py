@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from shallower import __version__
 from shallower.core.files import read_json, replacing, write_json
-from shallower.core.processes import from_first_process, gathered, is_first
+from shallower.core.processes import from_first_process, gathered
 from shallower.core.tensors import content
 from shallower.errors import CheckpointError, PlanError
 from shallower.methods.squeezing.options import SqueezeOptions
@@ -83,8 +83,7 @@ class Progress:
             with replacing(self.folder / f"{_hashed(key)}-{index:04}", error=PlanError) as unfinished:
                 Plan((entry,)).save(unfinished)
 
-        if is_first():
-            self._guarded("written", write)
+        from_first_process(lambda: self._guarded("written", write))
 
     def curves(self) -> Curves | None:
         """The curves that were kept, or None.
@@ -105,8 +104,7 @@ class Progress:
             self._begin()
             write_json(self.folder / _CURVES, curves, error=PlanError)
 
-        if is_first():
-            self._guarded("written", write)
+        from_first_process(lambda: self._guarded("written", write))
 
     def _check(self) -> None:
         """That the folder holds this computation, or nothing."""
