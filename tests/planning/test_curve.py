@@ -107,6 +107,15 @@ def test_a_plot_is_drawn(tmp_path: Path) -> None:
         curve().plot(tmp_path / "curve.png", by="weight")
 
 
+def test_a_plot_is_drawn_whole_or_not_at_all(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "new" / "curve.svg"
+    assert b"<svg" in curve().plot(picture).read_bytes()
+    with pytest.raises(MethodError, match="cannot be written"):
+        curve().plot(tmp_path / "curve.xyz")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def test_the_table_shows_every_point() -> None:
     lines = str(curve()).splitlines()
     assert len(lines) == 5

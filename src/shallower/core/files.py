@@ -46,7 +46,7 @@ def atomic(path: Path, *, error: type[ShallowerError]) -> Iterator[Path]:
     """A temporary path beside `path`, whose file takes the place of `path` at the end, or leaves no trace.
 
         with atomic(path, error=ReportError) as partial:
-            figure.savefig(partial)
+            figure.savefig(partial, format="png")       # a partial name has no ending
 
     The file is on the disk before it takes its name, and everybody may read it whom the umask allows to. What killed
     runs left half-written is removed.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from shallower.core.codec import Bounds, decode
-from shallower.core.files import read_json, write_json, write_text
+from shallower.core.files import atomic, read_json, write_json, write_text
 from shallower.core.text import amount, table
 from shallower.errors import MethodError, TargetError
 from shallower.planning.costs import Cost
@@ -216,10 +216,8 @@ class Curve:
         axes.set_ylabel(self.name)
         axes.grid(alpha=0.3)
         path = Path(path)
-        try:
-            figure.savefig(path, dpi=150)
-        except (OSError, ValueError) as error:
-            raise MethodError(f"{path} cannot be written: {error}") from error
+        with atomic(path, error=MethodError) as partial:
+            figure.savefig(partial, dpi=150, format=path.suffix[1:] or "png")
         return path
 
     def _shown(self, by: str) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
