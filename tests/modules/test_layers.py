@@ -13,7 +13,6 @@ from shallower.errors import PlanError
 from shallower.modules.layers import (
     bias_of,
     check_shape,
-    fill_norm,
     is_the_map,
     kind_of,
     normal_after,
@@ -107,17 +106,15 @@ def test_another_layer_than_the_plan_says_is_refused() -> None:
             check_shape("site", conv, LinearMap(**values))
 
 
-def test_a_narrower_norm_has_the_kept_channels_and_neutral_ones() -> None:
-    norm = nn.BatchNorm1d(4).eval()
-    nn.init.normal_(norm.weight)
-    norm.running_mean = torch.randn(4)
-    norm.running_var = torch.rand(4) + 0.5
-    small = resized_norm(norm, 3).eval()
-    fill_norm(small, norm, torch.tensor([3, 1]))
-    x = torch.randn(5, 4)
-    with torch.no_grad():
-        found = small(torch.cat([x[:, [3, 1]], x[:, :1]], 1))
-        torch.testing.assert_close(found, torch.cat([norm(x)[:, [3, 1]], x[:, :1]], 1))
+def test_a_narrower_norm_has_vectors_of_that_size() -> None:
+    norm = nn.BatchNorm1d(4)
+    small = resized_norm(norm, 3)
+    sizes = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
+    assert sizes == {
+        **dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (3,)),
+        "num_batches_tracked": (),
+    }
+    assert norm.num_features == 4
     with pytest.raises(PlanError, match="LayerNorm"):
         resized_norm(nn.LayerNorm(4), 3)
 

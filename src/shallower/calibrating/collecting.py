@@ -26,7 +26,6 @@ from shallower.core.inputs import InputsOf, MaskOf, default_inputs_of, model_dev
 from shallower.core.memory import give_back
 from shallower.core.modes import evaluating
 from shallower.core.processes import gathered, raised_anywhere, summed_over_processes
-from shallower.core.trees import tensors
 from shallower.errors import FitError, Refusal, SiteError
 from shallower.sites import Site
 
@@ -351,16 +350,6 @@ def _first_present(values: Sequence[Present | None]) -> Present | None:
         if value is not None:
             return value
     return None
-
-
-def samples_in(inputs: Any) -> int:
-    """Samples in a batch."""
-    first = next(tensors(inputs), None)
-    if first is None:
-        return 0
-    if first.dim() == 0:
-        return 1
-    return len(first)
 
 
 def one_site(found: Mapping[str, SiteGrams | Refusal], site: Site) -> SiteGrams:

@@ -67,8 +67,9 @@ class Options:
         Raises:
             ShallowerError: of the kind `error`; it names the field, its value and what is allowed.
         """
+        hints = hints_of(type(self))
         for field in dataclasses.fields(self):
-            problem = problem_of(getattr(self, field.name), field, hints_of(type(self))[field.name])
+            problem = problem_of(getattr(self, field.name), field, hints[field.name])
             if problem:
                 raise self.error(f"{field.name}={getattr(self, field.name)!r}: {problem}")
 

@@ -200,16 +200,6 @@ def resized_norm(norm: nn.Module, channels: int) -> _BatchNorm:
     return layer
 
 
-def fill_norm(layer: _BatchNorm, norm: _BatchNorm, kept: Tensor) -> None:
-    """The vectors of `norm` at `kept`, followed by channels that pass unchanged (mean 0, variance 1 - eps)."""
-    with torch.no_grad():
-        for name, neutral in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0 - norm.eps)):
-            target, source = getattr(layer, name), getattr(norm, name)
-            if target is not None:
-                target.fill_(neutral)
-                target[: len(kept)] = source[kept.to(source.device)]
-
-
 def _bare(module: nn.Module, stock: type[nn.Module]) -> nn.Module:
     """A copy of `module` that shares nothing it could change; of the stock class if its forward is another."""
     if type(module).forward is stock.forward and "forward" not in vars(module):

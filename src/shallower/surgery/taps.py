@@ -74,7 +74,8 @@ class Tap:
 
 def taps_of(todo: Sequence[Step]) -> list[Tap]:
     """Where to compare what these steps make."""
-    return [tap for step in todo for tap in _taps_of_step(step, _roles(todo))]
+    roles = _roles(todo)
+    return [tap for step in todo for tap in _taps_of_step(step, roles)]
 
 
 def _taps_of_step(step: Step, roles: Mapping[str, TapChannels | None]) -> Iterator[Tap]:

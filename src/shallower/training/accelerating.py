@@ -38,11 +38,13 @@ def started(precision: str, cpu: bool) -> Iterator[Accelerator]:
     for state in singletons:
         state.clear()
     try:
-        yield Accelerator(mixed_precision=precision, cpu=cpu or not torch.accelerator.is_available())
-    except ValueError as error:
-        if "mixed precision" not in str(error) or isinstance(error, TrainingError):
-            raise
-        raise TrainingError(f"precision={precision!r} does not run on this device: {error}") from error
+        try:
+            accelerator = Accelerator(mixed_precision=precision, cpu=cpu or not torch.accelerator.is_available())
+        except ValueError as error:
+            if "mixed precision" not in str(error):
+                raise
+            raise TrainingError(f"precision={precision!r} does not run on this device: {error}") from error
+        yield accelerator
     finally:
         for state, then in zip(singletons, before, strict=True):
             state.clear()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from shallower.core.failures import failing
 from shallower.core.text import listing
 from shallower.errors import DataError
 
@@ -94,10 +95,8 @@ def _file(path: Path) -> dict[str, Any]:
 
 def _folder(path: Path) -> dict[str, Any]:
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        try:
+        with failing(DataError, f"{path}: this saved data set cannot be read"):
             return _split_up(datasets_library().load_from_disk(str(path)))
-        except Exception as error:
-            raise DataError(f"{path}: this saved data set cannot be read: {str(error).splitlines()[0]}") from error
     readable = (*_FORMATS, ".npz")
     files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in readable)
     if len(files) == 1:
@@ -133,11 +132,8 @@ def _split_up(found: Any) -> dict[str, Any]:
 
 def _npz(path: Path) -> dict[str, Any]:
     """Arrays named image and label, or for each part x_train, y_train (or train_images, train_labels)..."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = dict(archive)
-    except Exception as error:
-        raise DataError(f"{path}: the arrays cannot be read: {str(error).splitlines()[0]}") from error
+    with failing(DataError, f"{path}: the arrays cannot be read"), np.load(path, allow_pickle=False) as archive:
+        arrays = dict(archive)
     if not arrays:
         raise DataError(f"{path}: there is no array in it")
     parts: dict[str, Any] = {}

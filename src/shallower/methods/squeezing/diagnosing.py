@@ -8,7 +8,6 @@ raise explained(model, sites, calibration, error) or error
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -18,6 +17,7 @@ from shallower.core.inputs import Inputs, call, model_device
 from shallower.core.modes import evaluating
 from shallower.core.tensors import has_no_numbers
 from shallower.core.trees import tensors, to_device
+from shallower.core.watching import watching
 from shallower.errors import FitError, ForwardError, OutOfMemoryError, ShallowerError, SiteError
 from shallower.methods.base import check_sites
 from shallower.methods.squeezing.calibration import Calibration
@@ -69,13 +69,8 @@ def explained(
     if isinstance(error, ShallowerError) and not isinstance(error, (FitError, ForwardError)):
         return None
     found: list[str] = []
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        for site in sites:
-            for m in site.consumers:
-                hook = _finite_hook(site.name, found)
-                handle = model.get_submodule(m.name).register_forward_pre_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
+    hooks = {m.name: _finite_hook(site.name, found) for site in sites for m in site.consumers}
+    with evaluating(model), watching(model, before=hooks):
         for number, batch in enumerate(calibration.batches, 1):
             try:
                 call(model, batch.on(model_device(model)).inputs)

@@ -186,9 +186,7 @@ def _moments(site: Site, grams: SiteGrams) -> Centred:
 
 def may_have_path(site: Site) -> bool:
     """Whether a linear path can stand beside kept channels: every map is a matrix, and all see the same positions."""
-    if site.not_linear or site.producer is None or site.activation is None or site.kind == "heads":
-        return False
-    if site.between or site.averaged or site.pooled or site.flattened:
+    if site.producer is None or site.bridge.not_linear is not None or not site.bridge.direct:
         return False
     return all(m.taps == 1 and m.groups == 1 and m.stride == (1, 1) and m.padding == (0, 0) for m in site.maps)
 
@@ -245,7 +243,7 @@ def _paths(site: Site, grams: SiteGrams, metric: Metric) -> tuple[Elimination, P
 def enough_for_producers(site: Site, kept: int, positions: float) -> bool:
     """Whether so many rows are enough to fit the producers' rows of so many channels too."""
     made = [m for m in (site.producer, site.gate) if m is not None]
-    columns = sum(m.d_in * m.taps * (2 if site.packed else 1) for m in made)
+    columns = sum(m.d_in * m.taps * (1 + site.bridge.packed) for m in made)
     d = sum(m.d_out for m in site.consumers)
     return positions * d >= _EQUATIONS * kept * (columns + d * site.consumers[0].taps)
 
