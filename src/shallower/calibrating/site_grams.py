@@ -164,4 +164,4 @@ def may_collapse(site: Site) -> bool:
     """Whether least squares can make one linear map of the site."""
     if any(m.kind == "conv2d" for m in site.maps):
         return False
-    return not site.not_linear and site.producer is not None and site.activation is not None and site.calls == 1
+    return site.bridge.not_linear is None and site.producer is not None and site.calls == 1

@@ -87,7 +87,7 @@ class Entry:
             object.__setattr__(self, "alphas", _numbers(self.site, "alphas", self.alphas, 1 if single else n))
         if self.family not in ("blend", "prelu"):
             raise PlanError(f"{self.site.name}: the family of slopes is 'blend' or 'prelu', not {self.family!r}")
-        if self.site.gated and self.family == "prelu" and self.alphas is not None:
+        if self.site.bridge.gated and self.family == "prelu" and self.alphas is not None:
             raise PlanError(f"{self.site.name}: a gated site has no PReLU slopes; use family='blend'")
         if self.becomes not in ("", "merged", "apart", "pair"):
             raise PlanError(f"{self.site.name}: a site becomes 'merged', 'apart' or 'pair', not {self.becomes!r:.40}")

@@ -92,7 +92,7 @@ def input_statistics(
 
 def batchnorm_statistics(model: nn.Module, site: Site) -> Normal | None:
     """Mean beta and deviation |gamma|, if a BatchNorm feeds the site's activation; of a gated site nothing is known."""
-    if not site.norm_before or site.gated or site.activation is None:
+    if not site.norm_before or site.bridge.gated or site.activation is None:
         return None
     normal = normal_after(model.get_submodule(site.norm_before))
     if normal is None:
@@ -117,11 +117,11 @@ def lines(site: Site, normal: Normal, rule: Line) -> tuple[Tensor, Tensor]:
     if site.kind == "activation":
         return ones, torch.zeros_like(ones)
     unit = rule == "unit" or (rule == "auto" and normal.source == "batchnorm")
-    if unit and not site.gated:
+    if unit and not site.bridge.gated:
         passes = (normal.mean > 0) | ((normal.mean == 0) & (normal.std > 0))
         return passes.double(), torch.zeros_like(ones)
     slope, offset = (t.cpu() for t in normal.moments.best_affine())
-    if all(c.padding == (0, 0) for c in site.consumers) or site.gated:
+    if all(c.padding == (0, 0) for c in site.consumers) or site.bridge.gated:
         return slope, offset
     hh, hf = normal.moments.hh.cpu(), normal.moments.hf.cpu()
     return torch.where(hh > 0, hf / hh.clamp_min(torch.finfo(hh.dtype).tiny), 0.0), torch.zeros_like(offset)
@@ -168,7 +168,7 @@ def relative_change(site: Site, normal: Normal, rule: Line, f: Callable[[Tensor]
     """
     slope, offset = lines(site, normal, rule)
     nothing = torch.zeros_like(slope)
-    if site.gated:
+    if site.bridge.gated:
         slope, offset = nothing, slope
     change = expected_change(normal, slope, offset, f).sum()
     size = expected_change(normal, nothing, nothing, f).sum()

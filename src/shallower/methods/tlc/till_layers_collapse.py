@@ -124,7 +124,7 @@ class TillLayersCollapse(Method):
         device = model_device(self.model)
 
         def linearised(f: nn.Module) -> Linearised:
-            return Linearised(f, site.width or None, site.gated, site.channels_first).to(device)
+            return Linearised(f, site.width or None, site.bridge.gated, site.channels_first).to(device)
 
         module = attachment.attach(self.model, activation_of(site), linearised)
         assert isinstance(module, Linearised)
@@ -446,6 +446,6 @@ def _linear_entry(site: Site, slope: Tensor, offset: Tensor) -> Entry:
     if site.kind == "activation":
         return Entry.collapse(site)
     slope, offset = slope.detach().cpu().double(), offset.detach().cpu().double()
-    gone = (slope == 0) & (not site.gated)
+    gone = (slope == 0) & (not site.bridge.gated)
     fates = torch.where(gone, int(Fate.DROP), int(Fate.LINEAR)).to(torch.int8)
     return Entry(site, fates, torch.where(gone, torch.ones_like(slope), slope), offset)
