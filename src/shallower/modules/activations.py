@@ -63,8 +63,9 @@ class PartialActivation(nn.Module):
         self.gate = gate
         self.channels_first = channels_first
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x with f applied to the kept channels."""
+        x = input
         dim = dim_of_channels(self.channels_first)
         if self.gate == "separate":
             if self.kept == 0:
@@ -92,8 +93,9 @@ class Twice(nn.Module):
         super().__init__()
         self.channels_first = channels_first
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x of n channels gives 2 n channels."""
+        x = input
         return torch.cat([x, x], dim_of_channels(self.channels_first))
 
 
@@ -168,8 +170,9 @@ class SlopeActivation(nn.Module):
         self.slope = nn.Parameter(torch.full((width or 1,), start))
         self.writes_input = not self.kernel and _writes_input(f)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x of any shape that has its channels where `channels_first` says; the result has the same shape and dtype."""
+        x = input
         slope = self.slope
         # Without gradients, and for compilers, plain operations: a trace then shows what is computed.
         if self.kernel and torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -218,7 +218,8 @@ class _Fates(nn.Module):
         self.f = f
         self.entry = entry
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        h = input  # PyTorch's name for it, by which a forward may call a layer
         entry = self.entry
         first = entry.site.channels_first
 

@@ -22,6 +22,8 @@ from shallower.methods.squeezing.options import SqueezeOptions
         {"round_to": 1.5},
         {"compensation": 2.0},
         {"compensation": float("nan")},
+        {"seed": 2**70},
+        {"seed": -1},
         {"mask_of": 1},
         {"output_of": "logits"},
     ],

@@ -44,7 +44,7 @@ class DropoutOptions(Options):
     passes: int = option(1, least=0)
     distillation: float = option(0.5, least=0, most=1)
     rescale: float = option(0.5, least=0, most=1)
-    seed: int = option(0, least=0)
+    seed: int = option(0, least=0, most=2**32 - 1)
     logits: bool | None = None
 
     def __post_init__(self) -> None:

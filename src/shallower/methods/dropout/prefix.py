@@ -202,8 +202,9 @@ class PrefixMap(nn.Module):
             return weight.t()
         return weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """x with any number of the input channels from the first; the result has the site's width."""
+        x = input
         weight, bias = self._rows()
         is_convolution = weight.dim() == 4
         channels = x.shape[1] if is_convolution else x.shape[-1]
@@ -233,7 +234,8 @@ class PrefixMap(nn.Module):
 class _PrefixDepthwise(nn.Module):
     """A depthwise convolution of as many channels as come in."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         channels = x.shape[1]
         weight, bias = _first_channels(self.weight, channels), _first_channels(self.bias, channels)
         return F.conv2d(x, cast("Tensor", weight), bias, **_conv_geometry(self), groups=channels)
@@ -254,7 +256,8 @@ def prefix(tensor: Tensor, blocks: Sequence[RowBlock], k: int) -> Tensor:
 class _PrefixNorm(nn.Module):
     """A BatchNorm of as many channels as come in."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         channels = x.shape[1]
         mean, var = _first_channels(self.running_mean, channels), _first_channels(self.running_var, channels)
         by_batch = self.training or (mean is None and var is None)
@@ -273,7 +276,8 @@ class _PrefixNorm(nn.Module):
 class _PrefixVectors(nn.Module):
     """A module with vectors of one number for each channel, on as many channels as come in."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         (original,), full, dim = cast("tuple[list[nn.Module], int, int]", self.prefix_of)
         channels = x.shape[dim]
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}

@@ -47,7 +47,7 @@ class SqueezeOptions(Options):
     mask_of: Callable[[Any], Any] | None = option(None)
     output_of: Callable[[Any], Any] | None = option(None)
     logits: bool | None = option(None)
-    seed: int = option(0)
+    seed: int = option(0, least=0, most=2**32 - 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -160,9 +160,9 @@ def _calibration(
     with failing(FitError, "output_of fails on what the model returns"):
         chosen = calibration.output_of(output)
     if not isinstance(chosen, torch.Tensor) or not chosen.is_floating_point():
+        returned = f"one of {chosen.dtype}" if isinstance(chosen, torch.Tensor) else f"a {type(chosen).__name__}"
         raise FitError(
-            f"output_of must return a floating-point tensor of what the model returns, and returned a "
-            f"{type(chosen).__name__}"
+            f"output_of must return a floating-point tensor of what the model returns, and returned {returned}"
         )
     return calibration
 

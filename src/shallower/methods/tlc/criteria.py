@@ -64,7 +64,7 @@ def input_statistics(
     Args:
         model: what stands at a site's place now is taken for f.
         sites: that have an activation.
-        batches: read only where a site has no BatchNorm; see `shallower.statistics.collect`, also for the rest.
+        batches: read only where a site has no BatchNorm; see `calibrating.moments.collect`, also for the rest.
 
     Raises:
         MethodError: a site has no BatchNorm, and there are no batches.
@@ -195,7 +195,7 @@ def sign_entropies(
     0 where every channel is always on one side of zero, so that a ReLU does nothing that a line would not do.
 
     Args:
-        model, sites, batches, inputs_of, mask_of: as `shallower.statistics.collect` takes them.
+        model, sites, batches, inputs_of, mask_of: as `calibrating.moments.collect` takes them.
 
     Raises:
         MethodError: there are no batches.

@@ -35,8 +35,9 @@ class Linearised(nn.Module):
         self.register_buffer("offset", torch.zeros(width or 1))
         self.register_buffer("linear", torch.zeros(1, dtype=torch.bool))
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """h of any shape that has its channels where `channels_first` says."""
+        h = input
         if not self.is_linear:
             result: Tensor = self.f(h)
             return result
