@@ -101,7 +101,7 @@ class LoadedModel:
         if library == "transformers":
             return _transformers_inputs(self.model, batch, length, generator)
         raise ModelError(
-            "nothing says what this model takes: let the factory return (model, example_inputs), or give the inputs"
+            "nothing says what this model takes: let the factory return (model, example_inputs), or give --shape"
         )
 
 

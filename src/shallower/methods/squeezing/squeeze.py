@@ -62,7 +62,7 @@ def squeeze(
             then mapped from their files, so that a model may be larger than memory.
         sites: of this model, or a selection of them.
         batches: a few hundred samples of what the model is used on, labels are not needed. They are read once.
-        target: `params:`, `macs:`, `memory:`, `latency:` on this device, or `drop:`, which needs `score`; see `Target`.
+        target: `params:`, `macs:`, `size:`, `latency:` on this device, or `drop:`, which needs `score`; see `Target`.
         score: quality of a model, higher is better. Needed for `drop:`. Widths allocated by the sites' curves of error
             and equal widths are both tried, and the better one by this score is taken; without a score, the one whose
             output differs less from the model's on the batches.
