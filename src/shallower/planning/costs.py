@@ -41,17 +41,13 @@ def cost_after(plan: Plan, before: Cost, model: nn.Module) -> Cost:
         before: what the model costs.
         model: whose weights say how many bytes each takes.
     """
-    kv = before.kv
-    if kv is not None:
-        kv -= sum(kv_saved(step, model) for step in plan.steps)
-    return replace(
-        before,
-        params=before.params - plan.params_saved,
-        macs=before.macs - plan.macs_saved,
-        size=before.size - sum(size_saved(step, model) for step in plan.steps),
-        kv=kv,
-        latency=None,
-    )
+    size, kv = before.size, before.kv
+    for step in plan.steps:
+        size -= size_saved(step, model)
+        if kv is not None:
+            kv -= kv_saved(step, model)
+    params, macs = before.params - plan.params_saved, before.macs - plan.macs_saved
+    return replace(before, params=params, macs=macs, size=size, kv=kv, latency=None)
 
 
 def size_saved(step: Step, model: nn.Module) -> int:

@@ -77,12 +77,12 @@ def composed(producer: LinearMap, consumer: LinearMap, bias: bool, *, flattened:
         if merged.size == producer.size:
             return merged
         return replace(merged, size=producer.size)
-    axes = [_axis(producer, consumer, i) for i in (0, 1)]
+    rows, columns = _axis(producer, consumer, 0), _axis(producer, consumer, 1)
     return replace(
         merged,
         size=producer.size,
-        kernel=(axes[0][0], axes[1][0]),
-        dilation=(axes[0][1], axes[1][1]),
+        kernel=(rows[0], columns[0]),
+        dilation=(rows[1], columns[1]),
         stride=(producer.stride[0] * consumer.stride[0], producer.stride[1] * consumer.stride[1]),
         padding=(
             producer.padding[0] + producer.stride[0] * consumer.padding[0],

@@ -49,7 +49,7 @@ def worth_moving(sites: Iterable[Site], unit: PaidUnit = "") -> tuple[Site, ...]
         unit: what has to become less ("params" or "macs"); "" for either.
     """
     given = list(sites)
-    movable = [site for site in given if _has_padding_between(site)]
+    movable = list(filter(_has_padding_between, given))
     pays = {site.name for site in paying(as_moved(given, movable), unit)[0]}
     return tuple(site for site in movable if site.name in pays)
 

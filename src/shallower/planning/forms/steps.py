@@ -61,10 +61,13 @@ class StepWalk:
         self.maps: dict[str, LinearMap] = {}
         self.gone: set[str] = set()
         self.reads: dict[str, str] = {}
-        self.behind = {name: entry for entry in ordered for name in made_by(entry.site)}
-        self.position = {entry.site.name: i for i, entry in enumerate(ordered)}
+        self.behind: dict[str, Entry] = {}
+        self.position: dict[str, int] = {}
         self._known: dict[tuple[object, ...], Form] = {}
-        for entry in ordered:
+        for i, entry in enumerate(ordered):
+            self.position[entry.site.name] = i
+            for name in made_by(entry.site):
+                self.behind[name] = entry
             for m in entry.site.maps:
                 self.maps.setdefault(m.name, m)
 
