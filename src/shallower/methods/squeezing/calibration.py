@@ -55,7 +55,7 @@ class Calibration:
         options: SqueezeOptions | None = None,
         inputs_of: InputsOf = default_inputs_of,
     ) -> None:
-        self.options = SqueezeOptions() if options is None else options
+        self.options = options or SqueezeOptions()
         self.batches = Batches.read(batches, inputs_of, self.options.mask_of)
 
     @property

@@ -72,7 +72,9 @@ class WidthCosts:
     def of_site(self, site: Site, width: int, unit: str) -> float:
         """What one site costs at a width, in MACs for a target of MACs, else in parameters."""
         saved = self._saved_alone(site, width)
-        return site.macs - saved.macs if unit == "macs" else site.params - saved.params
+        if unit == "macs":
+            return site.macs - saved.macs
+        return site.params - saved.params
 
     def _saved_alone(self, site: Site, width: int) -> Cost:
         """Parameters, MACs and bytes that this width alone saves."""

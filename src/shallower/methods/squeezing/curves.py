@@ -44,7 +44,9 @@ def error_curves(
     curves: dict[str, dict[int, float]] = {}
     waiting = list(sites)
     while waiting:
-        group = waiting[:1] if _goes_on(walk) else _fitting_in_memory(waiting)
+        group: Sequence[Site] = waiting[:1]
+        if not _goes_on(walk):
+            group = _fitting_in_memory(waiting)
         waiting = waiting[len(group) :]
         inputs = options.collapse or any(paths[site.name] for site in group)
         found = calibration.grams(dense, None, group, inputs=inputs, walk=walk)

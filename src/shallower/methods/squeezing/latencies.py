@@ -103,7 +103,7 @@ def site_latencies(
         collapse: sites (by name) that are also measured as one linear map.
         cache: the file for what was measured; by default `cache_file()`. One that cannot be read is written anew.
     """
-    path = cache_file() if cache is None else cache
+    path = cache or cache_file()
     inputs = to_device(example_inputs, model_device(model))
     merged = set(collapse)
     shapes = {site.name: _shape(site, site.name in merged) for site in sites}
@@ -124,8 +124,8 @@ def candidates(width: int, round_to: int = 1) -> list[int]:
 
 def cache_file() -> Path:
     """Where measured latencies are kept: in $SHALLOWER_CACHE, or the user's cache folder."""
-    folder = os.environ.get("SHALLOWER_CACHE")
-    return (Path(folder) if folder else platformdirs.user_cache_path("shallower")) / "latencies.json"
+    folder = os.environ.get("SHALLOWER_CACHE") or platformdirs.user_cache_path("shallower")
+    return Path(folder) / "latencies.json"
 
 
 def _measured_sites(
@@ -133,7 +133,9 @@ def _measured_sites(
 ) -> list[_Timed]:
     """For each site: its part of the model's time, and for each width the part of its own."""
     ladders = {site.name: candidates(site.width, round_to) for site in sites}
-    levels = [*range(max(map(len, ladders.values()), default=0)), *([-1] if merged else [])]
+    levels = list(range(max(map(len, ladders.values()), default=0)))
+    if merged:
+        levels.append(-1)  # as linear maps, all at once
     ratios: dict[str, dict[int, list[float]]] = {site.name: {} for site in sites}
     spent = {site.name: [0.0, 0.0] for site in sites}
     for level in tqdm(levels, desc="measuring latencies", delay=2, leave=False):
@@ -148,13 +150,13 @@ def _measured_sites(
                 # Sums, not medians: other work on the machine interrupts long passes more often than short sites.
                 spent[name][0] += dense[name]
                 spent[name][1] += dense[""]
-    return [
-        (
-            spent[site.name][0] / spent[site.name][1] if spent[site.name][1] else 0.0,
-            {width: statistics.median(found) for width, found in ratios[site.name].items()},
-        )
-        for site in sites
-    ]
+    timed: list[_Timed] = []
+    for site in sites:
+        part = 0.0
+        if spent[site.name][1]:
+            part = spent[site.name][0] / spent[site.name][1]
+        timed.append((part, {width: statistics.median(found) for width, found in ratios[site.name].items()}))
+    return timed
 
 
 def narrowed_copy(
@@ -198,8 +200,8 @@ def _in_turns(
             clock.run(inputs)
         start = timer()
         while len(rounds) < _ROUNDS and (len(rounds) < 3 or timer() - start < _SECONDS):
-            order = (0, 1) if len(rounds) % 2 else (1, 0)
-            found = {i: clocks[i].run(inputs) for i in order}
+            last = len(rounds) % 2  # each is first in every other round
+            found = {i: clocks[i].run(inputs) for i in (1 - last, last)}
             rounds.append((found[0], found[1]))
     return rounds
 

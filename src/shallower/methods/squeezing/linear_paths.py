@@ -67,7 +67,8 @@ class PathGains:
         """
         whole = min(int(width), len(self.errors) - 1)
         ranks = torch.arange(0, self.shares.shape[1], multiple)
-        ranks = ranks if most is None else ranks[ranks <= most]
+        if most is not None:
+            ranks = ranks[ranks <= most]
         channels = torch.floor((width - self.price * ranks) / multiple + 1e-9).long() * multiple
         channels[0] = whole
         allowed = (channels > 0) & (channels <= whole)
@@ -148,8 +149,8 @@ def path_gains(
             shares.append(shares[-1])
             break
         beyond = torch.linalg.solve_triangular(factor(xx - known[:, :d_in]), xy - known[:, d_in:], upper=False)
-        small = beyond.T @ beyond if beyond.shape[0] > beyond.shape[1] else beyond @ beyond.T
-        each = torch.linalg.eigvalsh(small).flip(0).clamp_min(0)
+        # what a path of rank r adds is the sum of the r largest squared singular values
+        each = torch.linalg.eigvalsh(_smaller_gram(beyond)).flip(0).clamp_min(0)
         gains = torch.cat([each.new_zeros(1), each.cumsum(0)])
         shares.append(gains / errors[k].clamp_min(torch.finfo(torch.float64).tiny))
     return PathGains(errors.cpu(), widths, torch.stack(shares).cpu(), price)
@@ -180,13 +181,23 @@ def path(moments: Centred, channels: int, kept: Tensor, rank: int, root: Tensor,
     left_of_x = factor(xx - known[:, : len(xx)])
     told = torch.linalg.solve_triangular(left_of_x, xy - known[:, len(xx) :], upper=False)
     leading = torch.linalg.svd(told, full_matrices=False)[0][:, :rank]
-    down = torch.linalg.solve_triangular(left_of_x.T, leading, upper=True).T
+    down: Tensor = torch.linalg.solve_triangular(left_of_x.T, leading, upper=True).T
     inside = moments.zz[channels:, channels:]
     varies = ((down @ inside) * down).sum(1)
     wanted = moments.zz[:channels, :channels].diagonal().mean()
     tiny = torch.finfo(torch.float64).tiny
     down = down * (wanted.clamp_min(tiny) / varies.clamp_min(tiny)).sqrt()[:, None]
-    return down if bool(down.isfinite().all()) else torch.zeros_like(down)
+    if not bool(down.isfinite().all()):
+        return torch.zeros_like(down)
+    return down
+
+
+def _smaller_gram(matrix: Tensor) -> Tensor:
+    """A^T A or A A^T, whichever is smaller: both have the squared singular values of A."""
+    transposed: Tensor = matrix.T
+    if len(matrix) > len(transposed):
+        return transposed @ matrix
+    return matrix @ transposed
 
 
 def _widths(n: int) -> Tensor:
@@ -195,7 +206,10 @@ def _widths(n: int) -> Tensor:
     size = float(n)
     while size > 1:
         found.add(round(size))
-        size /= 2**0.5 if size > n / _DENSE else 2
+        step = 2.0
+        if size > n / _DENSE:
+            step = 2**0.5
+        size /= step
     return torch.tensor(sorted(found))
 
 

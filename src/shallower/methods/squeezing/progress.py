@@ -234,8 +234,11 @@ def _told_apart(value: Any, above: tuple[int, ...] = ()) -> Any:
         return [inside(value.__func__), inside(value.__self__)]
     if isinstance(value, types.FunctionType):
         enclosed = [cell.cell_contents for cell in value.__closure__ or ()]
-        known = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
-        own = {name: item for name, item in known.items() if isinstance(item, _READ_GLOBALLY)}
+        own: dict[str, Any] = {}
+        for name in value.__code__.co_names:
+            item = value.__globals__.get(name)
+            if isinstance(item, _READ_GLOBALLY):
+                own[name] = item
         return [_code(value.__code__), inside(enclosed), inside(value.__defaults__), inside(own)]
     named = [type(value).__module__, type(value).__qualname__, str(getattr(value, "__qualname__", ""))]
     if isinstance(value, (type, types.ModuleType)) or not hasattr(value, "__dict__"):

@@ -23,6 +23,7 @@ within each step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -76,7 +77,9 @@ class Reconstruction:
         found: dict[str, Tensor | None] = {}
         for name, producer in self.layers.producers.items():
             found[name] = producer.weight.cpu()
-            found[f"{name}_bias"] = None if producer.held is None else producer.held.cpu()
+            found[f"{name}_bias"] = None
+            if producer.held is not None:
+                found[f"{name}_bias"] = producer.held.cpu()
         return replace(
             fit,
             producer=found["producer"],
@@ -228,7 +231,9 @@ class _Linearised:
         sizes: dict[str, Tensor] = {}
         for name, producer in self.layers.producers.items():
             kept = len(producer.weight)
-            own = weights[-kept:] if name == "path" else weights[:kept]
+            own = weights[:kept]
+            if name == "path":  # the consumers read it behind the channels
+                own = weights[-kept:]
             if producer.scale is not None:
                 own = own * producer.scale.square()
             sizes[name] = summed(slopes[name]).to(own) / self._count * own + _LEAST_NORM
@@ -250,7 +255,7 @@ class _Linearised:
     @property
     def gradient(self) -> Tensor:
         """J^T r."""
-        unknowns = sum(rows * columns for rows, columns in (p.unknowns for p in self.layers.producers.values()))
+        unknowns = sum(math.prod(p.unknowns) for p in self.layers.producers.values())
         return self._folded(lambda change, residual: change * residual, self._consumer.new_zeros(unknowns))
 
     def times(self, change: Tensor) -> Tensor:
@@ -324,4 +329,6 @@ def _input_moments(x: Tensor, m: LinearMap) -> Tensor:
 
 def _kernel(weight: Tensor, m: LinearMap) -> Tensor:
     """A (d, columns) matrix as the weight of a map."""
-    return weight.reshape(len(weight), -1, *m.kernel) if m.kind == "conv2d" else weight
+    if m.kind == "conv2d":
+        return weight.reshape(len(weight), -1, *m.kernel)
+    return weight

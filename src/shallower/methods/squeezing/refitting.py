@@ -50,13 +50,17 @@ def metric_of(site: Site, metrics: Mapping[str, Centred], grams: SiteGrams) -> M
     What the model's output makes of them (see `fisher.py`), and to a part their size in the residual stream.
     """
     found = [metrics[m.name] for m in site.consumers if m.name in metrics]
-    units = torch.ones(grams.fit.outputs) if grams.units is None else grams.units
+    units = grams.units
+    if units is None:
+        units = torch.ones(grams.fit.outputs)
     plain = units.to(grams.fit.device, torch.float64).square()
     plain = plain + _LEAST * plain.mean().clamp_min(_LEAST)
     if len(found) < len(site.consumers) or not any(bool(block.squares.any()) for block in found):
         moments = _moments(site, grams)
         return Metric(plain / (moments.yy * plain).sum().clamp_min(torch.finfo(torch.float64).tiny))
-    damping = _DAMPING_OF_IMAGES if site.consumers[0].taps > 1 else _OUTPUT_DAMPING
+    damping = _OUTPUT_DAMPING
+    if site.consumers[0].taps > 1:
+        damping = _DAMPING_OF_IMAGES
     size = torch.cat([block.squares for block in found]).mean()
     return Metric(damping * size / plain.mean() * plain, tuple(found))
 
@@ -149,7 +153,7 @@ def error_curve(site: Site, grams: SiteGrams, metric: Metric, *, paths: int = 0)
     """
     elimination = metric.elimination(_moments(site, grams), ridge=_SELECTION_RIDGE, keep=0, taps=site.consumers[0].taps)
     whole = elimination.error(0)
-    errors = [elimination.error(k) for k in range(site.width + 1)]
+    errors = list(map(elimination.error, range(site.width + 1)))
     if paths and (found := _paths(site, grams, metric)) is not None:
         errors[1:] = [max(0.0, min(errors[k], found[1].best(k, paths)[2])) for k in range(1, site.width + 1)]
     curve = {k: _damage(errors[k], whole) for k in range(1, site.width + 1)}
@@ -166,7 +170,9 @@ def _damage(error: float, whole: float) -> float:
     The second-order estimate is right for small errors only: a site that loses most of what it says costs more, and
     without this the knapsack takes all from a few sites.
     """
-    return error / max(1 - error / whole, 1e-6) if whole > 0 else 0.0
+    if not whole > 0:
+        return 0.0
+    return error / max(1 - error / whole, 1e-6)
 
 
 def _intercept(site: Site) -> bool:
@@ -298,15 +304,17 @@ def _best_ridge(site: Site, pair: tuple[Gram, Gram], metric: Metric) -> tuple[fl
         return RIDGES[-1], float("inf")
     fit, held = pair[0].centred(intercept), pair[1].centred(intercept)
     yy = float((held.yy * metric.diagonal).sum())
-    best = (RIDGES[-1], float("inf"))
+    best, least = RIDGES[-1], float("inf")
     for ridge in RIDGES:
         try:
             error = ridge_error(fit, held, ridge, metric.diagonal)
         except FitError:
             continue
-        if error < best[1]:
-            best = (ridge, error)
-    return best[0], best[1] / yy if yy > 0 else 0.0
+        if error < least:
+            best, least = ridge, error
+    if not yy > 0:
+        return best, 0.0
+    return best, least / yy
 
 
 def _by_consumer(site: Site, weight: Tensor, bias: Tensor, width: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

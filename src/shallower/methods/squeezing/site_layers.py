@@ -45,11 +45,15 @@ class Affine:
     def __call__(self, h: Tensor) -> Tensor:
         """The output."""
         h = self.change(h)
-        return h if self.shift is None else h + vector(self.shift, h)
+        if self.shift is None:
+            return h
+        return h + vector(self.shift, h)
 
     def change(self, h: Tensor) -> Tensor:
         """The change of the output with a change of the input."""
-        return h if self.scale is None else h * vector(self.scale, h)
+        if self.scale is None:
+            return h
+        return h * vector(self.scale, h)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ class Depthwise:
     def __call__(self, h: Tensor) -> Tensor:
         """The output."""
         h = self.change(h)
-        return h if self.bias is None else h + vector(self.bias, h)
+        if self.bias is None:
+            return h
+        return h + vector(self.bias, h)
 
     def change(self, h: Tensor) -> Tensor:
         """The change of the output with a change of the input."""
@@ -211,7 +217,8 @@ class SiteLayers:
 
     def hidden(self, x: Tensor) -> Tensor:
         """What the consumers read."""
-        z = self.activation(self.producers["gate" if "gate" in self.producers else "producer"](x))
+        activated = self.producers.get("gate", self.producers["producer"])
+        z = self.activation(activated(x))
         if "gate" in self.producers:
             z = z * self.producers["producer"](x)
         for stage in self.behind:
@@ -251,7 +258,9 @@ class SiteLayers:
         return z
 
     def _with_path(self, z: Tensor, x: Tensor) -> Tensor:
-        return torch.cat([z, self.producers["path"](x)], 1) if "path" in self.producers else z
+        if "path" not in self.producers:
+            return z
+        return torch.cat([z, self.producers["path"](x)], 1)
 
 
 def linear(x: Tensor, weight: Tensor, m: LinearMap) -> Tensor:
@@ -290,24 +299,24 @@ def _layer_stages(model: nn.Module, site: Site, kept: Tensor) -> Iterator[Affine
         elif stage.map is not None:
             module = model.get_submodule(stage.map.name)
             bias = bias_of(module)
-            own = None if bias is None else bias[kept].float()
-            yield Depthwise(stage.map, weight_of(module)[kept].float(), own)
+            if bias is not None:
+                bias = bias[kept].float()
+            yield Depthwise(stage.map, weight_of(module)[kept].float(), bias)
         elif stage.place is not None:
             yield Pointwise(_function(model, stage.place, kept, site.width))
 
 
 def _producer(model: nn.Module, m: LinearMap, rows: Tensor, norm: str, kept: Tensor) -> Producer:
     module = model.get_submodule(m.name)
-    folded = _norm(model, norm, kept) if norm else Affine(None, None)
-    shift = folded.shift
-    bias = bias_of(module)
-    if bias is not None:
-        own = bias[rows].float()
-        own = own if folded.scale is None else own * folded.scale
-        shift = own if shift is None else shift + own
-    held = cast("Tensor | None", getattr(model.get_submodule(norm) if norm else module, "bias", None))
+    folded, holder, places = Affine(None, None), module, rows
+    if norm:
+        folded, holder, places = _norm(model, norm, kept), model.get_submodule(norm), kept
+    shift, bias = folded.shift, bias_of(module)
+    if bias is not None:  # the norm acts on the bias as on all that the map gives
+        shift = folded(bias[rows].float())
+    held = cast("Tensor | None", getattr(holder, "bias", None))
     if held is not None:
-        held = held.detach()[kept if norm else rows].float()
+        held = held.detach()[places].float()
     return Producer(m, weight_of(module)[rows].float(), folded.scale, shift, held)
 
 

@@ -92,10 +92,10 @@ def squeeze(
     options = options or SqueezeOptions()
     if uniform:
         options = replace(options, collapse=False)
-    goal = Target.parse(target) if isinstance(target, str) else target
+    if isinstance(target, str):
+        target = Target.parse(target)
     with without_inference_mode():
-        model = with_mapped_weights(model)
-        dense = detached_copy(model) if attached_places(model) else model
+        dense = _detached(with_mapped_weights(model))
         squeezable = narrowable(sites)
         check_model(dense, squeezable)
         if uniform:
@@ -105,11 +105,10 @@ def squeeze(
         if checkpoint is not None:
             progress = Progress(checkpoint, identity_of(dense, squeezable, calibration.batches.digest, options))
         sweep = Sweep(dense, squeezable, calibration, progress)
-        inputs = _timed_on(calibration, example_inputs, dense)
-        times = Times(dense, squeezable, inputs, options)
+        times = Times(dense, squeezable, _timed_on(calibration, example_inputs, dense), options)
         search = Search(sweep, WidthCosts(dense, squeezable), times, options.round_to, uniform)
         try:
-            plan = search.plan(goal, score)
+            plan = search.plan(target, score)
         except Exception as error:
             cause = explained(dense, squeezable, calibration, error)
             if cause is None:
@@ -117,6 +116,13 @@ def squeeze(
             raise cause from error
         sweep.warn_of_shortage(plan)
         return plan
+
+
+def _detached(model: nn.Module) -> nn.Module:
+    """The model, or a copy with nothing attached."""
+    if not attached_places(model):
+        return model
+    return detached_copy(model)
 
 
 def narrowable(sites: Sites) -> Sites:

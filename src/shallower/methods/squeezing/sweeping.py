@@ -113,8 +113,7 @@ class Sweep:
     @cached_property
     def errors(self) -> dict[str, dict[int, float]]:
         """For each site, the error at every width; at width 0, of a full collapse where that is possible."""
-        kept = None if self.progress is None else self.progress.curves()
-        if kept is not None:
+        if self.progress is not None and (kept := self.progress.curves()) is not None:
             return kept
         paths = {site.name: self._path_multiple(site, self.sites) for site in self.sites}
         found = error_curves(
@@ -157,7 +156,9 @@ class Sweep:
 
     def _squeezed(self, widths: Mapping[str, int], producers: bool) -> tuple[Plan, nn.Module]:
         chosen = ",".join(f"{site.name}={widths[site.name]}" for site in self.sites)
-        key = chosen if producers else f"consumers only: {chosen}"
+        key = chosen
+        if not producers:
+            key = f"consumers only: {chosen}"
         entries = self._known(key, chosen, producers)
         small = _sharing_copy(self.dense)
         for done in steps(entries):
@@ -174,7 +175,9 @@ class Sweep:
 
     def _known(self, key: str, chosen: str, producers: bool) -> list[Entry]:
         """Entries that need not be made again: kept in a checkpoint, or those of the draft that would be the same."""
-        known = [] if self.progress is None else self.progress.entries(key)
+        known: list[Entry] = []
+        if self.progress is not None:
+            known = self.progress.entries(key)
         if known or not producers:
             return known
         for entry in self._drafts.get(chosen, ()):
@@ -270,7 +273,9 @@ class Sweep:
         return self.calibration.options.path_multiple
 
     def _walk(self, small: nn.Module | None, sites: Sequence[Site]) -> Walk:
-        along = sites if self.walking else ()
+        along: Sequence[Site] = ()
+        if self.walking:
+            along = sites
         return Walk.along(self.dense, small, along, self.calibration.batches, lambda batch: batch.inputs)
 
 
@@ -279,7 +284,9 @@ def _fitted_numbers(entry: Entry) -> int:
     site, producer = entry.site, entry.site.producer
     if len(entry.kept):
         return len(entry.kept) * site.consumers[0].taps
-    return 0 if producer is None else producer.d_in
+    if producer is None:
+        return 0
+    return producer.d_in
 
 
 def _untouched(site: Site, entries: Sequence[Entry]) -> bool:

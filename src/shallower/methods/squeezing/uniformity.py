@@ -115,7 +115,9 @@ def _without_weights(model: nn.Module) -> nn.Module:
     empty: dict[int, object] = {}
     for tensor in chain(model.parameters(), model.buffers()):
         meta = tensor.detach().to("meta")
-        empty[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+        if isinstance(tensor, nn.Parameter):
+            meta = nn.Parameter(meta, tensor.requires_grad)
+        empty[id(tensor)] = meta
     duplicate = copy.deepcopy(model, empty)
     detach(duplicate)
     return duplicate
