@@ -59,8 +59,12 @@ def attach(model: nn.Module, place: Place, module: nn.Module | Callable[[nn.Modu
             "first (method.detach())"
         )
     name = standing_at(model, place)
-    original = _get(model, name, place)
-    replacement = module if isinstance(module, nn.Module) else module(original)
+    try:
+        original = _get(model, name, place)
+        replacement = module if isinstance(module, nn.Module) else module(original)
+    except Exception:
+        internalise(model, place)  # a call that was made a module is a call again
+        raise
     model.set_submodule(name, replacement.train(original.training))
     vars(model).setdefault(_ATTACHED, {})[place] = _Attached(name, original)
     return replacement

@@ -307,10 +307,11 @@ class _Run:
             self.finished = bool(found["finished"])
             if len(found["random"]) == self.accelerator.num_processes and self.position % self.steps:
                 self.random_state = found["random"]
-            self.model.load_state_dict(found["model"])
             self.good = found["good"]
             self.optimizer.load_state_dict(found["optimizer"])
             self.method.load_state_dict(found["method"])
+            # last, so that a checkpoint that is refused leaves the model as it was
+            self.model.load_state_dict(found["model"])
         except ShallowerError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -23,7 +23,7 @@ from shallower.core.codec import decode
 from shallower.core.files import read_state, write_state
 from shallower.core.modes import evaluating
 from shallower.core.processes import agreed, is_first, raised_anywhere
-from shallower.errors import MethodError, ShallowerError, TrainingError
+from shallower.errors import MethodError, OutOfMemoryError, ShallowerError, TrainingError
 from shallower.training.accelerating import placed, started
 from shallower.training.loop import Loss, Score, train
 from shallower.training.randomness import kept
@@ -226,10 +226,11 @@ class Rounds(Generic[R]):
                 raise MethodError(f"{self._file} is of another run ({', '.join(other)} differ): pass another folder")
             at = f"{self._file}: rounds"
             self.finished = [decode(self.record, r, at=at, error=MethodError) for r in state["rounds"]]
-            self.model.load_state_dict(state["model"])
             self.chosen = dict(state["chosen"])
             self.over = bool(state["rounds"]) and state["rounds"][-1]["taken_back"]
-        except MethodError:
+            # last, so that a file that is refused leaves the model as it was
+            self.model.load_state_dict(state["model"])
+        except (MethodError, OutOfMemoryError):
             raise
         except (ShallowerError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise MethodError(f"{self._file} does not fit this run ({error}): pass another folder") from error

@@ -404,9 +404,11 @@ class LayerCollapse(Method):
             probe = islice(reiterable(rounds.training.batches), _PROBE) if options.probe is None else options.probe
 
             def costs() -> dict[str, float]:
-                return self.sensitivity(list(probe), loss=rounds.training.loss)
+                # computed by every process, as a sharded model needs all of them; the first one's decide
+                own = self.sensitivity(list(probe), loss=rounds.training.loss)
+                return from_first_process(lambda: own)
 
-            rounds.chosen = {"groups": from_first_process(lambda: options.divided(options.ordered(names, costs)))}
+            rounds.chosen = {"groups": options.divided(options.ordered(names, costs))}
             rounds.keep()
         groups: list[list[str]] = rounds.chosen["groups"]
         return groups

@@ -215,25 +215,32 @@ def _hashed(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
 
 
-def _told_apart(value: Any, above: tuple[int, ...] = ()) -> Any:
-    """Plain data that differ where the value does; of a function its code, and what it encloses or finds globally."""
+def _told_apart(value: Any, seen: dict[int, int] | None = None) -> Any:
+    """Plain data that differ where the value does; of a function its code, and what it encloses or finds globally.
+
+    Each object is described once, and named by its number where it comes again.
+    """
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
-    if id(value) in above:
-        return "itself"
-    inside = partial(_told_apart, above=(*above, id(value)))
+    seen = {} if seen is None else seen
+    if id(value) in seen:
+        return f"object {seen[id(value)]}"
+    seen[id(value)] = len(seen)
+    inside = partial(_told_apart, seen=seen)
     if isinstance(value, Tensor):
         return hashlib.sha256(content(value)).hexdigest()
     if isinstance(value, (tuple, list)):
         return list(map(inside, value))
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(repr, value))  # their order differs from process to process
     if isinstance(value, Mapping):
-        return list(map(inside, value.items()))
+        return list(map(inside, list(value.items())))
     if isinstance(value, partial):
-        return [inside(value.func), inside(value.args), inside(value.keywords)]
+        return list(map(inside, (value.func, value.args, value.keywords)))
     if isinstance(value, types.MethodType):
         return [inside(value.__func__), inside(value.__self__)]
     if isinstance(value, types.FunctionType):
-        enclosed = [cell.cell_contents for cell in value.__closure__ or ()]
+        enclosed = list(map(_cell, value.__closure__ or ()))
         own: dict[str, Any] = {}
         for name in value.__code__.co_names:
             item = value.__globals__.get(name)
@@ -244,6 +251,14 @@ def _told_apart(value: Any, above: tuple[int, ...] = ()) -> Any:
     if isinstance(value, (type, types.ModuleType)) or not hasattr(value, "__dict__"):
         return named
     return [*named, inside(vars(value))]
+
+
+def _cell(cell: types.CellType) -> Any:
+    """What a function encloses; None for a name that has no value yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def _code(code: types.CodeType) -> str:

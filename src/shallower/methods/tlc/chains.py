@@ -8,6 +8,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from shallower.core.failures import is_out_of_memory
+from shallower.errors import ShallowerError
 from shallower.modules import attachment
 from shallower.planning.entries import Entry
 from shallower.sites import LinearMap, Site
@@ -53,7 +55,9 @@ class Chain(nn.Module):
         """Whether this is all that happens to x: a reshape between the layers would be missing here."""
         try:
             self(x)
-        except RuntimeError:
+        except RuntimeError as error:
+            if isinstance(error, ShallowerError) or is_out_of_memory(error):
+                raise
             return False
         return True
 
