@@ -168,7 +168,7 @@ class SlopeActivation(nn.Module):
         if family == "prelu":
             start, self.kernel = PRELU_INIT, "relu"
         self.slope = nn.Parameter(torch.full((width or 1,), start))
-        self.writes_input = not self.kernel and _writes_input(f)
+        self.writes_input = _writes_input(f)
 
     def forward(self, input: Tensor) -> Tensor:
         """x of any shape that has its channels where `channels_first` says; the result has the same shape and dtype."""
@@ -177,8 +177,9 @@ class SlopeActivation(nn.Module):
         # Without gradients, and for compilers, plain operations: a trace then shows what is computed.
         if self.kernel and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _Slope.apply(x, slope, self.kernel, self.target, self.channels_first)  # type: ignore[no-any-return,no-untyped-call]
-        if self.kernel:
-            y = KERNELS[self.kernel].plain(x)
+        # f itself, and not the kernel that it was recognised as: a constant may have fewer digits there.
+        if self.family == "prelu":
+            y = F.relu(x)
         elif self.writes_input:
             y = self.f(x.clone())
         else:
