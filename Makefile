@@ -7,7 +7,7 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint types imports docs install clean
+.PHONY: demo test test-all lint types imports figures docs install clean
 
 install: $(STAMP)
 
@@ -37,6 +37,10 @@ types: $(STAMP)
 # The floors of the package: see [tool.importlinter] in pyproject.toml.
 imports: $(STAMP)
 	$(BIN)/lint-imports
+
+# How the code reads, held to its limits.
+figures: $(STAMP)
+	$(BIN)/python tools/figures.py --check
 
 # The site, with warnings as errors.
 docs: $(STAMP)
