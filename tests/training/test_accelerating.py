@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,17 @@ from torch import nn
 from shallower.training.accelerating import placed, prepared, started
 
 
+@pytest.fixture
+def no_accelerator() -> Iterator[None]:
+    """As in a process where nobody has made an Accelerator yet, whatever tests before have done."""
+    before = dict(AcceleratorState._shared_state)
+    AcceleratorState._shared_state.clear()
+    yield
+    AcceleratorState._shared_state.clear()
+    AcceleratorState._shared_state.update(before)
+
+
+@pytest.mark.usefixtures("no_accelerator")
 def test_an_accelerator_of_the_callers_stays_as_it_is() -> None:
     own = Accelerator(mixed_precision="bf16", cpu=True)
     before = dict(AcceleratorState._shared_state)
@@ -20,7 +32,6 @@ def test_an_accelerator_of_the_callers_stays_as_it_is() -> None:
         assert inner.mixed_precision == "no"
     assert dict(AcceleratorState._shared_state) == before
     assert own.mixed_precision == "bf16"
-    AcceleratorState._shared_state.clear()
 
 
 def test_the_models_forward_is_its_own_inside_a_score_and_afterwards() -> None:
