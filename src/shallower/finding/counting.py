@@ -14,6 +14,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from shallower.core.failures import is_out_of_memory
 from shallower.core.inputs import Inputs
 from shallower.errors import ShallowerError
 from shallower.finding.attention import head_sites
@@ -91,7 +92,9 @@ def _works(model: nn.Module, inputs: Inputs, site: Site, counts: Counts) -> bool
     try:
         narrow(trial, fewer, torch.arange(site.width - 1))
         found, _ = head_sites(Graph(trace_forward(trial, inputs)))
-    except (ShallowerError, RuntimeError, ValueError, TypeError, IndexError):
+    except (ShallowerError, RuntimeError, ValueError, TypeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
         return False
     wanted = _comparable(narrowed(site, site.width - 1))
     return any(_comparable(again) == wanted for _, again in found)

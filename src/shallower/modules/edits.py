@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.core.codec import Bounds, decode, encode
-from shallower.errors import CheckpointError, PlanError, ShallowerError
+from shallower.errors import CheckpointError, OutOfMemoryError, PlanError, ShallowerError
 from shallower.modules.activations import Family, Operand, PartialActivation, SlopeActivation, Target, Twice
 from shallower.modules.layers import kind_of, resized, resized_norm, weight_of
 from shallower.modules.offloading import own_weights
@@ -360,7 +360,7 @@ def replay(model: nn.Module, edits: Sequence[StructuralEdit | Mapping[str, Any]]
         edit = given if isinstance(given, get_args(StructuralEdit)) else decoded(i, given)
         try:
             perform(model, edit)
-        except CheckpointError:
+        except (CheckpointError, OutOfMemoryError):
             raise
         except (ShallowerError, AttributeError, TypeError, ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(

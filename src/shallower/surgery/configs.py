@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Size, nn
 
+from shallower.core.failures import is_out_of_memory
 from shallower.errors import ShallowerError
 from shallower.planning.forms import Step
 from shallower.saving.skeletons import build_skeleton
@@ -57,7 +58,17 @@ class _Owner:
             plain = {key: value for key, value in trial.to_dict().items() if key != "transformers_version"}
             type(self.config)(**plain)
             return _parameter_shapes(build_skeleton(self.source, trial.to_dict()))
-        except (ShallowerError, ValueError, TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError):
+        except (
+            ShallowerError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            KeyError,
+            RuntimeError,
+            ZeroDivisionError,
+        ) as error:
+            if is_out_of_memory(error):
+                raise
             return None
         except Exception as error:
             # the errors of strict configs are of no class that could be imported everywhere
