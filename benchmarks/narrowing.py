@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -27,6 +28,7 @@ from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.ordering import by_magnitude
 from shallower.methods.dropout.structural_dropout import StructuralDropout
 from shallower.methods.squeezing.squeeze import squeeze
+from shallower.methods.squeezing.uniformity import UniformWarning
 from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan
 from shallower.sites import Site, Sites
@@ -238,7 +240,9 @@ class Bench:
             if fitted:
                 start = case.narrowed(dense, {s.name: widths[s.name] for s in sites if _is_heads(s)})
                 maps = case.sites(start).select(lambda s: not _is_heads(s))
-                plan = squeeze(start, maps, case.calibration, f"params:{count_params(small)}", uniform=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UniformWarning)  # of widths, not of stock classes
+                    plan = squeeze(start, maps, case.calibration, f"params:{count_params(small)}", uniform=True)
                 small = apply(start, plan, case.example)
             recalibrate(small, case.calibration)
             found[share] = case.test(small)
