@@ -6,39 +6,14 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shallower.errors import ModelError, ShallowerError
 from shallower.measuring.cost import peak_memory
 from shallower.measuring.measurement import compare, measure
 from shallower.modules.attachment import attach, detach
 from shallower.sites import Place
-
-
-def network(width: int = 32) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(8, width), nn.GELU(), nn.Linear(width, 4))
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(10, 4)
-        self.head = nn.Linear(4, 10, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.embedding(ids))
-
-
-class Attention(nn.Module):
-    def __init__(self, kv_heads: int = 2) -> None:
-        super().__init__()
-        self.kv_heads = kv_heads
-
-    def forward(self, x: Tensor) -> Tensor:
-        queries = x.view(3, 5, 2, 4).transpose(1, 2)
-        keys = queries[:, : self.kv_heads]
-        return nn.functional.scaled_dot_product_attention(queries, keys, keys, enable_gqa=True)
+from tests.measuring.test_cost import network
 
 
 def test_a_linear_network_costs_its_matrix_products():
