@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from shallower.app.compression import compress, cost_after, cost_of, preview, site_table
+from shallower.app.compression import compress, cost_after, cost_of, preview, site_rows
 from shallower.app.runs.layer_collapse import LayerCollapseRun
 from shallower.app.runs.squeeze import SqueezeRun
 from shallower.errors import SiteError, TargetError
@@ -83,7 +83,6 @@ def test_costs_are_counted_and_the_mode_of_the_model_stays() -> None:
 def test_the_table_of_sites_says_what_became_of_each() -> None:
     model, x = network(), torch.randn(4, 8)
     sites = find_sites(model, x)
-    table = site_table(Plan.collapse(sites.select("0")))
-    assert list(table) == ["0"]
-    assert (table["0"]["width"], table["0"]["linear"], table["0"]["becomes"]) == (48, 48, "merged")
+    (row,) = site_rows(Plan.collapse(sites.select("0")))
+    assert (row.name, row.width, row.linear, row.becomes) == ("0", 48, 48, "merged")
     assert isinstance(model, nn.Sequential)

@@ -98,7 +98,7 @@ def test_a_run_leaves_a_directory_and_nothing_beside_it(pictures: Path) -> None:
     record = read_record(pictures.parent / "out")
     assert record.options["samples"] == 64
     assert record.rows == {"train": 135, "validation": 15, "test": None}
-    assert output.data["small"]["params"] == record.verdict.small.params
+    assert output.data["small"]["params"] == record.small.params
     assert "load it with shallower.load" in output.text
 
 

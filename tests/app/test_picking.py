@@ -11,7 +11,7 @@ from torch import nn
 
 import shallower as sh
 from shallower.app.compression import compress
-from shallower.app.jobs import numbers_of, write
+from shallower.app.jobs import record_of, write
 from shallower.app.models import LoadedModel
 from shallower.app.picking import pick
 from shallower.app.results import read_record
@@ -36,9 +36,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = compress(given, StructuralDropoutRun(points=3))
     outcome = result.outcome
     options = {"model": FACTORY, "data": "rows", "method": "structural-dropout", "target": ""}
-    numbers = numbers_of(result, options, given.batches, seconds=1.0)
+    record = record_of(result, options, given.batches, seconds=1.0)
     loaded = LoadedModel(given.model, "")
-    write(outcome.model, output, loaded, outcome.plan, numbers, points=outcome.points, files=outcome.files)
+    write(outcome.model, output, loaded, outcome.plan, record, points=outcome.points, files=outcome.files)
     return output
 
 

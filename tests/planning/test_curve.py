@@ -83,6 +83,14 @@ def test_files_that_are_no_curve_are_refused(tmp_path: Path, text: str) -> None:
         Curve.load(tmp_path / "curve.json")
 
 
+def test_a_curve_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    data: Any = {**curve().to_json(), "schema": 1}
+    for stored in data["points"]:
+        stored["memory"] = stored.pop("size")
+    (tmp_path / "curve.json").write_text(json.dumps(data))
+    assert Curve.load(tmp_path / "curve.json") == curve()
+
+
 def test_keys_of_others_are_passed_over(tmp_path: Path) -> None:
     data: Any = curve().to_json()
     data["points"][0]["chosen"] = True

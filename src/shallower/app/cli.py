@@ -243,11 +243,12 @@ def compare_results(
       shallower compare small-50 small-25 collapsed
     """
     from shallower.app.results import comparison, read_record
+    from shallower.core.codec import encode
 
     with _speaking(as_json):
-        results = {str(directory): dict(read_record(directory.expanduser()).raw) for directory in directories}
-        text = comparison([directory.expanduser() for directory in directories])
-    _tell(text, results, as_json)
+        results = {str(directory): read_record(directory.expanduser()) for directory in directories}
+        text = comparison(results)
+    _tell(text, encode(results), as_json)
 
 
 @app.command(cls=Sections)

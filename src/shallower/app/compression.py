@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from shallower.app.batching import TaskBatches
-from shallower.app.results import Measured, Verdict
+from shallower.app.results import CurvePoint, Measured, SiteRow, Verdict, noted_error
 from shallower.app.tasks import Likeness, Task
 from shallower.core.inputs import Inputs, model_device
 from shallower.core.trees import to_device
@@ -126,7 +126,7 @@ class Outcome:
         advice: what to do where this is not enough.
         score: on the validation set, where it is known.
         details: more for result.json, plain data.
-        points: of the curve of quality against cost, where the method has one; plain data.
+        points: of the curve of quality against cost, where the method has one.
         files: more tensors to save, by the name of the file.
     """
 
@@ -136,7 +136,7 @@ class Outcome:
     advice: str = "ask for less"
     score: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
-    points: Sequence[Mapping[str, Any]] = ()
+    points: Sequence[CurvePoint] = ()
     files: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
@@ -241,12 +241,13 @@ def judge(dense: nn.Module, small: nn.Module, batches: TaskBatches, task: Task, 
     times = compare({"dense": dense, "small": small}, example)
     if known is None:
         known = task.score(dense, batches.test, label="scoring: dense")
-    scores = {"dense": known, "small": task.score(small, batches.test, label="scoring: small")}
-    sides = {
-        name: measured(scores[name], cost_of(model, example), times[name].latency)
-        for name, model in (("dense", dense), ("small", small))
-    }
-    return Verdict(sides["dense"], sides["small"], times["small"].speedup, times["small"].ratio_spread)
+    score = task.score(small, batches.test, label="scoring: small")
+    return Verdict(
+        measured(known, cost_of(dense, example), times["dense"].latency),
+        measured(score, cost_of(small, example), times["small"].latency),
+        times["small"].speedup,
+        times["small"].ratio_spread,
+    )
 
 
 def measured(score: float, cost: Cost, latency: float | None) -> Measured:
@@ -254,24 +255,27 @@ def measured(score: float, cost: Cost, latency: float | None) -> Measured:
     return Measured(score, cost.params, cost.macs, cost.size, latency)
 
 
-def site_table(plan: Plan) -> dict[str, dict[str, Any]]:
-    """What became of each site of a plan, by its name, as plain data."""
-    found = {}
+def site_rows(plan: Plan) -> tuple[SiteRow, ...]:
+    """What becomes of each site of a plan."""
+    found = []
     for step in steps(plan.entries):
-        entry, form = step.entry, step.form
-        found[entry.site.name] = {
-            "kind": entry.site.kind,
-            "width": entry.site.width,
-            "kept": len(entry.kept),
-            "linear": len(entry.linear),
-            "dropped": len(entry.dropped),
-            "becomes": form.kind,
-            "rank": form.rank,
-            "params": [form.params_before, form.params],
-            "macs": [form.macs_before, form.macs],
-            "note": entry.note,
-        }
-    return found
+        entry, form, site = step.entry, step.form, step.entry.site
+        row = SiteRow(
+            site.name,
+            site.kind,
+            site.width,
+            len(entry.kept),
+            len(entry.linear),
+            len(entry.dropped),
+            form.kind,
+            form.rank,
+            (form.params_before, form.params),
+            (form.macs_before, form.macs),
+            noted_error(entry.note),
+            entry.note,
+        )
+        found.append(row)
+    return tuple(found)
 
 
 def _train_dense(work: Work) -> None:
@@ -329,7 +333,7 @@ def _check_target(target: Target | None, verdict: Verdict, outcome: Outcome) -> 
     """Raise TargetError unless the result meets a target of cost."""
     if target is None or target.unit == "drop":
         return
-    before, after = (Cost(side.params, side.macs, side.memory, side.latency) for side in (verdict.dense, verdict.small))
+    before, after = verdict.dense.cost, verdict.small.cost
     if before.latency is not None:
         # A latency counts as reached where the limit lies within the spread of the measurement.
         after = replace(after, latency=before.latency * (1 / verdict.speedup - verdict.spread / 2))

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from shallower.app.batching import TaskBatches
 from shallower.app.compression import MethodRun, Result, Work, compress
-from shallower.app.jobs import numbers_of, write
+from shallower.app.jobs import record_of, write
 from shallower.app.models import LoadedModel
 from shallower.app.results import verdict_table
 from shallower.app.runs.layer_collapse import LayerCollapseRun
@@ -196,8 +196,8 @@ def run(output: Path, *, seed: int = 0, quick: bool = False) -> str:
             started = time.perf_counter()
             result = compress(Work(model, batches, task, target, trained, cpu=True), method)
             options = {"model": name, "data": "digits", "method": method.name, "target": str(target), "seed": seed}
-            numbers = numbers_of(result, options, batches, seconds=time.perf_counter() - started)
-            write(result.model, output / f"{name}-{way}", LoadedModel(model, ""), result.outcome.plan, numbers)
+            record = record_of(result, options, batches, seconds=time.perf_counter() - started)
+            write(result.model, output / f"{name}-{way}", LoadedModel(model, ""), result.outcome.plan, record)
             _keep_answers(result, batches, output / f"{name}-{way}-{ANSWERS}")
             found = result.verdict.rows(task.quality, name, result.outcome.note)
             rows += found if way == WAYS[0] else found[1:]

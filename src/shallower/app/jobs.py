@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from shallower.app.batching import TaskBatches, make_batches
-from shallower.app.compression import MethodRun, Result, Work, compress, preview, site_table
+from shallower.app.compression import MethodRun, Result, Work, compress, preview, site_rows
 from shallower.app.data.rows import Rows, read_rows
 from shallower.app.models import LoadedModel, load_model
 from shallower.app.options import TASK_NAMES, DataOptions, RunOptions, Scope, TaskName, TrainingOptions
 from shallower.app.report.card import write_card
 from shallower.app.report.page import write_report
-from shallower.app.results import CURVE, RESULT, RESULT_SCHEMA, read_object, verdict_table
+from shallower.app.results import CURVE, RESULT, CurveFile, CurvePoint, Record, points_table, verdict_table
 from shallower.app.tasks import task_named
+from shallower.core.codec import decode, encode
 from shallower.core.failures import failing
-from shallower.core.files import write_json, write_tensors
-from shallower.core.inputs import Inputs, model_device
+from shallower.core.files import read_json, write_json, write_tensors
+from shallower.core.inputs import model_device
 from shallower.core.text import amount, table
 from shallower.core.trees import tensors
 from shallower.errors import CheckpointError, DataError, ModelError, ShallowerError, TargetError
@@ -121,11 +123,11 @@ def run(job: Job, *, resume: bool = True) -> Output:
         loaded, work = _prepared(job, task, device)
         result = compress(replace(work, checkpoints=checkpoints), job.method)
         seconds = time.perf_counter() - started
-        numbers = numbers_of(result, job.options, work.batches, seconds=seconds, warnings=work.remarks)
+        record = record_of(result, job.options, work.batches, seconds=seconds, warnings=work.remarks)
         outcome = result.outcome
         outcome.model.to("cpu", loaded.dtype)
-        write(outcome.model, job.output, loaded, outcome.plan, numbers, points=outcome.points, files=outcome.files)
-    return Output(_text(job, loaded, work, result), {**numbers, "output": str(job.output)})
+        write(outcome.model, job.output, loaded, outcome.plan, record, points=outcome.points, files=outcome.files)
+    return Output(_text(job, loaded, work, result), {**encode(record), "output": str(job.output)})
 
 
 def dry_run(job: Job) -> Output:
@@ -142,7 +144,7 @@ def dry_run(job: Job) -> Output:
         "options": job.options,
         "before": asdict(before),
         "after": asdict(after),
-        "sites": site_table(plan),
+        "sites": encode(site_rows(plan)),
         "warnings": list(work.remarks),
     }
     lines = [str(plan), _savings(before, after), *work.remarks, f"dry run: nothing was written to {job.output}"]
@@ -154,9 +156,9 @@ def write(
     output: Path,
     loaded: LoadedModel,
     plan: Plan,
-    numbers: Mapping[str, Any],
+    record: Record,
     *,
-    points: Sequence[Mapping[str, Any]] = (),
+    points: Sequence[CurvePoint] = (),
     files: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write the directory of a result: weights, tokenizer, plan, numbers, curve, report and model card.
@@ -166,17 +168,17 @@ def write(
         output: the directory; it appears whole or not at all.
         loaded: the model it was made of.
         plan: how it was made.
-        numbers: result.json.
+        record: result.json.
         points: of the curve, where there is one.
         files: more tensors, by the name of the file.
     """
 
     def beside(directory: Path) -> None:
         plan.save(directory)
-        write_json(directory / RESULT, numbers, error=CheckpointError)
+        write_json(directory / RESULT, encode(record), error=CheckpointError)
         if points:
-            curve = {"schema": 1, "name": numbers["quality"], "points": list(points)}
-            write_json(directory / CURVE, curve, error=CheckpointError)
+            curve = CurveFile(record.quality, tuple(points))
+            write_json(directory / CURVE, encode(curve), error=CheckpointError)
         for name, values in (files or {}).items():
             write_tensors(directory / name, values, error=CheckpointError)
         write_report(directory, at=output)
@@ -229,10 +231,10 @@ def device_named(name: str) -> torch.device:
     return torch.device("cuda")
 
 
-def numbers_of(
+def record_of(
     result: Result, options: Mapping[str, Any], batches: TaskBatches, *, seconds: float, warnings: Sequence[str] = ()
-) -> dict[str, Any]:
-    """What result.json says of a run: plain data.
+) -> Record:
+    """What result.json says of a run.
 
     Args:
         result: of the run.
@@ -245,34 +247,32 @@ def numbers_of(
     name = device.type
     if name == "cuda":
         name = torch.cuda.get_device_name(device)
-    return {
-        "schema": RESULT_SCHEMA,
-        "options": dict(options),
-        "quality": result.task.quality,
-        **result.verdict.to_json(),
-        "sites": site_table(result.outcome.plan),
-        **result.outcome.details,
-        "warnings": list(warnings),
-        "classes": list(batches.classes) or None,
-        "rows": batches.counts,
-        "example": " x ".join(map(str, _example_shape(batches.example))),
-        "seconds": seconds,
-        "machine": {
+    shape: tuple[int, ...] = ()
+    for first in islice(tensors(batches.example), 1):
+        shape = tuple(first.shape)
+    verdict = result.verdict
+    return Record(
+        dict(options),
+        result.task.quality,
+        verdict.dense,
+        verdict.small,
+        verdict.speed,
+        site_rows(result.outcome.plan),
+        batches.counts,
+        shape,
+        batches.classes or None,
+        machine={
             "processor": platform.processor() or platform.machine(),
             "device": name,
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "shallower": version("shallower"),
         },
-    }
-
-
-def _example_shape(example: Inputs) -> Sequence[int]:
-    first = next(tensors(example), None)
-    if first is None:
-        return ()
-    return first.shape
+        seconds=seconds,
+        warnings=tuple(warnings),
+        details=result.outcome.details,
+    )
 
 
 def _check_options(job: Job, task: TaskName) -> None:
@@ -378,6 +378,14 @@ def _model(spec: str, task: TaskName, rows: Rows) -> tuple[LoadedModel, bool]:
     return loaded, True
 
 
+@dataclass(frozen=True)
+class _Note:
+    """What lies in the folder of an unfinished run: which run it is."""
+
+    fingerprint: str
+    options: Mapping[str, Any]
+
+
 @contextmanager
 def _checkpoints(job: Job, resume: bool) -> Iterator[Path]:
     """The folder for the state of this run. It stays where the run was interrupted, so that it can continue."""
@@ -390,7 +398,7 @@ def _checkpoints(job: Job, resume: bool) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
-    write_json(note, {"fingerprint": job.fingerprint, "options": job.options}, error=CheckpointError)
+    write_json(note, encode(_Note(job.fingerprint, job.options)), error=CheckpointError)
     try:
         yield folder
     except ShallowerError as error:
@@ -406,10 +414,10 @@ def _check_same(note: Path, job: Job) -> None:
     if not note.exists():
         return
     try:
-        found = read_object(note, CheckpointError)
+        found = decode(_Note, read_json(note, error=CheckpointError), at=str(note), error=CheckpointError)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --fresh starts over") from error
-    if found.get("fingerprint") != job.fingerprint:
+    if found.fingerprint != job.fingerprint:
         raise CheckpointError(
             f"{note.parent} belongs to an interrupted run with other options: repeat that command, or add --fresh"
         )
@@ -421,8 +429,11 @@ def _text(job: Job, loaded: LoadedModel, work: Work, result: Result) -> str:
     if not loaded.source:
         again = ", model=a fresh instance of the original model"
     task, outcome = result.task, result.outcome
+    made = str(outcome.plan)
+    if not len(outcome.plan):
+        made = points_table(task.quality, outcome.points)
     lines = [
-        str(outcome.plan),
+        made,
         "",
         verdict_table(task.quality, result.verdict.rows(task.quality, "dense", outcome.note)),
         *work.remarks,
@@ -436,7 +447,7 @@ def _savings(before: Cost, after: Cost) -> str:
     for unit, was, now, suffix in (
         ("params", before.params, after.params, ""),
         ("MACs", before.macs, after.macs, ""),
-        ("memory", before.size, after.size, "B"),
+        ("size", before.size, after.size, "B"),
     ):
         rows.append((unit, f"{amount(was)}{suffix}", f"{amount(now)}{suffix}", f"{now / max(1, was) - 1:+.1%}"))
     return table(("the model's", "now", "then", "change"), rows, right=(1, 2, 3))

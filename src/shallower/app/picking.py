@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
 from shallower.app.bench import example_of, loaded_with
-from shallower.app.compression import measured, site_table
+from shallower.app.compression import measured, site_rows
 from shallower.app.jobs import Output, write
-from shallower.app.results import CURVE, RESULT, Verdict, point_of, read_points, read_record, verdict_table
+from shallower.app.results import CURVE, RESULT, Verdict, read_points, read_record, verdict_table
 from shallower.app.runs.structural_dropout import StructuralDropoutRun, at_point, set_statistics
+from shallower.core.codec import encode
 from shallower.core.files import read_tensors
 from shallower.errors import CheckpointError
 from shallower.finding.matching import find_sites
@@ -48,10 +48,9 @@ def pick(directory: Path, target: Target, output: Path, *, original: str = "") -
             f"{directory}: made by {record.method}, which has one size only; "
             f"--method {StructuralDropoutRun.name} trains all of them"
         )
-    curve = Curve.from_json({"schema": 1, "points": points, "name": record.quality})
-    point = curve.best(target)
-    chosen = next(data for data in points if data["label"] == point.label and data["params"] == point.cost.params)
-    full = max(points, key=lambda data: (data["params"], data["macs"]))
+    point = Curve(tuple(known.point for known in points), record.quality).best(target)
+    chosen = next(known for known in points if known.point == point)
+    full = max(points, key=lambda known: (known.params, known.macs))
     loaded = loaded_with(str(directory), original)
     length = options.get("length") or _LENGTH
     if not isinstance(length, int):
@@ -59,34 +58,32 @@ def pick(directory: Path, target: Target, output: Path, *, original: str = "") -
     example = example_of(loaded, directory, batch=(*record.example, 1)[0] or 1, length=length)
     sites = find_sites(loaded.model, example, heads=bool(options.get("heads"))).select(str(options.get("sites", "*")))
     small, plan = at_point(loaded.model, sites, point, example)
-    if "norms" in chosen:
-        _set_statistics(small, directory, str(chosen["norms"]))
+    if chosen.norms:
+        set_statistics(small, read_tensors(directory / Path(chosen.norms).name, error=CheckpointError))
     times = compare({"dense": loaded.model, "small": small}, example)
-    dense, picked = (
-        measured(point_of(data).score, cost_of(model, example), times[name].latency)
-        for name, model, data in (("dense", loaded.model, full), ("small", small, chosen))
+    verdict = Verdict(
+        measured(full.reported, cost_of(loaded.model, example), times["dense"].latency),
+        measured(chosen.reported, cost_of(small, example), times["small"].latency),
+        times["small"].speedup,
+        times["small"].ratio_spread,
     )
-    verdict = Verdict(dense, picked, times["small"].speedup, times["small"].ratio_spread)
-    numbers = {
-        **{key: record.raw.get(key) for key in ("schema", "quality", "classes", "rows", "example", "machine")},
-        "options": {**options, "target": str(target), "output": str(output), "picked_from": str(directory)},
-        **verdict.to_json(),
-        "sites": site_table(plan),
-        "warnings": [],
-    }
-    written = []
-    for data in points:
-        others = {key: value for key, value in data.items() if key != "norms"}
-        written.append({**others, "chosen": data is chosen})
-    write(small, output, loaded, plan, numbers, points=written)
+    picked = replace(
+        record,
+        options={**options, "target": str(target), "output": str(output), "picked_from": str(directory)},
+        dense=verdict.dense,
+        small=verdict.small,
+        speed=verdict.speed,
+        sites=site_rows(plan),
+        seconds=None,
+        warnings=(),
+        details={},
+    )
+    written = [replace(known, norms="", chosen=known is chosen) for known in points]
+    write(small, output, loaded, plan, picked, points=written)
     lines = [
         str(plan),
         "",
         verdict_table(record.quality, verdict.rows(record.quality, "full width", point.label)),
         f"saved in {output}, from the {len(points)} points in {directory / CURVE}",
     ]
-    return Output("\n".join(lines), {**numbers, "output": str(output)})
-
-
-def _set_statistics(model: nn.Module, directory: Path, name: str) -> None:
-    set_statistics(model, read_tensors(directory / Path(name).name, error=CheckpointError))
+    return Output("\n".join(lines), {**encode(picked), "output": str(output)})

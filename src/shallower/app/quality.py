@@ -43,6 +43,13 @@ def difference(quality: str, before: float, after: float) -> str:
     return f"{change:+.4f}"
 
 
+def rows(quality: str) -> str:
+    """What is counted of the data: a language model reads its texts in blocks of equal length."""
+    if quality == "perplexity":
+        return "blocks of text"
+    return "rows"
+
+
 def lower_is_better(quality: str) -> bool:
     """Whether people read a smaller number as the better one."""
     return quality == "perplexity"

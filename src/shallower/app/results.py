@@ -2,7 +2,7 @@
 
 record = read_record(Path("small"))
 record.verdict.small.params
-print(comparison([Path("small-a"), Path("small-b")]))
+print(comparison({"small": record, "half": read_record(Path("half"))}))
 """
 
 from __future__ import annotations
@@ -11,26 +11,30 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from shallower.app import quality as qualities
+from shallower.core.codec import Bounds, decode
 from shallower.core.files import read_json
 from shallower.core.text import amount, table
 from shallower.errors import CheckpointError, ShallowerError
-
-RESULT_SCHEMA = 2
-"""Version of result.json; 1, and none, are read too."""
+from shallower.planning.costs import Cost
+from shallower.planning.curve import Point
 
 RESULT = "result.json"
 CURVE = "curve.json"
 
-_MOST_POINTS = 10_000
-_GREATEST = 2**63
+Count = Annotated[int, Bounds(0, 1 << 53)]
+Seconds = Annotated[float, Bounds(0, 1e12)]
+
+_MOST_NUMBERS = 2**31
+"""In the example inputs."""
 _NOTED_ERROR = re.compile(r"held-out error (\d+(?:\.\d+)?) ?%")
-"""How a note says a site's error, where the file has no number for it."""
-_COSTS = ("params", "macs", "memory", "latency")
+"""How a note says a site's error."""
+_EARLIER_NAMES = {"memory": "size"}
+"""Of costs, in files of schema 1 and 2."""
 
 
 @dataclass(frozen=True)
@@ -40,32 +44,78 @@ class Measured:
     Attributes:
         score: on the test set, where there is one; higher is better.
         params, macs: counted.
-        memory: bytes of parameters and buffers.
+        size: bytes of parameters and buffers.
         latency: median seconds of one forward pass; None where it was not measured.
-        label: what distinguishes it: "width 48", "3 removed".
-        chosen: this is the model that was saved.
-        ranked: the score that models are chosen by, where it was taken on other rows than `score`.
     """
 
     score: float
-    params: int
-    macs: int
-    memory: int
-    latency: float | None = None
-    label: str = ""
-    chosen: bool = False
-    ranked: float | None = None
+    params: Count
+    macs: Count
+    size: Count
+    latency: Seconds | None = None
 
     @property
-    def rank(self) -> float:
-        """What models are chosen by."""
-        if self.ranked is None:
-            return self.score
-        return self.ranked
+    def cost(self) -> Cost:
+        """All of it but the score."""
+        return Cost(self.params, self.macs, self.size, self.latency)
 
-    def to_json(self) -> dict[str, Any]:
-        """The score and the costs, as plain data."""
-        return {name: getattr(self, name) for name in ("score", *_COSTS)}
+
+@dataclass(frozen=True)
+class CurvePoint(Measured):
+    """A point of curve.json: another model that the same run can give, or gave on its way.
+
+    Attributes:
+        score: that models are chosen by, on the validation set.
+        label: what distinguishes it: "width 48", "3 removed".
+        widths: channels of every site, by its name, where these tell the points apart.
+        removed: activations that are gone, where these do.
+        spread: interquartile range of the latency, seconds.
+        test_score: on the test set, where there is one.
+        norms: the file with what BatchNorm measured at these widths.
+        chosen: this is the model that was saved.
+    """
+
+    label: Annotated[str, Bounds(0, 1000)] = ""
+    widths: Mapping[str, Count] = field(default_factory=dict)
+    removed: Count | None = None
+    spread: Seconds | None = None
+    test_score: float | None = None
+    norms: str = ""
+    chosen: bool = False
+
+    @classmethod
+    def of(cls, point: Point, **more: Any) -> CurvePoint:
+        """A point of a `Curve`, with what else is known of it."""
+        cost = point.cost
+        costs = cost.params, cost.macs, cost.size, cost.latency
+        return cls(point.score, *costs, point.label, point.widths, spread=point.spread, **more)
+
+    @property
+    def point(self) -> Point:
+        """As a point of a `Curve`."""
+        return Point(self.label, self.widths, self.score, self.cost, self.spread)
+
+    @property
+    def reported(self) -> float:
+        """The score that people are told: on the test set, where there is one."""
+        if self.test_score is None:
+            return self.score
+        return self.test_score
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How much faster the smaller model is.
+
+    Attributes:
+        predicted: how many times faster it would be if time were MACs alone.
+        measured: how many times faster it is, the two timed alternately.
+        spread: interquartile range of the ratio of the two times.
+    """
+
+    measured: Annotated[float, Bounds(1e-9, 1e9)]
+    spread: Annotated[float, Bounds(0, 1e9)] = 0.0
+    predicted: Annotated[float, Bounds(0, 1e18)] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +124,7 @@ class Verdict:
 
     Attributes:
         dense, small: the two.
-        speedup: how many times faster the small one is, the two timed alternately.
+        speedup: how many times faster the small one is, the two timed alternately; nan where that was not measured.
         spread: interquartile range of the ratio of the two times.
     """
 
@@ -88,14 +138,19 @@ class Verdict:
         """How many times faster the small one would be if time were MACs alone."""
         return self.dense.macs / max(1, self.small.macs)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for result.json."""
-        speed = {"predicted": self.predicted, "measured": self.speedup, "spread": self.spread}
-        return {"dense": self.dense.to_json(), "small": self.small.to_json(), "speed": speed}
+    @property
+    def speed(self) -> Speed:
+        """The speeds, as the file has them."""
+        return Speed(self.speedup, self.spread, self.predicted)
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether the ratio of the two times varied by more than it differs from 1."""
+        return abs(1 - 1 / self.speedup) <= self.spread
 
     def rows(self, quality: str, name: str, note: str = "") -> list[tuple[str, ...]]:
         """Two rows of `verdict_table`: dense and small."""
-        change = f"{_ratio(self.small.params, self.dense.params) - 1:+.0%}"
+        change = _change(self.small.params, self.dense.params)
         speeds = f"{self.predicted:.2f}x", f"{self.speedup:.2f}x"
         return [
             (name, *_cells(quality, self.dense, ""), "", ""),
@@ -117,6 +172,7 @@ class SiteRow:
         name, kind, width: of the site.
         kept, linear, dropped: how many of its channels met that fate.
         becomes: its form after surgery.
+        rank: of its linear map, where it has one of two factors.
         params, macs: before and after.
         error: relative error of its output on held-out data; None where the method does not measure it.
         note: why it was decided so.
@@ -124,13 +180,14 @@ class SiteRow:
 
     name: str
     kind: str = ""
-    width: int = 0
-    kept: int = 0
-    linear: int = 0
-    dropped: int = 0
+    width: Count = 0
+    kept: Count = 0
+    linear: Count = 0
+    dropped: Count = 0
     becomes: str = ""
-    params: tuple[int, int] = (0, 0)
-    macs: tuple[int, int] = (0, 0)
+    rank: Count = 0
+    params: tuple[Count, Count] = (0, 0)
+    macs: tuple[Count, Count] = (0, 0)
     error: float | None = None
     note: str = ""
 
@@ -140,33 +197,87 @@ class Record:
     """What result.json says of a run.
 
     Attributes:
-        model, data, method, target: what was asked for.
-        quality: what the score is: "accuracy", "perplexity", ...
-        verdict: the model as it was beside the one that was saved; its `speedup` is nan where it was not measured.
-        sites: what became of each site.
         options: all options of the run.
+        quality: what the score is: "accuracy", "perplexity", ...
+        dense, small: the model as it was, and the one that was saved.
+        speed: of the second beside the first; None where it was not measured.
+        sites: what became of each site.
         rows: how many rows there were of each split; None for a test split that is not there.
         example: shape of the inputs on which costs and latencies were taken, the rows first; () where unknown.
+        classes: their names, where they have some.
         machine: where it ran, and with which versions.
         seconds: that it took.
         warnings: what the reader should know before anything else.
-        raw: all of the file, for what only some methods write.
+        details: what only some methods write.
     """
 
-    model: str
-    data: str
-    method: str
-    target: str
+    schema: Literal[3] = field(default=3, init=False)
+    options: Mapping[str, Any]
     quality: str
-    verdict: Verdict
+    dense: Measured
+    small: Measured
+    speed: Speed | None = None
     sites: tuple[SiteRow, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-    rows: Mapping[str, int | None] = field(default_factory=dict)
-    example: tuple[int, ...] = ()
+    rows: Mapping[str, Count | None] = field(default_factory=dict)
+    example: tuple[Count, ...] = ()
+    classes: tuple[str, ...] | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
+    seconds: Seconds | None = None
     warnings: tuple[str, ...] = ()
-    raw: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse an example that nobody can have had.
+
+        Raises:
+            ValueError: it has too many numbers.
+        """
+        if math.prod(self.example) > _MOST_NUMBERS:
+            raise ValueError("its example inputs are out of range")
+
+    @property
+    def model(self) -> str:
+        """The model, as it was asked for."""
+        return self._asked("model")
+
+    @property
+    def data(self) -> str:
+        """The data, as they were asked for."""
+        return self._asked("data")
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return self._asked("method")
+
+    @property
+    def target(self) -> str:
+        """What was to be reached."""
+        return self._asked("target")
+
+    def _asked(self, name: str) -> str:
+        return str(self.options.get(name) or "")
+
+    @property
+    def verdict(self) -> Verdict:
+        """The two models side by side."""
+        if self.speed is None:
+            return Verdict(self.dense, self.small, math.nan)
+        return Verdict(self.dense, self.small, self.speed.measured, self.speed.spread)
+
+
+@dataclass(frozen=True)
+class CurveFile:
+    """What curve.json says.
+
+    Attributes:
+        name: of the score.
+        points: other models that the same run can give.
+    """
+
+    schema: Literal[2] = field(default=2, init=False)
+    name: str
+    points: Annotated[tuple[CurvePoint, ...], Bounds(1, 10_000)]
 
 
 def read_record(directory: Path, error: type[ShallowerError] = CheckpointError) -> Record:
@@ -182,15 +293,12 @@ def read_record(directory: Path, error: type[ShallowerError] = CheckpointError) 
     path = directory / RESULT
     if not path.is_file():
         raise error(f"{directory}: there is no {RESULT}; give a directory that `shallower compress` wrote")
-    data = read_object(path, error)
-    try:
-        return _checked_record(data)
-    except _DamagedError as damage:
-        raise error(f"{path}: it does not describe a result: {damage}") from damage
+    record: Record = decode(Record, _upgraded_record(read_json(path, error=error)), at=str(path), error=error)
+    return record
 
 
-def read_points(directory: Path, error: type[ShallowerError] = CheckpointError) -> list[dict[str, Any]]:
-    """The points of the curve of a run, as plain data that `point_of` reads.
+def read_points(directory: Path, error: type[ShallowerError] = CheckpointError) -> tuple[CurvePoint, ...]:
+    """The points of the curve of a run.
 
     Args:
         directory: of a result.
@@ -202,69 +310,49 @@ def read_points(directory: Path, error: type[ShallowerError] = CheckpointError) 
     path = directory / CURVE
     if not path.is_file():
         raise error(f"{directory}: there is no {CURVE}; shallower compress --method structural-dropout writes one")
-    data = read_json(path, error=error)
-    if isinstance(data, dict):
-        data = data.get("points")
-    try:
-        if not isinstance(data, list) or not 0 < len(data) <= _MOST_POINTS:
-            raise _DamagedError("it holds no list of points")
-        for number, point in enumerate(data):
-            point_of(_mapping(point, f"point {number}"))
-    except _DamagedError as damage:
-        raise error(f"{path}: not a curve: {damage}") from damage
-    return data
+    curve: CurveFile = decode(CurveFile, _upgraded_curve(read_json(path, error=error)), at=str(path), error=error)
+    return curve.points
 
 
-def point_of(data: Mapping[str, Any], label: str = "", *, chosen: bool = False) -> Measured:
-    """A model of the file: one of the two of result.json, or a point of curve.json."""
-    score = _number(data, "score")
-    size = "memory"
-    if size not in data:
-        size = "size"
-    tested = _number_or_none(data, "test_score")
-    ranked = None
-    if tested is not None:
-        score, ranked = tested, score
-    return Measured(
-        score,
-        _count(data, "params"),
-        _count(data, "macs"),
-        _count(data, size),
-        _number_or_none(data, "latency", least=0),
-        str(data.get("label") or label),
-        bool(data.get("chosen", chosen)),
-        ranked,
-    )
-
-
-def comparison(directories: Sequence[Path]) -> str:
-    """One table of several results, each original model once, before what was made of it.
-
-    Raises:
-        CheckpointError: a directory holds no result.
-    """
-    records = [(directory, read_record(directory)) for directory in directories]
-    records.sort(key=lambda pair: _original(pair[1]))
+def comparison(records: Mapping[str, Record]) -> str:
+    """One table of several results by their names, each original model once, before what was made of it."""
     rows: list[tuple[str, ...]] = []
     original = ""
-    for directory, record in records:
-        dense, small, quality = record.verdict.dense, record.verdict.small, record.quality
+    for name, record in sorted(records.items(), key=lambda pair: _original(pair[1])):
+        dense, small, quality = record.dense, record.small, record.quality
         if original != _original(record):
             original = _original(record)
             rows.append((record.model or "the original", "", *_scored(quality, dense), "", ""))
-        change = f"{_ratio(small.params, dense.params) - 1:+.0%}"
+        change = _change(small.params, dense.params)
         speed = f"{record.verdict.speedup:.2f}x"
-        rows.append((f"  {directory}", record.method, *_scored(quality, small), change, speed))
-    header = ("model", "method", "score", "", "params", "MACs", "memory", "change", "speed")
+        rows.append((f"  {name}", record.method, *_scored(quality, small), change, speed))
+    header = ("model", "method", "score", "", "params", "MACs", "size", "change", "speed")
     text = table(header, rows, right=(2, 4, 5, 6, 7, 8))
-    machines = {json.dumps(record.machine, sort_keys=True) for _, record in records}
+    machines = {json.dumps(record.machine, sort_keys=True) for record in records.values()}
     if len(machines) > 1:
         text += "\nmeasured on different machines or with other versions: compare the speeds with care"
     return text
 
 
+def points_table(quality: str, points: Sequence[CurvePoint]) -> str:
+    """The points of a curve for people."""
+    rows = []
+    for point in points:
+        shown, params, _, macs, latency = _cells(quality, point, "")
+        rows.append((point.label, shown, params, macs, f"{amount(point.size)}B", latency))
+    return table(("model", quality, "params", "MACs", "size", "latency"), rows, right=range(1, 6))
+
+
+def noted_error(note: str) -> float | None:
+    """The held-out error that a plan's note says, as a fraction."""
+    noted = _NOTED_ERROR.search(note)
+    if noted is None:
+        return None
+    return float(noted[1]) / 100
+
+
 def _scored(quality: str, side: Measured) -> tuple[str, ...]:
-    costs = amount(side.params), amount(side.macs), f"{amount(side.memory)}B"
+    costs = amount(side.params), amount(side.macs), f"{amount(side.size)}B"
     return (qualities.shown(quality, side.score), quality, *costs)
 
 
@@ -275,137 +363,56 @@ def _cells(quality: str, side: Measured, change: str) -> tuple[str, ...]:
     return qualities.shown(quality, side.score), amount(side.params), change, amount(side.macs), latency
 
 
-def _ratio(after: float, before: float) -> float:
-    return after / max(1, before)
+def _change(after: float, before: float) -> str:
+    return f"{after / max(1, before) - 1:+.0%}"
 
 
 def _original(record: Record) -> str:
-    dense = record.verdict.dense
-    return json.dumps([record.model, record.data, record.quality, dense.score, dense.params])
+    return json.dumps([record.model, record.data, record.quality, record.dense.score, record.dense.params])
 
 
-# ---------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------- files of earlier versions
 
 
-def read_object(path: Path, error: type[ShallowerError]) -> Mapping[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ShallowerError: of the kind `error`: it cannot be read, or holds something else.
-    """
-    data = read_json(path, error=error)
-    if not isinstance(data, dict):
-        raise error(f"{path}: it holds no object")
-    return data
-
-
-class _DamagedError(ValueError):
-    """A value in a file that is missing or not what it should be."""
-
-
-def _checked_record(data: Mapping[str, Any]) -> Record:
-    if data.get("schema", RESULT_SCHEMA) not in (1, RESULT_SCHEMA):
-        raise _DamagedError(f"it has schema {data['schema']!r:.20}; this version reads 1 and {RESULT_SCHEMA}")
-    options = _mapping(_of(data, "options"), "options")
-    asked = {name: str(options.get(name) or "") for name in ("model", "data", "method", "target")}
-    quality = str(_of(data, "quality"))
-    speed = _mapping(data.get("speed") or {}, "speed")
-    speedup = _number_or_none(speed, "measured", least=1e-9)
-    verdict = Verdict(
-        point_of(_mapping(_of(data, "dense"), "dense"), "as it was"),
-        point_of(_mapping(_of(data, "small"), "small"), "saved", chosen=True),
-        math.nan if speedup is None else speedup,
-        _number_or_none(speed, "spread", least=0) or 0.0,
-    )
-    sites = _mapping(data.get("sites") or {}, "sites")
-    rows = _mapping(data.get("rows") or {}, "rows")
-    return Record(
-        **asked,
-        quality=quality,
-        verdict=verdict,
-        sites=tuple(_site_record(name, _mapping(site, name)) for name, site in sites.items()),
-        options=options,
-        rows={name: _count_or_none(rows, name) for name in rows},
-        example=_parsed_shape(str(data.get("example") or "")),
-        machine=_mapping(data.get("machine") or {}, "machine"),
-        seconds=_number_or_none(data, "seconds", least=0),
-        warnings=tuple(map(str, _list(data, "warnings"))),
-        raw=data,
-    )
+def _upgraded_record(data: Any) -> Any:
+    """The content of result.json in today's form, where it is of schema 1 or 2, or of none."""
+    if not isinstance(data, dict) or data.get("schema", 1) not in (1, 2):
+        return data
+    found = _known(data, Record)
+    others = data.keys() - {f.name for f in fields(Record)}
+    found |= {"schema": 3, "details": {key: data[key] for key in others}}
+    for side in ("dense", "small"):
+        if isinstance(found.get(side), dict):
+            found[side] = _known(found[side], Measured)
+    sizes = str(found.get("example", "")).split(" x ")
+    found["example"] = list(map(int, filter(str.isdecimal, sizes)))
+    if isinstance(found.get("sites"), dict):
+        found["sites"] = [_upgraded_site(name, site) for name, site in found["sites"].items()]
+    return found
 
 
-def _site_record(name: str, data: Mapping[str, Any]) -> SiteRow:
-    counts = {key: _count_or_none(data, key) or 0 for key in ("width", "kept", "linear", "dropped")}
-    pairs = {key: _number_pair(data, key) for key in ("params", "macs")}
-    words = {key: str(data.get(key) or "") for key in ("kind", "becomes", "note")}
-    error = _number_or_none(data, "error")
-    noted = _NOTED_ERROR.search(words["note"])
-    if error is None and noted:
-        error = float(noted[1]) / 100
-    return SiteRow(name, error=error, **counts, **pairs, **words)  # type: ignore[arg-type]
+def _upgraded_site(name: str, site: Any) -> Any:
+    if not isinstance(site, dict):
+        return site
+    return {"error": noted_error(str(site.get("note"))), **_known(site, SiteRow), "name": name}
 
 
-def _of(data: Mapping[str, Any], name: str) -> Any:
-    if name not in data:
-        raise _DamagedError(f"{name!r} is missing")
-    return data[name]
+def _upgraded_curve(data: Any) -> Any:
+    """The content of curve.json in today's form, where it is of schema 1, or a list."""
+    if isinstance(data, dict) and data.get("schema", 1) == 1:
+        data = data.get("points")
+    if not isinstance(data, list):
+        return data
+    points = []
+    for point in data:
+        if isinstance(point, dict):
+            point = _known(point, CurvePoint)
+        points.append(point)
+    return {"schema": 2, "name": "", "points": points}
 
 
-def _mapping(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise _DamagedError(f"{name} is no object")
-    return value
-
-
-def _list(data: Mapping[str, Any], name: str) -> Sequence[Any]:
-    value = data.get(name) or ()
-    if not isinstance(value, (list, tuple)):
-        raise _DamagedError(f"{name} is not a list")
-    return value
-
-
-def _number(data: Mapping[str, Any], name: str, least: float = -math.inf) -> float:
-    value = _of(data, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _DamagedError(f"{name!r} is not a number")
-    if not least <= value < math.inf:
-        raise _DamagedError(f"{name!r} is out of range")
-    return float(value)
-
-
-def _number_or_none(data: Mapping[str, Any], name: str, least: float = -math.inf) -> float | None:
-    if data.get(name) is None:
-        return None
-    return _number(data, name, least)
-
-
-def _count(data: Mapping[str, Any], name: str) -> int:
-    value = _of(data, name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _GREATEST:
-        raise _DamagedError(f"{name!r} is not a count")
-    return value
-
-
-def _count_or_none(data: Mapping[str, Any], name: str) -> int | None:
-    if data.get(name) is None:
-        return None
-    return _count(data, name)
-
-
-def _number_pair(data: Mapping[str, Any], name: str) -> tuple[int, int]:
-    values = data.get(name) or (0, 0)
-    if not isinstance(values, (list, tuple)) or len(values) != 2:
-        raise _DamagedError(f"{name!r} is not a pair of counts")
-    counts = {f"{name} before": values[0], f"{name} after": values[1]}
-    return _count(counts, f"{name} before"), _count(counts, f"{name} after")
-
-
-def _parsed_shape(text: str) -> tuple[int, ...]:
-    """The sizes in "32 x 49"; () where the text says none."""
-    sizes = text.split(" x ")
-    if not all(size.isdecimal() for size in sizes):
-        return ()
-    shape = tuple(map(int, sizes))
-    if math.prod(shape) > 2**31:
-        raise _DamagedError(f"an example of {text:.40} is out of range")
-    return shape
+def _known(data: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """What there is for the fields of a dataclass, under today's names."""
+    names = {f.name for f in fields(kind)}
+    renamed = {_EARLIER_NAMES.get(key, key): value for key, value in data.items()}
+    return {key: value for key, value in renamed.items() if key in names and value is not None}

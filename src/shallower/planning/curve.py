@@ -24,8 +24,10 @@ from shallower.errors import MethodError, TargetError
 from shallower.planning.costs import Cost
 from shallower.planning.targets import Target
 
-CURVE_SCHEMA = 1
-"""Version of curve.json."""
+CURVE_SCHEMA = 2
+"""Version of curve.json; 1, which called `size` memory, is read too."""
+
+_EARLIER_NAMES = {"memory": "size"}
 
 _COST, _SCORE = operator.itemgetter(0), operator.itemgetter(1)
 """The axes of a point that is drawn."""
@@ -50,7 +52,7 @@ class Point:
     spread: float | None = None
 
     def beats(self, other: Point) -> bool:
-        """Whether it is nowhere worse - in score, params, MACs and memory - and somewhere better."""
+        """Whether it is nowhere worse - in score, params, MACs and size - and somewhere better."""
         own, theirs = self._goods(), other._goods()
         return all(map(operator.ge, own, theirs)) and own != theirs
 
@@ -65,7 +67,7 @@ class Point:
             "score": self.score,
             "params": cost.params,
             "macs": cost.macs,
-            "memory": cost.size,
+            "size": cost.size,
             "latency": cost.latency,
             "spread": self.spread,
             "widths": dict(self.widths),
@@ -107,7 +109,7 @@ class Curve:
         return self.points[0]
 
     def front(self) -> Curve:
-        """The points that no other one beats (the Pareto front over score, params, MACs and memory)."""
+        """The points that no other one beats (the Pareto front over score, params, MACs and size)."""
         return Curve(tuple(p for p in self.points if not any(q.beats(p) for q in self.points)), self.name)
 
     def best(self, target: str | Target) -> Point:
@@ -157,8 +159,8 @@ class Curve:
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("points"), list):
             raise MethodError("this is not the description of a curve: it is no object with points")
-        if data.get("schema") != CURVE_SCHEMA:
-            raise MethodError(f"a curve of schema {data.get('schema')!r:.20}; this version reads {CURVE_SCHEMA}")
+        if data.get("schema") not in (1, CURVE_SCHEMA):
+            raise MethodError(f"a curve of schema {data.get('schema')!r:.20}; this version reads 1 and {CURVE_SCHEMA}")
         points = tuple(_point(item, f"curve.points[{i}]") for i, item in enumerate(data["points"]))
         return cls(points, str(data.get("name", "score")))
 
@@ -252,7 +254,7 @@ class Curve:
         names = list(self.full.widths)
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["label", "score", "params", "macs", "memory", "latency", *names])
+        writer.writerow(["label", "score", "params", "macs", "size", "latency", *names])
         for p in self.points:
             cost = p.cost
             widths = [p.widths[name] for name in names]
@@ -271,7 +273,7 @@ class StoredPoint:
     score: float
     params: Whole
     macs: Whole
-    memory: Whole
+    size: Whole
     widths: Mapping[str, Whole]
     latency: Annotated[float, Bounds(0, 1e9)] | None = None
     spread: Annotated[float, Bounds(0, 1e9)] | None = None
@@ -281,9 +283,10 @@ def _point(data: Any, at: str) -> Point:
     """The point that `Point.to_json` described; other keys are passed over."""
     known = {f.name for f in fields(StoredPoint)}
     if isinstance(data, Mapping):
+        data = {_EARLIER_NAMES.get(key, key): value for key, value in data.items()}
         data = {key: value for key, value in data.items() if key in known}
     stored = decode(StoredPoint, data, at=at, error=MethodError)
-    cost = Cost(stored.params, stored.macs, stored.memory, stored.latency)
+    cost = Cost(stored.params, stored.macs, stored.size, stored.latency)
     return Point(stored.label, stored.widths, stored.score, cost, stored.spread)
 
 

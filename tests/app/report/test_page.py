@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from shallower.app.report import charts
+from shallower.app.report import page as page_module
 from shallower.app.report.data import read_report
 from shallower.app.report.page import write_report
 from shallower.errors import ReportError
@@ -17,19 +18,22 @@ from tests.browser import browser, wait_until
 
 __all__ = ["browser"]
 
-DENSE = {"score": 0.9, "params": 1000, "macs": 4000, "memory": 4000, "latency": 0.02}
-SMALL = {"score": 0.88, "params": 600, "macs": 2000, "memory": 2400, "latency": 0.0125}
-SITES = {
-    "layer.0.mlp": {
+DENSE = {"score": 0.9, "params": 1000, "macs": 4000, "size": 4000, "latency": 0.02}
+SMALL = {"score": 0.88, "params": 600, "macs": 2000, "size": 2400, "latency": 0.0125}
+SITES = [
+    {
+        "name": "layer.0.mlp",
         **{"kind": "feed-forward", "width": 96, "kept": 48, "linear": 0, "dropped": 48, "becomes": "narrower"},
         **{"params": [500, 250], "macs": [2000, 1000], "error": 0.0123, "note": "cheap"},
     },
-    "layer.1.mlp": {
+    {
+        "name": "layer.1.mlp",
         **{"kind": "feed-forward", "width": 96, "kept": 0, "linear": 96, "dropped": 0, "becomes": "merged"},
         **{"params": [500, 350], "macs": [2000, 1000]},
     },
-}
+]
 RESULT: dict[str, Any] = {
+    "schema": 3,
     "options": {
         "model": "models/tiny-bert",
         "data": "reviews.csv",
@@ -46,10 +50,10 @@ RESULT: dict[str, Any] = {
     "machine": {"processor": "a CPU", "threads": 1, "torch": "2.13.0", "python": "3.11", "shallower": "0.1.0"},
 }
 POINTS = [
-    {"label": "width 24", "score": 0.80, "params": 400, "macs": 1500, "memory": 1600, "latency": 0.009},
+    {"label": "width 24", "score": 0.80, "params": 400, "macs": 1500, "size": 1600, "latency": 0.009},
     {"label": "width 48", **SMALL, "chosen": True},
-    {"label": "width 64", "score": 0.87, "params": 700, "macs": 2600, "memory": 2800, "latency": 0.015},
-    {"label": "width 80", "score": 0.895, "params": 800, "macs": 3200, "memory": 3200, "latency": 0.017},
+    {"label": "width 64", "score": 0.87, "params": 700, "macs": 2600, "size": 2800, "latency": 0.015},
+    {"label": "width 80", "score": 0.895, "params": 800, "macs": 3200, "size": 3200, "latency": 0.017},
 ]
 
 
@@ -57,7 +61,7 @@ def saved(directory: Path, *, curve: bool = True, **changes: Any) -> Path:
     """A directory with the numbers of a result."""
     (directory / "result.json").write_text(json.dumps({**RESULT, **changes}))
     if curve:
-        (directory / "curve.json").write_text(json.dumps({"schema": 1, "points": POINTS}))
+        (directory / "curve.json").write_text(json.dumps({"schema": 2, "name": "accuracy", "points": POINTS}))
     return directory
 
 
@@ -95,7 +99,7 @@ def test_a_curve_is_chosen_by_one_score_and_reported_by_another(tmp_path: Path) 
     points = [{**point, "test_score": point["score"] - 0.05} for point in POINTS]
     (saved(tmp_path) / "curve.json").write_text(json.dumps({"points": points}))
     first = read_report(tmp_path).curve[0]
-    assert (round(first.score, 3), first.rank) == (0.75, 0.80)
+    assert (round(first.reported, 3), first.score) == (0.75, 0.80)
 
 
 def test_a_model_of_all_widths_is_one_point_at_the_full_width(tmp_path: Path) -> None:
@@ -135,7 +139,7 @@ def test_a_perplexity_is_shown_as_people_read_it(tmp_path: Path) -> None:
 def test_names_from_files_are_text_and_nothing_else(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     options = {**RESULT["options"], "model": evil}
-    page = write_report(saved(tmp_path, options=options, sites={evil: SITES["layer.0.mlp"]})).read_text()
+    page = write_report(saved(tmp_path, options=options, sites=[{**SITES[0], "name": evil}])).read_text()
     assert "<script>alert" not in page
 
 
@@ -148,11 +152,11 @@ def test_the_code_names_the_place_where_the_directory_will_be(tmp_path: Path) ->
     [
         ("result.json", None, "there is no result.json"),
         ("result.json", "{", "not readable as JSON"),
-        ("result.json", "[]", "holds no object"),
-        ("result.json", json.dumps({"options": {"model": "x"}}), "'quality' is missing"),
-        ("result.json", json.dumps({**RESULT, "dense": {**DENSE, "params": "many"}}), "does not describe a result"),
-        ("curve.json", '{"points": 3}', "no list of points"),
-        ("curve.json", '[{"label": "x"}]', "'score' is missing"),
+        ("result.json", "[]", "is not an object"),
+        ("result.json", json.dumps({"options": {"model": "x"}}), "`quality` is missing"),
+        ("result.json", json.dumps({**RESULT, "dense": {**DENSE, "params": "many"}}), r"dense\.params: 'many' is not"),
+        ("curve.json", '{"points": 3}', "3 is not an object"),
+        ("curve.json", '[{"label": "x"}]', "`score` is missing"),
     ],
 )
 def test_a_damaged_result_is_an_error_and_leaves_no_page(
@@ -163,6 +167,19 @@ def test_a_damaged_result_is_an_error_and_leaves_no_page(
     with pytest.raises(ReportError, match=message):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_speed_within_the_noise_is_not_claimed(tmp_path: Path) -> None:
+    text = text_of(write_report(saved(tmp_path, speed={"measured": 1.36, "spread": 0.74})))
+    assert "not faster beyond the noise" in text
+    assert "1.36x as fast, within the noise" in text
+    assert "times as fast" not in text
+
+
+def test_a_template_that_fails_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module, "headline", lambda _: page_module.StrictUndefined(name="headline"))
+    with pytest.raises(ReportError, match=r"the report's template failed \(page\.html, line \d+\): UndefinedError"):
+        write_report(saved(tmp_path))
 
 
 def test_reading_needs_no_torch(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from shallower.app.compression import compress, preview
 from shallower.app.runs.structural_dropout import StructuralDropoutRun, at_point, set_statistics, statistics
 from shallower.errors import MethodError
 from shallower.finding.matching import find_sites
-from shallower.planning.curve import Curve
 from tests.app.small import network, work
 
 
@@ -17,18 +16,17 @@ def test_all_widths_of_a_network_with_norms_are_measured_and_the_full_one_stays(
     result = compress(work(normed=True), StructuralDropoutRun(points=3))
     points, files = result.outcome.points, result.outcome.files
     assert len(points) >= 2
-    assert {point["norms"] for point in points} == set(files)
-    widest = max(points, key=lambda point: point["params"])
-    assert widest["params"] == sum(p.numel() for p in result.model.parameters())
+    assert {point.norms for point in points} == set(files)
+    widest = max(points, key=lambda point: point.params)
+    assert widest.params == sum(p.numel() for p in result.model.parameters())
     # What BatchNorm measured for a point is that point's, not the saved network's.
-    assert all(name in result.model.state_dict() for name in files[widest["norms"]])
+    assert all(name in result.model.state_dict() for name in files[widest.norms])
 
 
 def test_a_point_becomes_a_model_of_its_own() -> None:
     given = work()
     result = compress(given, StructuralDropoutRun(points=3))
-    curve = Curve.from_json({"schema": 1, "points": list(result.outcome.points), "name": "accuracy"})
-    smallest = min(curve, key=lambda point: point.cost.params)
+    smallest = min((known.point for known in result.outcome.points), key=lambda point: point.cost.params)
     x = torch.randn(4, 8)
     small, plan = at_point(result.model, find_sites(result.model, x), smallest, x)
     assert sum(p.numel() for p in small.parameters()) == smallest.cost.params

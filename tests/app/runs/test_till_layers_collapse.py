@@ -10,6 +10,7 @@ import pytest
 
 from shallower.app.compression import compress, preview
 from shallower.app.runs.till_layers_collapse import TillLayersCollapseRun
+from shallower.core.codec import encode
 from shallower.errors import CheckpointError, TargetError
 from shallower.training import Recipe, train
 from tests.app.small import work
@@ -18,8 +19,8 @@ from tests.app.small import work
 def test_activations_go_and_every_round_is_a_point(tmp_path: Path) -> None:
     result = compress(work("params:50%", epochs=3, folder=tmp_path), TillLayersCollapseRun("entropy"))
     removed = result.outcome.details["removed"]
-    assert [point["removed"] for point in result.outcome.points] == list(range(1, len(removed) + 1))
-    assert json.loads((tmp_path / "points.json").read_text()) == list(result.outcome.points)
+    assert [point.removed for point in result.outcome.points] == list(range(1, len(removed) + 1))
+    assert json.loads((tmp_path / "points.json").read_text()) == encode(result.outcome.points)
 
 
 def test_a_preview_removes_what_would_go_now() -> None:

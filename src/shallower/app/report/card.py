@@ -51,7 +51,7 @@ def card(report: Report) -> str:
         (report.quality, report.shown(before.score), report.shown(after.score)),
         ("parameters", amount(before.params), amount(after.params)),
         ("MACs", amount(before.macs), amount(after.macs)),
-        ("memory", f"{amount(before.memory)}B", f"{amount(after.memory)}B"),
+        ("size", f"{amount(before.size)}B", f"{amount(after.size)}B"),
     ]
     if before.latency is not None and after.latency is not None:
         rows.append(("latency", qualities.seconds(before.latency), qualities.seconds(after.latency)))

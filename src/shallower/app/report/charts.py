@@ -35,7 +35,7 @@ _CONFIG = {
 _FRAME = {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "config": _CONFIG}
 _COST = (
     "cost == 'latency' ? format(datum.value * 1e3, '.3~g') + ' ms' : "
-    "cost == 'memory' ? format(datum.value / 1e6, '.3~g') + ' MB' : format(datum.value, '.3~s')"
+    "cost == 'size' ? format(datum.value / 1e6, '.3~g') + ' MB' : format(datum.value, '.3~s')"
 )
 
 

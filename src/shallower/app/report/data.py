@@ -6,15 +6,13 @@ report.verdict.small, report.sites
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from shallower.app import quality as qualities
 from shallower.app.options import METHODS
-from shallower.app.report.stock import stock_class
-from shallower.app.results import CURVE, Measured, Record, SiteRow, point_of, read_object, read_points, read_record
+from shallower.app.report.stock import read_object, stock_class
+from shallower.app.results import CURVE, CurvePoint, Measured, Record, SiteRow, Speed, read_points, read_record
 from shallower.errors import ReportError
 
 _PICK = "shallower pick {directory} --target {target} --output {output}"
@@ -38,7 +36,7 @@ class Report:
 
     directory: str
     record: Record
-    curve: tuple[Measured, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
     measured: tuple[tuple[str, str], ...] = ()
     source: str = ""
     stock: str = ""
@@ -53,19 +51,19 @@ class Report:
     @property
     def before(self) -> Measured:
         """The model as it was."""
-        return self.record.verdict.dense
+        return self.record.dense
 
     @property
     def after(self) -> Measured:
         """The model that was saved."""
-        return self.record.verdict.small
+        return self.record.small
 
     @property
     def speedup(self) -> float | None:
         """How many times faster the second was; None where that was not measured."""
-        if math.isnan(self.record.verdict.speedup):
+        if self.record.speed is None:
             return None
-        return self.record.verdict.speedup
+        return self.record.speed.measured
 
     @property
     def sites(self) -> tuple[SiteRow, ...]:
@@ -115,10 +113,10 @@ def read_report(directory: str | Path, *, at: str | Path | None = None) -> Repor
     """
     directory = Path(directory).expanduser()
     record = read_record(directory, ReportError)
-    curve: tuple[Measured, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
     command = ""
     if (directory / CURVE).is_file():
-        curve = tuple(map(point_of, read_points(directory, ReportError)))
+        curve = read_points(directory, ReportError)
         command = _PICK
     stock, not_stock = stock_class(directory)
     return Report(
@@ -145,13 +143,13 @@ def source_in(directory: Path, model: str) -> str:
     for folder in folders:
         description = folder / "shallower.json"
         if description.is_file():
-            return str(read_object(description, ReportError).get("source", ""))
+            return str(read_object(description).get("source", ""))
     if model.partition(":")[0] in _LIBRARIES[:2]:
         return model
     config = directory / "config.json"
     if not config.is_file():
         return ""
-    names = read_object(config, ReportError).get("architectures")
+    names = read_object(config).get("architectures")
     if not isinstance(names, list) or not names:
         return ""
     return f"transformers:{names[0]}"
@@ -162,17 +160,17 @@ def _measured(record: Record) -> list[tuple[str, str]]:
     found = []
     if record.rows:
         found.append((f"Quality ({record.quality})", _quality_measured(record)))
-    if not math.isnan(record.verdict.speedup):
-        found.append(("Latency", _latency_measured(record)))
+    if record.speed is not None:
+        found.append(("Latency", _latency_measured(record, record.speed)))
     found += [
         (
             "MACs and parameters",
             "Counted: multiply-accumulates of one forward pass on those inputs; tied parameters once.",
         ),
-        ("Memory", "Bytes of parameters and buffers."),
+        ("Size", "Bytes of parameters and buffers."),
     ]
-    if record.raw.get("tried"):
-        found.append(("Settings tried", str(record.raw["tried"])))
+    if record.details.get("tried"):
+        found.append(("Settings tried", str(record.details["tried"])))
     if record.options.get("seed") is not None:
         found.append(("Seed", str(record.options["seed"])))
     if record.seconds:
@@ -184,23 +182,23 @@ def _measured(record: Record) -> list[tuple[str, str]]:
 
 
 def _quality_measured(record: Record) -> str:
-    rows: Mapping[str, int] = {name: count or 0 for name, count in record.rows.items()}
-    tested, chosen, used = rows.get("test", 0), rows.get("validation", 0), rows.get("train", 0)
+    tested, chosen, used = (record.rows.get(name) or 0 for name in ("test", "validation", "train"))
+    rows = qualities.rows(record.quality)
     where = (
-        f"Measured on the {chosen:,} validation rows: the data has no test rows, and the same rows were used to make "
-        "choices, so this may be optimistic."
+        f"Measured on the {chosen:,} validation {rows}: the data has no test set, and the same {rows} were used to "
+        "make choices, so this may be optimistic."
     )
     if tested:
-        where = f"Measured on {tested:,} test rows that no choice was based on; choices used {chosen:,} others."
-    calibrated = record.raw.get("calibrated")
+        where = f"Measured on {tested:,} test {rows} that no choice was based on; choices used {chosen:,} others."
+    calibrated = record.details.get("calibrated")
     if isinstance(calibrated, int):
-        where = f"{where} {calibrated:,} of {used:,} training rows were calibrated on."
+        where = f"{where} {calibrated:,} of {used:,} training {rows} were calibrated on."
     if not isinstance(calibrated, int) or record.options.get("heal") or record.options.get("dense_epochs"):
-        where = f"{where} {used:,} rows were trained on."
+        where = f"{where} {used:,} {rows} were trained on."
     return where
 
 
-def _latency_measured(record: Record) -> str:
+def _latency_measured(record: Record, speed: Speed) -> str:
     machine = record.machine
     inputs = ""
     if record.example:
@@ -213,7 +211,7 @@ def _latency_measured(record: Record) -> str:
     device = machine.get("device") or machine.get("processor", "")
     return (
         f"Median forward pass{inputs}, the two models timed alternately, so that background load affects both; "
-        f"{device}{threads}. The ratio of the times varied by {record.verdict.spread:.1%} between its quartiles."
+        f"{device}{threads}. The ratio of the times varied by {speed.spread:.1%} between its quartiles."
     )
 
 

@@ -24,9 +24,9 @@
     if (unit === "latency") return value < 1 ? `${three(value * 1e3)} ms` : `${three(value)} s`;
     const step = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "K"]].find(([size]) => value >= size * 0.9995);
     const text = step ? `${three(value / step[0])}${step[1]}` : three(value);
-    return unit === "memory" ? `${text}B` : text;
+    return unit === "size" ? `${text}B` : text;
   };
-  const exact = { params: (v) => `${v}`, macs: (v) => `${v}`, memory: (v) => `${v}B`, latency: (v) => `${+(v * 1e3).toPrecision(4)}ms` };
+  const exact = { params: (v) => `${v}`, macs: (v) => `${v}`, size: (v) => `${v}B`, latency: (v) => `${+(v * 1e3).toPrecision(4)}ms` };
   const quoted = (text) => (/^[\w@%+=:,./~-]+$/.test(text) ? text : `'${text.replace(/'/g, "'\\''")}'`);
 
   if (data.points) {

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import shlex
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from shallower.app import quality as qualities
 from shallower.app.report import charts
 from shallower.app.report.data import Report, read_report
 from shallower.app.results import Measured, SiteRow
+from shallower.core.failures import failing
 from shallower.core.files import write_text
 from shallower.core.text import amount
 from shallower.errors import ReportError
 
 PAGE = "report.html"
+_TEMPLATE = "page.html"
 
-_UNITS = {"params": "parameters", "macs": "MACs", "memory": "memory", "latency": "latency"}
-_NOUNS = (("params", "parameters"), ("macs", "MACs"), ("memory", ""), ("latency", ""))
+_UNITS = {"params": "parameters", "macs": "MACs", "size": "size", "latency": "latency"}
+_NOUNS = {"params": "parameters", "macs": "MACs", "size": "", "latency": ""}
 
 _FASTER = 1.005
 """Below this speed-up a model is no faster."""
@@ -78,16 +81,17 @@ def render(report: Report) -> str:
         data["points"] = points
     if library is not None:
         data |= _plots(report, points)
-    units = [(unit, name) for unit, name in _UNITS.items() if all(point[unit] is not None for point in points)]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_asset("page.html")).render(
+    units = dict(_UNITS)
+    if any(point["latency"] is None for point in points):
+        del units["latency"]
+    return _rendered(
         report=report,
         record=report.record,
         title=title(report),
         headline=headline(report),
         cards=_cards(report),
-        units=units,
-        points=[_point_row(report, point, units) for point in points],
+        units=list(units.items()),
+        points=points,
         where=_where(report),
         rows=list(map(_site_row, rows)),
         errors=any(site.error is not None for site in rows),
@@ -102,6 +106,30 @@ def render(report: Report) -> str:
     )
 
 
+def _rendered(**values: Any) -> str:
+    """The template with these values.
+
+    Raises:
+        ReportError: it failed; the error says where.
+    """
+    environment = Environment(
+        loader=PackageLoader("shallower.app.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    try:
+        return environment.get_template(_TEMPLATE).render(values)
+    except Exception as error:
+        place = _TEMPLATE
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename.endswith(_TEMPLATE):
+                place = f"{_TEMPLATE}, line {frame.lineno}"
+        with failing(ReportError, f"the report's template failed ({place})"):
+            raise
+
+
 def _plots(report: Report, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The specifications of those plots for which there is data."""
     plots: dict[str, Any] = {"curve": None, "sites": None}
@@ -110,11 +138,6 @@ def _plots(report: Report, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if report.sites:
         plots["sites"] = charts.sites(report.sites)
     return plots
-
-
-def _point_row(report: Report, point: dict[str, Any], units: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    costs = {unit: _cost_text(unit, point[unit]) for unit, _ in units}
-    return {"index": point["index"], "label": point["label"], "score": report.shown(point["score"]), "costs": costs}
 
 
 def _site_row(site: SiteRow) -> dict[str, Any]:
@@ -141,13 +164,19 @@ def headline(report: Report) -> str:
         f"{after.macs / max(1, before.macs):.0%} of the MACs",
     ]
     if report.speedup is not None:
-        parts.append("no faster")
-        if report.speedup >= _FASTER:
-            parts[-1] = f"{report.speedup:.2f} times as fast"
+        parts.append(_speed(report, report.speedup))
     return (
         f"{', '.join(parts)}; {report.quality} {report.shown(after.score)}, was {report.shown(before.score)} "
         f"({report.difference()})."
     )
+
+
+def _speed(report: Report, speedup: float) -> str:
+    if report.record.verdict.is_noise:
+        return "not faster beyond the noise"
+    if speedup < _FASTER:
+        return "no faster"
+    return f"{speedup:.2f} times as fast"
 
 
 def usage(report: Report) -> list[Snippet]:
@@ -173,7 +202,7 @@ def _cost_text(unit: str, value: float | None) -> str:
         return ""
     if unit == "latency":
         return qualities.seconds(value)
-    if unit == "memory":
+    if unit == "size":
         return f"{amount(value)}B"
     return amount(value)
 
@@ -198,6 +227,8 @@ def _cards(report: Report) -> list[dict[str, Any]]:
         change = f"({share - 1:+.0%})"
         if unit == "latency" and report.speedup is not None:
             share, change = 1 / report.speedup, f"({report.speedup:.2f}x as fast)"
+            if report.record.verdict.is_noise:
+                change = f"({report.speedup:.2f}x as fast, within the noise)"
         width = round(100 * min(1.0, share), 1)
         costs = {"after": _cost_text(unit, new), "before": _cost_text(unit, old)}
         cards.append({"name": name, "change": change, "share": width, **costs})
@@ -209,16 +240,16 @@ def _points(report: Report) -> list[dict[str, Any]]:
     if not report.curve:
         return []
     before, after = report.before, report.after
-    kinds = [(before, "before"), (after, "chosen")]
-    if _same_model(before, after):  # trained at all widths, and saved at the full one
-        kinds = kinds[1:]
-    for point in report.curve:
-        if not (_same_model(point, before) or _same_model(point, after) or point.chosen):
-            kinds.append((point, ""))
-    kinds.sort(key=lambda pair: (pair[0].params, pair[0].macs))
-    points = [_plot_point(report, index, point, kind) for index, (point, kind) in enumerate(kinds)]
-    for found in points:
-        found["front"] = {unit: _on_front(found, points, unit) for unit in _UNITS}
+    points = [_side_point(report, after, "chosen")]
+    if not _same_model(before, after):  # else trained at all widths, and saved at the full one
+        points.append(_side_point(report, before, "before"))
+    for known in report.curve:
+        if not (_same_model(known, before) or _same_model(known, after) or known.chosen):
+            points.append(_plot_point(report, known, "", known.label, known.reported, known.score))
+    points.sort(key=lambda point: (point["params"], point["macs"]))
+    for index, point in enumerate(points):
+        point["index"] = index
+        point["front"] = {unit: _on_front(point, points, unit) for unit in _UNITS}
     return points
 
 
@@ -226,31 +257,42 @@ def _same_model(a: Measured, b: Measured) -> bool:
     return (a.params, a.macs) == (b.params, b.macs)
 
 
-def _plot_point(report: Report, index: int, point: Measured, kind: str) -> dict[str, Any]:
-    """A point of the plot: its numbers, and what is said where it is shown."""
-    twin = point
-    if kind:
-        # One of the two of the report: the curve has its name and the score that it was chosen by.
-        twin = next((other for other in report.curve if _same_model(other, point)), point)
-    name = twin.label or point.label
+def _side_point(report: Report, side: Measured, kind: str) -> dict[str, Any]:
+    """One of the two of the report: the curve has its name and the score that it was chosen by."""
+    label, rank = "saved", side.score
+    for twin in report.curve:
+        if _same_model(twin, side):
+            rank = twin.score
+            if twin.label:
+                label = f"{twin.label} (saved)"
+            break
     if kind == "before":
-        name = "the model as it was"
-    elif kind == "chosen" and name != "saved":
-        name = f"{name} (saved)"
-    costs = [
-        f"{_cost_text(unit, getattr(point, unit))} {noun}".strip() for unit, noun in _NOUNS if getattr(point, unit)
-    ]
-    words = f"{report.quality} {report.shown(point.score)}, {', '.join(costs)}"
+        label = "the model as it was"
+    return _plot_point(report, side, kind, label, side.score, rank)
+
+
+def _plot_point(report: Report, point: Measured, kind: str, label: str, score: float, rank: float) -> dict[str, Any]:
+    """A point of the plot: its numbers, and what is said where it is shown."""
+    costs: dict[str, float | None] = {}
+    texts = {}
+    words = [f"{report.quality} {report.shown(score)}"]
+    for unit, noun in _NOUNS.items():
+        costs[unit] = getattr(point, unit)
+        texts[unit] = _cost_text(unit, costs[unit])
+        if texts[unit]:
+            words.append(f"{texts[unit]} {noun}".rstrip())
+    told = ", ".join(words)
     return {
-        "index": index,
         "kind": kind,
-        "label": name,
-        "score": point.score,
-        "rank": twin.rank,
-        "quality": qualities.number(report.quality, point.score),
-        **{unit: getattr(point, unit) for unit in _UNITS},
-        "words": words,
-        "told": f"{name}: {words}",
+        "label": label,
+        "score": score,
+        "shown": report.shown(score),
+        "rank": rank,
+        "quality": qualities.number(report.quality, score),
+        **costs,
+        "costs": texts,
+        "words": told,
+        "told": f"{label}: {told}",
     }
 
 

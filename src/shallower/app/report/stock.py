@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shallower.app.results import read_object
+from shallower.core.codec import decode
+from shallower.core.files import read_json
 from shallower.errors import ReportError, ShallowerError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def stock_class(directory: Path) -> tuple[str, str]:
     """
     if not (directory / _CONFIG).is_file() or not (directory / _DESCRIPTION).is_file():
         return "", ""
-    config = read_object(directory / _CONFIG, ReportError)
+    config = read_object(directory / _CONFIG)
     # PyTorch is loaded for such directories only.
     from shallower.modules.edits import replay
     from shallower.saving.reading import read_description
@@ -49,6 +50,18 @@ def stock_class(directory: Path) -> tuple[str, str]:
     if changed:
         return "", changed
     return type(stock).__name__, ""
+
+
+def read_object(path: Path) -> Mapping[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ReportError: it cannot be read, or holds something else.
+    """
+    found: Mapping[str, Any] = decode(
+        Mapping[str, Any], read_json(path, error=ReportError), at=str(path), error=ReportError
+    )
+    return found
 
 
 def _difference(stock: nn.Module, ours: nn.Module) -> str:

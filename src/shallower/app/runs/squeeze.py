@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from shallower.app import quality as qualities
 from shallower.app.compression import Outcome, Work
 from shallower.app.options import Squeezing
 from shallower.calibrating.augmenting import augment_tokens
@@ -82,7 +83,8 @@ class SqueezeRun(Squeezing):
     def _calibration(self, work: Work) -> list[Any]:
         rows: Any = work.batches.train.dataset
         if len(rows) < FEWEST:
-            raise DataError(f"{len(rows)} rows are too few to calibrate on; give a few hundred")
+            counted = qualities.rows(work.task.quality)
+            raise DataError(f"{len(rows)} {counted} are too few to calibrate on; give a few hundred")
         given = work.sample(self.samples)
         return list(augment_tokens(given, seed=work.recipe.seed)) if self.vary else given
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from shallower.app.compression import Outcome, Work
 from shallower.app.options import StructuralDropping
+from shallower.app.results import CurvePoint
 from shallower.calibrating.recalibration import recalibrate
 from shallower.core.inputs import Inputs
 from shallower.errors import MethodError
@@ -82,13 +83,13 @@ class StructuralDropoutRun(StructuralDropping):
                 small = detached_copy(full)
                 if point is not curve.full:
                     small = apply(full, method.plan(point), work.example).eval()
-                extra: dict[str, Any] = {}
+                norms = ""
                 if rows is not None:
                     recalibrate(small, rows)
-                    extra["norms"] = f"norms-{number}.safetensors"
-                    files[extra["norms"]] = statistics(small)
+                    norms = f"norms-{number}.safetensors"
+                    files[norms] = statistics(small)
                 test = work.task.score(small, work.batches.test)
-                points.append({**point.to_json(), "test_score": test, **extra})
+                points.append(CurvePoint.of(point, test_score=test, norms=norms))
         finally:
             method.detach()
         details = {"widths": {site.name: site.width for site in method.sites}, "history": asdict(history)}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from shallower.app.compression import Outcome, Work, measured
+from shallower.app.compression import Outcome, Work
 from shallower.app.options import TillLayersCollapsing
+from shallower.app.results import CurvePoint
+from shallower.core.codec import decode, encode
 from shallower.core.files import read_json, write_json
 from shallower.core.inputs import Inputs
 from shallower.errors import CheckpointError, SiteError, TargetError
@@ -20,6 +21,7 @@ from shallower.methods.tlc.choosing import choose_forms
 from shallower.methods.tlc.pace import Pace, Round
 from shallower.methods.tlc.till_layers_collapse import TillLayersCollapse
 from shallower.modules.attachment import detached_copy
+from shallower.planning.curve import Point
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
 from shallower.sites import Sites
@@ -132,17 +134,18 @@ class _Points:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.path: Path | None = work.kept("points.json")
-        self.found: list[dict[str, Any]] = []
+        self.found: list[CurvePoint] = []
         if self.path is not None and self.path.exists():
-            self.found = list(read_json(self.path, error=CheckpointError))
+            data = read_json(self.path, error=CheckpointError)
+            self.found = decode(list[CurvePoint], data, at=str(self.path), error=CheckpointError)
 
     def add(self, round_: Round, method: TillLayersCollapse) -> None:
         plain = detached_copy(self.work.model).eval()
         small = apply(plain, method.plan(), self.work.example).eval()
         cost, times = cost_of(small, self.work.example), compare({"": small}, self.work.example, rounds=_TIMED)
         count = len(round_.removed)
-        self.found = [point for point in self.found if point["removed"] < count]
-        point = measured(round_.score or 0.0, cost, times[""].latency).to_json()
-        self.found.append({"label": f"{count} removed", "removed": count, **point})
+        self.found = [point for point in self.found if (point.removed or 0) < count]
+        point = Point(f"{count} removed", {}, round_.score or 0.0, replace(cost, latency=times[""].latency))
+        self.found.append(CurvePoint.of(point, removed=count))
         if self.path is not None:
-            write_json(self.path, self.found, error=CheckpointError)
+            write_json(self.path, encode(self.found), error=CheckpointError)
