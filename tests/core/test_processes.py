@@ -73,7 +73,7 @@ SUMS = """
 import torch
 from torch import distributed
 from shallower.core.processes import agreed, all_agree, gathered, raised_anywhere, summed
-from shallower.errors import DataError, ShallowerError
+from shallower.errors import DataError, FitError, ShallowerError
 
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
@@ -100,6 +100,50 @@ for kind, error, text in (
         raise AssertionError
 with raised_anywhere():
     pass
+
+
+def sums(failing, depth):
+    # rank 1 fails at that depth
+    with raised_anywhere():
+        total = summed(counts)
+        if rank == 1 and depth == 1:
+            raise failing
+        for _ in range(2):
+            with raised_anywhere():
+                gathered(rank)
+                if rank == 1 and depth == 2:
+                    raise failing
+            agreed(rank)
+        return total
+
+
+assert sums(None, 0).tolist() == [16_777_217.0]
+for depth in (1, 2):
+    for attempt in range(2):  # the processes are together again afterwards
+        try:
+            sums(DataError("bad row"), depth)
+        except DataError as error:
+            assert str(error) == "bad row"
+        else:
+            raise AssertionError
+        assert gathered(rank) == [0, 1]
+
+# one goes on from an error of both, and the other does not
+try:
+    with raised_anywhere():
+        try:
+            with raised_anywhere():
+                if rank == 1:
+                    raise DataError("first")
+        except DataError as error:
+            if rank == 1:
+                raise FitError("second") from error
+        summed(counts)
+except FitError as error:
+    assert str(error) == "second"
+else:
+    raise AssertionError
+assert gathered(rank) == [0, 1]
 """
 
 

@@ -2,23 +2,30 @@
 
     total = summed(gram)                        # over all processes
     with raised_anywhere():                     # an error of one process is an error of all
-        read(batches)
+        total = summed(gram_of(batches))
 
 Every function here that mentions all processes must be called by all of them, in the same order.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from shallower.errors import ShallowerError
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+_depth: ContextVar[int] = ContextVar("_depth", default=0)
+"""How many contexts of `raised_anywhere` this process is in."""
 
 
 def several() -> bool:
@@ -34,6 +41,7 @@ def is_first() -> bool:
 def barrier() -> None:
     """Wait until all processes are here."""
     if several():
+        _stop_where_one_failed()
         distributed.barrier()
 
 
@@ -51,6 +59,7 @@ def summed(tensor: Tensor) -> Tensor:
         tensor = tensor.cpu()
     if not several():
         return tensor.to(wide)
+    _stop_where_one_failed()
     # a copy even where nothing has to be converted: the reduction writes into it
     total = tensor.to(_device(tensor.device), wide, copy=True).contiguous()
     distributed.all_reduce(total)
@@ -68,14 +77,25 @@ def gathered(value: T) -> list[T]:
     """The values of all processes, in the order of their ranks; tensors in them should be on the CPU."""
     if not several():
         return [value]
-    values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values
+    _stop_where_one_failed()
+    return _all_of(value)
 
 
 def agreed(value: T) -> T:
     """The first process's value, in all processes."""
     return from_first_process(lambda: value)
+
+
+def agreed_result(compute: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What a function returns in the first process, in all of them, which all call it: a sharded model needs them.
+
+        value = agreed_result(score, model)
+
+    Raises:
+        ShallowerError: one of the processes raised an error; then all do.
+    """
+    with raised_anywhere():
+        return agreed(compute(*args, **kwargs))
 
 
 def all_agree(value: object) -> bool:
@@ -107,9 +127,12 @@ def from_first_process(compute: Callable[[], T]) -> T:
 
 @contextmanager
 def raised_anywhere() -> Iterator[None]:
-    """An error that is raised within in one process is raised at the end in all of them.
+    """An error that is raised within in one process is raised in all of them.
 
-    Without it the others would wait for ever in the next sum. Nothing within may itself wait for other processes.
+    The others raise it where they next wait for that process: at the end, or before that in a sum or another function
+    of this module. Without this they would wait for ever. It may stand around a whole computation, and within another
+    of its kind. What waits for other processes by itself, such as the backward pass of a wrapped model, may not stand
+    within.
 
     Raises:
         ShallowerError: another process raised an error; of the same class where that is one of Shallower's.
@@ -117,23 +140,82 @@ def raised_anywhere() -> Iterator[None]:
     if not several():
         yield
         return
-    own: BaseException | None = None
-    sent: tuple[type[ShallowerError], str] | None = None
+    depth = _depth.get() + 1
+    token = _depth.set(depth)
+    own: Exception | None = None
     try:
         yield
     except Exception as error:
-        own, sent = error, _as_sent(error)
+        own = error
+    finally:
+        _depth.reset(token)
     # its own error keeps its traceback; of the others' only class and text travel
-    found = gathered(sent)
+    sent = None
+    if own is not None:
+        sent = _as_sent(own)
+    others: ShallowerError | None = None
+    while states := _states(depth, sent):
+        others = others or _error_in(states)
+        if all(state.leaving <= depth for state in states):
+            break  # else a process is still within: it has now heard of it, and comes
     if own is not None:
         raise own
-    for failure in found:
-        if failure is not None:
-            kind, text = failure
-            raise kind(text)
+    if others is not None:
+        raise others
 
 
-def _as_sent(error: BaseException) -> tuple[type[ShallowerError], str]:
+_Failure = tuple[type[ShallowerError], str]
+"""The class and the text of an error."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where a process meets the others.
+
+    Attributes:
+        leaving: the depth of the context of `raised_anywhere` that it leaves; more than any where it leaves none.
+        failure: with which it leaves.
+    """
+
+    leaving: int
+    failure: _Failure | None
+
+
+def _stop_where_one_failed() -> None:
+    """Raise what another process raises within the same context, instead of waiting for it.
+
+    Raises:
+        ShallowerError: see `raised_anywhere`.
+    """
+    if _depth.get() and (error := _error_in(_states(sys.maxsize, None))):
+        raise error
+
+
+def _states(leaving: int, failure: _Failure | None) -> list[_State]:
+    """Where all processes are, if one of them has failed; nothing otherwise, which is found out quickly."""
+    failed = torch.tensor([failure is not None], dtype=torch.int64, device=_device(torch.device("cpu")))
+    distributed.all_reduce(failed)
+    if not failed.item():
+        return []
+    return _all_of(_State(leaving, failure))
+
+
+def _error_in(states: list[_State]) -> ShallowerError | None:
+    """The first process's error, of those that have one."""
+    for state in states:
+        if state.failure is not None:
+            kind, text = state.failure
+            return kind(text)
+    return None
+
+
+def _all_of(value: T) -> list[T]:
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def _as_sent(error: Exception) -> _Failure:
     if isinstance(error, ShallowerError):
         return type(error), str(error)
     return ShallowerError, f"another process failed: {type(error).__name__}: {error}"

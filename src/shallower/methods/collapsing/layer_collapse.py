@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from shallower.calibrating.moments import Moments, collect
 from shallower.core.inputs import InputsOf, MaskOf, default_inputs_of, reiterable
-from shallower.core.processes import from_first_process
+from shallower.core.processes import agreed_result
 from shallower.errors import MethodError
 from shallower.methods.base import Method, activation_of, linearisable
 from shallower.methods.collapsing.fates import Fates, unsharded
@@ -404,9 +404,7 @@ class LayerCollapse(Method):
             probe = islice(reiterable(rounds.training.batches), _PROBE) if options.probe is None else options.probe
 
             def costs() -> dict[str, float]:
-                # computed by every process, as a sharded model needs all of them; the first one's decide
-                own = self.sensitivity(list(probe), loss=rounds.training.loss)
-                return from_first_process(lambda: own)
+                return agreed_result(self.sensitivity, list(probe), loss=rounds.training.loss)
 
             rounds.chosen = {"groups": options.divided(options.ordered(names, costs))}
             rounds.keep()

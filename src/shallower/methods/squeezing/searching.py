@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from shallower.core.processes import from_first_process
+from shallower.core.processes import agreed_result, from_first_process
 from shallower.errors import MethodError, TargetError
 from shallower.methods.squeezing.costing import SiteWidths, Times, WidthCosts
 from shallower.methods.squeezing.sweeping import Sweep
@@ -80,8 +80,8 @@ class Search:
         chosen = replace(self, uniform=True, fixed=frozenset(self.sweep.fixed)).widths(target)
         if allocated != chosen:
             judge = score or self.sweep.likeness
-            equal = judge(self.sweep.draft(chosen)[1])
-            if judge(self.sweep.draft(allocated)[1]) >= equal:
+            equal = agreed_result(judge, self.sweep.draft(chosen)[1])
+            if agreed_result(judge, self.sweep.draft(allocated)[1]) >= equal:
                 chosen = allocated
         return self.sweep.plan(chosen)[0]
 
@@ -91,10 +91,10 @@ class Search:
         Raises:
             TargetError: none was found.
         """
-        floor = target.floor(score(self.sweep.dense))
+        floor = target.floor(agreed_result(score, self.sweep.dense))
         low, high = 0.0, 1.0
         best: Plan | None = None
-        reached = float("-inf")
+        tried = "no narrower model was found"
         for _ in range(_TARGET_TRIALS):
             share = (low + high) / 2
             try:
@@ -102,15 +102,15 @@ class Search:
             except TargetError:
                 low = share
                 continue
-            reached = score(small)
+            reached = agreed_result(score, small)
             if reached >= floor:
                 best, high = plan, share
             else:
-                low = share
+                low, tried = share, f"with {share:.1%} of the parameters it is {reached:.4g}"
         if best is None:
             raise TargetError(
-                f"the target {target} allows a score of {floor:.4g}, and with {high:.1%} of the parameters it is "
-                f"{reached:.4g}. Allow more loss, or calibrate on more data"
+                f"the target {target} allows a score of {floor:.4g}, and {tried}. Allow more loss, or calibrate on "
+                "more data"
             )
         return best
 

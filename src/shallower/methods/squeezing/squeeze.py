@@ -20,6 +20,7 @@ from torch import nn
 from shallower.core.failures import failing
 from shallower.core.inputs import Inputs, InputsOf, model_device
 from shallower.core.modes import without_inference_mode
+from shallower.core.processes import raised_anywhere
 from shallower.core.trees import to_device
 from shallower.errors import FitError
 from shallower.methods.squeezing.calibration import Calibration, reader_of
@@ -84,6 +85,8 @@ def squeeze(
         CheckpointError: the checkpoint is damaged, or of another squeezing.
         TypeError: an option is given here and not in `options`.
 
+    Of several processes all raise what one of them raises.
+
     Warns:
         CalibrationWarning: a site has far fewer positions to fit on than numbers to fit; how many samples would do.
         UniformWarning: no stock class can load the result, though `uniform` was asked for.
@@ -94,7 +97,7 @@ def squeeze(
         options = replace(options, collapse=False)
     if isinstance(target, str):
         target = Target.parse(target)
-    with without_inference_mode():
+    with raised_anywhere(), without_inference_mode():
         dense = _detached(with_mapped_weights(model))
         squeezable = narrowable(sites)
         check_model(dense, squeezable)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 
 from shallower.core.inputs import Inputs, InputsOf, MaskOf, default_inputs_of, model_device, reiterable
 from shallower.core.modes import evaluating
-from shallower.core.processes import from_first_process
+from shallower.core.processes import agreed_result, raised_anywhere
 from shallower.core.trees import to_device
 from shallower.errors import MethodError
 from shallower.methods.base import Method, activation_of, linearisable
@@ -164,22 +165,25 @@ class TillLayersCollapse(Method):
         Raises:
             MethodError: the criterion needs something that is not given.
         """
+        costs = agreed_result(self._costs, validation, loss)
+        return dict(sorted(costs.items(), key=lambda item: item[1]))
+
+    def _costs(self, validation: Iterable[Any] | None, loss: Loss | None) -> dict[str, float]:
+        """By the criterion, as this process sees it."""
         open_ = self._open()
         if self.criterion == "loss":
             if validation is None or loss is None:
                 raise MethodError("criterion='loss' needs validation batches and the loss to measure on them")
-            costs = self._gaps(open_, validation, loss)
-        elif self.criterion == "entropy":
+            return self._gaps(open_, validation, loss)
+        if self.criterion == "entropy":
             assert self.batches is not None
             sites = [self.sites[name] for name in open_]
-            costs = sign_entropies(self.model, sites, self.batches, inputs_of=self.inputs_of, mask_of=self.mask_of)
-        elif self.criterion == "random":
-            order = sorted(site.name for site in self.sites)
+            return sign_entropies(self.model, sites, self.batches, inputs_of=self.inputs_of, mask_of=self.mask_of)
+        if self.criterion == "random":
+            order = sorted(self.sites.names)
             random.Random(self.seed).shuffle(order)
-            costs = {name: float(order.index(name)) for name in open_}
-        else:
-            costs = self._expected(open_)
-        return dict(sorted(from_first_process(lambda: costs).items(), key=lambda item: item[1]))
+            return {name: float(order.index(name)) for name in open_}
+        return self._expected(open_)
 
     def _expected(self, names: Sequence[str]) -> dict[str, float]:
         costs = {}
@@ -212,11 +216,15 @@ class TillLayersCollapse(Method):
     def _loss(self, validation: Iterable[Any], loss: Loss) -> float:
         """Mean loss over the validation batches, in eval mode; the main process's where there are several."""
         device = model_device(self.model)
-        with evaluating(self.model):
+
+        def mean() -> float:
             values = [float(loss(self.model, to_device(batch, device))) for batch in reiterable(validation)]
-        if not values:
-            raise MethodError("the loss needs validation batches, and there are none")
-        return from_first_process(lambda: sum(values) / len(values))
+            if not values:
+                raise MethodError("the loss needs validation batches, and there are none")
+            return fmean(values)
+
+        with evaluating(self.model):
+            return agreed_result(mean)
 
     def _statistics(self, sites: Iterable[Site]) -> dict[str, Normal]:
         return input_statistics(self.model, sites, self.batches, inputs_of=self.inputs_of, mask_of=self.mask_of)
@@ -246,6 +254,7 @@ class TillLayersCollapse(Method):
             sites.append(self.sites[name])
         return sites
 
+    @raised_anywhere()
     def plan(
         self,
         *,
@@ -317,8 +326,7 @@ class TillLayersCollapse(Method):
 
     def _scored(self, score: Score) -> float:
         """The first process's score, so that all decide alike; a sharded model needs all of them to compute it."""
-        value = float(score(self.model))
-        return from_first_process(lambda: value)
+        return float(agreed_result(score, self.model))
 
     def _cheap(
         self, order: Sequence[str], plan_of: Callable[[Sequence[str]], Plan], target: Target, example_inputs: Inputs
@@ -394,7 +402,7 @@ class TillLayersCollapse(Method):
         with rounds:
             while self._open() and not rounds.over and len(rounds.finished) < pace.most:
                 if not rounds.chosen:
-                    rounds.chosen = self._choose(validation, loss, pace.per_round)
+                    rounds.chosen = agreed_result(self._choose, validation, loss, pace.per_round)
                     rounds.keep()
                 going = rounds.chosen.pop("lines")
                 number, linear = len(rounds.finished) + 1, len(self.linear) + len(going)
