@@ -250,7 +250,7 @@ def test_classes_that_do_not_fit_do_not_keep_from_squeezing(shallower: Shallower
 def test_a_squeezed_model_heals_by_distillation(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
     finished = squeeze(shallower, pictures, tmp_path / "out", "--target", "params:20%", "--heal", 2, "--lr", "0.003")
     assert finished.status == 0, finished.err
-    losses = json.loads((tmp_path / "out" / "result.json").read_text())["healing"]["losses"]
+    losses = json.loads((tmp_path / "out" / "result.json").read_text())["details"]["healing"]["losses"]
     assert len(losses) == 2
     assert losses[1] < losses[0]
 
@@ -296,9 +296,9 @@ def test_activations_go_one_after_another(shallower: Shallower, pictures: Path, 
     assert finished.status == 0, finished.err
     told = json.loads((tmp_path / "out" / "result.json").read_text())
     assert told["small"]["params"] <= 0.3 * told["dense"]["params"]
-    assert told["removed"]
+    assert told["details"]["removed"]
     points = json.loads((tmp_path / "out" / "curve.json").read_text())["points"]
-    assert [point["removed"] for point in points] == list(range(1, len(told["removed"]) + 1))
+    assert [point["removed"] for point in points] == list(range(1, len(told["details"]["removed"]) + 1))
 
 
 def test_all_widths_are_trained_and_one_is_picked(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
@@ -470,7 +470,7 @@ def test_a_drop_target_takes_what_the_score_allows(shallower: Shallower, picture
     assert finished.status == 0, finished.err
     told = json.loads((tmp_path / "out" / "result.json").read_text())
     assert told["small"]["score"] >= 0.95 * told["dense"]["score"]
-    assert told["collapsed"]
+    assert told["details"]["collapsed"]
 
 
 def test_a_language_model_is_collapsed_and_then_squeezed(shallower: Shallower, data: Path, tmp_path: Path) -> None:
@@ -589,7 +589,7 @@ def test_ctrl_c_leaves_a_state_that_resumes(shallower: Shallower, pictures: Path
     resumed = shallower(*command)
     assert resumed.status == 0, resumed.err
     told = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert told["stages"][0]["history"]["resumed"] > 0
+    assert told["details"]["stages"][0]["history"]["resumed"] > 0
     assert not stage.exists()
 
 

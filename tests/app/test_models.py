@@ -217,7 +217,7 @@ def test_a_factory_may_return_the_model_alone_and_then_needs_inputs_from_elsewhe
     ("spec", "message"),
     [
         ("no/such/directory", "no such directory, and not a model name"),
-        ("no-such-model-here", "there is no such directory, and the hub does not have it or cannot be reached"),
+        ("no-such-model-here", "there is no such directory, and the hub cannot be reached"),
         ("timm:vit_tiny_patch16", "did you mean .*vit_tiny_patch16_224"),
         ("timm:hf-hub:some/one", "timm has no model"),
         ("torchvision:vgg16bn", "did you mean .*vgg16_bn"),

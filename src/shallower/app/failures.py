@@ -62,6 +62,28 @@ def _place(error: BaseException) -> str:
     return f"in {frame.name} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
+@contextmanager
+def placed(kind: type[ShallowerError], where: str) -> Iterator[None]:
+    """Let what fails in code of the user's, or ends the program there, be one sentence that says where in it.
+
+    with placed(ModelError, "my.nets:make"):
+        factory()
+
+    Raises:
+        kind: anything but an error of Shallower was raised.
+        OutOfMemoryError: there is not enough memory.
+    """
+    from shallower.core.failures import failing
+
+    try:
+        yield
+    except SystemExit as error:
+        raise kind(f"{where} ended the program: sys.exit({error.code!r}) was called") from error
+    except Exception as error:
+        with failing(kind, f"{where}, {_place(error)}"):
+            raise
+
+
 def print_traceback(error: BaseException) -> None:
     """The traceback on stderr, where it was asked for."""
     if os.environ.get(DEBUG):

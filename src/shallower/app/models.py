@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shallower.app.failures import one_line
+from shallower.app.failures import placed
 from shallower.app.options import HUB_NAME, TaskName
-from shallower.core.failures import sentence
+from shallower.core.failures import failing, is_out_of_memory, sentence
 from shallower.core.inputs import Inputs
-from shallower.errors import ModelError, ShallowerError
+from shallower.errors import ModelError
 from shallower.saving.checkpoint import load, read_source
 from shallower.saving.description import DESCRIPTION
+from shallower.saving.hub import as_reachable, has_cached, is_reachable
 from shallower.saving.sources import (
-    first_line,
     format_options,
     import_transformers,
     model_class,
@@ -172,16 +172,9 @@ def _torchvision_size(description: str) -> tuple[int, int, int]:
 def _factory(spec: str) -> LoadedModel:
     path, options = parse_options(spec)
     package, _, name = path.partition(":")
-    try:
-        with _importable(str(Path.cwd())):
-            factory = getattr(importlib.import_module(package), name)
-            made = factory(**options)
-    except ShallowerError:
-        raise
-    except SystemExit as error:
-        raise ModelError(f"{spec}: the factory ended the program: sys.exit({error.code!r})") from error
-    except Exception as error:
-        raise ModelError(f"{spec}: {one_line(error)}") from error
+    with placed(ModelError, spec), _importable(str(Path.cwd())):
+        factory = getattr(importlib.import_module(package), name)
+        made = factory(**options)
     model, example = made, None
     if isinstance(made, tuple) and len(made) == 2:
         model, example = made
@@ -209,8 +202,13 @@ def _load_transformers(spec: str, task: TaskName | None, num_labels: int | None,
     local = Path(spec).is_dir()
     where: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     labels = {} if num_labels is None else {"num_labels": num_labels}
+    place = spec
+    if not local:
+        place = f"{spec}: there is no such directory, and the hub gives no model of this name"
+        if not is_reachable() and not has_cached(spec):
+            raise ModelError(f"{spec}: there is no such directory, and the hub cannot be reached")
     model: Any
-    try:
+    with failing(ModelError, place), as_reachable():
         config = library.AutoConfig.from_pretrained(spec, **where, **labels)
         architecture = _architecture(library, task, config)
         if not pretrained:
@@ -220,10 +218,7 @@ def _load_transformers(spec: str, task: TaskName | None, num_labels: int | None,
             model = architecture.from_pretrained(
                 spec, config=config, ignore_mismatched_sizes=num_labels is not None, **where
             )
-    except Exception as error:
-        known = "" if local else "; there is no such directory, and the hub does not have it or cannot be reached"
-        raise ModelError(f"{spec}: {first_line(error)}{known}") from error
-    processor, no_processor = _processor(library, spec, model, where)
+        processor, no_processor = _processor(library, spec, model, where)
     if task == "text-classification" and processor is not None:
         # GPT-like models have no padding token, and cannot tell a row's last token without one.
         if processor.pad_token is None:
@@ -254,6 +249,8 @@ def _processor(library: ModuleType, spec: str, model: Any, where: Mapping[str, A
     try:
         return auto.from_pretrained(spec, **where), ""
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if not local and isinstance(error, OSError):
             return None, ""
         return None, f"{spec}: {names[0]} and what belongs to it cannot be read: {sentence(error)}"

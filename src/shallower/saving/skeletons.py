@@ -26,11 +26,11 @@ from torch.nn.modules.module import (
 
 from shallower.core.failures import failing
 from shallower.errors import ModelError
+from shallower.saving.hub import offline
 from shallower.saving.implementations import Implementations
 from shallower.saving.sources import (
     LIBRARIES,
     Option,
-    first_line,
     import_timm,
     import_transformers,
     model_class,
@@ -97,7 +97,7 @@ def build_skeleton(
             limits.
     """
     make = _maker(source, config or {}, limits)
-    with _offline():
+    with offline():
         # The draft is checked before anything real is made; some constructors cannot do without numbers.
         draft, problem = _attempt(lambda: _draft(make, limits))
         if draft is not None and fits is not None:
@@ -156,14 +156,10 @@ def _transformers_maker(
         plain = _inert("config", config, most)
 
     def make() -> nn.Module:
-        try:
+        with failing(ModelError, f"transformers:{name} cannot be built from its config"):
             settings = architecture.config_class.from_dict(copy.deepcopy(plain))
             implementations.set(settings)
             model: nn.Module = architecture(settings)
-        except _LimitError:
-            raise
-        except Exception as error:
-            raise ModelError(f"transformers:{name} cannot be built from its config: {first_line(error)}") from error
         return model
 
     return make
@@ -302,16 +298,3 @@ def _deadline(limits: Limits | None) -> Iterator[None]:
             if state["late"]:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, None)
         timer.cancel()
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """No request of huggingface_hub goes out meanwhile."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before

@@ -6,14 +6,17 @@ import difflib
 import importlib
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from torch import Tensor, nn
 
+from shallower.core.failures import failing
 from shallower.errors import ModelError
+from shallower.saving.hub import as_reachable
 from shallower.saving.implementations import Implementations
 from shallower.saving.vision import import_torchvision, repair_torchvision
 
@@ -90,14 +93,6 @@ def _check_known(name: str, known: list[str], options: Mapping[str, Option], lib
             raise ModelError(f"{library}:{name}: the option {key} would read files; load the weights yourself")
 
 
-def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says."""
-    text = str(error).strip()
-    if not text:
-        return type(error).__name__
-    return f"{type(error).__name__}: {text.splitlines()[0]}"
-
-
 # ---------------------------------------------------------------------------------------------------------- timm
 
 
@@ -124,20 +119,21 @@ def timm(name: str, options: Mapping[str, Option], pretrained: bool) -> nn.Modul
     """
     timm = import_timm()
     _check_known(name.partition(".")[0], timm.list_models(), options, "timm")
-    try:
+    with _building(f"timm:{format_options(name, options)}", pretrained):
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise _not_built(f"timm:{format_options(name, options)}", error, pretrained) from error
     return model
 
 
-def _not_built(what: str, error: Exception, pretrained: bool) -> ModelError:
-    problem = f"{what} cannot be built: {first_line(error)}"
-    if pretrained:
-        problem += "; without network, ?pretrained=false gives random weights"
-    return ModelError(problem)
+@contextmanager
+def _building(what: str, pretrained: bool) -> Iterator[None]:
+    """Let what fails in building a model say which, and what to do without a network."""
+    if not pretrained:
+        with failing(ModelError, f"{what} cannot be built"):
+            yield
+        return
+    advice = "Without network, ?pretrained=false gives random weights"
+    with failing(ModelError, f"{what} cannot be built with its weights", advice), as_reachable():
+        yield
 
 
 # --------------------------------------------------------------------------------------------------- torchvision
@@ -151,14 +147,10 @@ def torchvision(name: str, options: Mapping[str, Option], pretrained: bool) -> n
     """
     models = import_torchvision().models
     _check_known(name, models.list_models(module=models), options, "torchvision")
-    try:
+    with _building(f"torchvision:{format_options(name, options)}", pretrained):
         model: nn.Module = models.get_model(name, weights=None, **options)
         if pretrained:
             _load_fitting(model, models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True))
-    except ModelError:
-        raise
-    except Exception as error:
-        raise _not_built(f"torchvision:{format_options(name, options)}", error, pretrained) from error
     return model
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from shallower.core.failures import failing
 from shallower.core.text import listing
 from shallower.errors import DataError
+from shallower.saving.hub import as_reachable, is_reachable
 
 Array = np.ndarray[Any, Any]
 
@@ -68,8 +69,8 @@ def datasets_library() -> Any:
     return datasets
 
 
-def _load(source: str, *arguments: Any, **options: Any) -> Any:
-    """`datasets.load_dataset`, whose many errors become one line about `source`."""
+def _load(place: str, *arguments: Any, **options: Any) -> Any:
+    """`datasets.load_dataset`, whose many errors become one line that begins with `place`."""
     datasets = datasets_library()
     try:
         return datasets.load_dataset(*arguments, **options)
@@ -77,8 +78,8 @@ def _load(source: str, *arguments: Any, **options: Any) -> Any:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = (str(cause).strip() or str(error).strip() or type(cause).__name__).splitlines()[0]
-        raise DataError(f"{source}: the data cannot be read: {reason}") from error
+        with failing(DataError, place):
+            raise cause from None
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def _file(path: Path) -> dict[str, Any]:
     if not path.stat().st_size:
         raise DataError(f"{path}: the file is empty")
     form, options = _FORMATS[suffix]
-    return {"train": _load(str(path), form, data_files=str(path), split="train", **options)}
+    return {"train": _load(f"{path}: the data cannot be read", form, data_files=str(path), split="train", **options)}
 
 
 def _folder(path: Path) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def _folder(path: Path) -> dict[str, Any]:
     if files:
         return dict(_files_by_split(path, files))
     if any(p.suffix.lower() in _PICTURES for p in path.rglob("*")):
-        return dict(_load(str(path), "imagefolder", data_dir=str(path), drop_labels=False))
+        return dict(_load(f"{path}: the data cannot be read", "imagefolder", data_dir=str(path), drop_labels=False))
     raise DataError(f"{path}: the folder holds no data: no {_READABLE} files and no pictures")
 
 
@@ -198,7 +199,11 @@ def _hub(source: str) -> dict[str, Any]:
     name, _, configuration = source.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise DataError(f"{source}: there is no such file or folder, and it is no name on the hub")
-    return _split_up(_load(source, name, configuration or None))
+    place = f"{source}: there is no such file or folder, and the hub gives no such data"
+    if not is_reachable():
+        place = f"{source}: there is no such file or folder, and the hub cannot be reached"
+    with as_reachable():
+        return _split_up(_load(place, name, configuration or None))
 
 
 def _split_of(name: str) -> str:
