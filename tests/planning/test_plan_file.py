@@ -49,27 +49,35 @@ def test_every_part_of_a_fit_and_the_reasons_are_read_back(tmp_path):
         (torch.randn(5, kept),), (torch.randn(5),), torch.randn(2, 6), (torch.randn(5, 2),), torch.randn(2),
         torch.randn(kept, 6), torch.randn(kept), torch.randn(kept, 6), torch.randn(kept),
     )  # fmt: skip
-    gated = Entry.narrow(site(kind="gated", gate=gate), torch.arange(kept), fit=fit, note="held-out error 3 %")
+    gated = Entry.narrow(site(kind="gated", gate=gate), torch.arange(kept), fit=fit, note="measured", error=0.0312)
     square = site("other", producer=linear("3", 6, N), consumers=(linear("4", N, 5),), activation=Place("5"))
-    plan = Plan((gated, Entry.collapse(square, becomes="merged", note="measured")))
+    plan = Plan((gated, Entry.collapse(square, becomes="merged", note="timed")))
     plan.save(tmp_path)
     read = Plan.load(tmp_path)
     assert same(read, plan)
-    assert [(e.becomes, e.fold_skip, e.note) for e in read.entries] == [
-        ("", False, "held-out error 3 %"),
-        ("merged", False, "measured"),
+    assert [(e.becomes, e.fold_skip, e.note, e.error) for e in read.entries] == [
+        ("", False, "measured", 0.0312),
+        ("merged", False, "timed", None),
     ]
-    assert "held-out error 3 %" in str(read)
+    first, second = str(read).splitlines()[-2:]
+    assert first.endswith("3.12%  measured")
+    assert second.endswith("timed")
+    assert "error" in str(read)
+    assert "error" not in str(Plan((read.entries[1],)))
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_a_plan_of_an_earlier_version_is_read(tmp_path, version):
     plan = fitted_plan()
     plan.save(tmp_path)
     data = json.loads((tmp_path / "plan.json").read_text())
     data["version"] = version
-    del data["left_out"]
+    if version < 4:
+        del data["left_out"]
     for entry in data["entries"]:
+        del entry["error"]
+        if version == 4:
+            continue
         site = entry["site"]
         for layer in (site["producer"], *site["consumers"]):
             del layer["size"]
@@ -141,8 +149,11 @@ def _set(*keys: Any, to: Any) -> Callable[[Any], None]:
 SITE = ("entries", 0, "site")
 ATTACKS: dict[str, tuple[Callable[[Any], None], str]] = {
     "another schema": (_set("schema", to="pickle"), "not a plan"),
-    "a later version": (_set("version", to=5), "version 5 of the format"),
+    "a later version": (_set("version", to=6), "version 6 of the format"),
     "a version that is no number": (_set("version", to=[1]), "version"),
+    "an error below 0": (_set("entries", 0, "error", to=-0.1), "finite number of at least 0"),
+    "an error that is no number": (_set("entries", 0, "error", to="0.1"), "error"),
+    "an error that is true": (_set("entries", 0, "error", to=True), "error"),
     "an unknown key": (_set("code", to="import os"), "'code' is not a key of"),
     "an unknown key in an entry": (_set("entries", 0, "code", to=1), "'code' is not a key of"),
     "an unknown key in a site": (_set(*SITE, "code", to=1), "'code' is not a key of"),

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from shallower.app.batching import TaskBatches
-from shallower.app.results import CurvePoint, Measured, SiteRow, Verdict, noted_error
+from shallower.app.results import CurvePoint, Measured, SiteRow, Verdict
 from shallower.app.tasks import Likeness, Task
 from shallower.core.inputs import Inputs, model_device
 from shallower.core.trees import to_device
@@ -271,7 +271,7 @@ def site_rows(plan: Plan) -> tuple[SiteRow, ...]:
             form.rank,
             (form.params_before, form.params),
             (form.macs_before, form.macs),
-            noted_error(entry.note),
+            entry.error,
             entry.note,
         )
         found.append(row)

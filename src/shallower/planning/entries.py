@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -58,6 +59,8 @@ class Entry:
             more expensive, "apart" or "pair" also where one map would be cheaper; "" for the cheapest that is exact.
         fold_skip: fold the skip around the site (`site.residual`) into its merged map, and take the sum away.
         note: why this was decided, for people.
+        error: squared error of the fitted maps on held-out rows, as a part of the (weighted) variance there; None
+            where nothing was fitted or held out.
 
     Raises:
         PlanError: shapes, types or numbers are not these, or the site does not allow what is asked for.
@@ -73,6 +76,7 @@ class Entry:
     becomes: Becomes = ""
     fold_skip: bool = False
     note: str = ""
+    error: float | None = None
 
     def __post_init__(self) -> None:
         n = self.site.width
@@ -95,6 +99,8 @@ class Entry:
             raise PlanError(f"{self.site.name}: the note is a text of at most {MOST_NOTE} letters")
         if not isinstance(self.fold_skip, bool):
             raise PlanError(f"{self.site.name}: fold_skip is true or false")
+        if self.error is not None and not 0 <= self.error < math.inf:
+            raise PlanError(f"{self.site.name}: the error is {self.error}, and must be a finite number of at least 0")
         if self.fit is not None:
             object.__setattr__(self, "fit", checked(self.site, self.fit, len(self.kept)))
         self._check_allowed()
@@ -164,6 +170,7 @@ class Entry:
         fit: Fit | None = None,
         *,
         note: str = "",
+        error: float | None = None,
     ) -> Entry:
         """Some channels stay, the others are dropped and become `constants`, or 0.
 
@@ -177,6 +184,7 @@ class Entry:
             constants: (n,), read where a channel is dropped.
             fit: fitted maps, or None.
             note: why, for people.
+            error: of the fit on held-out rows.
 
         Raises:
             PlanError: `kept` is neither, or the site does not allow this.
@@ -186,7 +194,8 @@ class Entry:
         fates[_indices(site, kept)] = int(Fate.KEEP)
         if constants is None:
             constants = torch.zeros(n, dtype=torch.float64)
-        return cls(site, fates, torch.ones(n, dtype=torch.float64), constants, fit=fit, note=note)
+        slopes = torch.ones(n, dtype=torch.float64)
+        return cls(site, fates, slopes, constants, fit=fit, note=note, error=error)
 
     @cached_property
     def kept(self) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -128,7 +128,7 @@ class Plan:
         """Warn of every site that takes neither fewer parameters nor fewer MACs than it has.
 
         Sites that overlap are judged together, since a later one may make cheaper what an earlier one made more
-        expensive. There is no warning where the entry says what the site is to become, or why.
+        expensive. There is no warning where the entry says what the site is to become, or why, or was fitted.
         """
         by_site = {step.entry.site.name: step for step in self.steps}
         for group in overlapping(step.entry.site for step in self.steps):
@@ -140,7 +140,7 @@ class Plan:
                 macs += form.macs
                 params_before += form.params_before
                 macs_before += form.macs_before
-            decided = all(step.entry.becomes or step.entry.note for step in done)
+            decided = all(map(_is_decided, done))
             cheaper = params < params_before or macs < macs_before or all(f.cheaper for f in forms)
             if decided or cheaper or all(f.kind == "narrower" for f in forms):
                 continue
@@ -164,16 +164,13 @@ class Plan:
 
     def __str__(self) -> str:
         """A table: site, fates, the form it takes, params and MACs before and after; then what was left out."""
-        title, why = "plan", ""
+        title = "plan"
         if self.method:
             title += f" by {self.method}"
         saved = f"{_signed(-self.params_saved)} params, {_signed(-self.macs_saved)} MACs"
         lines = [f"{title} for {len(self)} sites: {saved}"]
         if self.entries:
-            if any(entry.note for entry in self.entries):
-                why = "why"
-            header = ("site", "keep", "linear", "drop", "becomes", "params", "after", "MACs", "after", why)
-            lines.append(table(header, list(map(_step_row, self.steps)), right=(1, 2, 3, 5, 6, 7, 8)))
+            lines.append(_steps_table(self.steps))
         if self.left_out:
             lines.append("left as they are:")
             lines += [f"  {name}: {reason}" for name, reason in self.left_out.items()]
@@ -231,6 +228,29 @@ class Plan:
         return plan
 
 
+def _is_decided(step: Step) -> bool:
+    """Whether the entry says what the site is to become, or why."""
+    entry = step.entry
+    return bool(entry.becomes or entry.note or entry.error is not None)
+
+
+def _steps_table(steps: Sequence[Step]) -> str:
+    """A row for each step; the held-out error and the reason where there are any."""
+    header = ["site", "keep", "linear", "drop", "becomes", "params", "after", "MACs", "after"]
+    right = [1, 2, 3, 5, 6, 7, 8]
+    rows = [list(_step_row(step)) for step in steps]
+    if any(step.entry.error is not None for step in steps):
+        right.append(len(header))
+        header.append("error")
+        for step, row in zip(steps, rows, strict=True):
+            row.append(_percentage(step.entry.error))
+    if any(step.entry.note for step in steps):
+        header.append("why")
+        for step, row in zip(steps, rows, strict=True):
+            row.append(step.entry.note)
+    return table(header, rows, right)
+
+
 def _step_row(step: Step) -> tuple[str, ...]:
     """A step's row of the table."""
     entry, form = step.entry, step.form
@@ -239,7 +259,13 @@ def _step_row(step: Step) -> tuple[str, ...]:
     becomes = form.kind + {"partial": f" + path of {form.rank}", "pair": f" of rank {form.rank}"}.get(form.kind, "")
     if entry.fold_skip:
         becomes += ", skip inside"
-    return (entry.site.name, *fates, becomes, *costs, entry.note)
+    return (entry.site.name, *fates, becomes, *costs)
+
+
+def _percentage(part: float | None) -> str:
+    if part is None:
+        return ""
+    return f"{part:.2%}"
 
 
 def _signed(count: int) -> str:

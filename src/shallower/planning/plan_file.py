@@ -25,8 +25,8 @@ from shallower.sites import Heads, Site
 from shallower.sites.parts import MOST_CHANNELS
 
 SCHEMA = "shallower.plan"
-VERSION = 4
-_EARLIER = (1, 2, 3)
+VERSION = 5
+_EARLIER = (1, 2, 3, 4)
 """The versions before, whose plans are read too: they had fewer fields."""
 
 _MOST_PLAN_BYTES = 1 << 28
@@ -85,6 +85,7 @@ class StoredEntry:
     becomes: Becomes = ""
     fold_skip: bool = False
     note: Annotated[str, Bounds(0, MOST_NOTE)] = ""
+    error: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +195,7 @@ def _stored(entry: Entry) -> StoredEntry:
         entry.becomes,
         entry.fold_skip,
         entry.note,
+        entry.error,
     )
 
 
@@ -216,6 +218,7 @@ def _entry(stored: StoredEntry, what: str) -> Entry:
         becomes=stored.becomes,
         fold_skip=stored.fold_skip,
         note=stored.note,
+        error=stored.error,
     )
 
 

@@ -124,7 +124,7 @@ def narrowed_fit(
     if small is not None:
         choices = [_with_producers(small, site, grams, choice, metric) for choice in choices]
     best = min(choices, key=lambda choice: choice.error)
-    return Entry.narrow(site, best.kept.cpu(), fit=_fit(site, best), note=_note(best.error))
+    return Entry.narrow(site, best.kept.cpu(), fit=_fit(site, best), error=_reported(best.error))
 
 
 def collapsed_fit(site: Site, grams: SiteGrams, metric: Metric) -> Entry:
@@ -142,7 +142,7 @@ def collapsed_fit(site: Site, grams: SiteGrams, metric: Metric) -> Entry:
         torch.ones(n, dtype=torch.float64),
         torch.zeros(n, dtype=torch.float64),
         fit=Fit((), biases, None, weights),
-        note=_note(error),
+        error=_reported(error),
     )
 
 
@@ -292,9 +292,11 @@ def _fit(site: Site, choice: _Choice) -> Fit:
     return fit
 
 
-def _note(error: float) -> str:
-    """What the held-out rows say, as a part of the weighted variance of what the consumers should give."""
-    return f"held-out error {error:.2%}" * math.isfinite(error)
+def _reported(error: float) -> float | None:
+    """What the held-out rows say; None where there were none."""
+    if not math.isfinite(error):
+        return None
+    return error
 
 
 def _best_ridge(site: Site, pair: tuple[Gram, Gram], metric: Metric) -> tuple[float, float]:
