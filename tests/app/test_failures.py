@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import warnings
 
 import pytest
@@ -54,6 +55,23 @@ def test_a_termination_is_an_interruption_and_only_meanwhile() -> None:
     with pytest.raises(KeyboardInterrupt), terminable():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Interrupting:
+    """Whose end is when somebody presses Ctrl-C."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+
+def test_an_interruption_in_a_finaliser_is_not_lost() -> None:
+    def work() -> None:
+        Interrupting()
+        time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt), terminable():
+        work()
 
 
 def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

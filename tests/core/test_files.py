@@ -17,6 +17,7 @@ from torch import nn
 
 from shallower.core.files import (
     atomic,
+    folder_beside,
     read_bytes,
     read_json,
     read_state,
@@ -116,6 +117,10 @@ def test_what_a_killed_run_left_is_removed_by_the_next(function: str, tmp_path: 
     with {"atomic": atomic, "replacing": replacing}[function](path, error=CheckpointError):
         # another process that is still writing is left alone
         assert len(list(tmp_path.iterdir())) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [recent.name, "out"]
+    subprocess.run([sys.executable, "-c", KILLED.format(function=function), path], check=False)
+    with folder_beside(path, error=CheckpointError) as folder:
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([recent.name, folder.name, "out"])
     assert sorted(path.name for path in tmp_path.iterdir()) == [recent.name, "out"]
 
 

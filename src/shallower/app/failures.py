@@ -7,6 +7,7 @@ SHALLOWER_DEBUG=1 or `shallower --debug` prints the traceback as well.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -24,6 +25,9 @@ from shallower.errors import ShallowerError
 
 DEBUG = "SHALLOWER_DEBUG"
 """The environment variable that asks for tracebacks."""
+
+_SOON = 0.05
+"""Seconds after which an interruption that was lost comes again."""
 
 _PACKAGE = str(Path(__file__).parents[1])
 _LIBRARY_FOLDERS = (*{str(Path(path)) for path in sysconfig.get_paths().values()}, "<")
@@ -92,7 +96,10 @@ def print_traceback(error: BaseException) -> None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Meanwhile a SIGTERM ends the work as Ctrl-C does: what was done is kept, and nothing half-written stays."""
+    """Meanwhile a SIGTERM ends the work as Ctrl-C does: what was done is kept, and nothing half-written stays.
+
+    Where an interruption arrives in a finaliser, out of which Python lets no exception go, it comes once more.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -100,10 +107,22 @@ def terminable() -> Iterator[None]:
     def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    def repeat(lost: sys.UnraisableHookArgs) -> None:
+        if lost.exc_type is not KeyboardInterrupt:
+            others(lost)
+            return
+        again.append(threading.Timer(_SOON, _thread.interrupt_main, (signal.SIGTERM,)))
+        again[-1].start()
+
+    again: list[threading.Timer] = []
+    before, others = signal.signal(signal.SIGTERM, interrupt), sys.unraisablehook
+    sys.unraisablehook = repeat
     try:
         yield
     finally:
+        for timer in again:
+            timer.cancel()
+        sys.unraisablehook = others
         signal.signal(signal.SIGTERM, before)
 
 

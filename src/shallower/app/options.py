@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from shallower.core.options import Options, option
 from shallower.errors import DataError
+from shallower.methods.squeezing.options import SqueezeOptions
 
 TaskName = Literal[
     "text-classification", "image-classification", "causal-lm", "feature-extraction", "image-feature-extraction"
@@ -24,6 +25,12 @@ TARGET_TEXT = "params:60%, macs:50%, size:40MB, latency:1.5x or drop:1%."
 MOST_SEED = 2**32 - 1
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 """What a model or a data set on the hub is called."""
+
+
+def same_as(kind: type[Options], name: str) -> Any:
+    """A field of the command line that is one of the library's: its default, bounds and text are said there."""
+    own = kind.__dataclass_fields__[name]
+    return field(default=own.default, metadata=own.metadata)
 
 
 @dataclass(frozen=True)
@@ -139,8 +146,8 @@ class Squeezing(MethodOptions):
 
     samples: int = option(512, "Rows to calibrate on.", least=16)
     uniform: bool = option(False, "Keep the same fraction of every site.")
-    round_to: int = option(1, "Multiple that widths are rounded to.", least=1)
-    linear_path: bool = option(False, "Allow a linear map beside the kept channels.")
+    round_to: int = same_as(SqueezeOptions, "round_to")
+    linear_path: bool = same_as(SqueezeOptions, "linear_path")
     vary: bool = option(False, "Calibrate on rearranged text, too.")
     heal: int = option(0, "Passes of distillation afterwards.", least=0)
 

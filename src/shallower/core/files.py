@@ -102,6 +102,26 @@ def replacing(directory: Path, *, error: type[ShallowerError]) -> Iterator[Path]
                 shutil.rmtree(previous, ignore_errors=True)
 
 
+@contextmanager
+def folder_beside(path: Path, *, error: type[ShallowerError]) -> Iterator[Path]:
+    """A new folder in the directory of `path`, gone at the end: for files that take their places one by one.
+
+        with folder_beside(path, error=ExportError) as folder:
+            session.save(folder / path.name)
+            (folder / path.name).replace(path)
+
+    What killed runs left there is removed.
+    """
+    with failing(error, f"{path}: cannot be written"):
+        _remove_leftovers(path, "partial")
+        folder = _partial_name(path, "partial")
+        try:
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def temporary_folder(owner: object, *, error: type[ShallowerError]) -> Path:
     """A new folder for files that are removed together with `owner`, or by the next run where this one is killed."""
     place = Path(tempfile.gettempdir()) / "shallower"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from tqdm.auto import tqdm
 
 from shallower.core.failures import failing
+from shallower.core.files import folder_beside
 from shallower.core.inputs import Inputs, call
 from shallower.core.modes import evaluating
 from shallower.core.tensors import has_no_numbers
@@ -142,15 +142,14 @@ def export(
         outputs = call(plain, inputs)
     with (
         tqdm(total=3, desc=f"exporting {path.name}", delay=2) as bar,
-        failing(ExportError, f"{path}: cannot be written"),
-        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
+        folder_beside(path, error=ExportError) as folder,
         _quiet(),
     ):
         program = _traced(plain, inputs, names, path)
         opened = _open_dimensions(program, inputs, names, dynamic)
         check_opened(names, opened, dynamic)
         bar.update()
-        partial = Path(folder) / path.name
+        partial = folder / path.name
         run = _write_onnx(program, opened, outputs, partial, opset) if onnx else _write_pt2(program, partial)
         bar.update()
         error, checked = None, []
@@ -159,7 +158,7 @@ def export(
                 checked.append(shapes_of(sized))
                 error = max(error or 0.0, _worst_difference(plain, run(), sized, _TOLERANCES.get(dtype, 1e-4)))
         bar.update()
-        files = _put(sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name), path)
+        files = _put(folder, path)
     return Exported(path, files, opened, error, tuple(checked))
 
 
@@ -262,15 +261,15 @@ def _write_pt2(program: ExportedProgram, path: Path) -> Callable[[], Runner]:
     return lambda: _pt2_program(path)
 
 
-def _put(files: Sequence[Path], path: Path) -> tuple[Path, ...]:
+def _put(folder: Path, path: Path) -> tuple[Path, ...]:
     """Move finished files to their place, the one that refers to the others last."""
-    targets = [path.parent / file.name for file in files]
-    for file, target in zip(files, targets, strict=True):
-        file.replace(target)
+    placed: list[Path] = []
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+        placed.insert(0, file.replace(path.parent / file.name))
     weights = path.with_name(path.name + ".data")
-    if path.suffix == ".onnx" and weights not in targets:
+    if path.suffix == ".onnx" and weights not in placed:
         weights.unlink(missing_ok=True)  # of an earlier, larger model of this name
-    return tuple(reversed(targets))
+    return tuple(placed)
 
 
 # ----------------------------------------------------------------------------------------------- checking
