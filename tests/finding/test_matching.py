@@ -743,6 +743,7 @@ def test_parameters_of_norms_and_activations_are_told() -> None:
     assert [(s.norm_params, s.activation_params, s.activation_shared) for s in sites] == [(2, 12, True), (0, 12, True)]
     alone = only_site(nn.Sequential(nn.Linear(8, 12), nn.PReLU(), nn.Linear(12, 4)), rows(3, 8))
     assert (alone.norm_params, alone.activation_params, alone.activation_shared) == (0, 1, False)
+    assert [(s.activation_origin, s.activation_calls) for s in (*sites, alone)] == [("act", 2), ("act", 2), ("1", 1)]
 
 
 class Elsewhere(nn.Module):

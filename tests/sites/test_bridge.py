@@ -49,7 +49,23 @@ def test_stages_stand_in_the_order_in_which_a_channel_passes_them() -> None:
     bridge = only(nn.Sequential(*layers), 2, 3, 5, 5).bridge
     assert kinds(bridge) == ["norm", "activation", "norm"]
     assert bridge.norms == ("1", "3")
-    assert bridge.dim == 1
+    assert (bridge.norm_before, bridge.norm_after) == ("1", "3")
+    assert bridge.params == 8 * 4
+    assert (bridge.dim, bridge.image) == (1, True)
+
+
+def test_a_norm_on_one_side_of_the_activation_is_of_that_side() -> None:
+    before = only(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)), 3, 4).bridge
+    after = only(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 2)), 3, 4).bridge
+    assert (before.norm_before, before.norm_after) == ("1", "")
+    assert (after.norm_before, after.norm_after) == ("", "2")
+
+
+def test_a_norm_behind_a_depthwise_convolution_is_not_directly_behind_the_activation() -> None:
+    depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+    layers = [nn.Conv2d(3, 8, 1), nn.ReLU(), depthwise, nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)]
+    bridge = find_sites(nn.Sequential(*layers).eval(), torch.randn(2, 3, 5, 5))["0...4"].bridge
+    assert (bridge.norms, bridge.norm_before, bridge.norm_after) == (("3",), "", "")
 
 
 def test_depthwise_convolutions_are_stages() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shallower.finding.matching import find_sites
-from shallower.modules.edits import Doubled, Externalise, Identity, Resize, Slope, Weights, edits, perform
+from shallower.modules.edits import Doubled, Externalise, Identity, Resize, Slope, Weights, edits, perform, replay
 from shallower.planning.entries import Entry
 from shallower.planning.fits import Fit
 from shallower.planning.forms import steps
@@ -144,3 +144,72 @@ def test_an_activation_with_weights_that_is_called_at_several_places_stays_one()
     assert small.f_call_0.f.weight is small.f_call_1.f.weight is small.f.weight
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     assert before - after == plan.params_saved
+
+
+class Twice(nn.Module):
+    """One PReLU that is called behind two layers, and has a second name."""
+
+    def __init__(self, slopes: int) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+        self.act = self.alias = nn.PReLU(slopes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.act(self.b(self.act(self.a(x)))))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """A residual block with an activation that is given."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.act = nn.Linear(8, 12), nn.Linear(12, 8), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(self.act(self.a(x)))  # type: ignore[no-any-return]
+
+
+def sharing(kind: str, slopes: int) -> nn.Module:
+    torch.manual_seed(0)
+    act = nn.PReLU(slopes)
+    block = Block(act)
+    made = {
+        "calls": Twice(slopes),
+        "blocks": nn.Sequential(block, Block(act)),
+        "one block twice": nn.Sequential(block, block),
+        "items": nn.Sequential(nn.Linear(8, 12), act, nn.Linear(12, 12), act, nn.Linear(12, 4)),
+    }
+    return made[kind].double()
+
+
+def params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+SHARING = ["calls", "blocks", "one block twice", "items"]
+
+
+@pytest.mark.parametrize("kind", SHARING)
+@pytest.mark.parametrize("kept", [0, 5])
+def test_an_activation_that_nothing_calls_any_more_goes(kind: str, kept: int) -> None:
+    """Merged, or narrowed with slopes for each channel: both leave the shared one behind."""
+    model, x = sharing(kind, slopes=12), torch.randn(3, 8, dtype=torch.float64)
+    sites = find_sites(model, x)
+    plan = Plan(tuple(Entry.narrow(site, torch.arange(kept)) for site in sites))
+    small = apply(model, plan, x)
+    assert params(small) == params(model) - plan.params_saved
+    small(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+    fresh = replay(sharing(kind, slopes=12), edits(small))
+    fresh.load_state_dict(small.state_dict())
+    assert torch.equal(fresh(x), small(x))
+
+
+@pytest.mark.parametrize("kind", ["calls", "blocks", "items"])
+def test_an_activation_that_is_still_called_stays(kind: str) -> None:
+    model, x = sharing(kind, slopes=1), torch.randn(3, 8, dtype=torch.float64)
+    plan = Plan.collapse(find_sites(model, x)[:1])
+    small = apply(model, plan, x)
+    assert params(small) == params(model) - plan.params_saved
+    assert any(isinstance(module, nn.PReLU) for module in small.modules())
+    assert torch.allclose(small(x), simulate(model, plan)(x))

@@ -209,9 +209,8 @@ class Matcher:
         )
         if first.pixels is not None:
             consumers = tuple(replace(m, size=first.pixels) for m in consumers)
-        params, shared = self.activation_params(group)
         dropouts = dict.fromkeys(self.placing.dropout_place(call) for found in group for call in found.dropouts)
-        return Site(
+        site = Site(
             name="",
             kind=self.kind(first, producer, gate, consumers, head),
             width=producer.d_out // (2 if first.packed else 1),
@@ -226,8 +225,6 @@ class Matcher:
             dropouts=tuple(place for place in dropouts if place is not None),
             calls=len(group),
             channels_first=producer.kind == "conv2d",
-            activation_params=params,
-            activation_shared=shared,
             norm_params=sum(norm_params(norm) for norm in (*first.norms_before, *first.norms_after)),
             not_merged=self.not_merged(first),
             averaged=first.averaged,
@@ -235,15 +232,24 @@ class Matcher:
             not_linear=self.pooling(first),
             not_narrow=not_narrow(producer, consumers),
         )
+        return self.with_params(site, group)
 
-    def activation_params(self, group: Sequence[Found]) -> tuple[int, bool]:
-        """Parameters of an activation that is a module (those of a PReLU), and whether it is used elsewhere too."""
-        owners = [self.placing.owner_of(set(found.chain)) for found in group]
-        first = owners[0]
-        if first is None:
-            return 0, False
-        shared = len(self.graph.frames[first.module]) > len(group) or len(self.graph.names[first.module]) > 1
-        return sum(parameter.numel() for parameter in first.module.parameters()), shared
+    def with_params(self, site: Site, group: Sequence[Found]) -> Site:
+        """The site with the parameters of an activation that is a module (those of a PReLU), and who else uses it."""
+        owner = self.placing.owner_of(set(group[0].chain))
+        if owner is None:
+            return site
+        params = sum(parameter.numel() for parameter in owner.module.parameters())
+        names, calls = self.graph.names[owner.module], len(self.graph.frames[owner.module])
+        if params == 0:
+            return site
+        return replace(
+            site,
+            activation_params=params,
+            activation_shared=calls > len(group) or len(names) > 1,
+            activation_origin=names[0],
+            activation_calls=calls,
+        )
 
     def kind(
         self, first: Found, producer: LinearMap, gate: LinearMap | None, consumers: Sequence[LinearMap], head: bool
@@ -376,7 +382,6 @@ class Matcher:
                 frame = self.placing.frame_of(set(first.chain))
                 skipped.setdefault(f"{frame.name or 'model'}:{first.chain[0].name}#{first.chain[0].ordinal}", reason)
                 continue
-            params, shared = self.activation_params(group)
             site = Site(
                 name=str(place),
                 kind="activation",
@@ -388,10 +393,8 @@ class Matcher:
                 norm_before=self.norm_before([found.entry for found in group]),
                 calls=len(group),
                 channels_first=self.is_spatial(first.entry),
-                activation_params=params,
-                activation_shared=shared,
             )
-            items.append((self.graph.position(first.chain[0]), site))
+            items.append((self.graph.position(first.chain[0]), self.with_params(site, group)))
         return items
 
     def norm_before(self, entries: Sequence[Value]) -> str:

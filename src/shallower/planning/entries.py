@@ -112,8 +112,8 @@ class Entry:
             linear = bool(self.fit.ups)
         if linear and bridge.not_linear is not None:
             raise PlanError(f"{site.name}: no channel may become linear: {bridge.not_linear}")
-        if 0 < kept < site.width and site.not_narrow:
-            raise PlanError(f"{site.name}: its channels cannot be kept one by one: {site.not_narrow}")
+        if 0 < kept < site.width and bridge.not_narrow is not None:
+            raise PlanError(f"{site.name}: its channels cannot be kept one by one: {bridge.not_narrow}")
         if (self.becomes or self.fold_skip) and (kept or site.producer is None):
             raise PlanError(f"{site.name}: only a site without kept channels takes another form, or folds a skip in")
         if self.fold_skip and site.residual is None:
@@ -128,7 +128,7 @@ class Entry:
                 raise PlanError(f"{site.name}: a site of {what} takes no slopes")
         if site.kind == "heads" and bool(self.offsets.ne(0).any()):
             raise PlanError(f"{site.name}: a dropped head becomes zeros; correct the consumer's bias instead (a fit)")
-        if self.fit is None and not site.norm_after and kept:
+        if self.fit is None and not bridge.norm_after and kept:
             self._check_border()
 
     def _check_border(self) -> None:

@@ -262,7 +262,7 @@ def _maps_fit(site: Site) -> bool:
     producer, gate, width = site.producer, site.gate, site.width
     if producer is None or site.activation is None or width == 0 or not site.consumers:
         return False
-    if producer.d_out != width * (1 + site.bridge.packed) or (gate is not None and site.packed):
+    if producer.d_out != width * (1 + site.bridge.packed) or (gate is not None and site.bridge.packed):
         return False
     if gate is not None and (gate.d_out, gate.d_in) != (width, producer.d_in):
         return False

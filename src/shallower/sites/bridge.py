@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -27,11 +28,15 @@ class Stage:
             pixels), flatten (all pixels side by side, for a linear consumer).
         place: where the module or the call is; None for pool, average and flatten, which have no weights.
         map: the convolution, for "depthwise".
+        params: parameters of an activation itself; those of norms are in `Bridge.norm_params`.
+        stays: whether these stay in the model when the activation goes here, since other calls use them too.
     """
 
     kind: Literal["norm", "activation", "depthwise", "pool", "average", "flatten"]
     place: Place | None = None
     map: LinearMap | None = None
+    params: int = 0
+    stays: bool = False
 
     @property
     def name(self) -> str:
@@ -56,6 +61,7 @@ class Bridge:
         gate: see `Gate`.
         block: columns of a consumer that one channel has: those of a head, the pixels of a flattened image, or 1.
         dim: dimension of the hidden tensor that holds the channels: 1 in an image, else -1.
+        norm_params: parameters for each channel of all BatchNorms together.
         not_linear: why no channel may become linear; None where channels may.
         not_narrow: why channels cannot be kept and dropped one by one; None where they may.
         not_merged: why producer and consumers stay two layers even where all channels are linear; None where they
@@ -68,6 +74,7 @@ class Bridge:
     gate: Gate
     block: int
     dim: int
+    norm_params: int
     not_linear: Refusal | None
     not_narrow: Refusal | None
     not_merged: Refusal | None
@@ -83,9 +90,34 @@ class Bridge:
         return tuple(stage.name for stage in self.stages if stage.kind == "norm")
 
     @property
+    def norm_before(self) -> str:
+        """Name of the BatchNorm in front of f, which folds with the producer; "" where there is none."""
+        if self.stages and self.stages[0].kind == "norm":
+            return self.stages[0].name
+        return ""
+
+    @property
+    def norm_after(self) -> str:
+        """Name of the BatchNorm directly behind f, which folds into what reads it; "" where there is none."""
+        for stage, behind in pairwise(self.stages):
+            if stage.kind == "activation":
+                return behind.name if behind.kind == "norm" else ""
+        return ""
+
+    @property
     def activations(self) -> tuple[Place, ...]:
         """Where the activations are, in order: f, and those behind depthwise convolutions."""
         return tuple(s.place for s in self.stages if s.kind == "activation" and s.place is not None)
+
+    @property
+    def shares_activation(self) -> bool:
+        """Whether parameters of f stay in the model when it goes here, since other calls use them too."""
+        return any(stage.stays for stage in self.stages)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the BatchNorms, and of the activations that nothing else uses."""
+        return self.width * self.norm_params + sum(stage.params for stage in self.stages if not stage.stays)
 
     @property
     def depthwise(self) -> tuple[LinearMap, ...]:
@@ -106,6 +138,11 @@ class Bridge:
     def gate_first(self) -> bool:
         """Whether the gate has the first half of a packed map's rows."""
         return self.gate == "gate-first"
+
+    @property
+    def image(self) -> bool:
+        """Whether the hidden tensor is an image: its channels are in dimension 1."""
+        return self.dim == 1
 
     @property
     def pixelwise(self) -> bool:

@@ -59,6 +59,9 @@ class Site:
         not_linear: why no channel of this site may get the fate linear ("" where it may).
         activation_params: parameters of the activation itself (PReLU: 1 or n); 0 for most.
         activation_shared: that activation is used elsewhere too, so that its parameters stay when it goes here.
+        activation_origin: the module that holds these parameters, by the first of its names; "" where it has none.
+        activation_calls: how often that module runs per forward pass, here and elsewhere. Once sites with as many
+            calls do without it, nothing uses it.
         norm_params: parameters for each hidden channel of all BatchNorms of the site together: 2 for one with scale and
             shift.
         not_merged: why producer and consumers must stay apart even where all channels are linear ("" where they need
@@ -91,6 +94,8 @@ class Site:
     not_linear: Text = ""
     activation_params: Count = 0
     activation_shared: bool = False
+    activation_origin: Name = ""
+    activation_calls: Count = 0
     norm_params: Count = 0
     not_merged: Text = ""
     averaged: bool = False
@@ -109,6 +114,7 @@ class Site:
             gate=_gate_of(self),
             block=self.block,
             dim=1 if self.channels_first else -1,
+            norm_params=self.norm_params,
             not_linear=_not_linear(self),
             not_narrow=_not_narrow(self),
             not_merged=_not_merged(self),
@@ -147,10 +153,7 @@ class Site:
     @property
     def params(self) -> int:
         """Weights, biases and BatchNorm scales and shifts of the site's maps, and the activation's own, now."""
-        own = self.width * self.norm_params + sum(b.activation_params for b in self.between)
-        if not self.activation_shared:
-            own += self.activation_params
-        return sum(m.params for m in self.maps) + own
+        return sum(m.params for m in self.maps) + self.bridge.params
 
     @property
     def norms(self) -> int:
@@ -212,8 +215,11 @@ class Site:
 
 def _stages(site: Site) -> Iterable[Stage]:
     yield from _norm_stage(site.norm_before)
-    if site.activation is not None:
-        yield Stage("activation", site.activation)
+    f = site.activation
+    if f is not None:
+        # where a call of it is made a module, the module that is called remains
+        stays = site.activation_shared or bool(f.calls)
+        yield Stage("activation", f, params=site.activation_params, stays=stays)
     yield from _norm_stage(site.norm_after)
     for part in site.between:
         yield from _stages_around(part)
@@ -229,7 +235,7 @@ def _stages_around(part: Between) -> Iterable[Stage]:
     yield Stage("depthwise", Place(part.map.name), part.map)
     yield from _norm_stage(part.norm_before)
     if part.activation is not None:
-        yield Stage("activation", part.activation)
+        yield Stage("activation", part.activation, params=part.activation_params)
     yield from _norm_stage(part.norm_after)
 
 

@@ -82,7 +82,7 @@ def _refuse_border_errors(model: nn.Module, todo: Sequence[Step], inputs: Inputs
         if step.form.kind != "merged" or not why:
             continue
         measured = ""
-        if not site.not_merged and not any(has_no_numbers(p) for p in model.parameters()):
+        if site.bridge.not_merged is None and not any(has_no_numbers(p) for p in model.parameters()):
             error = border_error(model, step.entry, inputs)
             names = ", ".join(f"`{m.name}`" for m in site.consumers)
             measured = f". Merged as it is, the output of {names} would differ by {error:.1e} on the example inputs"

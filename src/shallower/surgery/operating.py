@@ -86,6 +86,13 @@ def edits_of_step(step: Step, model: nn.Module) -> list[Edit]:
     Raises:
         PlanError: the step does not fit the model.
     """
+    edits = _edits_of_site(step, model)
+    if step.last_call:
+        edits += _other_names(model, _required(step.entry.site.activation))
+    return edits
+
+
+def _edits_of_site(step: Step, model: nn.Module) -> list[Edit]:
     entry, form = step.entry, step.form
     site = entry.site
     if site.kind == "heads":
@@ -126,7 +133,7 @@ def _as_one_map(model: nn.Module, entry: Entry, form: Form, path: Path) -> list[
     for m, weight, bias in zip(form.consumers, weights, biases, strict=True):
         edits += _as_layer(model, m, grouped(weight, m.groups), bias)
     if site.bridge.packed:
-        edits.append(Doubled(made.name, site.channels_first))
+        edits.append(Doubled(made.name, site.bridge.image))
     else:
         edits.append(Identity(made.name))
     return edits + _nothing_between(model, site, form.consumers[0].d_in)
@@ -194,8 +201,8 @@ def _nothing_between(model: nn.Module, site: Site, width: int) -> list[Edit]:
     place = _required(site.activation)
     edits += _gone(model, place)
     if site.bridge.gated:
-        edits.append(Partial(name_at(model, place), 0, width, _gate(site), site.channels_first))
-    edits += [Identity(norm) for norm in (site.norm_before, site.norm_after) if norm]
+        edits.append(Partial(name_at(model, place), 0, width, _gate(site), site.bridge.image))
+    edits += [Identity(norm) for norm in (site.bridge.norm_before, site.bridge.norm_after) if norm]
     for dropout in site.dropouts:
         edits += _gone(model, dropout)
     return edits
@@ -212,7 +219,7 @@ def _with_kept_channels(model: nn.Module, entry: Entry, form: Form, path: Path) 
     producer = model.get_submodule(cast("LinearMap", site.producer).name)
     consumers = _readers(model, site)
     down, ups = _reduced(path, form, producer, consumers)
-    rows, bias = _kept_rows(producer, site.bridge.up_rows(kept), fit, "producer", bool(site.norm_before))
+    rows, bias = _kept_rows(producer, site.bridge.up_rows(kept), fit, "producer", bool(site.bridge.norm_before))
     shift = down.new_zeros(form.rank)
     if path.shift is not None and form.rank:
         shift = path.shift
@@ -255,7 +262,7 @@ def _norms(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
         norm = cast("_BatchNorm", model.get_submodule(name))
         channels = form.kept + form.rank
         numbers = _norm_vectors(norm, kept, channels)
-        if name == site.norm_before and fit is not None and fit.producer_bias is not None:
+        if name == site.bridge.norm_before and fit is not None and fit.producer_bias is not None:
             if "bias" not in numbers:
                 raise PlanError(f"{site.name}: `{name}` has no shift that could be fitted")
             numbers["bias"][: len(kept)] = fit.producer_bias.to(numbers["bias"])
@@ -341,7 +348,7 @@ def _activation_edits(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
     if entry.alphas is not None:
         edits += _slope(model, entry, name)
     if form.rank:
-        edits.append(Partial(name, form.kept, form.rank, _gate(site), site.channels_first))
+        edits.append(Partial(name, form.kept, form.rank, _gate(site), site.bridge.image))
     return edits
 
 
@@ -359,7 +366,7 @@ def _slope(model: nn.Module, entry: Entry, name: str) -> list[Edit]:
     target: Literal["identity", "one"] = "identity"
     if site.bridge.gated:
         target = "one"
-    made = Slope(name, width, entry.family, target, site.channels_first, dtype)
+    made = Slope(name, width, entry.family, target, site.bridge.image, dtype)
     return [made, Weights(name, {"slope": alphas})]
 
 
@@ -431,6 +438,19 @@ def _gone(model: nn.Module, place: Place) -> list[Edit]:
     """The edits that make what stands at a place an identity."""
     edits, name = _at(model, place)
     return [*edits, Identity(name)]
+
+
+def _other_names(model: nn.Module, place: Place) -> list[Edit]:
+    """Identities for a module that is called at a place and nowhere else any more, under all of its other names."""
+    edits: list[Edit] = []
+    here, _, own = name_at(model, place).rpartition(".")
+    called = list(map(model.get_submodule, _called(place)))
+    for prefix, owner in model.named_modules():
+        for child, module in owner._modules.items():
+            itself = owner is model.get_submodule(here) and child == own
+            if module in called and not itself:
+                edits.append(Identity(f"{prefix}.{child}".strip(".")))
+    return edits
 
 
 def _required(place: Place | None) -> Place:

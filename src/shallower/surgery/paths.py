@@ -109,14 +109,14 @@ def as_read(
     if bias is not None:
         shift = wide(bias[rows])
     gain = torch.ones_like(shift)
-    before = affine(model, site.norm_before)
+    before = affine(model, site.bridge.norm_before)
     if before is not None:
         gain, shift = before[0][linear], shift * before[0][linear] + before[1][linear]
     slopes, offsets = entry.slopes.to(down.device), entry.offsets.to(down.device)
     gain, shift = slopes[linear] * gain, slopes[linear] * shift + offsets[linear]
     constants = offsets[dropped]
     if not site.bridge.has("depthwise"):  # else the constant is what the consumers read
-        after = affine(model, site.norm_after)
+        after = affine(model, site.bridge.norm_after)
         if after is not None:
             gain, shift = gain * after[0][linear], shift * after[0][linear] + after[1][linear]
             constants = constants * after[0][dropped] + after[1][dropped]

@@ -13,7 +13,7 @@ from shallower.app.results import CurvePoint
 from shallower.core.codec import decode, encode
 from shallower.core.files import read_json, write_json
 from shallower.core.inputs import Inputs
-from shallower.errors import CheckpointError, SiteError, TargetError
+from shallower.errors import CheckpointError, TargetError
 from shallower.finding.matching import find_sites
 from shallower.measuring.cost import cost_of
 from shallower.measuring.measurement import compare
@@ -50,11 +50,7 @@ class TillLayersCollapseRun(TillLayersCollapsing):
         Raises:
             SiteError: there is none; the error says why.
         """
-        found = sites.select(lambda site: site.activation is not None and not site.not_linear)
-        if not found:
-            reasons = [f"{site.name}: {site.not_linear or 'it has no activation'}" for site in sites][:3]
-            raise SiteError(f"there is no activation that can be taken away: {'; '.join(reasons) or 'no site at all'}")
-        return found
+        return sites.usable(lambda site: site.bridge.not_linear, "there is no activation that can be taken away")
 
     def preview(self, work: Work, sites: Sites) -> Plan:
         """The activations that would go now, without training in between."""

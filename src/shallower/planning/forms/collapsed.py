@@ -126,7 +126,7 @@ def _apart(entry: Entry, producer: LinearMap, consumers: Consumers, before: tupl
     zeros along the border instead of them.
     """
     site = entry.site
-    shifted = entry.shifts_dropped or (bool(site.norm_after) and len(entry.dropped) > 0)
+    shifted = entry.shifts_dropped or (site.bridge.norm_after != "" and len(entry.dropped) > 0)
     constant = site.bridge.pads(consumers) and shifted
     if not rank and not constant:
         rank = 1

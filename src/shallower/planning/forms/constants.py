@@ -15,7 +15,7 @@ def has_constants(entry: Entry, producer: LinearMap) -> bool:
     if entry.fit is not None:
         return entry.fit.down_bias is not None
     site, shifted = entry.site, entry.shifts_linear or entry.shifts_dropped
-    return producer.bias or bool(site.norm_before) or bool(site.norm_after) or shifted
+    return producer.bias or site.bridge.has("norm") or shifted
 
 
 def inexact(entry: Entry, producer: LinearMap, consumer: LinearMap) -> str:
@@ -50,10 +50,10 @@ def needs_bias(entry: Entry, producer: LinearMap, consumer: LinearMap, i: int, i
         return True
     if entry.fit is not None:
         return bool(entry.fit.biases[i].ne(0).any()) or (entry.fit.down_bias is not None and not inside)
-    site = entry.site
-    behind = bool(site.norm_after) and not site.bridge.has("depthwise")
+    bridge = entry.site.bridge
+    behind = bridge.norm_after != "" and not bridge.has("depthwise")
     if entry.shifts_dropped or (behind and len(entry.dropped) > 0):
         return True
     if inside or len(entry.linear) == 0:
         return False
-    return entry.shifts_linear or bool(site.norm_after) or producer.bias or bool(site.norm_before)
+    return entry.shifts_linear or producer.bias or bridge.has("norm")

@@ -52,14 +52,10 @@ def form_of(
 
 def _before(site: Site, now: Mapping[str, LinearMap]) -> tuple[int, int]:
     """Parameters and MACs of a site whose maps are these by now."""
-    params, macs = site.norm_params * site.width, site.products
+    params, macs = site.bridge.params, site.products
     for m in site.maps:
         params += now[m.name].params
         macs += now[m.name].macs
-    for part in site.between:
-        params += part.activation_params
-    if not _stays(site):
-        params += site.activation_params
     return params, macs
 
 
@@ -94,12 +90,12 @@ def _narrower(
     rank, through = path_of(entry, producer, consumers)
     width = kept + rank
     grouped = producer.groups > 1 or any(c.groups > 1 for c in consumers)
-    if width != site.width and (grouped or site.not_narrow):
-        why = site.not_narrow or "a map of it is a grouped convolution"
+    if width != site.width and (grouped or site.bridge.not_narrow is not None):
+        why = site.bridge.not_narrow or "a map of it is a grouped convolution"
         raise PlanError(f"{site.name}: its channels cannot be kept one by one: {why}")
     _check_rows(entry, producer, gate)
     inside = rank > 0 and site.bridge.pads(consumers) and has_constants(entry, producer)
-    up_bias = fit is not None and fit.producer_bias is not None and not site.norm_before
+    up_bias = fit is not None and fit.producer_bias is not None and not site.bridge.norm_before
     gate_bias = fit is not None and fit.gate_bias is not None
     made = resized_map(producer, d_out=width * (1 + site.bridge.packed), bias=producer.bias or inside or up_bias)
     read = (
@@ -119,7 +115,7 @@ def _narrower(
         between=tuple(replace(now[m.name], d_in=kept, d_out=kept, groups=kept) for m in site.bridge.depthwise),
         slopes=_slopes(entry),
         activation=_activation_after(entry, kept),
-        norms=site.norm_params * width,
+        norms=site.bridge.norm_params * width,
     )
 
 
@@ -145,27 +141,30 @@ def _check_rows(entry: Entry, producer: LinearMap, gate: LinearMap | None) -> No
             )
 
 
-def _stays(site: Site) -> bool:
-    """Whether the activation's parameters stay in the model when it goes here, since others use it too."""
-    return site.activation_shared or (site.activation is not None and bool(site.activation.calls))
-
-
 def _activation_after(entry: Entry, kept: int) -> int:
     """Parameters that a site's activations have when they act on `kept` channels.
 
     One that others use too has parameters of its own here only where it is narrowed.
     """
-    site = entry.site
+    site, params = entry.site, 0
+    replaced = _is_prelu(entry)
+    for stage in site.bridge.stages:
+        left = stage.params
+        if left == site.width > 1:
+            left = kept
+        is_f = stage.place == site.activation
+        if not (is_f and replaced) and not (stage.stays and left == stage.params):
+            params += left
+    return params
 
-    def left(params: int) -> int:
-        if params == site.width > 1:
-            return kept
-        return params
 
-    behind = sum(left(part.activation_params) for part in site.between)
-    if entry.alphas is not None and entry.family == "prelu":  # the slopes take the activation's place
-        return behind
-    own = left(site.activation_params)
-    if _stays(site) and own == site.activation_params:
-        return behind
-    return behind + own
+def replaces_activation(entry: Entry) -> bool:
+    """Whether the site does without its f, and without the parameters that others of its calls may share."""
+    site, kept = entry.site, len(entry.kept)
+    narrowed = kept < site.width and site.activation_params == site.width > 1
+    return kept == 0 or narrowed or _is_prelu(entry)
+
+
+def _is_prelu(entry: Entry) -> bool:
+    """Whether slopes take f's place, and not only stand around it."""
+    return entry.alphas is not None and entry.family == "prelu"

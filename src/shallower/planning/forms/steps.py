@@ -9,13 +9,13 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shallower.core.text import listing
 from shallower.errors import PlanError
 from shallower.planning.entries import Becomes, Entry
 from shallower.planning.forms.form import Form
-from shallower.planning.forms.forming import form_of
+from shallower.planning.forms.forming import form_of, replaces_activation
 from shallower.sites import LinearMap, Site
 
 _AHEAD = 6
@@ -24,10 +24,18 @@ _AHEAD = 6
 
 @dataclass(frozen=True)
 class Step:
-    """An entry of a plan and the form its site takes in the model that the earlier steps left."""
+    """An entry of a plan and the form its site takes in the model that the earlier steps left.
+
+    Attributes:
+        entry: the fates.
+        form: the form.
+        last_call: whether nothing calls the site's activation after this step, where several calls shared it: it goes
+            under all its names, and its parameters were counted to what this step found.
+    """
 
     entry: Entry
     form: Form
+    last_call: bool = False
 
 
 def steps(entries: Iterable[Entry]) -> list[Step]:
@@ -43,7 +51,24 @@ def steps(entries: Iterable[Entry]) -> list[Step]:
     ordered = in_execution_order(entries)
     walk = StepWalk(ordered)
     prefer = _chained(ordered)
-    return [Step(entry, walk.take(entry, walk.best(entry, prefer))) for entry in ordered]
+    return _without_unused([Step(entry, walk.take(entry, walk.best(entry, prefer))) for entry in ordered])
+
+
+def _without_unused(done: Sequence[Step]) -> list[Step]:
+    """The steps, those marked after which nothing calls an activation that several calls shared."""
+    left: dict[str, int] = {}
+    marked = []
+    for step in done:
+        site, form = step.entry.site, step.form
+        origin = site.activation_origin
+        if origin and replaces_activation(step.entry):
+            left[origin] = left.get(origin, site.activation_calls) - site.calls
+            if left[origin] == 0 and site.bridge.shares_activation:
+                params, macs = form.before
+                form = replace(form, before=(params + site.activation_params, macs))
+                step = Step(step.entry, form, last_call=True)
+        marked.append(step)
+    return marked
 
 
 class StepWalk:
