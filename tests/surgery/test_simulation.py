@@ -11,6 +11,7 @@ from shallower.finding.matching import find_sites
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.fits import Fit
 from shallower.planning.plan import Plan
+from shallower.sites import Site
 from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate
 
@@ -51,6 +52,39 @@ def test_a_fitted_producer_goes_on_with_what_an_earlier_entry_leaves_it() -> Non
     ):
         plan = Plan((earlier, refitted))
         assert torch.allclose(simulate(model, plan)(x), apply(model, plan, x)(x))
+
+
+def path_of(site: Site, inputs: int) -> Entry:
+    """A site of which nothing but a fitted linear path is left."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    out = site.consumers[0].d_out
+    fit = Fit((), (normal(out),), normal(2, inputs), (normal(out, 2),))
+    return Entry.narrow(site, torch.tensor([], dtype=torch.long), fit=fit)
+
+
+@pytest.mark.parametrize("pixels", [[nn.Flatten()], [nn.AdaptiveAvgPool2d(1), nn.Flatten()]])
+def test_a_path_reads_the_pixels_that_a_merged_map_in_front_of_it_reads(pixels: list[nn.Module]) -> None:
+    torch.manual_seed(0)
+    head = [nn.Linear(4 * (4 if len(pixels) == 1 else 1), 5), nn.ReLU(), nn.Linear(5, 2)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), *pixels, *head).double()
+    x = torch.randn(3, 3, 2, 2, dtype=torch.float64)
+    first, second = find_sites(model, x)
+    inputs = 12 if len(pixels) == 1 else 3
+    plan = Plan((Entry.collapse(first, becomes="merged"), path_of(second, inputs)))
+    assert torch.allclose(simulate(model, plan)(x), apply(model, plan, x)(x))
+
+
+def test_a_path_reads_what_is_left_in_front_of_a_merged_map() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)]
+    model, x = nn.Sequential(*layers).double(), torch.randn(4, 3, dtype=torch.float64)
+    zero, first, second = find_sites(model, x)
+    plan = Plan((Entry.narrow(zero, torch.arange(5)), Entry.collapse(first, becomes="merged"), path_of(second, 5)))
+    assert torch.allclose(simulate(model, plan)(x), apply(model, plan, x)(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

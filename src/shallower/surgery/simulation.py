@@ -8,8 +8,8 @@ blocks), never by numbers of rows and columns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from shallower.planning.entries import Entry, Fate
 from shallower.planning.fits import Fit
 from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
-from shallower.sites import Site
+from shallower.sites import LinearMap, Site
 from shallower.surgery.checking import check_fits
 
 M = TypeVar("M", bound=nn.Module)
@@ -71,7 +71,7 @@ def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
         origin = _Origin(site.producer.name)
         if fit is not None and (fit.ups or fit.producer is not None or fit.gate is not None):
             origin = _origin(entry, done)
-        names = [m.name for m in site.maps] + ([site.norm_before] if site.norm_before else [])
+        names = [m.name for m in site.maps] + ([site.bridge.norm_before] if site.bridge.norm_before else [])
         modules = {name: copied.get_submodule(name) for name in names}
         _hook(entry, copied.get_submodule(origin.reader), modules, origin)
 
@@ -106,14 +106,14 @@ def _hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], ori
     if fit is None or site.producer is None:
         return
     producer = modules[site.producer.name]
-    memory = _Memory(origin.left, site.bridge.dim)
+    memory = _Memory(origin, site.bridge.dim)
     if fit.ups or fit.producer is not None or fit.gate is not None:
         reader.register_forward_pre_hook(memory, with_kwargs=True)
         if site.gate is not None and reader is producer:  # the gate reads the same, and may run first
             modules[site.gate.name].register_forward_pre_hook(memory, with_kwargs=True)
     shift = fit.producer_bias
-    if shift is not None and site.norm_before:
-        _set_shift(site, modules[site.norm_before], entry.kept, shift)
+    if shift is not None and site.bridge.norm_before:
+        _set_shift(site, modules[site.bridge.norm_before], entry.kept, shift)
         shift = None
     up_half, gate_half = None, None
     if site.bridge.packed:
@@ -134,7 +134,7 @@ def _hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], ori
 
 def _set_shift(site: Site, norm: nn.Module, channels: Tensor, shift: Tensor) -> None:
     if not isinstance(norm.bias, Tensor):
-        raise PlanError(f"{site.name}: `{site.norm_before}` has no shift that could be fitted")
+        raise PlanError(f"{site.name}: `{site.bridge.norm_before}` has no shift that could be fitted")
     with torch.no_grad():
         norm.bias[channels.to(norm.bias.device)] = shift.to(norm.bias)
 
@@ -167,11 +167,26 @@ class _Origin:
         reader: the module that reads the same in the simulated model.
         left: the channels of it that are left; None for all.
         bias: of the producer after an earlier fit; None where it follows from its own bias and what is left.
+        pixels: where the reader reads an image and the producer its pixels, what lies between: "flatten" or "average".
     """
 
     reader: str
     left: _Left | None = None
     bias: Tensor | None = None
+    pixels: Literal["", "flatten", "average"] = ""
+
+    def of(self, x: Tensor, dim: int) -> Tensor:
+        """What the producer reads, from what the reader reads."""
+        read_dim = dim
+        if self.pixels:
+            read_dim = 1
+        if self.left is not None:
+            x = self.left.of(x, read_dim)
+        if self.pixels == "flatten":
+            x = x.flatten(1)
+        elif self.pixels == "average":
+            x = x.mean((2, 3), keepdim=dim == 1)
+        return x
 
 
 def _origin(entry: Entry, plan: Mapping[str, Step]) -> _Origin:
@@ -193,14 +208,20 @@ def _origin(entry: Entry, plan: Mapping[str, Step]) -> _Origin:
             )
         rows = fit is not None and (fit.producer is not None or fit.gate is not None)
         whole_bias = (
-            fit is not None and fit.producer_bias is not None and not site.norm_before and not site.bridge.gated
+            fit is not None and fit.producer_bias is not None and not site.bridge.norm_before and not site.bridge.gated
         )
         if rows and step.form.consumers[i].bias and not whole_bias:
             raise PlanError(
                 f"{site.name}: its rows were fitted for the bias of `{site.producer.name}`, which the entry of "
                 f"`{earlier.site.name}` changes. Apply that entry first, or fit the bias, too"
             )
-        return _Origin(_origin(earlier, plan).reader)
+        before = _origin(earlier, plan)
+        pixels = before.pixels
+        if earlier.site.bridge.has("average"):
+            pixels = "average"
+        elif earlier.site.bridge.has("flatten"):
+            pixels = "flatten"
+        return replace(before, bias=None, pixels=pixels)
     return _Origin(site.producer.name)
 
 
@@ -221,7 +242,7 @@ class _Fates(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         h = input  # PyTorch's name for it, by which a forward may call a layer
         entry = self.entry
-        first = entry.site.channels_first
+        first = entry.site.bridge.image
 
         def vector(values: Tensor) -> Tensor:
             return _aligned_with(values, h, first)
@@ -247,7 +268,7 @@ class _Affine:
     def __init__(self, entry: Entry) -> None:
         self.scale = torch.where(entry.fates == Fate.LINEAR, entry.slopes, (entry.fates == Fate.KEEP).double())
         self.shift = torch.where(entry.fates == Fate.KEEP, torch.zeros_like(entry.offsets), entry.offsets)
-        self.channels_first = entry.site.channels_first
+        self.channels_first = entry.site.bridge.image
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         z = read(args, kwargs)
@@ -264,12 +285,13 @@ class _FittedRows:
     ) -> None:  # fmt: skip
         self.site, self.kept, self.weight, self.bias = site, kept, weight, bias
         self.memory, self.origin, self.half = memory, origin, half
+        self.producer = cast("LinearMap", site.producer).name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         dim, kept, half = self.site.bridge.dim, self.kept.to(output.device), self.half
         rows = _apply(module, self.weight, self.memory.read(self.site))
         if self.bias is not None:
-            rows = rows + _aligned_with(self.bias, rows, self.site.channels_first)
+            rows = rows + _aligned_with(self.bias, rows, self.site.bridge.image)
         else:
             standing = self._standing(module, read(args, kwargs), output)
             if half is not None:
@@ -284,25 +306,23 @@ class _FittedRows:
     def _standing(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         """What the producer gives beside its weights on what is left: its bias, and the answer to constants."""
         if self.origin.bias is not None:
-            return _aligned_with(self.origin.bias, output, self.site.channels_first).expand_as(output)
+            return _aligned_with(self.origin.bias, output, self.site.bridge.image).expand_as(output)
         gone = torch.zeros_like(x)
-        if self.origin.left is not None:
+        if self.origin.left is not None and self.origin.reader == self.producer:
             gone = self.origin.left.without(x, self.site.bridge.dim)
         answer: Tensor = module.forward(gone)  # past the hooks
         return answer
 
 
 class _Memory:
-    """The last input of a module, or of its channels those that are left."""
+    """The last input of a module, as the producer of a site reads it."""
 
-    def __init__(self, left: _Left | None, dim: int) -> None:
-        self.left, self.dim = left, dim
+    def __init__(self, origin: _Origin, dim: int) -> None:
+        self.origin, self.dim = origin, dim
         self.x: Tensor | None = None
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.x = read(args, kwargs)
-        if self.left is not None:
-            self.x = self.left.of(self.x, self.dim)
+        self.x = self.origin.of(read(args, kwargs), self.dim)
 
     def read(self, site: Site) -> Tensor:
         """What was remembered."""
@@ -332,7 +352,7 @@ class _FittedConsumer:
             else:
                 middle = _apply(self.producer[0], fit.down, x)
                 if fit.down_bias is not None:
-                    middle = middle + _aligned_with(fit.down_bias, middle, self.site.channels_first)
+                    middle = middle + _aligned_with(fit.down_bias, middle, self.site.bridge.image)
                 y = y + _apply(module, fit.ups[i], middle)
         return y + _aligned_with(fit.biases[i], y, y.dim() == 4 and isinstance(module, nn.Conv2d))
 
