@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from shallower.errors import MethodError, SiteError
 from shallower.finding.matching import find_sites
 from shallower.modules.activations import SlopeActivation
-from shallower.modules.attachment import attach, attached, attached_places, detach, detached_copy, exposed
+from shallower.modules.attachment import attach, attached, attached_places, copied, detach, detached_copy, exposed
+from shallower.modules.offloading import lent, weightless
 from shallower.sites import Place
 
 
@@ -192,6 +193,17 @@ def test_tensors_that_a_forward_keeps_are_copied_without_their_history() -> None
     assert other.features.grad_fn is None
     assert torch.equal(other.by_name["x"], model.by_name["x"])
     assert model.features.grad_fn is not None
+
+
+def test_a_copy_keeps_what_is_attached_and_shares_or_leaves_out_what_it_is_told() -> None:
+    model = sequential()
+    places = attach_everywhere(model)
+    lender = next(model.parameters())
+    other = copied(model, {**weightless(model.parameters()), **lent([lender])})
+    assert attached_places(other) == tuple(places)
+    first, *rest = other.parameters()
+    assert first.data_ptr() == lender.data_ptr()
+    assert all(parameter.is_meta for parameter in rest)
 
 
 def test_a_copy_made_in_inference_mode_can_be_trained() -> None:

@@ -6,20 +6,21 @@ copy of the model without data is narrowed by one head, its attributes are chang
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shallower.core.failures import is_out_of_memory
 from shallower.core.inputs import Inputs
 from shallower.errors import ShallowerError
 from shallower.finding.attention import head_sites
 from shallower.finding.graph import Graph
+from shallower.modules.attachment import copied
 from shallower.modules.heads import narrow
+from shallower.modules.offloading import weightless
 from shallower.recording.tracing import trace_forward
 from shallower.sites import Site
 from shallower.sites.heads import narrowed
@@ -87,7 +88,7 @@ def _is_size(name: str) -> bool:
 def _works(model: nn.Module, inputs: Inputs, site: Site, counts: Counts) -> bool:
     """Whether the model runs with one head less, these attributes changed, and has the site that it should have."""
     assert site.heads is not None
-    trial = without_data(model)
+    trial = copied(model, weightless(model.parameters()))
     fewer = replace(site, heads=replace(site.heads, counts=counts))
     try:
         narrow(trial, fewer, torch.arange(site.width - 1))
@@ -107,13 +108,3 @@ def _comparable(site: Site) -> Site:
     nowhere = (0, 0, 0)
     heads = replace(site.heads, packed="", query_rows=nowhere, key_rows=nowhere, value_rows=nowhere)
     return replace(site, heads=heads)
-
-
-def without_data(model: nn.Module) -> nn.Module:
-    """A copy whose parameters are on the meta device; buffers, which may decide what is computed, are copied."""
-    memo: dict[int, Tensor] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-        )
-    return copy.deepcopy(model, memo)

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -109,23 +109,36 @@ def detach(model: nn.Module, places: Iterable[Place] | None = None) -> None:
             vars(owner).pop(_ATTACHED, None)
 
 
-def detached_copy(model: M) -> M:
-    """A deep copy of the model with everything attached removed; on any other model, a deep copy.
+def detached_copy(model: M, memo: Mapping[int, Any] | None = None) -> M:
+    """`copied`, with everything attached removed.
 
-        small = detached_copy(model)
+    small = detached_copy(model)
+    """
+    duplicate = copied(model, memo)
+    detach(duplicate)
+    return duplicate
+
+
+def copied(model: M, memo: Mapping[int, Any] | None = None) -> M:
+    """A deep copy of a model, whatever is attached to it.
+
+        moved = copied(model)
+        skeleton = copied(model, weightless(model.parameters()))
 
     Weights that are mapped from files (see `offloading.py`) are shared. Tensors with a history that a forward left in
     attributes, which cannot be copied, are copied without it.
+
+    Args:
+        model: any.
+        memo: what stands for some of its parts, as `copy.deepcopy` takes it: `lent` or `weightless` parameters.
     """
-    memo = shared_weights(model)
+    memo = {**shared_weights(model), **(memo or {})}
     for module in model.modules():
         for tensor in tensors([*vars(module).values()]):
             if tensor.grad_fn is not None:
                 memo[id(tensor)] = tensor.detach().clone()
     with without_inference_mode():
-        duplicate = copy.deepcopy(model, memo)
-    detach(duplicate)
-    return duplicate
+        return copy.deepcopy(model, memo)
 
 
 @contextmanager

@@ -92,6 +92,17 @@ def lent(parameters: Iterable[nn.Parameter]) -> dict[int, Any]:
     return {id(p): _shared(p, p.detach()) for p in parameters}
 
 
+def weightless(parameters: Iterable[nn.Parameter]) -> dict[int, Any]:
+    """A memo for `copy.deepcopy` with which copies have the given parameters on the meta device.
+
+    skeleton = copy.deepcopy(model, weightless(model.parameters()))
+    """
+    memo: dict[int, Any] = {}
+    for p in parameters:
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    return memo
+
+
 def is_mapped(parameter: Tensor) -> bool:
     """Whether this parameter is a view of a file, or shared with an offloaded model: not to be written into."""
     return bool(getattr(parameter, _MARK, False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from torch.nn.parameter import is_lazy
 
 from shallower.core.trees import tensors as tensors_in
 from shallower.errors import CheckpointError
-from shallower.modules.attachment import detach
+from shallower.modules.attachment import detached_copy
+from shallower.modules.offloading import weightless
 from shallower.saving.description import DTYPES, Description, Layout
 
 # torch.compile, activation checkpointing and FSDP put a module with one child around another.
@@ -76,16 +76,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def without_weights(model: nn.Module) -> nn.Module:
     """A copy of a model with nothing attached and its parameters on the meta device."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    for _, tensor in _loose_tensors(model):
-        # A tensor with a history, kept by a forward, cannot be copied with it.
-        memo.setdefault(id(tensor), tensor.detach())
-    duplicate = copy.deepcopy(unwrapped(model), memo)
-    detach(duplicate)
-    return duplicate
+    return detached_copy(unwrapped(model), weightless(model.parameters()))
 
 
 def _loose_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

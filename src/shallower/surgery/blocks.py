@@ -8,7 +8,6 @@ float32 on the inputs that it has in the model.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -63,7 +62,7 @@ def block_by_block(model: M, todo: Sequence[Step], run: Pass, edits_of: EditsOf)
         inputs = run.inputs if part == "" else calls.pop(part)
         own = {id(p) for p in model.get_submodule(part).parameters()}
         others = [p for p in model.parameters() if id(p) not in own]
-        wide = copy.deepcopy(model, lent(others))
+        wide = detached_copy(model, lent(others))
         widen(wide.get_submodule(part))
         exact = whole_network(wide, steps, Pass(inputs, part).converted(wide_enough), edits_of, small)
         check_rounded(exact.get_submodule(part), small.get_submodule(part))

@@ -14,8 +14,8 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
     """Check that the plan was made for this model.
 
     Args:
-        model: with nothing attached to it.
-        plan: to be applied to it.
+        model: perhaps with a method attached.
+        plan: for this model.
 
     Raises:
         PlanError: a layer is missing, or of another kind or size, or the plan depends on weights and was made for

@@ -25,7 +25,7 @@ from shallower.core.modes import evaluating, without_inference_mode
 from shallower.core.trees import doubled, to_device
 from shallower.core.watching import recorded
 from shallower.errors import SiteError
-from shallower.modules.attachment import detached_copy
+from shallower.modules.attachment import copied, detached_copy
 from shallower.modules.edits import Padding, perform
 from shallower.planning.entries import Entry
 from shallower.sites import Place, Site
@@ -60,7 +60,7 @@ def move_padding(model: M, sites: Site | Iterable[Site], *, inplace: bool = Fals
             or differs between its consumers.
     """
     chosen = list(sites) if isinstance(sites, Iterable) else [sites]
-    moved = model if inplace else copy.deepcopy(model)
+    moved = model if inplace else copied(model)
     for site in chosen:  # nothing is changed if one of them cannot be
         _convolutions(moved, site)
     for m in (m for site in chosen if back for m in site.maps):
@@ -165,7 +165,7 @@ def _input_of(model: nn.Module, site: Site, inputs: Inputs) -> Tensor:
 def _linear(model: nn.Module, site: Site, f: nn.Module, x: Tensor) -> list[Tensor]:
     """What the consumers give with `f` in the place of the activation."""
     names = [m.name for m in site.maps]
-    before, after = (_norm_alone(model, site, name) for name in (site.norm_before, site.norm_after))
+    before, after = (_norm_alone(model, site, name) for name in (site.bridge.norm_before, site.bridge.norm_after))
     z = after(f(before(model.get_submodule(names[0])(x))))
     return [model.get_submodule(name)(z) for name in names[1:]]
 
