@@ -79,7 +79,19 @@ def test_shortest_prefix_takes_no_more_than_needed() -> None:
     def cost(taken: object) -> Cost:
         return Cost(params=1000 - 150 * len(taken), macs=0, size=0)  # type: ignore[arg-type]
 
-    assert list(shortest_prefix("abcd", Target.parse("params:70%"), DENSE, cost)) == ["a", "b"]
+    for percentage, prefix in ((90, "a"), (85, "a"), (70, "ab"), (60, "abc"), (40, "abcd")):
+        assert shortest_prefix("abcd", Target.parse(f"params:{percentage}%"), DENSE, cost) == prefix
+
+
+def test_shortest_prefix_tries_few_of_many() -> None:
+    tried: list[int] = []
+
+    def cost(taken: range) -> Cost:
+        tried.append(len(taken))
+        return Cost(params=1000 - len(taken), macs=0, size=0)
+
+    assert shortest_prefix(range(500), Target.parse("params:70%"), DENSE, cost) == range(300)
+    assert len(tried) <= 10
 
 
 def test_shortest_prefix_says_how_far_all_get() -> None:

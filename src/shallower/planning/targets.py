@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
@@ -171,22 +172,23 @@ def shortest_prefix(
         order: what may be taken, cheapest in quality first.
         target: a target of cost (not `drop`).
         before: what the model costs now.
-        cost_of: what it costs after taking these; must not rise with more of them by much.
+        cost_of: what it costs after taking these; with more of them it must not rise. It is asked about log2(n) times.
 
     Raises:
         TargetError: all of them together do not meet the target; the error says how far they get.
     """
-    limit = target.limit(before)
-    best = float("inf")
-    for k in range(1, len(order) + 1):
-        amount = target.amount_of(cost_of(order[:k]))
-        if amount <= limit:
-            return order[:k]
-        best = min(best, amount)
-    start = target.amount_of(before)
+    limit, start = target.limit(before), target.amount_of(before)
+
+    def amount_after(k: int) -> float:
+        return target.amount_of(cost_of(order[:k]))
+
     reached = "nothing, since there is no site"
     if order:
-        reached = f"{best / start:.1%} of the original"
+        least = amount_after(len(order))
+        if least <= limit:
+            k = bisect_left(range(1, len(order)), True, key=lambda k: amount_after(k) <= limit)
+            return order[: k + 1]
+        reached = f"{least / start:.1%} of the original"
     raise TargetError(
         f"the target {target} asks for {limit / start:.1%} of the model's {target.unit}; "
         f"all {len(order)} sites together reach {reached}. Ask for less, or allow more sites"

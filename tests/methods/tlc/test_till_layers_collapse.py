@@ -14,11 +14,13 @@ from torch.nn import functional as F
 
 from shallower.errors import MethodError, TargetError
 from shallower.finding.matching import find_sites
+from shallower.measuring.cost import cost_of
 from shallower.methods.tlc.choosing import choose_forms
 from shallower.methods.tlc.pace import Pace
 from shallower.methods.tlc.till_layers_collapse import TillLayersCollapse
 from shallower.modules.attachment import detached_copy
 from shallower.planning.entries import Fate
+from shallower.planning.targets import Target
 from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate
 from shallower.training import Checkpoint, Recipe
@@ -194,6 +196,18 @@ def test_a_drop_target_takes_what_the_score_allows() -> None:
         return 1.0 - 0.1 * len(method.linear)
 
     assert len(method.plan(target="drop:0.35", score=score)) == 3
+
+
+@pytest.mark.parametrize("target", ["params:97%", "size:97%", "macs:95%", "params:90%"])
+def test_a_target_of_cost_takes_the_fewest_that_meet_it(target: str) -> None:
+    model, x = network(), torch.zeros(2, 3, 8, 8)
+    method = attached(model)
+    plan = method.plan(target=target, example_inputs=x)
+    method.detach()
+    before, wanted = cost_of(model, x), Target.parse(target)
+    assert wanted.met(before, cost_of(apply(model, plan, x), x))
+    fewer = attached(model).plan(count=len(plan) - 1)
+    assert not wanted.met(before, cost_of(apply(model, fewer, x), x))
 
 
 def test_a_target_out_of_reach_is_an_error() -> None:

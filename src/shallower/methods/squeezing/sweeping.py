@@ -39,7 +39,7 @@ from shallower.modules.site_parts import fingerprint
 from shallower.planning.entries import Entry
 from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
-from shallower.sites import Site
+from shallower.sites import Site, overlapping
 from shallower.surgery.operating import operate
 
 _PLENTY = 4
@@ -90,6 +90,9 @@ class Sweep:
         self._positions: dict[str, float] = {}
         self._counts: dict[str, float] = {}
         self._drafts: dict[str, list[Entry]] = {}
+        self._groups: dict[str, int] = {}
+        for number, group in enumerate(overlapping(sites)):
+            self._groups.update((site.name, number) for site in group)
 
     def plan(self, widths: Mapping[str, int]) -> tuple[Plan, nn.Module]:
         """Squeeze to these widths, 0 for a full collapse: the plan, and the network it makes.
@@ -168,10 +171,16 @@ class Sweep:
             if self.progress is not None:
                 self.progress.keep(key, len(entries), entry)
             entries.append(entry)
-            _operate(small, next(step for step in steps(entries) if step.entry is entry))
+            _operate(small, self._step(entry, entries))
         if not producers:
             self._drafts[chosen] = list(entries)
         return Plan(tuple(entries), fingerprint(self.dense, [e.site for e in entries]), "squeeze"), small
+
+    def _step(self, entry: Entry, entries: Sequence[Entry]) -> Step:
+        """The form that an entry's site takes after the earlier ones; only those that it overlaps with matter."""
+        group = self._groups[entry.site.name]
+        related = [other for other in entries if self._groups[other.site.name] == group]
+        return next(step for step in steps(related) if step.entry is entry)
 
     def _known(self, key: str, chosen: str, producers: bool) -> list[Entry]:
         """Entries that need not be made again: kept in a checkpoint, or those of the draft that would be the same."""

@@ -88,7 +88,7 @@ def choose_forms(
     now = detached_copy(model)
     data = None if batches is None else reiterable(batches)
     trial = Trial(now, example_inputs, data, kernels, ranks, rounds, inputs_of)
-    ordered = {step.entry.site.name: step.entry for step in steps(plan.entries)}
+    ordered = {step.entry.site.name: step.entry for step in plan.steps}
     groups = overlapping([entry.site for entry in ordered.values()])
     with evaluating(now):
         for sites in tqdm(groups, desc="choosing forms", delay=2):

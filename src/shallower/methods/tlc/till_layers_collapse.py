@@ -29,6 +29,8 @@ from shallower.core.modes import evaluating
 from shallower.core.processes import agreed_result, raised_anywhere
 from shallower.core.trees import to_device
 from shallower.errors import MethodError
+from shallower.measuring.cost import cost_of
+from shallower.measuring.measurement import compare
 from shallower.methods.base import Method, activation_of, linearisable
 from shallower.methods.tlc.criteria import Line, Normal, input_statistics, lines, relative_change, sign_entropies
 from shallower.methods.tlc.linearised import Linearised
@@ -36,11 +38,12 @@ from shallower.methods.tlc.pace import Pace, Round
 from shallower.modules import attachment
 from shallower.modules.activations import recognise
 from shallower.modules.site_parts import fingerprint
-from shallower.planning.costs import Cost
+from shallower.planning.costs import Cost, cost_after
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target, shortest_prefix
 from shallower.sites import Site, Sites
+from shallower.surgery.applying import apply
 from shallower.training.loop import Loss, Score
 from shallower.training.recipe import Checkpoint, Recipe
 from shallower.training.rounds import Rounds, Training
@@ -308,7 +311,7 @@ class TillLayersCollapse(Method):
             def plan_of(names: Sequence[str]) -> Plan:
                 return self._plan(now | {name: following[name] for name in names})
 
-            chosen = self._cheap(order, plan_of, target, example_inputs)
+            chosen = agreed_result(self._cheap, order, plan_of, target, example_inputs)
         return self._plan(now | {name: following[name] for name in chosen})
 
     def _affordable(
@@ -331,22 +334,18 @@ class TillLayersCollapse(Method):
     def _cheap(
         self, order: Sequence[str], plan_of: Callable[[Sequence[str]], Plan], target: Target, example_inputs: Inputs
     ) -> Sequence[str]:
-        from shallower.measuring.cost import cost_of
-        from shallower.measuring.measurement import compare
-        from shallower.surgery.applying import apply
-
         dense = attachment.detached_copy(self.model).eval()
         inputs = to_device(example_inputs, model_device(dense))
+        before = cost_of(dense, inputs)
+        if target.unit != "latency":
+            return shortest_prefix(order, target, before, lambda names: cost_after(plan_of(names), before, dense))
+        seconds = compare({"dense": dense}, inputs)["dense"].latency
 
-        seconds = compare({"dense": dense}, inputs)["dense"].latency if target.unit == "latency" else None
+        def timed(names: Sequence[str]) -> Cost:
+            small = apply(dense, plan_of(names), inputs)
+            return replace(before, latency=seconds * compare({"dense": dense, "small": small}, inputs)["small"].ratio)
 
-        def cost(model: nn.Module) -> Cost:
-            latency = seconds
-            if seconds is not None and model is not dense:
-                latency = seconds * compare({"dense": dense, "this": model}, inputs)["this"].ratio
-            return replace(cost_of(model, inputs), latency=latency)
-
-        return shortest_prefix(order, target, cost(dense), lambda names: cost(apply(dense, plan_of(names), inputs)))
+        return shortest_prefix(order, target, replace(before, latency=seconds), timed)
 
     def _plan(self, planned: Mapping[str, tuple[Tensor, Tensor]]) -> Plan:
         entries = tuple(_linear_entry(site, *planned[site.name]) for site in self.sites if site.name in planned)
