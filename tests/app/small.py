@@ -16,6 +16,20 @@ from shallower.planning.targets import Target
 from shallower.training import Recipe
 
 
+class Net(nn.Sequential):
+    """A network during whose training somebody may press Ctrl-C."""
+
+    interrupt_in: int | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and Net.interrupt_in is not None:
+            Net.interrupt_in -= 1
+            if Net.interrupt_in == 0:
+                raise KeyboardInterrupt
+        y: torch.Tensor = super().forward(x)
+        return y
+
+
 def network(*, normed: bool = False) -> nn.Module:
     """Two wide layers for rows of 8 numbers and three classes."""
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ from torch import nn
 from shallower import load
 from shallower.app import cli
 from shallower.app.jobs import task_of
+from tests.app.small import Net
 from tests.processes import listen_to_ctrl_c
 
 pytest.importorskip("datasets")
@@ -26,20 +27,6 @@ pytest.importorskip("datasets")
 NET = f"{__name__}:make_net"
 ROOT = Path(__file__).parents[2]
 TIMM = "timm:test_vit?pretrained=false&num_classes=10&img_size=32&patch_size=8"
-
-
-class Net(nn.Sequential):
-    """A network during whose training somebody may press Ctrl-C."""
-
-    interrupt_in: int | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and Net.interrupt_in is not None:
-            Net.interrupt_in -= 1
-            if Net.interrupt_in == 0:
-                raise KeyboardInterrupt
-        y: torch.Tensor = super().forward(x)
-        return y
 
 
 def make_net() -> nn.Module:
@@ -82,18 +69,6 @@ def shallower(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         return Finished(int(exit_.value.code or 0), out, err)
 
     return run
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Three classes of pictures that are told apart by which third is bright."""
-    random = np.random.default_rng(0)
-    labels = np.arange(150) % 3
-    x = random.integers(0, 60, (150, 6, 6), dtype=np.uint8)
-    for row, label in zip(x, labels, strict=True):
-        row[2 * label : 2 * label + 2] += 150
-    np.savez(tmp_path / "pictures.npz", image=x, label=labels)
-    return tmp_path / "pictures.npz"
 
 
 def compress(shallower: Shallower, data: Path, output: Path, *options: object, model: str = NET) -> Finished:

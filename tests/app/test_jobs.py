@@ -21,20 +21,7 @@ from shallower.app.results import read_record
 from shallower.app.runs.squeeze import SqueezeRun
 from shallower.errors import CheckpointError, DataError, ModelError
 from shallower.planning.targets import Target
-
-
-class Net(nn.Sequential):
-    """A network during whose training somebody may press Ctrl-C."""
-
-    interrupt_in: int | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and Net.interrupt_in is not None:
-            Net.interrupt_in -= 1
-            if Net.interrupt_in == 0:
-                raise KeyboardInterrupt
-        y: torch.Tensor = super().forward(x)
-        return y
+from tests.app.small import Net
 
 
 def make_net() -> nn.Module:
@@ -65,17 +52,6 @@ def make_failing() -> nn.Module:
             return {"logits": self.net(x)}["scores"]
 
     return Failing()
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Three classes, told apart by which third is bright."""
-    labels = np.arange(150) % 3
-    x = np.random.default_rng(0).integers(0, 60, (150, 6, 6), dtype=np.uint8)
-    for row, label in zip(x, labels, strict=True):
-        row[2 * label : 2 * label + 2] += 150
-    np.savez(tmp_path / "pictures.npz", image=x, label=labels)
-    return tmp_path / "pictures.npz"
 
 
 def job(pictures: Path, name: str = "make_net", output: str = "out", **changes: Any) -> Job:

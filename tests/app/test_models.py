@@ -17,11 +17,8 @@ from shallower.core.inputs import call
 from shallower.core.trees import tensors
 from shallower.errors import ModelError
 from shallower.saving.skeletons import build_skeleton
-from shallower.saving.sources import format_options, parse_options, source_of
-
-SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
-TEXT = {**SMALL, "vocab_size": 50, "max_position_embeddings": 20}
-IMAGE = {**SMALL, "image_size": 16, "patch_size": 8}
+from shallower.saving.sources import parse_options, source_of
+from tests.saving.sizes import ENCODER_DECODER, IMAGE, SMALL, TEXT
 
 TAKEN = {
     "bert": (transformers.BertModel, transformers.BertConfig(**TEXT)),
@@ -35,13 +32,7 @@ TAKEN = {
     "bart": (
         transformers.BartForSequenceClassification,
         transformers.BartConfig(
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
+            **ENCODER_DECODER,
             vocab_size=50,
             bos_token_id=0,
             pad_token_id=1,
@@ -58,13 +49,7 @@ TAKEN = {
     "whisper": (
         transformers.WhisperModel,
         transformers.WhisperConfig(
-            d_model=16,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
+            **ENCODER_DECODER,
             vocab_size=50,
             max_source_positions=10,
             num_mel_bins=8,
@@ -261,11 +246,6 @@ def test_a_model_whose_code_lies_in_its_directory_is_refused(tmp_path: Path):
 def test_options_are_read_as_what_they_look_like():
     text = "name?a=1&b=-2.5&c=true&d=False&e=text&f=1e-3&g="
     assert parse_options(text) == ("name", {"a": 1, "b": -2.5, "c": True, "d": False, "e": "text", "f": 1e-3, "g": ""})
-
-
-def test_options_survive_being_written_and_read():
-    options = {"flag": True, "number": 0.25, "count": 3, "text": "a b&c=d?e"}
-    assert parse_options(format_options("name", options)) == ("name", options)
 
 
 @pytest.mark.parametrize("key", ["__class__", "a.b", "", "1a", "ä"])

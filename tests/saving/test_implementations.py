@@ -13,9 +13,9 @@ import shallower as sh
 from shallower.errors import CheckpointError
 from shallower.saving.implementations import Implementations, implementations_of_parts
 from shallower.saving.sources import source_of
+from tests.saving.sizes import ENCODER_DECODER, SMALL
 
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
 
 
 def detr() -> Any:
@@ -24,13 +24,7 @@ def detr() -> Any:
         backbone=None,
         use_pretrained_backbone=False,
         backbone_config=transformers.ResNetConfig(**RESNET, out_features=["stage2"]),
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
+        **ENCODER_DECODER,
         num_queries=5,
     )
     return transformers.DetrForObjectDetection(config).eval()
@@ -39,7 +33,7 @@ def detr() -> Any:
 def depth_anything() -> Any:
     stages = ["stage1", "stage2"]
     backbone = transformers.Dinov2Config(
-        **{**SIZES, "num_hidden_layers": 2}, image_size=28, out_features=stages, reshape_hidden_states=False
+        **{**SMALL, "num_hidden_layers": 2}, image_size=28, out_features=stages, reshape_hidden_states=False
     )
     config = transformers.DepthAnythingConfig(
         backbone_config=backbone,
@@ -55,7 +49,7 @@ def depth_anything() -> Any:
 
 def trocr() -> Any:
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
-        transformers.ViTConfig(**SIZES, image_size=32),
+        transformers.ViTConfig(**SMALL, image_size=32),
         transformers.TrOCRConfig(
             d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=40
         ),
@@ -73,7 +67,7 @@ def test_each_part_is_loaded_with_its_own_attention(make: Any, tmp_path: Path) -
 
 def test_experts_are_loaded_with_their_implementation(tmp_path: Path) -> None:
     model = transformers.Qwen2MoeForCausalLM(
-        transformers.Qwen2MoeConfig(**SIZES, vocab_size=40, num_experts=2, moe_intermediate_size=8)
+        transformers.Qwen2MoeConfig(**SMALL, vocab_size=40, num_experts=2, moe_intermediate_size=8)
     )
     model.set_experts_implementation("eager")
     sh.save(model, tmp_path / "out")
@@ -81,7 +75,7 @@ def test_experts_are_loaded_with_their_implementation(tmp_path: Path) -> None:
 
 
 def test_a_model_of_one_kind_of_attention_names_it_once() -> None:
-    model = transformers.BertModel(transformers.BertConfig(**SIZES, attn_implementation="eager"))
+    model = transformers.BertModel(transformers.BertConfig(**SMALL, attn_implementation="eager"))
     assert source_of(model) == "transformers:BertModel?attention=eager"
     assert Implementations.of(model).options() == {"attention": "eager"}
 

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -54,11 +54,19 @@ class TextReader:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """input_ids, attention_mask (rows, tokens) and labels (rows,), if there are any."""
-        texts = [[row[column] for row in rows] for column in self.text]
+        texts = (_column(rows, name) for name in self.text)
         encoded = self.tokenizer(*texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt")
         if self.labels is None:
             return dict(encoded)
-        return {**encoded, "labels": torch.tensor([self.labels(row[self.label]) for row in rows])}
+        return {**encoded, "labels": _class_numbers(rows, self.label, self.labels)}
+
+
+def _column(rows: Iterable[Row], name: str) -> list[Any]:
+    return [row[name] for row in rows]
+
+
+def _class_numbers(rows: Sequence[Row], column: str, labels: Labels) -> Tensor:
+    return torch.tensor(list(map(labels, _column(rows, column))))
 
 
 @dataclass(frozen=True)
@@ -79,12 +87,14 @@ class TokenReader:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor] | tuple[Tensor, Tensor]:
         """input_ids, attention_mask and labels, each (rows, tokens); labels are -100 where a row is padded."""
-        tokens = [torch.as_tensor(row[self.column][: self.length]) for row in rows]
-        lengths = torch.tensor([len(row) for row in tokens])
+        tokens = [torch.as_tensor(numbers[: self.length]) for numbers in _column(rows, self.column)]
+        lengths = torch.tensor(list(map(len, tokens)))
         ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self.pad)
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
         labels = ids.masked_fill(~mask, IGNORED)
-        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels} if self.mapping else (ids, labels)
+        if not self.mapping:
+            return ids, labels
+        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
 
 @dataclass(frozen=True)
@@ -112,20 +122,25 @@ class ImageFormat:
 
         Where nothing is known: pictures of their own size, those in colour with ImageNet's mean and standard deviation.
         """
-        known = getattr(model, "pretrained_cfg", None)
-        config: Mapping[str, Any] = known if isinstance(known, Mapping) else {}
-        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        channels = first.in_channels if first is not None else (config.get("input_size") or (None,))[0]
-        mean, std = tuple(config.get("mean") or cls.mean), tuple(config.get("std") or cls.std)
-        fixed = (size,) if size else _fixed_size(model) or tuple(config.get("input_size") or ())[1:]
-        return cls(
-            channels,
-            (int(fixed[0]), int(fixed[-1])) if fixed else None,
-            float(config.get("crop_pct") or 1.0) if not _fixed_size(model) and not size else 1.0,
-            mean,
-            std,
-            "bicubic" if config.get("interpolation") == "bicubic" else "bilinear",
-        )
+        config: Any = getattr(model, "pretrained_cfg", None)
+        if not isinstance(config, Mapping):
+            config = {}
+        channels, *usual = config.get("input_size") or (None,)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                channels = module.in_channels
+                break
+        crop, fixed = 1.0, _fixed_size(model)
+        if size:
+            fixed = (size,)
+        elif not fixed:
+            crop, fixed = float(config.get("crop_pct") or 1), tuple(usual)
+        found = cls(channels, None, crop, tuple(config.get("mean") or cls.mean), tuple(config.get("std") or cls.std))
+        if fixed:
+            found = replace(found, size=(int(fixed[0]), int(fixed[-1])))
+        if config.get("interpolation") == "bicubic":
+            found = replace(found, interpolation="bicubic")
+        return found
 
     def __call__(self, picture: Any) -> Tensor:
         """One picture, of Pillow or an array, as (channels, height, width) float32.
@@ -136,15 +151,19 @@ class ImageFormat:
             DataError: the array has other channels than the model.
         """
         if hasattr(picture, "convert"):
-            grey = self.channels == 1 or (self.channels is None and picture.mode in ("1", "L"))
-            picture = picture.convert("L" if grey else "RGB")
+            mode = "RGB"
+            if self.channels == 1 or (self.channels is None and picture.mode in ("1", "L")):
+                mode = "L"
+            picture = picture.convert(mode)
         array = np.asarray(picture)
         pixels = torch.from_numpy(array.astype(np.float32))
         if array.dtype == np.uint8:
             pixels = pixels / 255
         if pixels.ndim < 2:
             return pixels
-        wanted = (1, 3) if self.channels is None else (self.channels,)
+        wanted: tuple[int, ...] = (1, 3)
+        if self.channels is not None:
+            wanted = (self.channels,)
         if pixels.ndim == 2:
             pixels = pixels[None]
         elif pixels.shape[0] not in wanted and pixels.shape[-1] in wanted:
@@ -156,9 +175,11 @@ class ImageFormat:
             pixels = self._resized(pixels, self.size)
         if array.dtype != np.uint8:
             return pixels.contiguous()
-        count = len(pixels)
-        mean, std = (self.mean, self.std) if len(self.mean) == count else ((0.5,) * count, (0.5,) * count)
-        return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        known = torch.full((2, len(pixels)), 0.5)
+        if len(self.mean) == len(pixels):
+            known = torch.tensor([self.mean, self.std])
+        mean, std = known[0], known[1]
+        return (pixels - mean[:, None, None]) / std[:, None, None]
 
     def _resized(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         height, width = pixels.shape[1:]
@@ -201,23 +222,31 @@ class ImageReader:
             DataError: the pictures differ in size, and nothing says which one the model wants; or a number in them is
                 not finite.
         """
-        pictures = [row[self.image] for row in rows]
-        if self.processor is not None:
-            pictures = [p.convert("RGB") if hasattr(p, "convert") else p for p in pictures]
-            values = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
-        else:
-            tensors = [self.format(picture) for picture in pictures]
-            shapes = sorted({tuple(tensor.shape) for tensor in tensors})
-            if len(shapes) > 1:
-                raise DataError(f"the pictures have sizes such as {shapes[0]} and {shapes[-1]}: give one --image-size")
-            values = torch.stack(tensors)
-        values = values.to(self.dtype)
+        values = self._pixels(_column(rows, self.image)).to(self.dtype)
         if not bool(values.isfinite().all()):
             raise DataError(f"column {self.image!r} holds numbers that are not finite (NaN or inf): remove those rows")
         if self.labels is None:
             return {"pixel_values": values} if self.mapping else values
-        labels = torch.tensor([self.labels(row[self.label]) for row in rows])
+        labels = _class_numbers(rows, self.label, self.labels)
         return {"pixel_values": values, "labels": labels} if self.mapping else (values, labels)
+
+    def _pixels(self, pictures: Sequence[Any]) -> Tensor:
+        if self.processor is not None:
+            coloured = list(map(_coloured, pictures))
+            found: Tensor = self.processor(images=coloured, return_tensors="pt")["pixel_values"]
+            return found
+        tensors = list(map(self.format, pictures))
+        shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+        if len(shapes) > 1:
+            raise DataError(f"the pictures have sizes such as {shapes[0]} and {shapes[-1]}: give one --image-size")
+        return torch.stack(tensors)
+
+
+def _coloured(picture: Any) -> Any:
+    """A picture of Pillow in three colours; an array as it is."""
+    if hasattr(picture, "convert"):
+        return picture.convert("RGB")
+    return picture
 
 
 @dataclass(frozen=True)
@@ -237,18 +266,23 @@ class Augmented:
         batch = self.reader(rows)
         if isinstance(batch, Mapping):
             return {**batch, "pixel_values": self._moved(batch["pixel_values"])}
-        return self._moved(batch) if isinstance(batch, Tensor) else (self._moved(batch[0]), *batch[1:])
+        if isinstance(batch, Tensor):
+            return self._moved(batch)
+        return (self._moved(batch[0]), *batch[1:])
 
     def _moved(self, pictures: Tensor) -> Tensor:
         """Crops of the same size out of (rows, channels, height, width) pictures with a border of zeros."""
         rows, _, height, width = pictures.shape
         border = max(height, width) // 8
         padded = F.pad(pictures, (border,) * 4)
-        tops, lefts = (torch.randint(2 * border + 1, (rows,)).tolist() for _ in range(2))
-        crops = [padded[i, :, tops[i] : tops[i] + height, lefts[i] : lefts[i] + width] for i in range(rows)]
+        corners = torch.randint(2 * border + 1, (2, rows)).T.tolist()
         mirrored = torch.rand(rows) < 0.5
-        moved = torch.stack([crop.flip(-1) if self.flip and mirrored[i] else crop for i, crop in enumerate(crops)])
-        return moved.contiguous()
+        moved = torch.empty_like(pictures)
+        for i, (top, left) in enumerate(corners):
+            moved[i] = padded[i, :, top : top + height, left : left + width]
+            if self.flip and mirrored[i]:
+                moved[i] = moved[i].flip(-1)
+        return moved
 
 
 def packed(rows: Iterable[Row], column: str, tokenizer: Any, length: int) -> list[dict[str, list[int]]]:
@@ -259,23 +293,27 @@ def packed(rows: Iterable[Row], column: str, tokenizer: Any, length: int) -> lis
     Raises:
         DataError: there are fewer than two tokens.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = tokenizer.eos_token_id
     tokens: list[int] = []
-    texts = [text for text in (row[column] for row in rows) if text.strip()]
-    for encoded in tokenizer(texts)["input_ids"] if texts else []:
-        tokens += encoded if encoded[-1:] == end else [*encoded, *end]
-    blocks = [tokens[start : start + length] for start in range(0, len(tokens), length)]
-    blocks = [block for block in blocks if len(block) > 1]
+    texts = list(filter(str.strip, _column(rows, column)))
+    if texts:
+        for encoded in tokenizer(texts)["input_ids"]:
+            tokens += encoded
+            if end is not None and encoded[-1:] != [end]:
+                tokens.append(end)
+    # One token alone predicts nothing.
+    blocks = [{"input_ids": tokens[start : start + length]} for start in range(0, len(tokens) - 1, length)]
     if not blocks:
         raise DataError(f"column {column!r} holds fewer than two tokens of text")
-    return [{"input_ids": block} for block in blocks]
+    return blocks
 
 
 def loader(rows: Any, reader: Reader, batch_size: int, seed: int | None = None) -> DataLoader[Any]:
     """A loader of the batches that `reader` makes of `rows`; with a seed, shuffled anew in each pass."""
-    shuffle = seed is not None
-    generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    return DataLoader(rows, batch_size=batch_size, shuffle=shuffle, generator=generator, collate_fn=reader)
+    generator = None
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+    return DataLoader(rows, batch_size=batch_size, shuffle=seed is not None, generator=generator, collate_fn=reader)
 
 
 @dataclass(frozen=True)
@@ -301,11 +339,11 @@ class TaskBatches:
     @property
     def counts(self) -> dict[str, int | None]:
         """How many rows there are of each split; None for a test split that is not there."""
-        loaders = {"train": self.train, "validation": self.validation, "test": self.test}
-        counts: dict[str, int | None] = {name: len(part.dataset) for name, part in loaders.items()}  # type: ignore[arg-type]
+        train, validation, test = map(_row_count, (self.train, self.validation, self.test))
+        counts = {"train": train, "validation": validation, "test": test}
         if self.test is self.validation:
-            counts["test"] = None
-        return counts
+            return {**counts, "test": None}
+        return dict(counts)
 
     def sampled(self) -> DataLoader[Any]:
         """The training rows in one random order, the same in every call and whatever was trained before; as they are,
@@ -354,7 +392,7 @@ def make_batches(
         reader = TextReader(tokenizer, rows.columns.text, rows.columns.label, rows.labels, limit)
     size = options.batch_size
     first = parts["validation"]
-    example = default_inputs_of(reader([first[i] for i in range(min(size, len(first)))]))
+    example = default_inputs_of(reader(list(map(first.__getitem__, range(min(size, len(first)))))))
     output = first_output(loaded.model, example)
     classes: tuple[str, ...] = ()
     if isinstance(reader, TextReader | ImageReader) and reader.labels is not None:
@@ -367,6 +405,11 @@ def make_batches(
     if augment and isinstance(reader, ImageReader):
         moving = Augmented(reader)
     return TaskBatches(loader(parts["train"], moving, size, seed), validation, test, example, seed, classes)
+
+
+def _row_count(part: DataLoader[Any]) -> int:
+    rows: Any = part.dataset
+    return len(rows)
 
 
 def _image_reader(rows: Rows, loaded: LoadedModel, options: DataOptions) -> ImageReader:
@@ -434,23 +477,27 @@ def _tokenizer(loaded: LoadedModel) -> Any:
 def _positions(model: nn.Module, tokenizer: Any | None, most: int) -> int:
     """Tokens a row may have: the model's positions and the tokenizer's limit, at most `most`."""
     config = getattr(model, "config", None)
-    limits = [most, getattr(tokenizer, "model_max_length", None)]
+    limits = [getattr(tokenizer, "model_max_length", None)]
     if config is not None and hasattr(config, "get_text_config"):
         limits.append(getattr(config.get_text_config(), "max_position_embeddings", None))
-    return min(limit for limit in limits if isinstance(limit, int) and limit > 0)
+    for limit in limits:
+        if isinstance(limit, int) and limit > 0:
+            most = min(most, limit)
+    return most
 
 
 def _class_names(model: nn.Module) -> tuple[str, ...]:
-    names = getattr(getattr(model, "config", None), "id2label", None)
-    return tuple(str(names[number]) for number in sorted(names)) if names else ()
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return tuple(str(name) for _, name in sorted(names.items()))
 
 
 def _fixed_size(model: nn.Module) -> tuple[int, ...]:
     """The picture size that a model was built for, where it has an attribute that says so."""
     owners = (getattr(model, "config", None), model, getattr(model, "patch_embed", None))
-    for size in chain.from_iterable((getattr(o, "image_size", None), getattr(o, "img_size", None)) for o in owners):
+    for owner, name in product(owners, ("image_size", "img_size")):
+        size = getattr(owner, name, None)
         if isinstance(size, int):
             return (size,)
-        if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) for n in size):
+        if isinstance(size, (tuple, list)) and list(map(type, size)) == [int, int]:
             return tuple(size)
     return ()

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from shallower.app.batching import TaskBatches, make_batches
 from shallower.app.compression import MethodRun, Result, Work, compress, preview, site_rows
 from shallower.app.data.rows import Rows, read_rows
-from shallower.app.models import LoadedModel, load_model
+from shallower.app.models import LoadedModel, config_of, load_model
 from shallower.app.options import TASK_NAMES, DataOptions, RunOptions, Scope, TaskName, TrainingOptions
 from shallower.app.report.card import write_card
 from shallower.app.report.page import write_report
 from shallower.app.results import CURVE, RESULT, CurveFile, CurvePoint, Record, points_table, verdict_table
 from shallower.app.tasks import task_named
 from shallower.core.codec import decode, encode
-from shallower.core.failures import failing
 from shallower.core.files import read_json, write_json, write_tensors
 from shallower.core.inputs import model_device
 from shallower.core.text import amount, table
@@ -188,10 +187,10 @@ def write(
 
 
 def task_of(model: str) -> TaskName:
-    """What a model was made for, as far as its name or its config.json says.
+    """What a model was made for, as far as its name or its config says, here or on the hub.
 
     Raises:
-        ModelError: neither does.
+        ModelError: neither does, or there is no such model.
     """
     path = Path(model).expanduser()
     source = model
@@ -200,10 +199,7 @@ def task_of(model: str) -> TaskName:
     library, _, rest = source.partition(":")
     if library in ("timm", "torchvision"):
         return "image-classification"
-    config: Mapping[str, Any] = {}
-    if (path / "config.json").is_file():
-        with failing(ModelError, f"{path / 'config.json'}: cannot be read"):
-            config = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    config = config_of(model)
     architectures = config.get("architectures") or []
     if library == "transformers":
         architectures = [rest.partition("?")[0]]
@@ -295,6 +291,9 @@ def _prepared(job: Job, name: TaskName, device: torch.device) -> tuple[LoadedMod
     _check_options(job, name)
     trains = job.method.needs_labels or job.training.dense_epochs > 0
     rows = read_rows(job.data, name, job.rows, seed=job.machine.seed, need_labels=trains)
+    if job.scope.quality_floor is not None:
+        # Refused, where it means nothing, before the model is loaded.
+        task_named(name, labelled=rows.labels is not None).score_of(job.scope.quality_floor)
     torch.manual_seed(job.machine.seed)
     loaded, new_head = _model(job.model, name, rows)
     remarks = list(rows.remarks)

@@ -202,13 +202,8 @@ def _load_transformers(spec: str, task: TaskName | None, num_labels: int | None,
     local = Path(spec).is_dir()
     where: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     labels = {} if num_labels is None else {"num_labels": num_labels}
-    place = spec
-    if not local:
-        place = f"{spec}: there is no such directory, and the hub gives no model of this name"
-        if not is_reachable() and not has_cached(spec):
-            raise ModelError(f"{spec}: there is no such directory, and the hub cannot be reached")
     model: Any
-    with failing(ModelError, place), as_reachable():
+    with _reading(spec):
         config = library.AutoConfig.from_pretrained(spec, **where, **labels)
         architecture = _architecture(library, task, config)
         if not pretrained:
@@ -226,6 +221,35 @@ def _load_transformers(spec: str, task: TaskName | None, num_labels: int | None,
         if model.config.pad_token_id is None:
             model.config.pad_token_id = processor.pad_token_id
     return LoadedModel(model.eval(), source_of(model), processor, no_processor=no_processor)
+
+
+@contextmanager
+def _reading(spec: str) -> Iterator[None]:
+    """Let what fails in reading a Transformers directory, or a model of the hub, be one sentence, and soon."""
+    if Path(spec).is_dir():
+        with failing(ModelError, spec):
+            yield
+        return
+    if not is_reachable() and not has_cached(spec):
+        raise ModelError(f"{spec}: there is no such directory, and the hub cannot be reached")
+    with failing(ModelError, f"{spec}: there is no such directory, and the hub gives no such model"), as_reachable():
+        yield
+
+
+def config_of(spec: str) -> Mapping[str, Any]:
+    """What the config of a Transformers model says, in its directory or on the hub; nothing of any other model.
+
+    Raises:
+        ModelError: it cannot be read, or the hub has no such model.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        spec = str(path)
+    if not (path / "config.json").is_file() and (path.is_dir() or not HUB_NAME.fullmatch(spec)):
+        return {}
+    with _reading(spec):
+        config, _ = import_transformers().PretrainedConfig.get_config_dict(spec)
+        return dict(config)
 
 
 def _architecture(library: ModuleType, task: TaskName | None, config: Any) -> Any:

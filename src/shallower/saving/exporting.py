@@ -13,7 +13,7 @@ import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from shallower.saving.opening import (
     arguments_of,
     check_opened,
     enlarged,
+    shape_of,
     shapes_of,
     sizes_to_check,
     symbol_names,
@@ -132,7 +133,7 @@ def export(
     if onnx and check:
         _need("onnxruntime")
     plain = _copy_to_export(model)
-    dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
+    dtype = _dtype_of(plain)
     if onnx and dtype == torch.bfloat16:
         raise ExportError("ONNX Runtime does not compute in bfloat16 on the CPU: export model.float() or model.half()")
     # A tensor of its own for each input: one that is passed twice would be taken for inputs that are always equal.
@@ -160,6 +161,14 @@ def export(
         bar.update()
         files = _put(folder, path)
     return Exported(path, files, opened, error, tuple(checked))
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """The type of its weights."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return torch.float32
 
 
 def _check_path(path: Path, opset: int | None) -> None:
@@ -215,38 +224,47 @@ def _open_dimensions(
     program: ExportedProgram, inputs: Inputs, names: Dimensions | None, dynamic: Dynamic
 ) -> dict[str, dict[int, str]]:
     """The dimensions of the inputs that the program leaves open, by name."""
-    given = set(program.graph_signature.user_inputs)
-    places = {node.name: node for node in program.graph.nodes if node.op == "placeholder" and node.name in given}
+    shapes = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in program.graph_signature.user_inputs:
+            shapes[node.name] = node.meta["val"].shape
     owners = list(tensors_by_name(inputs))
-    if set(places) == set(owners):  # keywords
-        owners = list(places)
-    titles = dict(zip(owners, places, strict=True))
+    if set(shapes) == set(owners):  # keywords
+        owners = list(shapes)
+    titles = dict(zip(owners, shapes, strict=True))
     symbols: dict[str, dict[int, str]] = {}
     for owner, title in titles.items():
-        for dim, size in enumerate(places[title].meta["val"].shape):
+        for dim, size in enumerate(shapes[title]):
             if not is_concrete_int(size):
                 symbols.setdefault(owner, {})[dim] = str(size)
     apart = []
     if dynamic == "auto":  # nobody chose these names, so lengths that differ may have others
         apart.append("length")
     name_of = symbol_names(symbols, names or {}, titles, apart)
-    return {owner: {dim: name_of[symbol] for dim, symbol in dims.items()} for owner, dims in symbols.items()}
+    for dims in symbols.values():
+        for dim, symbol in dims.items():
+            dims[dim] = name_of[symbol]
+    return symbols
 
 
 def _write_onnx(
     program: ExportedProgram, opened: Dimensions, outputs: Any, path: Path, opset: int | None
 ) -> Callable[[], Runner]:
-    size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
     with failing(ExportError, f"{path.name}: this model cannot be written as ONNX"):
         written = torch.onnx.export(program, output_names=_output_names(outputs), opset_version=opset, verbose=False)
         assert written is not None
-        graph = written.model.graph
-        for i, value in enumerate(graph.inputs):
-            dims = opened.get(str(value.name), opened.get(str(i), {}))
+        names: list[str] = []
+        renamed: dict[Any, str] = {}
+        for i, value in enumerate(written.model.graph.inputs):
             symbols: Any = value.shape
-            written.rename_axes({str(symbols[dim]): name for dim, name in dims.items() if str(symbols[dim]) != name})
+            for dim, name in opened.get(str(value.name), opened.get(str(i), {})).items():
+                if str(symbols[dim]) != name:
+                    renamed[str(symbols[dim])] = name
+            names.append(str(value.name))
+        written.rename_axes(renamed)
         written.save(path, external_data=size > _SINGLE_FILE)
-    return lambda: _onnx_runtime(path, [str(value.name) for value in graph.inputs])
+    return lambda: _onnx_runtime(path, names)
 
 
 def _output_names(outputs: Any) -> list[str] | None:
@@ -287,7 +305,7 @@ def _onnx_runtime(path: Path, names: Sequence[str]) -> Runner:
         given = tensors_by_name(inputs)
         if set(given) != set(names):  # positional arguments
             given = dict(zip(names, given.values(), strict=True))
-        arrays = {name: value.numpy() for name, value in given.items()}
+        arrays = dict(zip(given, map(Tensor.numpy, given.values()), strict=True))
         return list(map(torch.from_numpy, session.run(None, arrays)))
 
     return run
@@ -306,7 +324,7 @@ def _worst_difference(model: nn.Module, run: Runner, inputs: Inputs, tolerance: 
         expected = list(tensors(call(model, inputs)))
     with failing(ExportError, f"what was written does not run on inputs of {shapes}", "Name fewer open dimensions"):
         found = run(inputs)
-    if [tuple(a.shape) for a in expected] != [tuple(a.shape) for a in found]:
+    if list(map(shape_of, expected)) != list(map(shape_of, found)):
         raise ExportError(f"on inputs of {shapes} the shapes of the outputs differ from the model's")
     worst = 0.0
     for ours, theirs in zip(expected, found, strict=True):
@@ -324,14 +342,9 @@ def _worst_difference(model: nn.Module, run: Runner, inputs: Inputs, tolerance: 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the warnings of the exporters, which nobody who calls `export` can act on."""
-    loggers = list(map(logging.getLogger, _LOGGERS))
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")
-        for logger in loggers:
+        for logger in map(logging.getLogger, _LOGGERS):
+            stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield

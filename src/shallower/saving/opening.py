@@ -5,14 +5,16 @@ A dimension is written "input, number"; inputs without names have their position
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from shallower.core.inputs import Inputs
 from shallower.errors import ExportError
+
+T = TypeVar("T")
 
 Dynamic = Literal["auto"] | Mapping[str, Mapping[int, str]] | Sequence[Mapping[int, str]] | None
 """Which dimensions stay open: for each input, by name or in order, {dimension: its name}."""
@@ -37,13 +39,18 @@ def tensors_by_name(inputs: Inputs) -> dict[str, Tensor]:
         ExportError: one is no tensor, or there are none.
     """
     args, kwargs = arguments_of(inputs)
-    found = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+    found = {**_by_position(args), **kwargs}
     for name, value in found.items():
         if not isinstance(value, Tensor):
             raise ExportError(f"input {name} is a {type(value).__name__}: only tensors can be exported as inputs")
     if not found:
         raise ExportError("a model is exported with its example inputs, and there are none")
     return found
+
+
+def _by_position(values: Iterable[T]) -> dict[str, T]:
+    """Inputs without names, or what belongs to each of them, by what they are called."""
+    return {str(i): value for i, value in enumerate(values)}
 
 
 def wanted(inputs: Inputs, dynamic: Dynamic) -> dict[str, dict[int, str]] | None:
@@ -59,7 +66,9 @@ def wanted(inputs: Inputs, dynamic: Dynamic) -> dict[str, dict[int, str]] | None
         if dynamic != "auto":
             raise ExportError(f"dynamic={dynamic!r}: give 'auto', None, or the dimensions of each input")
         return {name: _usual(value) for name, value in known.items()}
-    given = dynamic if isinstance(dynamic, Mapping) else {str(i): dims for i, dims in enumerate(dynamic)}
+    given = dynamic
+    if not isinstance(given, Mapping):
+        given = _by_position(given)
     for name, dims in given.items():
         if name not in known:
             raise ExportError(f"dynamic names the input {name!r}; the inputs are {', '.join(known)}")
