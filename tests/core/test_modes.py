@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import shallower as sh
 from shallower.core.inputs import call
-from shallower.core.modes import evaluating, without_inference_mode
+from shallower.core.modes import evaluating, in_eval_mode, same_modes, single_pass, unchanged, without_inference_mode
+
+WRITES: dict[str, Callable[[Any], object]] = {
+    "in place": lambda m: m.n.add_(1),
+    "another tensor": lambda m: setattr(m, "n", m.n + 1),
+    "another shape": lambda m: m.n.resize_(3).fill_(1),
+    "a buffer of its own": lambda m: m.register_buffer("m", torch.ones(1), persistent=False),
+    "no buffer any more": lambda m: delattr(m, "n"),
+}
 
 
 class Runs(nn.Module):
@@ -164,3 +174,156 @@ def test_a_function_can_leave_inference_mode() -> None:
         assert not made().is_inference()
     assert torch.is_grad_enabled()
     assert made().requires_grad is False
+
+
+def counting(write: Callable[[Any], object] = WRITES["in place"]) -> Runs:
+    def run(m: Any, x: Tensor) -> Tensor:
+        write(m)
+        y: Tensor = m.fc(x)
+        return y
+
+    model = Runs(run, fc=nn.Linear(2, 2))
+    model.register_buffer("n", torch.tensor(5.0))
+    return model
+
+
+def contents(model: nn.Module) -> dict[str, list[float]]:
+    return {name: buffer.tolist() for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
+@pytest.mark.parametrize("mode", [nullcontext, torch.inference_mode])
+def test_buffers_hold_after_each_pass_what_they_held_before(
+    write: Callable[[Any], object], mode: Callable[[], AbstractContextManager[None]]
+) -> None:
+    model = counting(write)
+    buffer = model.n
+    with evaluating(model), mode():
+        for _ in range(2):
+            call(model, torch.ones(1, 2))
+            assert contents(model) == {"n": 5}
+            assert model.n is buffer
+
+
+def test_buffers_made_in_inference_mode_are_put_back() -> None:
+    with torch.inference_mode():
+        model = counting()
+    with evaluating(model), torch.inference_mode():
+        call(model, torch.ones(1, 2))
+    assert contents(model) == {"n": 5}
+
+
+def test_what_is_changed_between_passes_stays() -> None:
+    model = counting()
+    with evaluating(model):
+        call(model, torch.ones(1, 2))
+        model.n.add_(1)
+        call(model, torch.ones(1, 2))
+        model.n = torch.tensor([8.0, 9.0])
+        call(model, torch.ones(1, 2))
+    assert contents(model) == {"n": [8, 9]}
+
+
+def test_modules_that_are_put_into_training_mode_learn() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    with evaluating(model):
+        model[0].train()
+        call(model, torch.randn(4, 2))
+    assert int(model[0].num_batches_tracked) == 1
+    assert int(model[1].num_batches_tracked) == 0
+
+
+def test_a_backward_pass_reads_the_buffers_of_its_own_pass() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return x * m.n.add_(1)
+
+    model = Runs(run)
+    model.register_buffer("n", torch.tensor(5.0))
+    x = torch.ones((), requires_grad=True)
+    with evaluating(model, gradients=True):
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(call(model, x), x)
+            assert float(gradient) == 6
+    assert contents(model) == {"n": 5}
+
+
+def test_buffers_that_share_memory_or_have_no_numbers_do_no_harm() -> None:
+    model = counting()
+    model.register_buffer("view", model.n.view(1))
+    model.register_buffer("wide", torch.zeros(1).expand(3))
+    model.register_buffer("bare", torch.zeros(3, device="meta"))
+    model.register_buffer("none", None)
+    with evaluating(model):
+        call(model, torch.ones(1, 2))
+    assert float(model.n) == float(model.view) == 5
+
+
+def test_a_single_pass_of_ones_own_is_as_a_call() -> None:
+    model = counting()
+    with evaluating(model), single_pass(model):
+        model(torch.ones(1, 2))
+    assert contents(model) == {"n": 5}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_is_unchanged_by_passes_in_any_mode(training: bool) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), counting()).train(training)
+    model[1].register_forward_hook(lambda m, *_: setattr(m, "seen", 1))
+    before = contents(model)
+    with unchanged(model):
+        model(torch.randn(4, 2))
+        model(torch.randn(4, 2))
+        assert float(model[1].n) == 7
+    assert contents(model) == before
+    assert not hasattr(model[1], "seen")
+
+
+def test_a_model_is_unchanged_after_an_error() -> None:
+    model = counting()
+    with pytest.raises(RuntimeError, match="shapes"), unchanged(model):
+        model(torch.ones(1, 3))
+    assert contents(model) == {"n": 5}
+
+
+def test_modes_alone() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    with in_eval_mode(model):
+        assert not any(module.training for module in model.modules())
+        assert torch.is_grad_enabled()
+    with same_modes(model):
+        model.train()
+    assert [module.training for module in model] == [True, False]
+
+
+class Counts(nn.Module):
+    """Counts its calls in a buffer, as models with a cache do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.BatchNorm1d(16), nn.Linear(16, 4))
+        self.register_buffer("calls", torch.tensor(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.layers(x)
+        return y
+
+
+def test_no_step_of_a_squeeze_leaves_a_trace_in_buffers() -> None:
+    model, x = Counts(), torch.randn(64, 4)
+    before = contents(model)
+    sites = sh.find_sites(model, x)
+    assert contents(model) == before
+    plan = sh.squeeze(model, sites, [x, x], target="macs:60%")
+    assert contents(model) == before
+    small = sh.apply(model, plan, x)
+    assert contents(model) == before
+    assert int(small.calls) == 5
+    sh.measure(small, x, repeats=1, seconds=0)
+    sh.compare({"dense": model, "small": small}, x, rounds=1)
+    assert int(small.calls) == 5
+    assert contents(model) == before
+    simulated = sh.simulate(model, plan)
+    assert int(simulated.calls) == 5
+    simulated(x)
+    assert contents(model) == before

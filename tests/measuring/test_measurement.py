@@ -114,3 +114,27 @@ def test_wrong_inputs_are_one_sentence(inputs):
         measure(network(), inputs, repeats=1)
     with pytest.raises(ModelError, match="does not run on the example inputs"):
         compare({"a": network()}, inputs, rounds=1)
+
+
+class Tires(nn.Module):
+    """Runs as often as it is told, and not once more."""
+
+    def __init__(self, passes):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.left = passes
+
+    def forward(self, x):
+        if not self.left:
+            raise ValueError("tired")
+        self.left -= 1
+        return self.layer(x)
+
+
+def test_an_error_of_a_later_pass_is_one_sentence():
+    model = Tires(20)
+    with pytest.raises(ModelError, match=r"Tires does not run on the example inputs.*tired"):
+        measure(model, torch.randn(1, 8), repeats=30)
+    with pytest.raises(ModelError, match=r"Tires does not run on the example inputs.*tired"):
+        compare({"a": network(), "b": model}, torch.randn(1, 8), rounds=30)
+    assert model.left == 20

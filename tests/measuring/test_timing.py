@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from shallower.errors import ShallowerError
+from shallower.errors import ForwardError, ShallowerError
 from shallower.measuring.timing import Ratio, times_in_turn
 
 seconds = st.lists(st.floats(1e-6, 10), min_size=1, max_size=50)
@@ -68,3 +68,21 @@ def test_nothing_to_time_is_an_error(blocks: int, passes: int) -> None:
         times_in_turn({"one": nn.Identity()}, torch.zeros(1), blocks=blocks, passes=passes)
     with pytest.raises(ShallowerError, match="at least one model"):
         times_in_turn({}, torch.zeros(1))
+
+
+def test_an_error_of_a_later_pass_is_one_sentence_and_models_are_as_they_were() -> None:
+    class Tires(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("passes", torch.tensor(0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.passes += 1
+            if self.passes > 3:
+                raise ValueError("tired")
+            return x
+
+    model = Tires()
+    with pytest.raises(ForwardError, match=r"small does not run on these inputs any more: ValueError: tired"):
+        times_in_turn({"small": model}, torch.ones(1))
+    assert int(model.passes) == 0

@@ -67,3 +67,17 @@ def test_what_cannot_be_followed_is_refused_with_the_reason() -> None:
     refusal = forwards_of(Loops())
     assert isinstance(refusal, Refusal)
     assert "the forward of Loops cannot be traced" in refusal.reason
+
+
+def test_a_forward_that_writes_into_a_buffer_is_refused_and_has_not_written() -> None:
+    class Counting(Net):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            self.n += 1
+            return F.relu(self.fc(x))
+
+    module = Counting()
+    module.register_buffer("n", torch.zeros(1))
+    refusal = forwards_of(module)
+    assert isinstance(refusal, Refusal)
+    assert "sets attributes or makes tensors of its own (n)" in str(refusal)
+    assert module.n == 0

@@ -44,15 +44,27 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
         inputs = mapped(torch.clone, inputs)
     place = f"{type(model).__name__} does not run on these inputs"
     with failing(ForwardError, place, through=(Stopped,)), single_pass(model):
-        if isinstance(inputs, Tensor):
-            return model(inputs)
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        if isinstance(inputs, (tuple, list)):
-            return model(*inputs)
-        raise SiteError(
-            f"a model is called with a tensor, a tuple or a dict of its arguments, not with a {type(inputs).__name__}"
-        )
+        return bare_call(model, inputs)
+
+
+def bare_call(model: nn.Module, inputs: Inputs) -> Any:
+    """What `call` does and nothing around it, for what is timed: errors come as they are, and traces stay.
+
+        with failing(ModelError, "the model does not run"), unchanged(model):
+            seconds = timeit.timeit(lambda: bare_call(model, inputs), number=100)
+
+    Raises:
+        SiteError: the inputs are none of those that a model is called with.
+    """
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    raise SiteError(
+        f"a model is called with a tensor, a tuple or a dict of its arguments, not with a {type(inputs).__name__}"
+    )
 
 
 def arguments_in(inputs: Inputs) -> int:

@@ -9,15 +9,19 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
+from shallower.core.tensors import has_no_numbers
 from shallower.core.trees import tensors
 
 _STRUCTURE = frozenset({"training", "_parameters", "_modules", "_buffers", "forward"})
@@ -32,16 +36,17 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
 
     Within, there are no gradients and no `torch.inference_mode`, compiled parts run eagerly, and PyTorch's fused path
     for Transformer encoders, which passes hooks by and packs batches into nested tensors, is off. What a forward leaves
-    in attributes of modules is taken back: all of it after each pass that `call` makes, and tensors at the end, also
-    where something else called the model. Afterwards every module is in its own mode again, and random numbers go on as
-    if nothing had run.
+    in modules is taken back: attributes, hooks and the contents of buffers after each pass that `call` makes, and
+    tensors in attributes at the end, also where something else called the model. A module that is put into training
+    mode within keeps what it learns in its buffers. Afterwards every module is in its own mode again, and random
+    numbers go on as if nothing had run.
 
     Args:
         model: that is called within.
-        gradients: whether gradients are on.
+        gradients: whether gradients are on. Buffers then go back before the next pass or at the end, since the
+            backward pass of this one may read them.
     """
-    kept = _Kept(model)
-    modes = [(module, module.training) for module in model.modules()]
+    kept, buffers = _Kept(model), _Buffers()
     with ExitStack() as stack:
         stack.enter_context(_same_random_state(model))
         stack.enter_context(without_inference_mode())
@@ -49,33 +54,75 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
         stack.enter_context(_unfused())
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.callback(kept.put_back, tensors_only=True)
-        _evaluated.append(model)
+        stack.callback(buffers.put_back)
+        _evaluated.append((model, buffers))
         stack.callback(_evaluated.pop)
-        try:
-            for module, _ in modes:
-                module.training = False  # eval() may be overridden, and do more than can be undone
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        stack.enter_context(in_eval_mode(model))
+        yield
 
 
-_evaluated: list[nn.Module] = []
+_evaluated: list[tuple[nn.Module, _Buffers]] = []
 """The models that are within `evaluating`, the innermost last."""
 
 
 @contextmanager
-def single_pass(model: nn.Module) -> Iterator[None]:
-    """One pass over a model; within `evaluating`, its attributes and hooks are what they were afterwards."""
-    if not any(model is other for other in _evaluated):
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
         yield
-        return
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode and nothing else: of what a pass leaves behind only `evaluating` and `unchanged` take care."""
+    with same_modes(model):
+        for module in model.modules():
+            module.training = False  # eval() may be overridden, and do more than can be undone
+        yield
+
+
+@contextmanager
+def single_pass(model: nn.Module) -> Iterator[None]:
+    """One pass over a model; within `evaluating`, it is `unchanged` by it."""
+    for other, buffers in _evaluated:
+        if model is other:
+            with _unchanged(model, buffers, [module for module in model.modules() if not module.training]):
+                yield
+            return
+    yield
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Afterwards attributes, hooks and buffers are what they were, whatever the model's forward did to them.
+
+    with in_eval_mode(model), unchanged(model):
+        seconds = timeit.timeit(lambda: model(x), number=100)
+    """
+    buffers = _Buffers()
+    try:
+        with _unchanged(model, buffers, model.modules()):
+            yield
+    finally:
+        buffers.put_back()
+
+
+@contextmanager
+def _unchanged(model: nn.Module, buffers: _Buffers, owners: Iterable[nn.Module]) -> Iterator[None]:
     kept = _Kept(model)
+    buffers.put_back()
+    buffers.keep(owners)
     first_hook = RemovableHandle.next_id
     try:
         yield
     finally:
         kept.put_back()
+        if not torch.is_grad_enabled():
+            buffers.put_back()
         if first_hook != RemovableHandle.next_id:
             kept.remove_hooks(first_hook)
 
@@ -137,9 +184,91 @@ class _Kept:
                             del table[key]
 
 
+class _Buffers:
+    """What the buffers of a model hold before a pass.
+
+    They are copied once, and again only where something between two passes has changed them.
+    """
+
+    def __init__(self) -> None:
+        self._tables: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        self._copies: dict[int, _Copy] = {}
+
+    def keep(self, owners: Iterable[nn.Module]) -> None:
+        self._tables = [(module, dict(module._buffers)) for module in owners]
+        with _unseen():
+            for module, buffer in self._written():
+                known = self._copies.get(id(buffer))
+                if known is None or module.training or known.is_outdated():
+                    self._copies[id(buffer)] = _Copy(buffer)
+
+    def put_back(self) -> None:
+        """Let the owners have these buffers with these contents again; does nothing the second time."""
+        if not self._tables:
+            return
+        for module, table in self._tables:
+            # a scripted module has no dictionary, and no forward in Python that could change it
+            if isinstance(module._buffers, dict) and not _is_as(module._buffers, table):
+                module._buffers.clear()
+                module._buffers.update(table)
+        with _unseen():
+            for module, buffer in self._written():
+                known = self._copies.get(id(buffer))
+                # no version tells that `torch.batch_norm` has written into statistics
+                if known is not None and (module.training or known.is_outdated()):
+                    known.put_back()
+        self._tables = []
+
+    def _written(self) -> Iterator[tuple[nn.Module, Tensor]]:
+        """Those that have numbers and that a forward can write to, with their owners."""
+        for module, table in self._tables:
+            for buffer in table.values():
+                if buffer is None or is_lazy(buffer) or has_no_numbers(buffer):
+                    continue
+                # one that repeats the same memory cannot be written to
+                if buffer.layout is not torch.strided or not torch._debug_has_internal_overlap(buffer):
+                    yield module, buffer
+
+
+class _Copy:
+    """A tensor and what it held."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._content = tensor.detach().clone()
+        self._version = _version(tensor)
+
+    def is_outdated(self) -> bool:
+        """Whether something may have been written into the tensor since."""
+        return self._version is None or self._version != _version(self._tensor)
+
+    def put_back(self) -> None:
+        with torch.inference_mode(self._tensor.is_inference()), torch.no_grad():
+            if self._tensor.shape == self._content.shape:
+                self._tensor.copy_(self._content)
+            else:
+                self._tensor.data = self._content.clone()
+        self._version = _version(self._tensor)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Another number whenever something is written into the tensor; None for what was made in inference mode."""
+    if tensor.is_inference():
+        return None
+    return tensor._version
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Within, operators are seen by nobody who records a pass, and compute numbers."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
 _ABSENT = object()
 
 
+@cache
 def _is_attribute(name: str) -> bool:
     return name not in _STRUCTURE and not name.startswith("_shallower") and not name.endswith("_hooks")
 

@@ -13,13 +13,15 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.benchmark import timer
 
-from shallower.core.inputs import Inputs, call, model_device
+from shallower.core.inputs import Inputs, bare_call, model_device
+from shallower.core.modes import in_eval_mode, unchanged
 from shallower.core.text import amount
 from shallower.core.trees import tensors, to_device
 from shallower.errors import ModelError
@@ -166,7 +168,7 @@ def compare(
         passes: dict[str, Callable[[], Any]] = {}
         for name, model in models.items():
             plain = stack.enter_context(_ready(model))
-            passes[name] = _forward_pass(plain, to_device(example_inputs, model_device(model)))
+            passes[name] = partial(bare_call, plain, to_device(example_inputs, model_device(model)))
         stack.enter_context(torch.inference_mode())
         numbers = {}
         for name, run in passes.items():
@@ -175,7 +177,8 @@ def compare(
         times: dict[str, list[float]] = {name: [] for name in passes}
         for _ in range(rounds):
             for name, run in passes.items():
-                times[name].append(_seconds(run, numbers[name]))
+                with running(models[name]):
+                    times[name].append(_seconds(run, numbers[name]))
     result = {}
     firsts = next(iter(times.values()))
     for name in times:
@@ -192,20 +195,17 @@ def compare(
 
 @contextmanager
 def _ready(model: nn.Module) -> Iterator[nn.Module]:
-    """The model without what is attached to it, in eval mode; every module's mode is put back at the end."""
-    plain = detached_copy(model) if any(attached_places(module) for module in model.modules()) else model
-    modes = [(module, module.training) for module in plain.modules()]
-    plain.eval()
-    try:
+    """The model without what is attached to it, in eval mode; at the end nothing has changed it."""
+    plain = model
+    if any(map(attached_places, model.modules())):
+        plain = detached_copy(model)
+    with in_eval_mode(plain), unchanged(plain):
         yield plain
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _times(model: nn.Module, inputs: Inputs, repeats: int, warmup: int, seconds: float) -> list[float]:
-    run = _forward_pass(model, inputs)
-    with torch.inference_mode():
+    run = partial(bare_call, model, inputs)
+    with torch.inference_mode(), running(model):
         number, block = _block(run, warmup)
         return [_seconds(run, number) for _ in range(max(repeats, math.ceil(seconds / block)))]
 
@@ -216,10 +216,6 @@ def _block(run: Callable[[], Any], warmup: int) -> tuple[int, float]:
     single = _seconds(run, 1)
     number = max(1, math.ceil(_BLOCK_SECONDS / single))
     return number, number * single
-
-
-def _forward_pass(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
-    return lambda: call(model, inputs)
 
 
 def _seconds(run: Callable[[], Any], number: int) -> float:

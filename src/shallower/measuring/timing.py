@@ -16,14 +16,17 @@ import copy
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.benchmark import timer
 
-from shallower.core.inputs import Inputs, call
-from shallower.errors import ShallowerError
+from shallower.core.failures import failing
+from shallower.core.inputs import Inputs, bare_call, call
+from shallower.core.modes import unchanged
+from shallower.errors import ForwardError, ShallowerError
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,15 @@ def times_in_turn(
 
     Raises:
         ShallowerError: there is no model, or `blocks` or `passes` is not positive.
+        ForwardError: a model does not run on the inputs.
     """
     if not models or blocks < 1 or passes < 1:
         raise ShallowerError("times_in_turn: give at least one model, one block and one pass")
     found: dict[str, list[float]] = {name: [] for name in models}
     timed = dict(models)
-    with torch.inference_mode():
+    with torch.inference_mode(), ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(unchanged(model))
         for _ in range(blocks):
             if copies:  # the last ones still hold their memory
                 timed = {name: copy.deepcopy(model) for name, model in models.items()}
@@ -98,9 +104,10 @@ def times_in_turn(
             least = dict.fromkeys(timed, math.inf)
             for _ in range(passes):
                 for name, model in timed.items():
-                    start = timer()
-                    call(model, inputs)
-                    least[name] = min(least[name], timer() - start)
+                    with failing(ForwardError, f"{name} does not run on these inputs any more"):
+                        start = timer()
+                        bare_call(model, inputs)
+                        least[name] = min(least[name], timer() - start)
             for name, seconds in least.items():
                 found[name].append(seconds)
     return found

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from shallower.core.trees import cloned
 from shallower.errors import Refusal
 from shallower.recording.tracing import EXTERNALISED, Call, Frame, canonical, is_metadata
 
@@ -165,9 +166,10 @@ def forwards_of(owner: nn.Module) -> Forwards | Refusal:
 
 
 def _graph(owner: nn.Module, training: bool, free: frozenset[str]) -> tuple[fx.Graph, list[Held]] | Refusal:
-    # Tracing may set attributes of the traced module, and the mode is to be chosen: done on a shallow copy.
+    # Tracing runs the forward, which may change what the module holds, and the mode is to be chosen: done on a copy.
     root = copy.copy(owner)
-    vars(root)["training"] = training
+    buffers = cloned(owner._buffers)
+    vars(root).update(training=training, _buffers=dict(buffers))
     before = dict(vars(root))
     tracer = _Tracer(free)
     kind = type(owner).__name__
@@ -179,9 +181,14 @@ def _graph(owner: nn.Module, training: bool, free: frozenset[str]) -> tuple[fx.G
         message = str(error).strip().split("\n")[0]
         return Refusal(f"the forward of {kind} cannot be traced ({type(error).__name__}: {message})")
     changed = [key for key, value in vars(root).items() if before.get(key, before) is not value]
+    changed += [name for name, value in root._buffers.items() if value is not buffers.get(name) or _is_written(value)]
     if changed:
         return Refusal(f"the forward of {kind} sets attributes or makes tensors of its own ({changed[0]})")
     return graph, tracer.held
+
+
+def _is_written(clone: Tensor | None) -> bool:
+    return clone is not None and clone._version > 0
 
 
 def _operations(graph: fx.Graph) -> list[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shallower.core.algebra import wide
 from shallower.core.failures import failing
 from shallower.core.inputs import call, model_device
-from shallower.core.modes import evaluating
+from shallower.core.modes import evaluating, single_pass
 from shallower.core.trees import cloned, mapped, tensors, to_device
 from shallower.core.watching import watching
 from shallower.errors import ForwardError, SurgeryError
@@ -55,7 +55,9 @@ class Pass:
         with evaluating(module), exactly(module):
             if not self.part:
                 return call(model, inputs)
-            with failing(ForwardError, f"{self.part} does not run on the inputs that it has in the model"):
+            # several calls are one pass: what the part keeps from one to the next is there
+            where = f"{self.part} does not run on the inputs that it has in the model"
+            with failing(ForwardError, where), single_pass(module):
                 return [module(*args, **kwargs) for args, kwargs in inputs]
 
     def converted(self, f: Callable[[Tensor], Tensor]) -> Pass:

@@ -28,6 +28,7 @@ from shallower.core.codec import decode
 from shallower.core.failures import failing
 from shallower.core.files import read_state, write_state
 from shallower.core.inputs import reiterable
+from shallower.core.modes import in_eval_mode, same_modes
 from shallower.core.processes import agreed, gathered, raised_anywhere
 from shallower.core.trees import tensors, to_device
 from shallower.errors import ForwardError, ShallowerError, SiteError, TrainingError
@@ -98,21 +99,17 @@ def train(
     steps = _steps_of(batches)
     if floor is not None and score is None:
         raise TrainingError("floor= needs score=, a function of the model, to compare with")
-    modes = [(module, module.training) for module in model.modules()]
     with (
         started(recipe.precision, cpu) as accelerator,
         kept(accelerator.device, batches),
         placed(model, accelerator.device),
+        same_modes(model),
     ):
         run = _Run(accelerator, recipe, steps // accelerator.num_processes, method or Trainable(model), model)
         run.score, run.floor, run.checkpoint = score, floor, Checkpoint.of(checkpoint)
         run.start()
-        try:
-            with prepared(accelerator, model, run.optimizer) as pair:
-                run.train(pair, batches, loss, label)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with prepared(accelerator, model, run.optimizer) as pair:
+            run.train(pair, batches, loss, label)
     return run.history
 
 
@@ -248,8 +245,7 @@ class _Run:
 
     def judge(self, pair: Prepared, score: Score) -> None:
         """Score the model; keep it where it reaches the floor, go back and finish where it does not."""
-        self.model.eval()
-        with pair.own_forward() as model:
+        with in_eval_mode(self.model), pair.own_forward() as model:
             value = agreed(float(score(model)))
         self.history.scores.append(value)
         if self.floor is None:
