@@ -36,7 +36,7 @@ def test_a_collapse_of_an_unknown_name_is_refused():
 
 
 def test_a_site_that_cannot_be_linear_is_refused_with_its_reason():
-    with pytest.raises(PlanError, match=r"no site may become linear\. mlp: the consumer pads"):
+    with pytest.raises(PlanError, match="no site may become linear: mlp: the consumer pads"):
         Plan.collapse([site(not_linear="the consumer pads")])
 
 
@@ -61,6 +61,7 @@ def test_costs_of_a_collapse_are_those_of_the_merged_layer():
     entry = Entry.collapse(site())
     assert (form_of(entry).params, form_of(entry).macs) == (6 * 5 + 5, 4 * 6 * 5)
     assert Plan((entry,)).params_saved == site().params - 35
+    assert Plan((entry,)).sites.names == (site().name,)
 
 
 def test_a_plan_that_does_not_pay_is_warned_of():

@@ -7,13 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from shallower.sites import Heads, LinearMap, Place
+from shallower.sites import Heads, LinearMap, Place, by_name
 
 
 def test_a_place_is_a_module_or_a_call() -> None:
     assert str(Place("block.act")) == "block.act"
     assert str(Place("block", (("relu", 1),))) == "block:relu#1"
     assert str(Place("", (("gelu", 0), ("mul", 2)))) == "model:gelu#0"
+
+
+def test_maps_are_found_by_name_each_once() -> None:
+    first, second = (LinearMap(name, "linear", 2, 2, True, 1) for name in "ab")
+    assert list(by_name([first, second, first]).items()) == [("a", first), ("b", second)]
 
 
 @given(

@@ -84,12 +84,14 @@ def composed(producer: LinearMap, consumer: LinearMap, bias: bool, *, flattened:
         kernel=(rows[0], columns[0]),
         dilation=(rows[1], columns[1]),
         stride=(producer.stride[0] * consumer.stride[0], producer.stride[1] * consumer.stride[1]),
-        padding=(
-            producer.padding[0] + producer.stride[0] * consumer.padding[0],
-            producer.padding[1] + producer.stride[1] * consumer.padding[1],
-        ),
+        padding=joint_padding(producer.padding, producer.stride, consumer.padding),
         groups=math.gcd(producer.groups, consumer.groups),
     )
+
+
+def joint_padding(inner: tuple[int, int], stride: tuple[int, int], outer: tuple[int, int]) -> tuple[int, int]:
+    """The zeros that a convolution puts around its images where it also does so for the one behind it: p1 + s1 p2."""
+    return inner[0] + stride[0] * outer[0], inner[1] + stride[1] * outer[1]
 
 
 def _axis(producer: LinearMap, consumer: LinearMap, i: int) -> tuple[int, int]:

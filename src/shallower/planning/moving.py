@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from shallower.planning.geometry import joint_padding
 from shallower.planning.paying import PaidUnit, paying
-from shallower.sites import LinearMap, Site
+from shallower.sites import LinearMap, Site, by_name
 
 
 def as_moved(sites: Iterable[Site], chosen: Iterable[Site]) -> list[Site]:
@@ -17,18 +18,20 @@ def as_moved(sites: Iterable[Site], chosen: Iterable[Site]) -> list[Site]:
         chosen: of these, in the order of execution where they overlap.
     """
     given = list(sites)
-    maps = {m.name: m for site in given for m in site.maps}
+    maps: dict[str, LinearMap] = {}
+    for site in given:
+        maps |= by_name(site.maps)
     for site in chosen:
-        producer, outer = maps[site.maps[0].name], maps[site.maps[1].name].padding
-        grown = [(size + 2 * p, size) for size, p in zip(maps[site.maps[1].name].size, outer, strict=True)]
+        producer, *readers = map(maps.__getitem__, by_name(site.maps))
+        (height, width), outer = readers[0].size, readers[0].padding
+        grown = (height + 2 * outer[0], width + 2 * outer[1])
         positions = producer.positions
-        for new, old in grown:
-            if old:
-                positions = positions * new // old
-        padding = [p + s * q for p, s, q in zip(producer.padding, producer.stride, outer, strict=True)]
-        maps[producer.name] = replace(producer, padding=(padding[0], padding[1]), positions=positions)
-        for m in site.maps[1:]:
-            maps[m.name] = replace(maps[m.name], padding=(0, 0), size=(grown[0][0], grown[1][0]))
+        if height and width:
+            positions = positions * grown[0] * grown[1] // (height * width)
+        padding = joint_padding(producer.padding, producer.stride, outer)
+        maps[producer.name] = replace(producer, padding=padding, positions=positions)
+        for m in readers:
+            maps[m.name] = replace(m, padding=(0, 0), size=grown)
     return [_with_maps(site, maps) for site in given]
 
 

@@ -7,11 +7,11 @@ from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-from shallower.errors import PlanError
+from shallower.errors import PlanError, Refusal
 from shallower.planning.entries import Entry
 from shallower.planning.forms import form_of
 from shallower.planning.forms.steps import StepWalk, in_execution_order
-from shallower.sites import LinearMap, Site, overlapping
+from shallower.sites import LinearMap, Site, Sites, by_name, overlapping
 
 PaidUnit = Literal["", "params", "macs"]
 
@@ -42,10 +42,9 @@ def paying(sites: Iterable[Site], unit: PaidUnit = "") -> tuple[tuple[Site, ...]
     if unit not in ("", "params", "macs"):
         raise PlanError(f"what pays is counted in 'params' or 'macs' ('' for either), not in {unit!r:.40}")
     given = list(sites)
-    reasons = {site.name: str(refusal) for site in given if (refusal := site.bridge.not_linear) is not None}
-    reasons |= {site.name: "no layers merge when it goes" for site in given if site.producer is None}
+    usable, reasons = Sites(tuple(given)).partition(_not_merged)
     chosen: set[str] = set()
-    for group in overlapping(site for site in given if site.name not in reasons):
+    for group in overlapping(usable):
         chosen |= _needed(group, unit)
     for site in given:
         if site.name not in chosen and site.name not in reasons:
@@ -56,6 +55,13 @@ def paying(sites: Iterable[Site], unit: PaidUnit = "") -> tuple[tuple[Site, ...]
     return tuple(site for site in given if site.name in chosen), reasons
 
 
+def _not_merged(site: Site) -> Refusal | None:
+    """Why no layers become one at a site, as far as it says."""
+    if site.bridge.not_linear is None and site.producer is None:
+        return Refusal("no layers merge when it goes")
+    return site.bridge.not_linear
+
+
 def _needed(group: Sequence[Site], unit: PaidUnit) -> set[str]:
     """Names of a group's sites, without those that could stay as they are at no cost, one after the other."""
     ordered = in_execution_order(map(Entry.collapse, group))
@@ -63,7 +69,9 @@ def _needed(group: Sequence[Site], unit: PaidUnit) -> set[str]:
     needed: set[str] = set()
     for entry in ordered:
         near = walk.following(entry)[:_NEAR]
-        names = {m.name for other in near for m in other.site.maps}
+        names: set[str] = set()
+        for other in near:
+            names.update(by_name(other.site.maps))
         collapsed, others = walk.ahead(near), walk.ahead(near[1:])
         cost = _cost_of_maps(collapsed.maps, names - collapsed.gone, unit)
         without = _cost_of_maps(ChainMap(others.maps, walk.maps), names - others.gone, unit)

@@ -20,9 +20,9 @@ from shallower.core.text import amount, listing, table
 from shallower.errors import PlanError
 from shallower.planning import plan_file
 from shallower.planning.entries import Entry
-from shallower.planning.forms import Step, steps
+from shallower.planning.forms import Step, steps, totals
 from shallower.planning.paying import paying
-from shallower.sites import Site, overlapping
+from shallower.sites import Site, Sites, overlapping
 
 
 class CostWarning(UserWarning):
@@ -59,10 +59,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "entries", tuple(self.entries))
-        for name, count in Counter(entry.site.name for entry in self.entries).items():
+        for name, count in Counter(self.sites.names).items():
             if count > 1:
                 raise PlanError(f"{name}: the plan has {count} entries for this site")
         self.steps  # noqa: B018 - raises where entries contradict one another
+
+    @property
+    def sites(self) -> Sites:
+        """The sites of the entries, as they were found."""
+        return Sites(tuple(entry.site for entry in self.entries))
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
@@ -86,22 +91,17 @@ class Plan:
         Warns:
             CostWarning: a site does not become cheaper, or loses its activation and no layer becomes cheaper.
         """
-        chosen, left_out = list(sites), {}
+        chosen = Sites(tuple(sites))
         if names is not None:
             if isinstance(names, str):
                 names = [names]
             wanted = set(names)
-            if unknown := sorted(wanted - {site.name for site in chosen}):
+            if unknown := sorted(wanted.difference(chosen.names)):
                 raise PlanError(f"there is no site {unknown[0]!r} to collapse")
-            chosen = [site for site in chosen if site.name in wanted]
-        else:
-            refused = {site.name: site.bridge.not_linear for site in chosen}
-            left_out = {name: str(refusal) for name, refusal in refused.items() if refusal is not None}
-            if chosen and len(left_out) == len(chosen):
-                reasons = [f"{name}: {reason}" for name, reason in left_out.items()]
-                raise PlanError(f"no site may become linear. {'; '.join(reasons[:3])}")
-            chosen = [site for site in chosen if site.name not in left_out]
-        plan = cls(tuple(map(Entry.collapse, chosen)), method="collapse", left_out=left_out)
+            chosen = chosen.select(lambda site: site.name in wanted)
+        elif chosen:
+            chosen = chosen.usable(lambda site: site.bridge.not_linear, "no site may become linear", PlanError)
+        plan = cls(tuple(map(Entry.collapse, chosen)), method="collapse", left_out=chosen.skipped)
         plan.warn_of_cost()
         plan._warn_of_idle()
         return plan
@@ -111,7 +111,7 @@ class Plan:
         apart = {step.entry.site.name for step in self.steps if step.form.kind == "apart"}
         if not apart:
             return
-        reasons = paying(entry.site for entry in self.entries)[1]
+        _, reasons = paying(self.sites)
         if idle := [name for name in reasons if name in apart]:
             warnings.warn(
                 f"{listing(idle, 5)}: the activation goes and the layers stay as they are, so that nothing is saved "
@@ -134,12 +134,7 @@ class Plan:
         for group in overlapping(step.entry.site for step in self.steps):
             done = [by_site[site.name] for site in group]
             forms = [step.form for step in done]
-            params = macs = params_before = macs_before = 0
-            for form in forms:
-                params += form.params
-                macs += form.macs
-                params_before += form.params_before
-                macs_before += form.macs_before
+            (params_before, macs_before), (params, macs) = totals(forms)
             decided = all(map(_is_decided, done))
             cheaper = params < params_before or macs < macs_before or all(f.cheaper for f in forms)
             if decided or cheaper or all(f.kind == "narrower" for f in forms):
@@ -152,15 +147,21 @@ class Plan:
                 stacklevel=3,
             )
 
-    @cached_property
+    @property
     def params_saved(self) -> int:
         """How many parameters fewer the model has with all entries applied."""
-        return sum(step.form.params_before - step.form.params for step in self.steps)
+        return self._saved[0]
 
-    @cached_property
+    @property
     def macs_saved(self) -> int:
         """How many MACs fewer the model needs on the example inputs with all entries applied."""
-        return sum(step.form.macs_before - step.form.macs for step in self.steps)
+        return self._saved[1]
+
+    @cached_property
+    def _saved(self) -> tuple[int, int]:
+        """Parameters and MACs that go."""
+        (params_before, macs_before), (params, macs) = totals(step.form for step in self.steps)
+        return params_before - params, macs_before - macs
 
     def __str__(self) -> str:
         """A table: site, fates, the form it takes, params and MACs before and after; then what was left out."""
@@ -254,12 +255,16 @@ def _steps_table(steps: Sequence[Step]) -> str:
 def _step_row(step: Step) -> tuple[str, ...]:
     """A step's row of the table."""
     entry, form = step.entry, step.form
-    fates = (str(len(channels) or "") for channels in (entry.kept, entry.linear, entry.dropped))
+    fates = map(_count, (entry.kept, entry.linear, entry.dropped))
     costs = map(amount, (form.params_before, form.params, form.macs_before, form.macs))
     becomes = form.kind + {"partial": f" + path of {form.rank}", "pair": f" of rank {form.rank}"}.get(form.kind, "")
     if entry.fold_skip:
         becomes += ", skip inside"
     return (entry.site.name, *fates, becomes, *costs)
+
+
+def _count(channels: Tensor) -> str:
+    return str(len(channels) or "")
 
 
 def _percentage(part: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -89,6 +90,11 @@ class LinearMap:
     def macs(self) -> int:
         """Multiply-accumulate operations on the example inputs, all calls together."""
         return self.positions * self.weights
+
+
+def by_name(maps: Iterable[LinearMap]) -> dict[str, LinearMap]:
+    """Linear maps by their names, each once, in the order given."""
+    return {m.name: m for m in maps}
 
 
 @dataclass(frozen=True)
@@ -185,4 +191,4 @@ class Heads:
     @property
     def maps(self) -> tuple[LinearMap, ...]:
         """The projections, each once."""
-        return tuple({m.name: m for m in (self.query, self.key, self.value)}.values())
+        return tuple(by_name((self.query, self.key, self.value)).values())

@@ -19,7 +19,7 @@ from shallower.core.watching import watching
 from shallower.modules.attachment import detached_copy
 from shallower.modules.offloading import lent
 from shallower.planning.forms import Step
-from shallower.sites import Place, Site
+from shallower.sites import Place, Site, by_name
 from shallower.surgery.observing import Pass
 from shallower.surgery.whole import (
     LOOSE,
@@ -53,20 +53,19 @@ def block_by_block(model: M, todo: Sequence[Step], run: Pass, edits_of: EditsOf)
     small = detached_copy(model)
     blocks = _steps_by_block(model, todo)
     calls = _calls(model, list(blocks), run)
-    for part in [part for part in blocks if part and not calls[part]]:
+    if not all(calls.values()):
         # a list of modules, or one whose forward the model does not call: all of it is one block
-        blocks.setdefault("", []).extend(blocks.pop(part))
-    if "" in blocks:
         blocks = {"": list(todo)}
     for part, steps in blocks.items():
         inputs = run.inputs if part == "" else calls.pop(part)
-        own = {id(p) for p in model.get_submodule(part).parameters()}
-        others = [p for p in model.parameters() if id(p) not in own]
-        wide = detached_copy(model, lent(others))
+        others = lent(model.parameters())
+        for own in model.get_submodule(part).parameters():
+            del others[id(own)]
+        wide = detached_copy(model, others)
         widen(wide.get_submodule(part))
         exact = whole_network(wide, steps, Pass(inputs, part).converted(wide_enough), edits_of, small)
         check_rounded(exact.get_submodule(part), small.get_submodule(part))
-    dtype = next(p.dtype for p in model.parameters() if is_narrow(p))
+    dtype = next(filter(is_narrow, model.parameters())).dtype
     error = distance(simulated(model, todo, run, ()), after_surgery(small, todo, run, ()))
     check_distance(error, 2 * LOOSE * torch.finfo(dtype).eps, dtype)
     return small
@@ -75,14 +74,10 @@ def block_by_block(model: M, todo: Sequence[Step], run: Pass, edits_of: EditsOf)
 def _steps_by_block(model: nn.Module, todo: Sequence[Step]) -> dict[str, list[Step]]:
     """The steps by the part of the model that holds all of their sites."""
     blocks: dict[str, list[Step]] = {}
-    for step in todo:
-        part = _part_of(model, step.entry.site)
-        within = [name for name in blocks if _is_around(part, name)]
-        around = next((name for name in blocks if _is_around(name, part)), part)
-        steps = [*blocks.pop(around, []), step]
-        for name in within:
-            steps += blocks.pop(name, [])
-        blocks[around] = [each for each in todo if any(each is one for one in steps)]
+    parts = [_part_of(model, step.entry.site) for step in todo]
+    for step, part in zip(todo, parts, strict=True):
+        around = [outer for outer in parts if _is_around(outer, part)]
+        blocks.setdefault(min(around, key=len), []).append(step)
     return blocks
 
 
@@ -92,20 +87,21 @@ def _is_around(outer: str, inner: str) -> bool:
 
 def _part_of(model: nn.Module, site: Site) -> str:
     """The smallest part that holds all modules of a site and can be called."""
-    places = [Place(m.name) for m in site.maps] + [Place(norm) for norm in site.bridge.norms]
-    places += [*site.bridge.activations, *site.dropouts]
+    places = [*map(Place, (*by_name(site.maps), *site.bridge.norms)), *site.bridge.activations, *site.dropouts]
     if site.heads is not None:
         places.append(Place(site.heads.module, (("forward", 0),)))
     if site.residual is not None:
         places += [site.residual.place, Place(site.residual.norm or site.maps[0].name)]
-    # of a call, the module whose forward makes it; of a module, what holds it
-    holders = [place.module.split(".") if place.calls else place.module.split(".")[:-1] for place in places]
-    common: list[str] = []
-    for names in zip(*holders, strict=False):
-        if len(set(names)) > 1:
-            break
-        common.append(names[0])
-    part = ".".join(filter(None, common))
+    holders: list[str] = []
+    for place in places:
+        # of a call, the module whose forward makes it; of a module, what holds it
+        holder = place.module
+        if not place.calls:
+            holder = holder.rpartition(".")[0]
+        holders.append(holder)
+    part = holders[0]
+    while not all(_is_around(part, holder) for holder in holders):
+        part = part.rpartition(".")[0]
     while isinstance(model.get_submodule(part), (nn.ModuleList, nn.ModuleDict)):
         part = part.rpartition(".")[0]
     return part

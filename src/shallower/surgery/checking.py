@@ -27,7 +27,7 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
         for m in site.maps:
             check_shape(site.name, parts[m.name], m)
     if plan.fingerprint:
-        found = fingerprint(model, [entry.site for entry in plan.entries])
+        found = fingerprint(model, plan.sites)
         if found and found != plan.fingerprint:
             raise PlanError(
                 "the plan was made for other weights than the model has at these sites (their fingerprints differ). "

@@ -21,6 +21,7 @@ from shallower.errors import ShallowerError
 from shallower.planning.forms import Step
 from shallower.saving.skeletons import build_skeleton
 from shallower.saving.sources import source_of
+from shallower.sites import by_name
 from shallower.sites.heads import heads_of
 
 SizesByName = Mapping[str, Size]
@@ -28,7 +29,7 @@ SizesByName = Mapping[str, Size]
 _DERIVED = ("n_inner",)
 """Numbers that may be None, and then follow from others: a width by its default."""
 
-_HEAD_COUNTS = ("num_attention_heads", "num_key_value_heads")
+_QUERIES, _GROUPS = "num_attention_heads", "num_key_value_heads"
 
 
 @dataclass(frozen=True)
@@ -153,24 +154,31 @@ def _head_counts(owner: _Owner, todo: Sequence[Step]) -> Iterator[dict[str, int]
         kept, each = len(step.entry.kept), site.heads.queries_per_group
         found.add((each * site.width, each * kept, site.width, kept))
     for queries, new_queries, groups, new_groups in sorted(found):
-        values = [getattr(owner.config, key, None) for key in _HEAD_COUNTS]
-        if new_groups < groups and values in ([queries, groups], [queries, None]):
-            numbers = dict(zip(_HEAD_COUNTS, (new_queries, new_groups), strict=True))
-            yield {key: numbers[key] for key, value in zip(_HEAD_COUNTS, values, strict=True) if value is not None}
+        own_queries, own_groups = getattr(owner.config, _QUERIES, None), getattr(owner.config, _GROUPS, None)
+        if new_groups == groups or own_queries != queries or own_groups not in (groups, None):
+            continue
+        numbers = {_QUERIES: new_queries}
+        if own_groups is not None:
+            numbers[_GROUPS] = new_groups
+        yield numbers
 
 
 def _describes(owner: _Owner, before: SizesByName, after: SizesByName, todo: Sequence[Step]) -> bool:
     """Whether everything that a number changes in the stock class is in the model as it is there."""
     now = owner.shapes()
-    changed = [name for name in after if before.get(name) != after[name]]
-    layers = {name.rpartition(".")[0] for name in changed}
-    if not changed or any(now.get(name) != after[name] for name in changed):
-        return False
-    if any(_parameters(now, layer) != _parameters(after, layer) for layer in layers):
+    layers: set[str] = set()
+    for name, shape in after.items():
+        if before.get(name) == shape:
+            continue
+        if now.get(name) != shape:
+            return False
+        layers.add(name.rpartition(".")[0])
+    if not layers or any(_parameters(now, layer) != _parameters(after, layer) for layer in layers):
         return False
     for step in todo:
-        maps = {m.name.removeprefix(owner.prefix) for m in step.entry.site.maps}
-        if maps & layers and (step.form.kind != "narrower" or step.form.slopes):
+        maps = by_name(step.entry.site.maps)
+        changes = any(owner.prefix + layer in maps for layer in layers)
+        if changes and (step.form.kind != "narrower" or step.form.slopes):
             return False
     return True
 

@@ -28,7 +28,8 @@ from shallower.errors import SiteError
 from shallower.modules.attachment import copied, detached_copy
 from shallower.modules.edits import Padding, perform
 from shallower.planning.entries import Entry
-from shallower.sites import Place, Site
+from shallower.planning.geometry import joint_padding
+from shallower.sites import Place, Site, by_name
 from shallower.surgery.simulation import fated
 
 M = TypeVar("M", bound=nn.Module)
@@ -63,20 +64,27 @@ def move_padding(model: M, sites: Site | Iterable[Site], *, inplace: bool = Fals
     moved = model if inplace else copied(model)
     for site in chosen:  # nothing is changed if one of them cannot be
         _convolutions(moved, site)
-    for m in (m for site in chosen if back for m in site.maps):
-        if zeros_around(chosen[0], cast("nn.Conv2d", moved.get_submodule(m.name))) != m.padding:
-            perform(moved, Padding(m.name, m.padding))
-    for site in [] if back else chosen:
+    for site in chosen:
+        if back:
+            _put_back(moved, site)
+            continue
         producer, consumers = _convolutions(moved, site)
         inner, outer = zeros_around(site, producer), zeros_around(site, consumers[0])
         if outer == (0, 0):
             continue
-        height, width = (p + s * q for p, s, q in zip(inner, producer.stride, outer, strict=True))
-        first, *others = (m.name for m in site.maps)
-        perform(moved, Padding(first, (height, width)))
+        first, *others = by_name(site.maps)
+        stride = cast("tuple[int, int]", producer.stride)
+        perform(moved, Padding(first, joint_padding(inner, stride, outer)))
         for name in others:
             perform(moved, Padding(name, (0, 0)))
     return moved
+
+
+def _put_back(moved: nn.Module, site: Site) -> None:
+    """Give the convolutions of a site the padding that it says."""
+    for m in site.maps:
+        if zeros_around(site, cast("nn.Conv2d", moved.get_submodule(m.name))) != m.padding:
+            perform(moved, Padding(m.name, m.padding))
 
 
 @without_inference_mode()
@@ -164,10 +172,10 @@ def _input_of(model: nn.Module, site: Site, inputs: Inputs) -> Tensor:
 @torch.no_grad()
 def _linear(model: nn.Module, site: Site, f: nn.Module, x: Tensor) -> list[Tensor]:
     """What the consumers give with `f` in the place of the activation."""
-    names = [m.name for m in site.maps]
-    before, after = (_norm_alone(model, site, name) for name in (site.bridge.norm_before, site.bridge.norm_after))
-    z = after(f(before(model.get_submodule(names[0])(x))))
-    return [model.get_submodule(name)(z) for name in names[1:]]
+    first, *others = map(model.get_submodule, by_name(site.maps))
+    before, after = _norm_alone(model, site, site.bridge.norm_before), _norm_alone(model, site, site.bridge.norm_after)
+    z = after(f(before(first(x))))
+    return [consumer(z) for consumer in others]
 
 
 def _norm_alone(model: nn.Module, site: Site, name: str) -> nn.Module:

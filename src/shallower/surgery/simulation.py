@@ -24,7 +24,7 @@ from shallower.planning.entries import Entry, Fate
 from shallower.planning.fits import Fit
 from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
-from shallower.sites import LinearMap, Site
+from shallower.sites import LinearMap, Site, by_name
 from shallower.surgery.checking import check_fits
 
 M = TypeVar("M", bound=nn.Module)
@@ -71,7 +71,7 @@ def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
         origin = _Origin(site.producer.name)
         if fit is not None and (fit.ups or fit.producer is not None or fit.gate is not None):
             origin = _origin(entry, done)
-        names = [m.name for m in site.maps] + ([site.bridge.norm_before] if site.bridge.norm_before else [])
+        names = (*by_name(site.maps), *filter(None, [site.bridge.norm_before]))
         modules = {name: copied.get_submodule(name) for name in names}
         _hook(entry, copied.get_submodule(origin.reader), modules, origin)
 
@@ -194,7 +194,7 @@ def _origin(entry: Entry, plan: Mapping[str, Step]) -> _Origin:
     if site.producer is None:
         raise PlanError(f"{site.name}: an activation place has no maps to fit")
     for step in plan.values():
-        names = [m.name for m in step.entry.site.consumers]
+        names = list(by_name(step.entry.site.consumers))
         if site.producer.name not in names:
             continue
         i, earlier = names.index(site.producer.name), step.entry

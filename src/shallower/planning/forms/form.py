@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,3 +102,14 @@ class Form:
             self.kind == "apart" and self.params <= self.params_before and self.macs <= self.macs_before
         )
         return gone or self.params < self.params_before or self.macs < self.macs_before
+
+
+def totals(forms: Iterable[Form]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(parameters, MACs) of some sites before and after surgery, all together."""
+    params_before = macs_before = params = macs = 0
+    for form in forms:
+        params_before += form.params_before
+        macs_before += form.macs_before
+        params += form.params
+        macs += form.macs
+    return (params_before, macs_before), (params, macs)

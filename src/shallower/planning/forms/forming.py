@@ -15,7 +15,7 @@ from shallower.planning.forms.constants import has_constants, needs_bias
 from shallower.planning.forms.form import Form
 from shallower.planning.forms.linear_path import check_geometry, path_of
 from shallower.planning.geometry import resized_map
-from shallower.sites import Heads, LinearMap, Site
+from shallower.sites import Heads, LinearMap, Site, by_name
 
 
 def form_of(
@@ -38,7 +38,7 @@ def form_of(
     """
     site = entry.site
     if maps is None:
-        maps = {m.name: m for m in site.maps}
+        maps = by_name(site.maps)
     before = _before(site, maps)
     if site.heads is not None:
         return _of_heads(entry, site.heads, maps, before)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from shallower.core.text import listing
 from shallower.errors import PlanError
 from shallower.planning.entries import Becomes, Entry
-from shallower.planning.forms.form import Form
+from shallower.planning.forms.form import Form, totals
 from shallower.planning.forms.forming import form_of, replaces_activation
-from shallower.sites import LinearMap, Site
+from shallower.sites import LinearMap, Site, by_name
 
 _AHEAD = 6
 """Following sites over which two forms of one site are compared. What lies farther is rarely changed by it."""
@@ -189,11 +189,8 @@ def _is_free(entry: Entry, prefer: Mapping[str, Becomes]) -> bool:
 
 def _added(forms: Iterable[Form]) -> tuple[int, int]:
     """Parameters and MACs that some forms add to what their sites were."""
-    params = macs = 0
-    for form in forms:
-        params += form.params - form.params_before
-        macs += form.macs - form.macs_before
-    return params, macs
+    (params_before, macs_before), (params, macs) = totals(forms)
+    return params - params_before, macs - macs_before
 
 
 def _chained(ordered: Sequence[Entry]) -> dict[str, Becomes]:
@@ -213,8 +210,9 @@ def _chained(ordered: Sequence[Entry]) -> dict[str, Becomes]:
 
 def made_by(site: Site) -> tuple[str, ...]:
     """Names of the maps that make a site's hidden tensor: producer and gate, or the projections of its heads."""
-    maps = (site.producer, site.gate) if site.heads is None else site.heads.maps
-    return tuple(m.name for m in maps if m is not None)
+    if site.heads is not None:
+        return tuple(by_name(site.heads.maps))
+    return tuple(by_name(filter(None, (site.producer, site.gate))))
 
 
 def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
@@ -225,7 +223,7 @@ def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
     """
     given = list(entries)
     made = _owners(given, made_by, "the layer")
-    read = _owners(given, lambda site: (m.name for m in site.consumers), "the layer")
+    read = _owners(given, lambda site: by_name(site.consumers), "the layer")
     behind: list[list[int]] = [[] for _ in given]
     waits_for = [0] * len(given)
     for name, i in read.items():
