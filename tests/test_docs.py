@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+import shallower as sh
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
@@ -53,3 +59,38 @@ def test_the_site_builds_without_a_warning_and_without_a_network(tmp_path: Path)
     for name in ("find_sites", "squeeze", "StructuralDropout", "export"):
         assert 'id="shallower.' in reference
         assert name in reference
+
+
+def examples_of(thing: object) -> list[str]:
+    """The indented code of a docstring, before its sections."""
+    text = re.split(r"^\w+:$", inspect.getdoc(thing) or "", maxsplit=1, flags=re.MULTILINE)[0]
+    return [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", f"{text}\n", re.MULTILINE)]
+
+
+def documented() -> Iterator[tuple[str, object]]:
+    """Everything public, and the public methods of it, by name."""
+    for name in sh.__all__:
+        thing = getattr(sh, name)
+        yield name, thing
+        for key, part in vars(thing).items() if isinstance(thing, type) else ():
+            if not key.startswith("_"):
+                yield f"{name}.{key}", getattr(part, "__func__", part)
+
+
+def test_examples_say_where_their_names_come_from() -> None:
+    bare = {}
+    for name, thing in documented():
+        for example in examples_of(thing):
+            try:
+                nodes = list(ast.walk(ast.parse(example)))
+            except SyntaxError:  # a formula
+                continue
+            named, imported = set(), set()
+            for node in nodes:
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                    named.add(node.id)
+                elif isinstance(node, ast.alias):
+                    imported.add(node.name)
+            if (named - imported) & set(sh.__all__):
+                bare[name] = example
+    assert bare == {}

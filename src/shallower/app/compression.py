@@ -1,7 +1,7 @@
 """The whole way of `shallower compress`: a trained model and its data in, a smaller model out, with what it cost.
 
-    batches = make_batches(read_rows("reviews.csv", task), task, loaded.model, loaded.processor)
-    work = Work(loaded.model, batches, task_named(task), Target.parse("params:60%"))
+    batches = make_batches(read_rows("reviews.csv", task), task, loaded)
+    work = Work(loaded.model, batches, task_named(task), sh.Target.parse("params:60%"))
     result = compress(work, SqueezeRun())
 
 What a method does on this way is in `runs/`, one file each; here is what they share: the sites, the limits, and the
@@ -182,7 +182,7 @@ class Result:
 def compress(work: Work, method: MethodRun) -> Result:
     """Make a model as small as the target asks for.
 
-        result = compress(Work(model, batches, task, Target.parse("params:60%")), SqueezeRun())
+        result = compress(Work(model, batches, task, sh.Target.parse("params:60%")), SqueezeRun())
         result.model, result.verdict
 
     Raises:
@@ -252,7 +252,7 @@ def judge(dense: nn.Module, small: nn.Module, batches: TaskBatches, task: Task, 
 
 def measured(score: float, cost: Cost, latency: float | None) -> Measured:
     """A score beside counted costs and a latency."""
-    return Measured(score, cost.params, cost.macs, cost.size, latency)
+    return Measured(score, cost.params, cost.macs, cost.size, latency, cost.kv)
 
 
 def site_rows(plan: Plan) -> tuple[SiteRow, ...]:

@@ -27,7 +27,7 @@ _LENGTH = 128
 def pick(directory: Path, target: Target, output: Path, *, original: str = "") -> Output:
     """Write the point of a curve that suits the target best as a model of its own.
 
-        pick(Path("all-widths"), Target.parse("size:50%"), Path("half"))
+        pick(Path("all-widths"), sh.Target.parse("size:50%"), Path("half"))
 
     Args:
         directory: what `compress --method structural-dropout` wrote.

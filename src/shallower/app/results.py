@@ -46,6 +46,7 @@ class Measured:
         params, macs: counted.
         size: bytes of parameters and buffers.
         latency: median seconds of one forward pass; None where it was not measured.
+        kv: bytes of the KV cache for each token; None where the model returns none.
     """
 
     score: float
@@ -53,11 +54,12 @@ class Measured:
     macs: Count
     size: Count
     latency: Seconds | None = None
+    kv: Count | None = None
 
     @property
     def cost(self) -> Cost:
         """All of it but the score."""
-        return Cost(self.params, self.macs, self.size, self.latency)
+        return Cost(self.params, self.macs, self.size, self.latency, self.kv)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class CurvePoint(Measured):
     def of(cls, point: Point, **more: Any) -> CurvePoint:
         """A point of a `Curve`, with what else is known of it."""
         cost = point.cost
-        costs = cost.params, cost.macs, cost.size, cost.latency
+        costs = cost.params, cost.macs, cost.size, cost.latency, cost.kv
         return cls(point.score, *costs, point.label, point.widths, spread=point.spread, **more)
 
     @property

@@ -1,7 +1,7 @@
 """More token batches out of the same ones: calibration on a few hundred sentences that holds on other text.
 
-    batches = augment_tokens(batches, vocabulary=range(1000, 30522))
-    plan = squeeze(model, sites, batches, "macs:60%")
+    batches = sh.augment_tokens(batches, vocabulary=range(1000, 30522))
+    plan = sh.squeeze(model, sites, batches, "macs:60%")
 
 A few hundred sentences hold few of a vocabulary's tokens, and lengths of one kind. What is fitted to them holds for
 text like them; rearranged they show the network more of what it may meet, and no other text is needed. That the result
@@ -43,7 +43,7 @@ def augment_tokens(
 ) -> list[TokenBatch]:
     """The batches as they are, and four times as many tokens in other arrangements.
 
-        more = augment_tokens(batches, vocabulary=range(1000, 30522))
+        more = sh.augment_tokens(batches, vocabulary=range(1000, 30522))
 
     Joined to longer rows; with a part of the tokens replaced by others; joined and replaced; and so with twice as many
     joined. Tokens that begin or end every row, such as [CLS] and [SEP], stay where they are.
@@ -194,7 +194,7 @@ def _padded_batches(rows: Sequence[TokenRow], before: TokenRow, after: TokenRow,
 def varied(batches: Iterable[Any], **options: Any) -> list[TokenBatch]:
     """The earlier name of `augment_tokens`.
 
-        more = varied(batches, vocabulary=range(1000, 30522))
+        more = sh.varied(batches, vocabulary=range(1000, 30522))
 
     The options are those of `augment_tokens`.
     """

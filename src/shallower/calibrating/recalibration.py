@@ -21,7 +21,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, inputs_of: InputsOf
     """Replace the running mean and variance of every BatchNorm by those over the batches, in place.
 
         small = sh.apply(model, plan, example_inputs)
-        recalibrate(small, batches)
+        sh.recalibrate(small, batches)
 
     Helps where much was taken away: activations of a strongly squeezed network vary less than the BatchNorms expect.
     A BatchNorm that does not run keeps its statistics, and where anything goes wrong all do.

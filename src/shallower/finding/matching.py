@@ -39,7 +39,7 @@ from shallower.sites import Kind, LinearMap, Place, Site, Sites
 def find_sites(model: nn.Module, example_inputs: Inputs, *, places: bool = False, heads: bool = False) -> Sites:
     """The sites of `model`, and what looked like one but cannot be used, from one forward pass.
 
-        sites = find_sites(model, {"input_ids": ids, "attention_mask": mask})
+        sites = sh.find_sites(model, {"input_ids": ids, "attention_mask": mask})
         print(sites)
 
     The model is run once, in eval mode and without gradients, and is left as it was. Models on the meta device or made

@@ -45,7 +45,7 @@ def _with_maps(site: Site, maps: Mapping[str, LinearMap]) -> Site:
 def worth_moving(sites: Iterable[Site], unit: PaidUnit = "") -> tuple[Site, ...]:
     """Of sites that are to become linear, those whose padding has to move for layers to merge into something cheaper.
 
-        moved = move_padding(model, worth_moving(sites.select("features.3.*")))
+        moved = sh.move_padding(model, sh.worth_moving(sites.select("features.3.*")))
 
     Args:
         sites: in order of execution; those of a block together.

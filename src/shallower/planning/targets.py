@@ -29,9 +29,9 @@ _EXAMPLES = "params:50%, params:7B, macs:60%, size:40MB, kv:50%, latency:1.5x, d
 class Target:
     """How small, how fast or how good the result has to be.
 
-        Target.parse("macs:60%").limit(before)      # MACs that may remain
-        Target.parse("latency:1.5x")                # one and a half times as fast
-        Target.parse("drop:1%").floor(0.92)         # the lowest score allowed: 0.9108
+        sh.Target.parse("macs:60%").limit(before)      # MACs that may remain
+        sh.Target.parse("latency:1.5x")                # one and a half times as fast
+        sh.Target.parse("drop:1%").floor(0.92)         # the lowest score allowed: 0.9108
 
     Attributes:
         unit: what is counted. `drop` limits the loss of score, all others the cost of the whole model.
@@ -48,7 +48,7 @@ class Target:
     def parse(cls, text: str) -> Target:
         """Read `unit:amount`.
 
-            Target.parse("size:40MB")
+            sh.Target.parse("size:40MB")
 
         The units params, macs, size, kv and latency take a share (60%), a factor (1.5x) or an absolute amount (10M,
         7B, 40MB, 3ms) that may remain; drop takes 1% of the score or 0.5 of its own unit.

@@ -116,7 +116,7 @@ class Sites(Sequence[Site]):
     ) -> Sites:
         """The sites that a method can use; the reasons of the others go to `skipped`.
 
-            sites.usable(lambda site: site.bridge.not_linear, "no site may become linear", MethodError)
+            sites.usable(lambda site: site.bridge.not_linear, "no site may become linear", sh.MethodError)
 
         Args:
             refusal: None for a site that can be used, else why not.

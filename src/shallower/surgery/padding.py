@@ -39,7 +39,7 @@ M = TypeVar("M", bound=nn.Module)
 def move_padding(model: M, sites: Site | Iterable[Site], *, inplace: bool = False, back: bool = False) -> M:
     """Let the first convolution of each site put all the zeros around, and the others none.
 
-        moved = move_padding(model, sites.select("layer1.*"))
+        moved = sh.move_padding(model, sites.select("layer1.*"))
 
     The producer's padding becomes p1 + s1 p2 and the consumers' 0. Sizes stay, but along the border the consumer now
     reads what the producer and the activation make of zeros, where it read zeros: fine-tune afterwards. What is merged
@@ -91,7 +91,7 @@ def _put_back(moved: nn.Module, site: Site) -> None:
 def border_error(model: nn.Module, site: Site | Entry, example_inputs: Inputs) -> float:
     """How much merging a site as it is would change what its consumers return, along the border.
 
-        error = border_error(model, sites["layer1.0"], example_inputs)
+        error = sh.border_error(model, sites["layer1.0"], example_inputs)
 
     Args:
         model: that the site belongs to.
