@@ -18,9 +18,17 @@ def kl_divergence(given: Tensor, wanted: Tensor, mask: Tensor | None = None, tem
 
     Reference: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, section 2.
     """
+    return counted(kl_at_positions(given, wanted, temperature), mask).mean()
+
+
+def kl_at_positions(given: Tensor, wanted: Tensor, temperature: float = 1.0) -> Tensor:
+    """The same at each position, of the shape of the logits without their last dimension.
+
+    each = kl_at_positions(student(x), teacher(x))
+    """
     p, q = ((_wide(logits) / temperature).log_softmax(-1) for logits in (wanted, given))
-    each = (p.exp() * (p - q)).sum(-1) * temperature**2
-    return counted(each, mask).mean()
+    each: Tensor = (p.exp() * (p - q)).sum(-1) * temperature**2
+    return each
 
 
 def relative_divergence(given: Tensor, wanted: Tensor, mask: Tensor | None = None) -> Tensor:

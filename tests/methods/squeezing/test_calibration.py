@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from shallower.errors import SiteError
 from shallower.finding.matching import find_sites
@@ -79,3 +80,21 @@ def test_a_network_does_not_diverge_from_itself_and_masked_outputs_do_not_count(
 
     assert mean_divergence(calibration(False), model, model) == 0
     assert mean_divergence(calibration(True), model, other) == pytest.approx(6, rel=1e-4)
+
+
+class Regression(nn.Module):
+    """Returns one number for each row, under the name of logits."""
+
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(6, 1)
+        nn.init.constant_(self.head.bias, bias)
+
+    def forward(self, x: Tensor) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=self.head(x))
+
+
+def test_the_numbers_of_a_regression_are_no_distribution() -> None:
+    calibration = Calibration([torch.randn(4, 6)], SqueezeOptions())
+    assert mean_divergence(calibration, Regression(0.0).eval(), Regression(2.0).eval()) == pytest.approx(4, rel=1e-4)

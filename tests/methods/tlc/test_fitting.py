@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from shallower.errors import MethodError
-from shallower.methods.tlc.fitting import PatchGram, narrowed_pair
+from shallower.errors import FitError
+from shallower.methods.tlc.fitting import fitted_kernel, narrowed_pair, patch_gram
 from shallower.sites import LinearMap
 
 
@@ -19,11 +19,9 @@ def test_a_kernel_is_found_again_from_what_it_answers(
 ) -> None:
     conv = nn.Conv2d(3, 5, kernel, stride, padding).double()
     m = LinearMap("c", "conv2d", 3, 5, True, 0, kernel, stride, padding)
-    gram = PatchGram(m)
-    for _ in range(3):
-        x = torch.randn(4, 3, 9, 9, dtype=torch.float64)
-        gram.add(x, conv(x))
-    weight, bias = gram.solve(ridge=1e-12)
+    x = torch.randn(12, 3, 9, 9, dtype=torch.float64)
+    first, second, third = (patch_gram(m, part, conv(part)) for part in x.split(4))
+    weight, bias = fitted_kernel(m, first + second + third, ridge=1e-12)
     torch.testing.assert_close(weight, conv.weight.detach(), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(bias, conv.bias.detach(), rtol=1e-6, atol=1e-8)
 
@@ -31,12 +29,11 @@ def test_a_kernel_is_found_again_from_what_it_answers(
 def test_a_fitted_kernel_is_the_least_squares_one() -> None:
     torch.manual_seed(0)
     first, second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-    gram = PatchGram(LinearMap("c", "conv2d", 8, 8, True, 0, (3, 3), (1, 1), (1, 1)))
+    m = LinearMap("c", "conv2d", 8, 8, True, 0, (3, 3), (1, 1), (1, 1))
     x = torch.randn(8, 8, 16, 16)
     with torch.no_grad():
         y = second(first(x))
-    gram.add(x, y)
-    weight, bias = gram.solve()
+    weight, bias = fitted_kernel(m, patch_gram(m, x, y))
     best = (nn.functional.conv2d(x, weight.float(), bias.float(), padding=1) - y).square().sum()
     for _ in range(3):
         other = weight.float() + 0.01 * torch.randn_like(weight.float())
@@ -72,5 +69,9 @@ def test_a_narrowed_pair_errs_by_the_singular_values_left_out() -> None:
 
 
 def test_nothing_to_fit_on_is_an_error() -> None:
-    with pytest.raises(MethodError, match="no finite data"):
-        PatchGram(LinearMap("c", "conv2d", 3, 5, True, 0)).solve()
+    m = LinearMap("conv", "conv2d", 3, 5, True, 0)
+    with pytest.raises(FitError, match="conv: only 0 positions were seen"):
+        fitted_kernel(m, patch_gram(m, torch.zeros(0, 3, 4, 4), torch.zeros(0, 5, 4, 4)))
+    broken = patch_gram(m, torch.full((2, 3, 4, 4), torch.nan), torch.zeros(2, 5, 4, 4))
+    with pytest.raises(FitError, match="conv: a value is not finite"):
+        fitted_kernel(m, broken)

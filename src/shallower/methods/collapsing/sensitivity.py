@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from shallower.core.algebra import wide
 from shallower.core.inputs import InputsOf, call, default_inputs_of, model_device, reiterable
 from shallower.core.modes import evaluating
 from shallower.core.trees import tensors, to_device
 from shallower.errors import MethodError, SiteError
+from shallower.training.divergence import kl_divergence, relative_divergence
 from shallower.training.loop import Loss, Score
 
 Change = Callable[[], AbstractContextManager[object]]
@@ -76,20 +78,25 @@ def output_change(reference: Any, output: Any) -> Tensor:
     """
     logits, changed = _logits(reference), _logits(output)
     if logits is not None and changed is not None:
-        expected = logits.double().log_softmax(-1)
-        return (expected.exp() * (expected - changed.double().log_softmax(-1))).sum(-1).mean()
-    error = size = torch.zeros((), dtype=torch.float64)
-    seen = False
-    for a, b in zip(tensors(reference), tensors(output), strict=True):
-        if a.is_floating_point():
-            seen = True
-            error = error.to(a.device) + (a.double() - b.double()).square().sum()
-            size = size.to(a.device) + a.double().square().sum()
-    if not seen:
+        return kl_divergence(changed.double(), logits.double())
+    wanted = _numbers(reference)
+    if not wanted.numel():
         raise SiteError(
             "the model's output contains no floating-point tensor, so its change cannot be measured: pass score="
         )
-    return error / size.clamp_min(torch.finfo(torch.float64).tiny)
+    return relative_divergence(_numbers(output), wanted)
+
+
+def _numbers(output: Any) -> Tensor:
+    """All floating-point numbers of an output in one row, float64, where the first of them is."""
+    rows: list[Tensor] = []
+    for tensor in tensors(output):
+        if tensor.is_floating_point():
+            row = wide(tensor).flatten()
+            rows.append(row.to((rows or [row])[0].device))
+    if not rows:
+        return torch.zeros(0)
+    return torch.cat(rows)
 
 
 def _compared(

@@ -8,12 +8,14 @@ A prefix of the channels is then the best choice of so many.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from shallower.calibrating.grams import Gram
+from shallower.calibrating.patches import flat, flat_mask, unmasked
 from shallower.calibrating.selection import eliminate
 from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, default_mask_of, model_device, reiterable
 from shallower.core.modes import evaluating
@@ -78,17 +80,18 @@ def by_elimination(
     orders = {}
     for site in sites:
         gram = grams[site.name]
-        if not bool(gram.isfinite().all()):
+        if not gram.is_finite():
             raise FitError(f"{site.name}: the channels are not finite on these batches")
-        if gram.dim() == 2:
-            columns = torch.cat([_wide_weight(model, m.name) for m in site.consumers]).to(gram)
-            gone = eliminate(gram, gram @ columns.t(), ridge=_RIDGE, keep=1).order
+        moments = gram.centred(intercept=False)
+        if gram.columns:
+            columns = torch.cat([_wide_weight(model, m.name) for m in site.consumers]).to(moments.zz)
+            gone = eliminate(moments.zz, moments.zz @ columns.t(), ridge=_RIDGE, keep=1).order
             left = torch.ones(site.width, dtype=torch.bool)
             left[gone.cpu()] = False
             orders[site.name] = torch.cat([left.nonzero().flatten(), gone.cpu().flip(0)])
         else:
             each = site.bridge.block
-            energy = (gram.cpu() * _column_squares(model, site)).view(site.width, each).sum(1)
+            energy = (moments.yy.cpu() * _column_squares(model, site)).view(site.width, each).sum(1)
             orders[site.name] = energy.argsort(descending=True, stable=True)
     return orders
 
@@ -157,37 +160,43 @@ def _norms_of_columns(model: nn.Module, site: Site) -> Tensor:
 
 def _grams(
     model: nn.Module, sites: Sites, batches: Iterable[Any], inputs_of: InputsOf, mask_of: MaskOf
-) -> Mapping[str, Tensor]:
-    """For each site (n, n), the second moments of what its consumers read; (columns,) their diagonal for others."""
+) -> dict[str, Gram]:
+    """Moments of what consumers read: its columns where channels are eliminated, else outputs, whose squares count.
+
+    Raises:
+        FitError: there are no batches.
+    """
     reads = {site.name: _Reads(site) for site in sites}
     before = {site.consumers[0].name: reads[site.name] for site in sites}
     device = model_device(model)
     with evaluating(model), watching(model, before=before):
         for batch in batches:
-            mask = mask_of(batch)
+            mask = flat_mask(mask_of(batch))
             for each in reads.values():
-                each.mask = None if mask is None else mask.to(device).bool()
+                each.mask = None if mask is None else mask.to(device)
             call(model, to_device(inputs_of(batch), device))
-    if any(isinstance(each.sum, float) for each in reads.values()):
-        raise FitError("the order of channels needs data: `batches` is empty. Use a few hundred samples")
-    return {name: torch.as_tensor(each.sum) for name, each in reads.items()}
+    grams: dict[str, Gram] = {}
+    for name, each in reads.items():
+        if each.gram is None:
+            raise FitError("the order of channels needs data: `batches` is empty. Use a few hundred samples")
+        grams[name] = each.gram
+    return grams
 
 
 class _Reads:
     """Second moments of what a consumer reads, over batches."""
 
     def __init__(self, site: Site) -> None:
-        self.dim = site.bridge.dim
-        self.full = site.heads is None and not site.channels_first
+        self.channels_first = site.bridge.dim == 1
+        self.eliminated = site.heads is None and not self.channels_first
         self.mask: Tensor | None = None
-        self.sum: Tensor | float = 0.0
+        self.gram: Gram | None = None
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        z = read(args, kwargs).detach().movedim(self.dim, -1)
-        if self.mask is not None and z.dim() == 3 and self.mask.shape == z.shape[:2]:
-            z = z[self.mask]
-        z = z.flatten(0, -2).double()
-        found = z.square().sum(0)
-        if self.full:
-            found = z.t() @ z
-        self.sum = self.sum + found
+        z = unmasked(flat(read(args, kwargs).detach(), self.channels_first), self.mask)
+        gram = Gram.of(z)
+        if not self.eliminated:
+            gram = Gram.of(z[:, :0], z)
+        if self.gram is not None:
+            gram = self.gram + gram
+        self.gram = gram

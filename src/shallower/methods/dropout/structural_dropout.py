@@ -23,6 +23,7 @@ from shallower.calibrating.recalibration import recalibrate
 from shallower.core.inputs import Inputs, InputsOf, default_inputs_of
 from shallower.core.modes import evaluating
 from shallower.core.outputs import are_logits
+from shallower.core.watching import watching
 from shallower.errors import MethodError, Refusal, TargetError
 from shallower.measuring.cost import count_params, size_of
 from shallower.measuring.measurement import compare
@@ -211,18 +212,15 @@ class StructuralDropout(Method):
         """The loss of one pass, and the output that the model returned in it."""
         outputs: list[Any] = []
 
-        def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        def see(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             if not torch.compiler.is_compiling():  # a compiled graph would keep the output of its first call
                 outputs.append(output)
 
-        handle = None
-        if self.options.distillation:
-            handle = self.model.register_forward_hook(see)
-        try:
+        after = {"": see}
+        if not self.options.distillation:
+            after = {}
+        with watching(self.model, after=after):
             value = closure()
-        finally:
-            if handle is not None:
-                handle.remove()
         if isinstance(value, tuple):
             value, output = value
             outputs.append(output)

@@ -24,10 +24,12 @@ from shallower.calibrating.walking import Walk
 from shallower.core.batches import Batch, Batches
 from shallower.core.inputs import Inputs, InputsOf, arguments_in, call, default_inputs_of, model_device
 from shallower.core.modes import evaluating
+from shallower.core.outputs import are_logits
 from shallower.core.processes import summed_over_processes
 from shallower.errors import Refusal, SiteError
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.sites import Site, Sites
+from shallower.training.divergence import counted, kl_at_positions
 
 _SENSITIVE = 32
 """Batches, evenly spaced, on which sensitivity is measured."""
@@ -132,19 +134,14 @@ def mean_divergence(calibration: Calibration, dense: nn.Module, small: nn.Module
 def _divergences(calibration: Calibration, dense: nn.Module, small: nn.Module, batch: Batch) -> Tensor:
     """Of each output on one batch that counts."""
     raw = call(dense, batch.inputs)
-    there = calibration.output_of(raw).float()
-    here = calibration.output_of(call(small, batch.inputs)).float()
+    there, here = calibration.output_of(raw), calibration.output_of(call(small, batch.inputs))
     logits = calibration.options.logits
     if logits is None:
-        logits = hasattr(raw, "logits")
+        logits = are_logits(raw)
+    each = (there.float() - here.float()).square().sum(-1)
     if logits:
-        there, here = there.log_softmax(-1), here.log_softmax(-1)
-        each = (there.exp() * (there - here)).sum(-1)
-    else:
-        each = (there - here).square().sum(-1)
-    if batch.mask is not None and batch.mask.shape == each.shape:
-        each = each[batch.mask.bool()]
-    return each
+        each = kl_at_positions(here, there)
+    return counted(each, batch.mask)
 
 
 def _inputs_of(batch: Batch) -> Inputs:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from shallower.calibrating.grams import Gram
+from shallower.calibrating.patches import flat, patches
 from shallower.core.algebra import response, wide
-from shallower.errors import MethodError
+from shallower.errors import FitError
 from shallower.modules.layers import bias_of, weight_of
 from shallower.planning.fits import Fit
 from shallower.sites import LinearMap
@@ -16,52 +17,45 @@ _MOST_ELEMENTS = 1 << 24
 """Numbers in the patches that are held at a time."""
 
 
-class PatchGram:
-    """Second moments of a convolution's input patches and of the outputs it is to give; batches add up.
+@torch.no_grad()
+def patch_gram(m: LinearMap, x: Tensor, y: Tensor) -> Gram:
+    """Second moments of a convolution's input patches and of the outputs that it is to give.
 
-        gram = PatchGram(fitted_map(conv1, conv2, (3, 3)))
-        gram.add(x, conv2(conv1(x)))
-        weight, bias = gram.solve()
-
-    Memory is O((d_in kh kw)^2), whatever the data.
+        gram = patch_gram(m, x, conv2(conv1(x))) + patch_gram(m, x2, conv2(conv1(x2)))
+        weight, bias = fitted_kernel(m, gram)
 
     Args:
         m: the convolution to be fitted; its geometry counts.
+        x: images (n, d_in, h, w).
+        y: the outputs (n, d_out, h', w').
     """
+    gram = Gram(m.d_in * m.taps, m.d_out, device=wide(x[:0]).device)
+    size = max(1, _MOST_ELEMENTS // max(1, m.d_in * m.taps * y.shape[2] * y.shape[3]))
+    for images, outputs in zip(torch.split(x, size), torch.split(y, size), strict=True):
+        gram = gram.seen(patches(images, m), flat(outputs, True))
+    return gram
 
-    def __init__(self, m: LinearMap) -> None:
-        self.map = m
-        self.xx: Tensor | float = 0.0
-        self.xy: Tensor | float = 0.0
 
-    @torch.no_grad()
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add images x (n, d_in, h, w) and the outputs y (n, d_out, h', w') that they are to give."""
-        m = self.map
-        size = max(1, _MOST_ELEMENTS // max(1, m.d_in * m.taps * y.shape[2] * y.shape[3]))
-        for images, outputs in zip(torch.split(x, size), torch.split(y, size), strict=True):
-            patches = F.unfold(images, m.kernel, m.dilation, m.padding, m.stride).transpose(1, 2).flatten(0, 1)
-            rows = wide(torch.cat([patches, patches.new_ones(len(patches), 1)], 1))
-            self.xx = self.xx + rows.T @ rows
-            self.xy = self.xy + rows.T @ wide(outputs.flatten(2).transpose(1, 2).flatten(0, 1))
+def fitted_kernel(m: LinearMap, gram: Gram, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """The kernel (d_out, d_in, kh, kw) and the bias (d_out,) with the least squared error, float64.
 
-    def solve(self, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
-        """The kernel (d_out, d_in, kh, kw) and the bias (d_out,) with the least squared error, float64.
+        weight, bias = fitted_kernel(m, gram)
 
-        Args:
-            ridge: added to the diagonal of the Gram matrix, relative to its mean.
+    Args:
+        m: the convolution.
+        gram: what `patch_gram` returns, of several batches added up.
+        ridge: added to the diagonal of the centred second moments, relative to its mean.
 
-        Raises:
-            MethodError: nothing was added, or it is not finite.
-        """
-        xx, xy = torch.as_tensor(self.xx), torch.as_tensor(self.xy)
-        if xx.dim() == 0 or not bool(xx.isfinite().all()) or not bool(xy.isfinite().all()):
-            raise MethodError(f"{self.map.name}: there is no finite data to fit a kernel on")
-        # (X^T X + l I) W = X^T Y; the last column of X is the bias's ones
-        damped = xx + ridge * xx.diagonal()[:-1].mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-        solution = torch.linalg.solve(damped, xy).T
-        weight = solution[:, :-1].reshape(self.map.d_out, self.map.d_in, *self.map.kernel)
-        return weight.contiguous(), solution[:, -1].contiguous()
+    Raises:
+        FitError: too little was seen, or it is not finite.
+    """
+    try:
+        moments = gram.centred()
+        weight = moments.fit(ridge)
+    except FitError as error:
+        raise FitError(f"{m.name}: {error}") from error
+    bias = moments.mean_y - weight @ moments.mean_z
+    return weight.reshape(m.d_out, m.d_in, *m.kernel).contiguous(), bias
 
 
 def narrowed_pair(first: nn.Module, second: nn.Module, moments: Tensor, mean: Tensor, rank: int) -> Fit:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from shallower.calibrating.grams import Gram
+from shallower.calibrating.patches import flat
 from shallower.core.algebra import wide
 from shallower.core.inputs import Inputs, InputsOf, call, model_device
 from shallower.core.trees import to_device
@@ -17,7 +20,7 @@ from shallower.core.watching import recorded
 from shallower.errors import PlanError
 from shallower.measuring.timing import Ratio, times_in_turn
 from shallower.methods.tlc.chains import Chain
-from shallower.methods.tlc.fitting import PatchGram, narrowed_pair
+from shallower.methods.tlc.fitting import fitted_kernel, narrowed_pair, patch_gram
 from shallower.methods.tlc.variants import Variant, all_channels, exact_variants, skips
 from shallower.modules.layers import weight_of
 from shallower.planning.entries import Entry
@@ -110,54 +113,54 @@ class Trial:
         (entry,) = apart.entries
         site = entry.site
         producer, consumer = cast("LinearMap", site.producer), site.consumers[0]
-        grams = self._grams(producer, consumer)
-        moments, total, count = torch.zeros(()), torch.zeros(()), 0
+        kernels = self._kernels(producer, consumer)
+        grams: dict[LinearMap, Gram] = {}
+        between: Gram | None = None
         x = torch.zeros(())
         for number, pair in enumerate(self._seen(linear, producer.name, consumer.name)):
             x = pair.x
             if pair.is_last and number:
                 break
-            for gram in grams.values():
-                gram.add(pair.x, pair.y)
-            z = _positions(pair.z, site.bridge.dim)
-            moments, total, count = moments + z.T @ z, total + z.sum(0), count + len(z)
+            for m in kernels:
+                gram = patch_gram(m, pair.x, pair.y)
+                grams[m] = grams[m] + gram if m in grams else gram
+            z = flat(pair.z, site.bridge.dim == 1)
+            between = Gram.of(z) if between is None else between.seen(z)
         collapsed = Entry.collapse(site)
         found = []
-        for kernel, gram in grams.items():
-            weight, bias = gram.solve()
+        for m, gram in grams.items():
+            weight, bias = fitted_kernel(m, gram)
             fit = Fit((), (bias,), None, (weight,))
-            for folded in skips(site, gram.map):
-                label = f"one fitted {kernel[0]}x{kernel[1]} kernel{' with the skip inside' * folded}"
+            for folded in skips(site, m):
+                label = f"one fitted {m.kernel[0]}x{m.kernel[1]} kernel{' with the skip inside' * folded}"
                 found.append(Variant(label, (_with(collapsed, fit, "merged", folded),), fitted=True))
         first, second = linear.get_submodule(producer.name), linear.get_submodule(consumer.name)
         width = len(weight_of(first))
         for part in self.ranks:
             rank = max(1, round(part * width))
-            if producer.kind == "conv1d" or rank >= width:
+            if producer.kind == "conv1d" or rank >= width or between is None:
                 continue
-            narrow = narrowed_pair(first, second, moments / count, total / count, rank)
+            narrow = narrowed_pair(first, second, between.centred(False).zz, between.centred().mean_z, rank)
             variant = Variant(f"narrowed to {rank}", (_with(collapsed, narrow, "pair"),), fitted=True)
             if variant.cost < apart.cost:
                 found.append(variant)
         return found, x
 
-    def _grams(self, producer: LinearMap, consumer: LinearMap) -> dict[tuple[int, int], PatchGram]:
-        """Empty moments for each size of kernel that keeps the output's size."""
+    def _kernels(self, producer: LinearMap, consumer: LinearMap) -> list[LinearMap]:
+        """The single convolutions, one for each size of kernel, that keep the output's size."""
         if consumer.kind != "conv2d":
-            return {}
+            return []
         sizes = self.kernels
         if sizes is None:
             larger = max(producer.kernel[0], consumer.kernel[0]), max(producer.kernel[1], consumer.kernel[1])
             sizes = []
             if producer.taps > 1 and consumer.taps > 1:
                 sizes = [larger, (1, 1)]
-        grams = {}
+        found: list[LinearMap] = []
         for kernel in sizes:
-            try:
-                grams[kernel] = PatchGram(fitted_map(producer, consumer, kernel))
-            except PlanError:
-                continue  # no padding keeps the output's size
-        return grams
+            with suppress(PlanError):  # no padding keeps the output's size
+                found.append(fitted_map(producer, consumer, kernel))
+        return found
 
     def _seen(self, model: nn.Module, first: str, second: str) -> Iterator[_Seen]:
         """What two layers in a row read and return on each batch."""
@@ -201,9 +204,3 @@ def _with(entry: Entry, fit: Fit, becomes: Any, fold_skip: bool = False) -> Entr
     return Entry(
         entry.site, entry.fates, entry.slopes, entry.offsets, fit=fit, becomes=becomes, fold_skip=fold_skip
     )  # fmt: skip
-
-
-def _positions(z: Tensor, dim: int) -> Tensor:
-    """(positions, channels), float64."""
-    z = z.movedim(dim, -1)
-    return wide(z.reshape(-1, z.shape[-1]))
