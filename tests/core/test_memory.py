@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.calibrating.fisher import output_metrics
-from shallower.core.memory import give_back, halves, in_pieces
+from shallower.core.memory import free_bytes, give_back, halves, in_pieces, total_bytes
 
 
 def model() -> nn.Module:
@@ -69,3 +69,7 @@ def test_the_sensitivity_of_a_layer_does_not_depend_on_the_size_of_batches() -> 
 
 def test_memory_can_be_given_back_anywhere() -> None:
     give_back()
+
+
+def test_what_is_free_is_part_of_what_there_is() -> None:
+    assert 0 <= free_bytes() <= total_bytes()

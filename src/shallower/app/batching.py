@@ -9,8 +9,6 @@ are decoded batch by batch.
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -27,6 +25,7 @@ from shallower.app.models import LoadedModel
 from shallower.app.options import DataOptions, TaskName
 from shallower.app.tasks import IGNORED, class_count, first_output
 from shallower.core.inputs import Inputs, default_inputs_of
+from shallower.core.memory import total_bytes
 from shallower.core.text import amount
 from shallower.errors import DataError
 
@@ -446,24 +445,16 @@ def _takes_mappings(model: nn.Module) -> bool:
 
 
 def _check_memory(form: ImageFormat, batch_size: int) -> None:
-    """Raise DataError where one batch of images is larger than the memory that is free."""
+    """Raise DataError where one batch of images, and what a model makes of it, is larger than the machine's memory."""
     if form.size is None:
         return
     height, width = form.size
     needed = 4 * batch_size * (form.channels or 3) * height * width
-    if 4 * needed > _memory():
+    if 0 < total_bytes() < 4 * needed:
         raise DataError(
             f"a batch of {batch_size} images of {height} x {width} takes {amount(needed)}B, too much of the machine's "
-            f"{amount(_memory())}B of memory: use smaller images (--image-size) or batches (--batch-size)"
+            f"{amount(total_bytes())}B of memory: use smaller images (--image-size) or batches (--batch-size)"
         )
-
-
-def _memory() -> float:
-    """Bytes of memory that the machine has; without bound where that is not known."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return math.inf
 
 
 def _tokenizer(loaded: LoadedModel) -> Any:

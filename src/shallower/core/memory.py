@@ -92,8 +92,17 @@ def halves(batch: Any) -> list[Any]:
 
 def free_bytes() -> int:
     """Bytes of the machine's memory that nothing uses; 0 where that is not known."""
+    return _bytes_of("SC_AVPHYS_PAGES")
+
+
+def total_bytes() -> int:
+    """Bytes of the machine's memory; 0 where that is not known."""
+    return _bytes_of("SC_PHYS_PAGES")
+
+
+def _bytes_of(pages: str) -> int:
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return 0
 
