@@ -12,11 +12,13 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from shallower.errors import PlanError
+from shallower.finding.matching import find_sites
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.fits import Fit
 from shallower.planning.geometry import composed, fitted_map
 from shallower.planning.plan import Plan
 from shallower.sites import Site
+from shallower.surgery.applying import apply
 
 MODULES = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.LeakyReLU, nn.PReLU)
 FUNCTIONS = (F.relu, F.gelu, F.silu, torch.tanh, F.softplus)
@@ -111,6 +113,17 @@ class Chain(nn.Module):
         return self.layers[-1](x)
 
 
+class AfterSum(nn.Module):
+    """An activation behind a sum: a place without a hidden width of its own."""
+
+    def __init__(self, width: int = 8, outputs: int = 2) -> None:
+        super().__init__()
+        self.one, self.act, self.two = nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.act(x + self.one(x)))  # type: ignore[no-any-return]
+
+
 class Bottleneck(nn.Module):
     """Three convolutions with BatchNorm and ReLU between, the middle one padded: two overlapping sites."""
 
@@ -139,6 +152,17 @@ class Inverted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x) if self.residual else self.layers(x)
+
+
+def params(model: nn.Module) -> int:
+    """How many parameters a model has."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def halved(model: nn.Module, x: Tensor) -> nn.Module:
+    """The model after surgery that left the first half of every site's channels."""
+    sites = find_sites(model, x)
+    return apply(model, Plan(tuple(Entry.narrow(site, torch.arange(site.width // 2)) for site in sites)), x)
 
 
 def _randomised(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -9,7 +9,16 @@ from shallower.core.text import amount, listing, table
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(940, "940"), (33_612_000, "33.6M"), (1_204_000_000, "1.2G"), (999_950, "1M"), (999_600_000_000_000, "1000T")],
+    [
+        (0, "0"),
+        (940, "940"),
+        (1000, "1K"),
+        (33_612_000, "33.6M"),
+        (999_950, "1M"),
+        (1_204_000_000, "1.2G"),
+        (7e12, "7T"),
+        (999_600_000_000_000, "1000T"),
+    ],
 )
 def test_amounts_have_three_digits(count: float, text: str) -> None:
     assert amount(count) == text

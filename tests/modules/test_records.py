@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +12,14 @@ from torch import Tensor, nn
 import shallower as sh
 from shallower.modules.edits import edits, replay
 from shallower.modules.records import exchanged
+from tests import networks
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+halved = partial(networks.halved, x=X)
 
 
 def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-
-
-def halved(model: nn.Module) -> nn.Module:
-    plan = sh.Plan(tuple(sh.Entry.narrow(site, torch.arange(site.width // 2)) for site in sh.find_sites(model, X)))
-    return sh.apply(model, plan, X)
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from shallower.finding.matching import find_sites
 from shallower.planning.plan import Plan
 from shallower.sites import Site
 from shallower.surgery.applying import apply
+from tests.networks import params
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,6 @@ COUNTS = (
         14_974_026,
     ),
 )
-
-
-def params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("count", COUNTS, ids=lambda count: count.name)

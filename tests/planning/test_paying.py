@@ -11,7 +11,7 @@ from shallower.planning.paying import paying
 from shallower.planning.plan import CostWarning, Plan
 from shallower.sites import Sites
 from shallower.surgery.padding import move_padding
-from tests.networks import Inverted
+from tests.networks import AfterSum, Inverted
 
 
 def image(channels: int, size: int = 8) -> torch.Tensor:
@@ -54,15 +54,7 @@ def test_a_depthwise_convolution_between_pays_together_with_its_neighbours_only(
 
 
 def test_sites_that_cannot_be_linear_and_places_never_pay():
-    class Sum(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.act = nn.Linear(8, 8), nn.Linear(8, 2), nn.ReLU()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.two(self.act(x + self.one(x)))
-
-    chosen, reasons = paying(find_sites(Sum(), torch.randn(2, 8), places=True))
+    chosen, reasons = paying(find_sites(AfterSum(), torch.randn(2, 8), places=True))
     assert chosen == ()
     assert reasons == {"act": "no layers merge when it goes"}
 

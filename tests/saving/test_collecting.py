@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import shallower as sh
+from tests import networks
 
 X = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+halved = partial(networks.halved, x=X)
 
 
 def net(classes: int = 8) -> nn.Sequential:
@@ -21,11 +24,6 @@ def net(classes: int = 8) -> nn.Sequential:
 
 def whole() -> nn.Sequential:
     return nn.Sequential(net(), nn.ReLU(), nn.Linear(8, 3))
-
-
-def halved(model: nn.Module) -> nn.Module:
-    plan = sh.Plan(tuple(sh.Entry.narrow(site, torch.arange(site.width // 2)) for site in sh.find_sites(model, X)))
-    return sh.apply(model, plan, X)
 
 
 class Adapter(nn.Module):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from shallower.finding.matching import find_sites
 from shallower.sites import Bridge, Site
+from tests.networks import AfterSum
 
 
 class Packed(nn.Module):
@@ -109,14 +110,6 @@ def test_a_padded_consumer_has_a_border() -> None:
 
 
 def test_an_activation_place_has_no_channels_to_narrow() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(torch.relu(x + self.a(x)))  # type: ignore[no-any-return]
-
-    (place,) = (s for s in find_sites(Block().eval(), torch.randn(2, 4), places=True) if s.kind == "activation")
+    (place,) = find_sites(AfterSum().eval(), torch.randn(2, 8), places=True)
     assert place.bridge.not_narrow is not None
     assert place.bridge.not_linear is None

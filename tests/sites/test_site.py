@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower.core.text import amount
 from shallower.errors import SiteError
 from shallower.sites import Between, Heads, LinearMap, Place, Residual, Site, Sites
 
@@ -185,17 +184,3 @@ def test_the_table_shows_every_site_and_every_reason() -> None:
     table = str(SITES)
     for text in ("a.0", "a.1", "feed-forward", "gelu", "32", "c: it is tied", "1M params"):
         assert text in table
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0"), (940, "940"), (1000, "1K"), (33_646_666, "33.6M"), (999_999, "1M"), (1.2e9, "1.2G"), (7e12, "7T")],
-)
-def test_amounts_have_three_digits(count: float, text: str) -> None:
-    assert amount(count) == text
-
-
-def test_a_place_is_printed_with_the_call_it_is() -> None:
-    assert str(Place("a.act")) == "a.act"
-    assert str(Place("a", (("relu", 1),))) == "a:relu#1"
-    assert str(Place("", (("relu", 0),))) == "model:relu#0"

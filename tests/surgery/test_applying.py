@@ -20,10 +20,11 @@ from shallower.planning.entries import Entry, Fate
 from shallower.planning.fits import Fit
 from shallower.planning.forms import form_of
 from shallower.planning.plan import CostWarning, Plan
-from shallower.sites import LinearMap, Place, Site
+from shallower.sites import Place, Site
 from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate
 from tests.networks import Gated, Packed, convolutional_networks, networks, random_plan
+from tests.planning.samples import linear
 
 pytestmark = pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
 many = settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -124,10 +125,6 @@ def test_replaying_the_edits_gives_the_same_structure(network, data):
 
 
 # ---------------------------------------------------------------------------------------------------------- by hand
-
-
-def linear(name: str, d_in: int, d_out: int, bias: bool = True) -> LinearMap:
-    return LinearMap(name, "linear", d_in, d_out, bias, positions=4)
 
 
 def mlp(dtype: torch.dtype = torch.float64) -> tuple[nn.Sequential, Site, torch.Tensor]:

@@ -18,7 +18,7 @@ from shallower.planning.plan import Plan
 from shallower.surgery.applying import apply
 from shallower.surgery.operating import edits_of, operate
 from shallower.surgery.simulation import simulate
-from tests.networks import Chain
+from tests.networks import Chain, params
 
 pytestmark = pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
 
@@ -180,10 +180,6 @@ def sharing(kind: str, slopes: int) -> nn.Module:
         "items": nn.Sequential(nn.Linear(8, 12), act, nn.Linear(12, 12), act, nn.Linear(12, 4)),
     }
     return made[kind].double()
-
-
-def params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 SHARING = ["calls", "blocks", "one block twice", "items"]

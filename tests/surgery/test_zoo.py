@@ -20,6 +20,7 @@ from shallower.planning.plan import Plan
 from shallower.sites import Site, Sites
 from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate
+from tests.networks import params
 from tests.zoo import ZOO, Specimen
 
 # What is tested is exactness; the narrow sites of the zoo seldom pay.
@@ -67,10 +68,6 @@ def widened(inputs: Inputs) -> Inputs:
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """The floating-point tensors that a model gives."""
     return [tensor.clone() for tensor in tensors(call(model, inputs)) if tensor.is_floating_point()]
-
-
-def params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check(patient: Patient, plan: Plan) -> None:

@@ -24,6 +24,7 @@ from shallower.planning.plan import Plan
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
 from shallower.training import Recipe
+from tests.networks import AfterSum
 from tests.zoo import FunctionalMLP, GeGLU, SwiGLU, channels_last, norms_around_activations
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
@@ -452,15 +453,7 @@ def test_plan_options_out_of_range_are_refused(options: dict[str, Any], message:
 
 
 def test_activation_place_is_linear_or_as_it_was() -> None:
-    class Sum(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.act = nn.Linear(8, 8), nn.Linear(8, 2), nn.ReLU()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.two(self.act(x + self.one(x)))
-
-    model = Sum().eval()
+    model = AfterSum().eval()
     method = LayerCollapse(model, find_sites(model, X, places=True), granularity="channel", include="*")
     assert not method.plan().entries
     set_slopes(method, 0.5)
