@@ -15,7 +15,7 @@ plan = method.plan()
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -23,6 +23,8 @@ from torch import nn
 from shallower.errors import MethodError, PlanError, ShallowerError
 from shallower.modules import attachment
 from shallower.modules.layers import check_shape
+from shallower.modules.site_parts import fingerprint
+from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan
 from shallower.sites import Place, Site, Sites
 from shallower.training.trainable import Trainable
@@ -33,7 +35,7 @@ class Method(Trainable):
 
         class LargestRows(sh.Method):
             def plan(self):
-                return sh.Plan(tuple(sh.Entry.narrow(site, largest(self.model, site)) for site in self.sites))
+                return sh.Plan([sh.Entry.narrow(site, range(site.width // 2)) for site in self.sites])
 
     Everything but `plan` is neutral unless a subclass needs it. What a method adds to the model is in the model's
     `state_dict`, so that a checkpoint of the model resumes the method too.
@@ -82,6 +84,23 @@ def linearisable(sites: Sites) -> Sites:
         MethodError: there is none.
     """
     return sites.usable(lambda site: site.bridge.not_linear, "there is no site that may become linear", MethodError)
+
+
+def detach_from(model: nn.Module, sites: Iterable[Site], names: Collection[str]) -> None:
+    """Put back the activations of those sites that have these names.
+
+    detach_from(model, sites, method.activations)
+    """
+    attachment.detach(model, [activation_of(site) for site in sites if site.name in names])
+
+
+def bound_plan(model: nn.Module, entries: Iterable[Entry], method: str) -> Plan:
+    """A plan that holds for the weights as they are now.
+
+    bound_plan(model, entries, "layer-collapse")
+    """
+    made = tuple(entries)
+    return Plan(made, fingerprint(model, [entry.site for entry in made]), method)
 
 
 def activation_of(site: Site) -> Place:

@@ -25,14 +25,13 @@ from shallower.calibrating.moments import Moments, collect
 from shallower.core.inputs import InputsOf, MaskOf, default_inputs_of, reiterable
 from shallower.core.processes import agreed_result
 from shallower.errors import MethodError
-from shallower.methods.base import Method, activation_of, linearisable
+from shallower.methods.base import Method, activation_of, bound_plan, detach_from, linearisable
 from shallower.methods.collapsing.fates import Fates, unsharded
 from shallower.methods.collapsing.sensitivity import costs_of
 from shallower.methods.collapsing.stages import StageResult, Stages, check_tolerance
 from shallower.modules import attachment
 from shallower.modules.activations import SlopeActivation
-from shallower.modules.site_parts import fingerprint
-from shallower.planning.entries import Family
+from shallower.planning.entries import Entry, Family
 from shallower.planning.paying import paying
 from shallower.planning.plan import Plan
 from shallower.sites import Site, Sites
@@ -149,8 +148,7 @@ class LayerCollapse(Method):
     def detach(self) -> None:
         """Remove the slope activations; the trained weights stay as they are."""
         self.unfollow()
-        attached = [activation_of(site) for site in self.sites if site.name in self.activations]
-        attachment.detach(self.model, attached)
+        detach_from(self.model, self.sites, self.activations)
         self.activations = {}
         self.active = ()
 
@@ -303,9 +301,12 @@ class LayerCollapse(Method):
             collapsing = (site for site in self.sites if self._arrived(site, tolerance))
             moments = collect(self.model, collapsing, batches, inputs_of=inputs_of, mask_of=mask_of)
         fates = Fates(self.model, tolerance, affine == "unit", moments)
-        found = (fates.entry(site, self.activations[site.name]) for site in self.sites)
-        entries = tuple(entry for entry in found if entry is not None)
-        return Plan(entries, fingerprint(self.model, [entry.site for entry in entries]), "layer-collapse")
+        entries: list[Entry] = []
+        for site in self.sites:
+            entry = fates.entry(site, self.activations[site.name])
+            if entry is not None:
+                entries.append(entry)
+        return bound_plan(self.model, entries, "layer-collapse")
 
     def _arrived(self, site: Site, tolerance: float) -> bool:
         """Whether any channel of the site becomes linear."""

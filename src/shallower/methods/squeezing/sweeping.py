@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -24,6 +25,7 @@ from shallower.calibrating.site_grams import SiteGrams
 from shallower.calibrating.walking import Walk
 from shallower.core.memory import give_back
 from shallower.errors import FitError, Refusal
+from shallower.methods.base import bound_plan
 from shallower.methods.squeezing.calibration import Calibration, mean_divergence
 from shallower.methods.squeezing.curves import error_curves
 from shallower.methods.squeezing.progress import Progress
@@ -35,9 +37,9 @@ from shallower.methods.squeezing.refitting import (
     narrowed_fit,
 )
 from shallower.modules.attachment import detach
-from shallower.modules.site_parts import fingerprint
 from shallower.planning.entries import Entry
 from shallower.planning.forms import Step, steps
+from shallower.planning.forms.steps import made_by
 from shallower.planning.plan import Plan
 from shallower.sites import Site, overlapping
 from shallower.surgery.operating import operate
@@ -174,7 +176,7 @@ class Sweep:
             _operate(small, self._step(entry, entries))
         if not producers:
             self._drafts[chosen] = list(entries)
-        return Plan(tuple(entries), fingerprint(self.dense, [e.site for e in entries]), "squeeze"), small
+        return bound_plan(self.dense, entries, "squeeze"), small
 
     def _step(self, entry: Entry, entries: Sequence[Entry]) -> Step:
         """The form that an entry's site takes after the earlier ones; only those that it overlaps with matter."""
@@ -274,9 +276,7 @@ class Sweep:
 
         What a later site is to be fitted to must not be a linear path itself.
         """
-        made: set[str] = set()
-        for other in later:
-            made.update(m.name for m in (other.producer, other.gate) if m is not None)
+        made = set(chain.from_iterable(map(made_by, later)))
         if made & {m.name for m in site.consumers} or not may_have_path(site):
             return 0
         return self.calibration.options.path_multiple

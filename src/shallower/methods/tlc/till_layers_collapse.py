@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,13 +31,12 @@ from shallower.core.trees import to_device
 from shallower.errors import MethodError
 from shallower.measuring.cost import cost_of
 from shallower.measuring.measurement import compare
-from shallower.methods.base import Method, activation_of, linearisable
+from shallower.methods.base import Method, activation_of, bound_plan, detach_from, linearisable
 from shallower.methods.tlc.criteria import Line, Normal, input_statistics, lines, relative_change, sign_entropies
 from shallower.methods.tlc.linearised import Linearised
 from shallower.methods.tlc.pace import Pace, Round
 from shallower.modules import attachment
 from shallower.modules.activations import recognise
-from shallower.modules.site_parts import fingerprint
 from shallower.planning.costs import Cost, cost_after
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.plan import Plan
@@ -49,6 +48,12 @@ from shallower.training.recipe import Checkpoint, Recipe
 from shallower.training.rounds import Rounds, Training
 
 Criterion = Literal["loss", "batchnorm", "entropy", "random"]
+
+_Lines = dict[str, tuple[Tensor, Tensor]]
+"""By site, the slope and the offset of what takes the activation's place."""
+
+_Ordered = Sequence[tuple[str, tuple[Tensor, Tensor]]]
+"""The items of `_Lines`, in the order in which the activations go."""
 
 
 class TillLayersCollapse(Method):
@@ -136,7 +141,7 @@ class TillLayersCollapse(Method):
 
     def detach(self) -> None:
         """Puts every activation back; the trained weights stay as they are."""
-        attachment.detach(self.model, [activation_of(site) for site in self.sites if site.name in self.activations])
+        detach_from(self.model, self.sites, self.activations)
         self.activations = {}
         self.unfollow()
 
@@ -151,8 +156,11 @@ class TillLayersCollapse(Method):
         Raises:
             MethodError: there is no such site, or it is linear already.
         """
-        for name, (slope, offset) in self._lines(self._named(names)).items():
-            self.activations[name].set(slope, offset)
+        going = list(names)
+        for name in going:
+            if self._known(name).is_linear:
+                raise MethodError(f"{name}: it is linear already")
+        self._set(self._lines(going))
 
     def restore(self, names: Iterable[str]) -> None:
         """Put the activations of these sites back."""
@@ -174,23 +182,23 @@ class TillLayersCollapse(Method):
     def _costs(self, validation: Iterable[Any] | None, loss: Loss | None) -> dict[str, float]:
         """By the criterion, as this process sees it."""
         open_ = self._open()
+        sites = self.sites.only(map(self.sites.__getitem__, open_))
         if self.criterion == "loss":
             if validation is None or loss is None:
                 raise MethodError("criterion='loss' needs validation batches and the loss to measure on them")
             return self._gaps(open_, validation, loss)
         if self.criterion == "entropy":
             assert self.batches is not None
-            sites = [self.sites[name] for name in open_]
             return sign_entropies(self.model, sites, self.batches, inputs_of=self.inputs_of, mask_of=self.mask_of)
         if self.criterion == "random":
             order = sorted(self.sites.names)
             random.Random(self.seed).shuffle(order)
             return {name: float(order.index(name)) for name in open_}
-        return self._expected(open_)
+        return self._expected(sites)
 
-    def _expected(self, names: Sequence[str]) -> dict[str, float]:
+    def _expected(self, sites: Sites) -> dict[str, float]:
         costs = {}
-        for name, normal in self._statistics([self.sites[name] for name in names]).items():
+        for name, normal in self._statistics(sites).items():
             f: nn.Module | None = None  # a ReLU, in closed form
             if recognise(self.activations[name].f) != "relu":
                 f = copy.deepcopy(self.activations[name].f).cpu().double().eval()
@@ -199,7 +207,7 @@ class TillLayersCollapse(Method):
 
     def _gaps(self, names: Sequence[str], validation: Iterable[Any], loss: Loss) -> dict[str, float]:
         base = self._loss(validation, loss)
-        planned = self._lines([self.sites[name] for name in names])
+        planned = self._lines(names)
         gaps = {}
         for name in tqdm(names, desc="gaps", delay=2):
             with self._tried({name: planned[name]}):
@@ -207,11 +215,10 @@ class TillLayersCollapse(Method):
         return gaps
 
     @contextmanager
-    def _tried(self, planned: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    def _tried(self, planned: _Lines) -> Iterator[None]:
         """These sites linear for the length of the context."""
         try:
-            for name, (slope, offset) in planned.items():
-                self.activations[name].set(slope, offset)
+            self._set(planned)
             yield
         finally:
             self.restore(planned)
@@ -232,12 +239,11 @@ class TillLayersCollapse(Method):
     def _statistics(self, sites: Iterable[Site]) -> dict[str, Normal]:
         return input_statistics(self.model, sites, self.batches, inputs_of=self.inputs_of, mask_of=self.mask_of)
 
-    def _lines(self, sites: Iterable[Site]) -> dict[str, tuple[Tensor, Tensor]]:
-        sites = list(sites)
-        unit = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        found = {site.name: unit for site in sites}
-        normals = self._statistics([site for site in sites if site.kind != "activation"])
-        for name, normal in normals.items():
+    def _lines(self, names: Iterable[str]) -> _Lines:
+        """The lines of these sites, in this order, by the statistics as they are now."""
+        found = dict.fromkeys(names, (torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)))
+        measured = (self.sites[name] for name in found if self.sites[name].kind != "activation")
+        for name, normal in self._statistics(measured).items():
             found[name] = lines(self.sites[name], normal, self.line)
         return found
 
@@ -248,14 +254,6 @@ class TillLayersCollapse(Method):
         if name not in self.activations:
             raise MethodError(f"there is no site {name!r}; the sites are {', '.join(self.activations)}")
         return self.activations[name]
-
-    def _named(self, names: Iterable[str]) -> list[Site]:
-        sites = []
-        for name in names:
-            if self._known(name).is_linear:
-                raise MethodError(f"{name}: it is linear already")
-            sites.append(self.sites[name])
-        return sites
 
     @raised_anywhere()
     def plan(
@@ -293,63 +291,55 @@ class TillLayersCollapse(Method):
             raise MethodError(
                 f"count={count}: {len(now)} activations are linear already, and there are {len(self.activations)} sites"
             )
-        order = list(self.rank(validation, loss))
-        following = self._lines([self.sites[name] for name in order])
+        following = list(self._lines(self.rank(validation, loss)).items())
         if count is not None:
-            return self._plan(now | {name: following[name] for name in order[: count - len(now)]})
+            return self._plan(now | dict(following[: count - len(now)]))
         if isinstance(target, str):
             target = Target.parse(target)
         assert target is not None
         if target.unit == "drop":
             if score is None:
                 raise MethodError(f"the target {target} needs score=, a function of the model")
-            chosen = self._affordable(order, following, target, score)
-        else:
-            if example_inputs is None:
-                raise MethodError(f"the target {target} needs example_inputs= to measure what the model costs")
+            return self._plan(now | self._affordable(following, target, score))
+        if example_inputs is None:
+            raise MethodError(f"the target {target} needs example_inputs= to measure what the model costs")
+        return self._plan(now | agreed_result(self._cheap, now, following, target, example_inputs))
 
-            def plan_of(names: Sequence[str]) -> Plan:
-                return self._plan(now | {name: following[name] for name in names})
-
-            chosen = agreed_result(self._cheap, order, plan_of, target, example_inputs)
-        return self._plan(now | {name: following[name] for name in chosen})
-
-    def _affordable(
-        self, order: Sequence[str], following: Mapping[str, tuple[Tensor, Tensor]], target: Target, score: Score
-    ) -> Sequence[str]:
+    def _affordable(self, following: _Ordered, target: Target, score: Score) -> _Lines:
         with evaluating(self.model):
             floor = target.floor(self._scored(score))
-            taken: list[str] = []
-            for name in tqdm(order, desc=str(target), delay=2):
-                with self._tried({n: following[n] for n in [*taken, name]}):
+            taken: _Lines = {}
+            for name, line in tqdm(following, desc=str(target), delay=2):
+                with self._tried(taken | {name: line}):
                     if self._scored(score) < floor:
                         break
-                taken.append(name)
+                taken[name] = line
         return taken
 
     def _scored(self, score: Score) -> float:
         """The first process's score, so that all decide alike; a sharded model needs all of them to compute it."""
         return float(agreed_result(score, self.model))
 
-    def _cheap(
-        self, order: Sequence[str], plan_of: Callable[[Sequence[str]], Plan], target: Target, example_inputs: Inputs
-    ) -> Sequence[str]:
+    def _cheap(self, now: _Lines, following: _Ordered, target: Target, example_inputs: Inputs) -> _Lines:
         dense = attachment.detached_copy(self.model).eval()
         inputs = to_device(example_inputs, model_device(dense))
         before = cost_of(dense, inputs)
-        if target.unit != "latency":
-            return shortest_prefix(order, target, before, lambda names: cost_after(plan_of(names), before, dense))
-        seconds = compare({"dense": dense}, inputs)["dense"].latency
+        if target.unit == "latency":
+            before = replace(before, latency=compare({"dense": dense}, inputs)["dense"].latency)
 
-        def timed(names: Sequence[str]) -> Cost:
-            small = apply(dense, plan_of(names), inputs)
-            return replace(before, latency=seconds * compare({"dense": dense, "small": small}, inputs)["small"].ratio)
+        def cost(taken: _Ordered) -> Cost:
+            plan = self._plan(now | dict(taken))
+            after = cost_after(plan, before, dense)
+            if before.latency is None:
+                return after
+            models = {"dense": dense, "small": apply(dense, plan, inputs)}
+            return replace(after, latency=before.latency * compare(models, inputs)["small"].ratio)
 
-        return shortest_prefix(order, target, replace(before, latency=seconds), timed)
+        return dict(shortest_prefix(following, target, before, cost))
 
-    def _plan(self, planned: Mapping[str, tuple[Tensor, Tensor]]) -> Plan:
-        entries = tuple(_linear_entry(site, *planned[site.name]) for site in self.sites if site.name in planned)
-        return Plan(entries, fingerprint(self.model, [entry.site for entry in entries]), "till-layers-collapse")
+    def _plan(self, planned: _Lines) -> Plan:
+        entries = (_linear_entry(site, *planned[site.name]) for site in self.sites if site.name in planned)
+        return bound_plan(self.model, entries, "till-layers-collapse")
 
     def fit(
         self,
@@ -414,7 +404,7 @@ class TillLayersCollapse(Method):
                 rounds.finish(record)
         return rounds.finished
 
-    def _set(self, chosen: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def _set(self, chosen: _Lines) -> None:
         """Put these lines in the place of their sites' activations."""
         for name, (slope, offset) in chosen.items():
             self.activations[name].set(slope, offset)
@@ -427,26 +417,25 @@ class TillLayersCollapse(Method):
     def _choose(self, validation: Iterable[Any] | None, loss: Loss, per_round: int | None) -> dict[str, Any]:
         """Which sites go in a round, the lines that take their place, and what was measured."""
         costs = self.rank(validation, loss)
-        order = list(costs)
-        planned = self._lines([self.sites[name] for name in order])
+        planned = list(self._lines(costs).items())
+        chosen = dict(planned[: per_round or 1])
         if validation is None:
-            chosen = order[: per_round or 1]
-            return {"lines": {n: planned[n] for n in chosen}, "costs": costs, "base": None, "joint": None}
+            return {"lines": chosen, "costs": costs, "base": None, "joint": None}
         base = self._loss(validation, loss)
 
-        def joint_loss(names: Sequence[str]) -> float:
-            with self._tried({name: planned[name] for name in names}):
+        def joint_loss(together: _Lines) -> float:
+            with self._tried(together):
                 return self._loss(validation, loss)
 
-        chosen = order[: per_round or 1]
         joint = joint_loss(chosen)
         if per_round is None and joint <= base:
-            for k in tqdm(range(2, len(order) + 1), desc="joint", delay=2):
-                value = joint_loss(order[:k])
+            for k in tqdm(range(2, len(planned) + 1), desc="joint", delay=2):
+                more = dict(planned[:k])
+                value = joint_loss(more)
                 if value > base:
                     break
-                chosen, joint = order[:k], value
-        return {"lines": {n: planned[n] for n in chosen}, "costs": costs, "base": base, "joint": joint}
+                chosen, joint = more, value
+        return {"lines": chosen, "costs": costs, "base": base, "joint": joint}
 
 
 def _linear_entry(site: Site, slope: Tensor, offset: Tensor) -> Entry:
