@@ -9,8 +9,8 @@ import warnings
 
 import pytest
 
-from shallower.app.failures import DEBUG, one_line, plain_warnings, print_traceback, terminable
-from shallower.errors import SiteError
+from shallower.app.failures import DEBUG, foreign_code, one_line, plain_warnings, print_traceback, terminable
+from shallower.errors import ModelError, OutOfMemoryError, ShallowerError, SiteError
 
 
 def caught(error: BaseException) -> BaseException:
@@ -37,6 +37,21 @@ def test_a_disk_error_names_the_file() -> None:
 
 def test_too_little_memory_has_a_remedy() -> None:
     assert "smaller batches" in one_line(caught(MemoryError()))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (KeyError("x"), ModelError, r"^nets:make, in .* \(test_failures\.py, line \d+\): KeyError: 'x'$"),
+        (SystemExit(3), ModelError, r"^nets:make ended the program: sys\.exit\(3\) was called$"),
+        (MemoryError(), OutOfMemoryError, "out of memory"),
+        (SiteError("net.3 is wrong"), SiteError, r"^net\.3 is wrong$"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_fails_in_foreign_code_says_where(error: BaseException, kind: type[ShallowerError], words: str) -> None:
+    with pytest.raises(kind, match=words), foreign_code(ModelError, "nets:make"):
+        raise error
 
 
 def test_the_traceback_is_printed_only_where_it_was_asked_for(

@@ -67,10 +67,10 @@ def _place(error: BaseException) -> str:
 
 
 @contextmanager
-def placed(kind: type[ShallowerError], where: str) -> Iterator[None]:
+def foreign_code(kind: type[ShallowerError], where: str) -> Iterator[None]:
     """Let what fails in code of the user's, or ends the program there, be one sentence that says where in it.
 
-    with placed(ModelError, "my.nets:make"):
+    with foreign_code(ModelError, "my.nets:make"):
         factory()
 
     Raises:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shallower.app.failures import placed
+from shallower.app.failures import foreign_code
 from shallower.app.options import HUB_NAME, TaskName
 from shallower.core.failures import failing, is_out_of_memory, sentence
 from shallower.core.inputs import Inputs
@@ -50,6 +51,9 @@ _AUTO_CLASSES: Mapping[TaskName, str] = {
     "feature-extraction": "AutoModel",
     "image-feature-extraction": "AutoModel",
 }
+
+
+_SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,10 @@ class LoadedModel:
             return self.example
         generator = torch.Generator().manual_seed(seed)
         library, _, rest = self.source.partition(":")
-        if library in ("timm", "torchvision"):
-            size = _timm_size(self.model, rest) if library == "timm" else _torchvision_size(rest)
-            return torch.randn(batch, *size, generator=generator)
+        if library == "timm":
+            return torch.randn(batch, *_timm_size(self.model, rest), generator=generator)
+        if library == "torchvision":
+            return torch.randn(batch, *_torchvision_size(rest), generator=generator)
         if library == "transformers":
             return _transformers_inputs(self.model, batch, length, generator)
         raise ModelError(
@@ -140,7 +145,7 @@ def load_model(
         pretrained = bool(options.pop("pretrained", pretrained))
         if num_labels is not None:
             options.setdefault("num_classes", num_labels)
-        model = timm(name, options, pretrained) if library == "timm" else torchvision(name, options, pretrained)
+        model = {"timm": timm, "torchvision": torchvision}[library](name, options, pretrained)
         return LoadedModel(model.eval(), f"{library}:{format_options(name, options)}")
     if _FACTORY.fullmatch(spec):
         return _factory(spec)
@@ -172,7 +177,7 @@ def _torchvision_size(description: str) -> tuple[int, int, int]:
 def _factory(spec: str) -> LoadedModel:
     path, options = parse_options(spec)
     package, _, name = path.partition(":")
-    with placed(ModelError, spec), _importable(str(Path.cwd())):
+    with foreign_code(ModelError, spec), _importable(str(Path.cwd())):
         factory = getattr(importlib.import_module(package), name)
         made = factory(**options)
     model, example = made, None
@@ -201,7 +206,9 @@ def _load_transformers(spec: str, task: TaskName | None, num_labels: int | None,
     library = import_transformers()
     local = Path(spec).is_dir()
     where: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
-    labels = {} if num_labels is None else {"num_labels": num_labels}
+    labels = {}
+    if num_labels is not None:
+        labels["num_labels"] = num_labels
     model: Any
     with _reading(spec):
         config = library.AutoConfig.from_pretrained(spec, **where, **labels)
@@ -307,8 +314,9 @@ def _transformers_inputs(model: Any, batch: int, length: int, generator: torch.G
         frames = 2 * config.max_source_positions
         inputs["input_features"] = torch.randn(batch, config.num_mel_bins, frames, generator=generator)
     if main == "input_values":
-        mels = getattr(config, "num_mel_bins", None)
-        shape = (config.max_length, mels) if mels else (16000,)
+        shape: tuple[int, ...] = (16000,)
+        if getattr(config, "num_mel_bins", None):
+            shape = (config.max_length, config.num_mel_bins)
         inputs["input_values"] = torch.randn(batch, *shape, generator=generator)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = _token_ids(config, batch, length, generator)
@@ -321,14 +329,16 @@ def _token_ids(config: Any, batch: int, length: int, generator: torch.Generator)
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     # RoBERTa's positions start after its padding index.
-    length = min(length, positions - 2) if isinstance(positions, int) and positions > 2 else length
-    special: set[int] = set()
-    for owner in (config, text):
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id"):
-            value = getattr(owner, name, None)
-            special.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
-    ordinary = torch.tensor([token for token in range(text.vocab_size) if token not in special])
-    ids = ordinary[torch.randint(len(ordinary), (batch, length), generator=generator)]
+    if isinstance(positions, int) and positions > 2:
+        length = min(length, positions - 2)
+    ordinary = set(range(text.vocab_size))
+    for owner, name in product((config, text), _SPECIAL_TOKENS):
+        special = getattr(owner, name, None)
+        if not isinstance(special, list):
+            special = [special]
+        ordinary.difference_update(special)
+    known = torch.tensor(sorted(ordinary))
+    ids = known[torch.randint(len(known), (batch, length), generator=generator)]
     if getattr(config, "is_encoder_decoder", False) and isinstance(text.eos_token_id, int):
         # Classifiers of this kind read the position of the end token.
         ids[:, -1] = text.eos_token_id
@@ -337,5 +347,7 @@ def _token_ids(config: Any, batch: int, length: int, generator: torch.Generator)
 
 def _image_size(config: Any) -> tuple[int, int, int]:
     size = getattr(config, "image_size", 224)
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    if not isinstance(size, (list, tuple)):
+        size = (size, size)
+    height, width = size
     return int(getattr(config, "num_channels", 3)), int(height), int(width)

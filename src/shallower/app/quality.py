@@ -43,7 +43,7 @@ def difference(quality: str, before: float, after: float) -> str:
     return f"{change:+.4f}"
 
 
-def rows(quality: str) -> str:
+def rows_of(quality: str) -> str:
     """What is counted of the data: a language model reads its texts in blocks of equal length."""
     if quality == "perplexity":
         return "blocks of text"

@@ -21,19 +21,18 @@ from shallower.core.files import read_json
 from shallower.core.text import amount, table
 from shallower.errors import CheckpointError, ShallowerError
 from shallower.planning.costs import Cost
-from shallower.planning.curve import Point
+from shallower.planning.curve import Point, Whole
 
 RESULT = "result.json"
 CURVE = "curve.json"
 
-Count = Annotated[int, Bounds(0, 1 << 53)]
 Seconds = Annotated[float, Bounds(0, 1e12)]
 
-_MOST_NUMBERS = 2**31
+_LARGEST_EXAMPLE = 2**31
 """In the example inputs."""
 _NOTED_ERROR = re.compile(r"held-out error (\d+(?:\.\d+)?) ?%")
 """How a note says a site's error."""
-_EARLIER_NAMES = {"memory": "size"}
+_RENAMED = {"memory": "size"}
 """Of costs, in files of schema 1 and 2."""
 
 
@@ -50,11 +49,11 @@ class Measured:
     """
 
     score: float
-    params: Count
-    macs: Count
-    size: Count
+    params: Whole
+    macs: Whole
+    size: Whole
     latency: Seconds | None = None
-    kv: Count | None = None
+    kv: Whole | None = None
 
     @property
     def cost(self) -> Cost:
@@ -78,8 +77,8 @@ class CurvePoint(Measured):
     """
 
     label: Annotated[str, Bounds(0, 1000)] = ""
-    widths: Mapping[str, Count] = field(default_factory=dict)
-    removed: Count | None = None
+    widths: Mapping[str, Whole] = field(default_factory=dict)
+    removed: Whole | None = None
     spread: Seconds | None = None
     test_score: float | None = None
     norms: str = ""
@@ -152,7 +151,7 @@ class Verdict:
 
     def rows(self, quality: str, name: str, note: str = "") -> list[tuple[str, ...]]:
         """Two rows of `verdict_table`: dense and small."""
-        change = _change(self.small.params, self.dense.params)
+        change = _percent(self.small.params, self.dense.params)
         speeds = f"{self.predicted:.2f}x", f"{self.speedup:.2f}x"
         return [
             (name, *_cells(quality, self.dense, ""), "", ""),
@@ -182,14 +181,14 @@ class SiteRow:
 
     name: str
     kind: str = ""
-    width: Count = 0
-    kept: Count = 0
-    linear: Count = 0
-    dropped: Count = 0
+    width: Whole = 0
+    kept: Whole = 0
+    linear: Whole = 0
+    dropped: Whole = 0
     becomes: str = ""
-    rank: Count = 0
-    params: tuple[Count, Count] = (0, 0)
-    macs: tuple[Count, Count] = (0, 0)
+    rank: Whole = 0
+    params: tuple[Whole, Whole] = (0, 0)
+    macs: tuple[Whole, Whole] = (0, 0)
     error: float | None = None
     note: str = ""
 
@@ -220,8 +219,8 @@ class Record:
     small: Measured
     speed: Speed | None = None
     sites: tuple[SiteRow, ...] = ()
-    rows: Mapping[str, Count | None] = field(default_factory=dict)
-    example: tuple[Count, ...] = ()
+    rows: Mapping[str, Whole | None] = field(default_factory=dict)
+    example: tuple[Whole, ...] = ()
     classes: tuple[str, ...] | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
     seconds: Seconds | None = None
@@ -234,7 +233,7 @@ class Record:
         Raises:
             ValueError: it has too many numbers.
         """
-        if math.prod(self.example) > _MOST_NUMBERS:
+        if math.prod(self.example) > _LARGEST_EXAMPLE:
             raise ValueError("its example inputs are out of range")
 
     @property
@@ -325,7 +324,7 @@ def comparison(records: Mapping[str, Record]) -> str:
         if original != _original(record):
             original = _original(record)
             rows.append((record.model or "the original", "", *_scored(quality, dense), "", ""))
-        change = _change(small.params, dense.params)
+        change = _percent(small.params, dense.params)
         speed = f"{record.verdict.speedup:.2f}x"
         rows.append((f"  {name}", record.method, *_scored(quality, small), change, speed))
     header = ("model", "method", "score", "", "params", "MACs", "size", "change", "speed")
@@ -365,7 +364,7 @@ def _cells(quality: str, side: Measured, change: str) -> tuple[str, ...]:
     return qualities.shown(quality, side.score), amount(side.params), change, amount(side.macs), latency
 
 
-def _change(after: float, before: float) -> str:
+def _percent(after: float, before: float) -> str:
     return f"{after / max(1, before) - 1:+.0%}"
 
 
@@ -416,5 +415,5 @@ def _upgraded_curve(data: Any) -> Any:
 def _known(data: Mapping[str, Any], kind: type) -> dict[str, Any]:
     """What there is for the fields of a dataclass, under today's names."""
     names = {f.name for f in fields(kind)}
-    renamed = {_EARLIER_NAMES.get(key, key): value for key, value in data.items()}
+    renamed = {_RENAMED.get(key, key): value for key, value in data.items()}
     return {key: value for key, value in renamed.items() if key in names and value is not None}

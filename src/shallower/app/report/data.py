@@ -183,7 +183,7 @@ def _measured(record: Record) -> list[tuple[str, str]]:
 
 def _quality_measured(record: Record) -> str:
     tested, chosen, used = (record.rows.get(name) or 0 for name in ("test", "validation", "train"))
-    rows = qualities.rows(record.quality)
+    rows = qualities.rows_of(record.quality)
     where = (
         f"Measured on the {chosen:,} validation {rows}: the data has no test set, and the same {rows} were used to "
         "make choices, so this may be optimistic."

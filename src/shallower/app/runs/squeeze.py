@@ -83,7 +83,7 @@ class SqueezeRun(Squeezing):
     def _calibration(self, work: Work) -> list[Any]:
         rows: Any = work.batches.train.dataset
         if len(rows) < FEWEST:
-            counted = qualities.rows(work.task.quality)
+            counted = qualities.rows_of(work.task.quality)
             raise DataError(f"{len(rows)} {counted} are too few to calibrate on; give a few hundred")
         given = work.sample(self.samples)
         return list(augment_tokens(given, seed=work.recipe.seed)) if self.vary else given
