@@ -60,6 +60,31 @@ def test_padding_does_not_count() -> None:
     )
 
 
+def test_a_mask_that_fits_no_site_is_refused_unless_it_came_with_the_batch() -> None:
+    model = Residual()
+    sites = find_sites(model, batches()[0])
+    wrong = torch.ones(4, 7)
+    with pytest.raises(FitError, match="28 positions, and the layers of the sites have 20"):
+        collect_grams(model, None, list(sites), batches(), mask_of=lambda _: wrong)
+    with pytest.raises(FitError, match="28 positions, and the layers of the sites have 20"):
+        output_metrics(model, ["down.0"], batches(), mask_of=lambda _: wrong)
+    given = [{"x": b, "attention_mask": wrong} for b in batches()]
+    assert len(collect_grams(model, None, list(sites), given)) == len(sites)
+
+
+def test_a_mask_counts_where_positions_of_a_convolution_are_sampled() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 1, 3, padding=1))
+    x = torch.randn(4, 1, 96, 96)
+    (site,) = find_sites(model, x)
+    halves = torch.zeros(4, 96, 96)
+    halves[:2] = 1
+    whole = collect_grams(model, None, [site], [x])[site.name]
+    masked = collect_grams(model, None, [site], [x], mask_of=lambda _: halves)[site.name]
+    assert whole.all.count < 4 * 96 * 96
+    assert masked.all.count == pytest.approx(whole.all.count / 2, rel=0.01)
+
+
 def test_compensation_makes_up_for_the_residual_stream() -> None:
     torch.manual_seed(0)
     dense, small = Residual(), Residual()

@@ -208,6 +208,16 @@ def test_another_mask_can_be_picked_from_the_batch() -> None:
     assert moments.count == 3
 
 
+def test_a_mask_of_other_positions_than_any_site_has_is_refused() -> None:
+    model = Masked()
+    batch = {"x": torch.randn(2, 3, 4), "attention_mask": torch.ones(2, 3)}
+    sites = find_sites(model, batch)
+    assert collect(model, sites, [batch], mask_of=lambda _: torch.ones(2, 3))
+    assert collect(model, sites, [batch], mask_of=lambda _: torch.ones(2))
+    with pytest.raises(FitError, match="8 positions, and the layers of the sites have 2 or 6"):
+        collect(model, sites, [batch], mask_of=lambda _: torch.ones(2, 4))
+
+
 def test_masks_of_more_dimensions_are_left_alone() -> None:
     assert default_mask_of({"attention_mask": torch.ones(2, 1, 3, 3)}) is None
     assert default_mask_of(torch.ones(2, 3)) is None

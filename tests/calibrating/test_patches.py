@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from shallower.calibrating.patches import flat, patches, thinned, unusual_padding
+from shallower.calibrating.patches import check_mask, flat, patches, thinned, unusual_padding
+from shallower.core.batches import Batch
+from shallower.errors import FitError
 from shallower.sites import LinearMap
 
 
@@ -50,3 +52,12 @@ def test_other_paddings_are_done_beforehand(mode: str) -> None:
     torch.testing.assert_close(nn.functional.conv2d(pad(x), conv.weight, conv.bias), conv(x))
     assert unusual_padding(nn.Conv2d(2, 3, 3, padding=1)) is None
     assert unusual_padding(nn.Linear(2, 3)) is None
+
+
+def test_a_mask_of_ones_own_is_of_the_positions_of_some_layer() -> None:
+    mask = torch.ones(4, 5)
+    check_mask(Batch(mask, mask, own_mask=True), [4, 20])
+    check_mask(Batch(mask, mask, own_mask=True), [])
+    check_mask(Batch(mask, mask), [4])
+    with pytest.raises(FitError, match=r"shape \(4, 5\), 20 positions, and the layers of the sites have 4 or 16 on"):
+        check_mask(Batch(mask, mask, own_mask=True), [16, 4, 4])

@@ -134,3 +134,13 @@ class Rows:
     def __iter__(self) -> Any:
         yield torch.ones(1)
         raise FileNotFoundError(2, "No such file or directory")
+
+
+@pytest.mark.parametrize("most", [None, 0])
+def test_batches_know_whose_their_masks_are_when_some_are_read_again(most: int | None) -> None:
+    raw = [{"x": torch.ones(2, 3), "attention_mask": torch.ones(2, 3)}] * 2
+    for mask_of, own in ((None, False), (lambda batch: batch["attention_mask"], True)):
+        batches = Batches.read(raw, mask_of=mask_of, most=most)
+        again = Batches.read([batches[0]], most=most)
+        assert [batch.own_mask for batch in (*batches, *again, again[0].on("cpu"))] == [own] * 4
+        assert all_of(again) == all_of(batches)[:1]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from shallower.calibrating.patches import flat, flat_mask, patches, thinned
+from shallower.calibrating.patches import check_mask, flat, flat_mask, patches, thinned
 from shallower.calibrating.recording import DenseOutputs, Goals, Recorder
 from shallower.calibrating.site_grams import SiteGrams, SiteRows, fitted_rows, read_alike
 from shallower.calibrating.walking import Walk, walked
@@ -140,8 +140,9 @@ def collect_grams(
     Raises:
         SiteError: the batches cannot be read.
         ForwardError: the model does not run on a batch.
-        FitError: there are no batches or just one sample, or a value is not finite; the error names the site. What one
-            process raises, all raise.
+        FitError: there are no batches or just one sample, `mask_of` returns a mask that fits none of the sites (with
+            `walk`, that was asked already), or a value is not finite; the error names the site. What one process
+            raises, all raise.
     """
     device = model_device(dense)
     with raised_anywhere(), ExitStack() as stack:
@@ -160,6 +161,8 @@ def collect_grams(
             for recorder in dict.fromkeys((target, source)):
                 if recorder is not None:
                     walked(recorder, walk, index, sites, here.inputs)
+            if walk is None:
+                check_mask(here, source.rows)
             passes.add(target, source, None if goals is None else goals[index], here.mask)
             for recorder in (target, source):
                 if recorder is not None:
@@ -275,11 +278,13 @@ class _Passes:
         x = None
         if self._options.inputs and read_alike(site) and site.producer is not None:
             x = flat(source.inputs[site.producer.name][i], images)
-        y = y[::step]
-        if mask is not None and step == 1 and len(mask) == len(y):
-            z, y = z[mask], y[mask]
+        if mask is not None and len(mask) == len(y):
+            counting = mask[::step]
+            z, y = z[counting], y[::step][counting]
             if x is not None:
                 x = x[mask]
+        else:
+            y = y[::step]
         grams = SiteGrams.of(z, x, y, joint=self._options.joint, number=seen.calls)
         seen.calls += 1
         if seen.grams is not None:

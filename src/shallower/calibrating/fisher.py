@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shallower.calibrating.grams import Centred, Gram
-from shallower.calibrating.patches import flat, flat_mask, unmasked
+from shallower.calibrating.patches import check_mask, flat, flat_mask, unmasked
 from shallower.core.batches import Batch, Batches
 from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, model_device
 from shallower.core.memory import in_pieces
@@ -91,8 +91,8 @@ def output_metrics(
         seed: of the random projections.
 
     Raises:
-        FitError: there are no batches, or a gradient is not finite; the error names the layer. What one process raises,
-            all raise.
+        FitError: there are no batches, `mask_of` returns a mask that fits no layer, or a gradient is not finite; the
+            error names the layer. What one process raises, all raise.
 
     Reference: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, 2015,
     section 2, for the sampled Fisher matrix.
@@ -104,8 +104,9 @@ def output_metrics(
     def backward(batch: Batch) -> None:
         here = batch.on(device)
         mask = here.mask
-        gradients.mask = flat_mask(mask)
+        gradients.begin(mask)
         raw = call(model, here.inputs)
+        check_mask(here, gradients.rows)
         output = output_of(raw)
         classes = logits
         if classes is None:
@@ -135,13 +136,19 @@ class _Gradients:
 
     Attributes:
         mask: positions that count in the batch that runs, flattened; None for all.
+        rows: how many positions the layers have in it.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self.mask: Tensor | None = None
+        self.begin(None)
         self._names = names
         self._device = model_device(model)
         self._sums: dict[str, Gram] = {}
+
+    def begin(self, mask: Tensor | None) -> None:
+        """A batch is about to run."""
+        self.mask = flat_mask(mask)
+        self.rows: list[int] = []
 
     def after(self, name: str) -> After:
         """A hook that lets gradients begin at the layer's output, and adds up those that come back to it."""
@@ -156,6 +163,8 @@ class _Gradients:
                     start = output.clone() if output.is_inference() else output.detach()
                     output = start.requires_grad_().clone()
             images = isinstance(module, nn.Conv2d)
+            if output.numel():
+                self.rows.append(len(flat(output, images)))
             output.register_hook(  # type: ignore[no-untyped-call]
                 lambda g: self._add(name, unmasked(flat(g, images), self.mask))
             )

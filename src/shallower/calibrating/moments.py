@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from shallower.calibrating.patches import flat, flat_mask, unmasked
+from shallower.calibrating.patches import check_mask, flat, flat_mask, unmasked
 from shallower.core.batches import Batches
 from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, model_device
 from shallower.core.modes import evaluating
@@ -219,7 +219,7 @@ def collect(
 
     Raises:
         SiteError: a site has no activation, an activation did not run, or the batches cannot be read.
-        FitError: there are no batches.
+        FitError: there are no batches, or `mask_of` returns a mask that fits none of the sites.
     """
     calibration = Batches.read(batches, inputs_of, mask_of)
     recorders = list(map(_ActivationRecorder, sites))
@@ -232,10 +232,11 @@ def collect(
             for batch in tqdm(calibration, desc="calibrating", delay=2):
                 here = batch.on(device)
                 for recorder in recorders:
-                    recorder.mask = flat_mask(here.mask)
+                    recorder.begin(here.mask)
                 call(model, here.inputs)
                 for recorder in recorders:
                     recorder.check()
+                check_mask(here, [rows for recorder in recorders for rows in recorder.rows])
     return {recorder.site.name: recorder.result() for recorder in recorders}
 
 
@@ -262,6 +263,7 @@ class _ActivationRecorder:
     Attributes:
         place: where the activation is.
         mask: positions that count in the batch that runs; None for all.
+        rows: how many positions each of its calls has in that batch.
     """
 
     def __init__(self, site: Site) -> None:
@@ -269,11 +271,16 @@ class _ActivationRecorder:
             raise SiteError(f"{site.name}: a site of kind {site.kind!r} has no activation to measure")
         self.site = site
         self.place = site.activation
-        self.mask: Tensor | None = None
+        self.begin(None)
         self._moments: Moments | None = None
         self._entering: deque[Tensor] = deque()
         self._pairs: deque[tuple[Tensor, Tensor]] = deque()
         self._ups: deque[Tensor] = deque()
+
+    def begin(self, mask: Tensor | None) -> None:
+        """A batch is about to run."""
+        self.mask = flat_mask(mask)
+        self.rows: list[int] = []
 
     def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The activation's input, copied because f may work in place."""
@@ -304,6 +311,8 @@ class _ActivationRecorder:
     def _rows(self, t: Tensor) -> Tensor:
         """(positions that count, channels)."""
         t = flat(t, self.site.channels_first and t.dim() > 2)
+        if len(t):
+            self.rows.append(len(t))
         return unmasked(t, self.mask)
 
     def _add(self, moments: Moments) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shallower.core.batches import Batch
+from shallower.errors import FitError
 from shallower.sites import LinearMap
 
 _PER_COLUMN = 256
@@ -69,6 +71,27 @@ def flat_mask(mask: Tensor | None) -> Tensor | None:
     if mask is None:
         return None
     return mask.bool().flatten()
+
+
+def check_mask(batch: Batch, rows: Collection[int]) -> None:
+    """Refuse a mask of the user's own that is of other positions than every layer has.
+
+    An `attention_mask` that came with the batch may be of positions that none of these layers has.
+
+    Args:
+        batch: that ran.
+        rows: how many positions each of some layers had.
+
+    Raises:
+        FitError: it fits none of them.
+    """
+    if batch.mask is None or not batch.own_mask or not rows or batch.mask.numel() in rows:
+        return
+    shape, found = tuple(batch.mask.shape), " or ".join(map(str, sorted(set(rows))))
+    raise FitError(
+        f"the mask that `mask_of` returns has shape {shape}, {batch.mask.numel()} positions, and the layers of the "
+        f"sites have {found} on this batch: return a number for each of these (rows times tokens), or None if all count"
+    )
 
 
 def unmasked(rows: Tensor, mask: Tensor | None) -> Tensor:

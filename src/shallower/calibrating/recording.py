@@ -56,6 +56,7 @@ class Recorder:
         others: by consumer, what each call's output was added to; None where it was added to nothing.
         units: by consumer, what a unit of its outputs becomes in that sum.
         read_as: by map, its geometry as its recorded input needs it: padding is done where it is not with zeros.
+        rows: of each call of a consumer, how many positions its output had.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], sampled: bool = False) -> None:
@@ -66,6 +67,7 @@ class Recorder:
         self.others: dict[str, list[Tensor | None]] = {}
         self.units: dict[str, Tensor] = {}
         self.read_as: dict[str, LinearMap] = {}
+        self.rows: list[int] = []
         self._sampled = sampled
         self._keep: Callable[[Tensor], Tensor] = copied
         if sampled:
@@ -85,7 +87,7 @@ class Recorder:
         consumers = self._consumers()
         maps |= consumers
         before = {name: self._before(m) for name, m in maps.items()}
-        after = {name: self._after(name) for name in consumers}
+        after = {name: self._after(m) for name, m in consumers.items()}
         self._stack.enter_context(watching(self.model, before=before, after=after))
         return self
 
@@ -109,8 +111,13 @@ class Recorder:
 
         return before
 
-    def _after(self, name: str) -> After:
+    def _after(self, m: LinearMap) -> After:
+        name = m.name
+
         def after(_: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> None:
+            # first, since the pass may end with the next operation once there are all outputs
+            if output.numel():
+                self.rows.append(len(flat(output, m.kind == "conv2d")))
             self.outputs.setdefault(name, []).append(self._keep(output.detach()))
             self._follows.append(name)
             self._sums.follow(output)
@@ -143,7 +150,7 @@ class Recorder:
 
     def forget(self) -> None:
         """Drop what the last pass recorded."""
-        self.inputs, self.outputs, self.others, self._follows = {}, {}, {}, []
+        self.inputs, self.outputs, self.others, self._follows, self.rows = {}, {}, {}, [], []
         self._sums = _Sums(self)
 
     def complete(self) -> bool:

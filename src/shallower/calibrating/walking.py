@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.calibrating.finished_blocks import Course, FinishedBlocks, course_of
+from shallower.calibrating.patches import check_mask
 from shallower.calibrating.recording import Recorder
 from shallower.core.batches import Batches
 from shallower.core.failures import sentence
@@ -63,7 +64,11 @@ class Walk:
         batches: Iterable[Any],
         inputs_of: InputsOf = default_inputs_of,
     ) -> Walk:
-        """Along these sites, in this order; one pass of the dense network over the first batch."""
+        """Along these sites, in this order; one pass of the dense network over the first batch.
+
+        Raises:
+            FitError: the batch has a mask that `mask_of` returned and that fits none of the sites.
+        """
         calibration = Batches.read(batches, inputs_of)
         if not len(calibration):
             # a process without data: there is nothing to run
@@ -71,9 +76,10 @@ class Walk:
             walk = cls(FinishedBlocks(dense, nothing), None, nothing, {})
             walk.end()
             return walk
-        first = calibration[0].on(model_device(dense)).inputs
+        first = calibration[0].on(model_device(dense))
         with evaluating(dense), Recorder(dense, sites, sampled=True) as recorder:
-            course = course_of(dense, sites, lambda: recorder.run(first))
+            course = course_of(dense, sites, lambda: recorder.run(first.inputs))
+        check_mask(first, recorder.rows)
         samples = {site.name: recorder.samples(site) for site in sites}
         blocks = None
         if small is not None:

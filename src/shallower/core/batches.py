@@ -37,10 +37,12 @@ class Batch:
     Attributes:
         inputs: a tensor, positional arguments or keyword arguments.
         mask: positions that count; None for all.
+        own_mask: whether the mask is of a user's own `mask_of`, which says what counts where it is calibrated.
     """
 
     inputs: Inputs
     mask: Tensor | None = None
+    own_mask: bool = False
 
     @property
     def rows(self) -> int:
@@ -55,7 +57,8 @@ class Batch:
 
     def on(self, device: torch.device | str) -> Batch:
         """The same on a device."""
-        return Batch(to_device(self.inputs, device), to_device(self.mask, device))
+        moved: Batch = to_device(self, device)
+        return moved
 
 
 class Batches:
@@ -84,7 +87,7 @@ class Batches:
         *,
         most: int | None = None,
     ) -> Batches:
-        """Read batches once; what was read by this function already is returned as it is.
+        """Read batches once; what was read by this function already, all or a few of it, stays as it is.
 
             calibration = Batches.read(DataLoader(dataset, batch_size=32, shuffle=True))
 
@@ -106,14 +109,16 @@ class Batches:
         own = not isinstance(batches, (list, tuple))  # a loader may hand out the same memory again
         in_memory = 0
         for number, raw in enumerate(_each(batches), 1):
-            batch = _picked(number, raw, inputs_of, mask_of or default_mask_of)
+            batch = raw
+            if not isinstance(raw, Batch):
+                batch = _picked(number, raw, inputs_of, mask_of or default_mask_of)
             _update(digest, (batch.inputs, batch.mask))
             in_memory += sum(map(_bytes, tensors((batch.inputs, batch.mask))))
             found.rows += batch.rows
             if in_memory > found._most:
                 found._kept.append(found._spilled(number, batch))
             elif own:
-                found._kept.append(_cloned(batch))
+                found._kept.append(cloned(batch))
             else:
                 found._kept.append(batch)
         found.digest = digest.hexdigest()
@@ -127,7 +132,8 @@ class Batches:
         batch = self._kept[index]
         if isinstance(batch, _Spilled):
             return batch.loaded()
-        return _cloned(batch)
+        copied: Batch = cloned(batch)
+        return copied
 
     def __iter__(self) -> Iterator[Batch]:
         for index in range(len(self)):
@@ -149,7 +155,7 @@ class Batches:
             places[id(empty)] = (name, tensor.device)
             return empty
 
-        stubs = mapped(stub, (batch.inputs, batch.mask))
+        stubs = mapped(stub, batch)
         write_tensors(path, written, error=DataError)
         return _Spilled(path, stubs, places)
 
@@ -160,12 +166,12 @@ class _Spilled:
 
     Attributes:
         path: of the file.
-        stubs: inputs and mask, with empty tensors in the place of those in the file.
+        stubs: the batch, with empty tensors in the place of those in the file.
         places: by the identity of a stub, its name in the file and its device.
     """
 
     path: Path
-    stubs: Any
+    stubs: Batch
     places: Mapping[int, tuple[str, torch.device]]
 
     def loaded(self) -> Batch:
@@ -177,7 +183,8 @@ class _Spilled:
             name, device = self.places[id(tensor)]
             return found[name].to(device, copy=True)
 
-        return Batch(*mapped(filled, self.stubs))
+        batch: Batch = mapped(filled, self.stubs)
+        return batch
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -185,10 +192,6 @@ def _bytes(tensor: Tensor) -> int:
     if tensor.layout is not torch.strided or tensor.is_nested:
         return 0
     return tensor.nbytes
-
-
-def _cloned(batch: Batch) -> Batch:
-    return Batch(*cloned((batch.inputs, batch.mask)))
 
 
 def _each(batches: Iterable[Any]) -> Iterator[Any]:
@@ -232,7 +235,7 @@ def _picked(number: int, raw: Any, inputs_of: InputsOf, mask_of: MaskOf) -> Batc
         )
     if mask is not None and not isinstance(mask, Tensor):
         raise SiteError(f"batch {number}: the mask is a {type(mask).__name__}, not a tensor; correct mask_of=")
-    return Batch(inputs, mask)
+    return Batch(inputs, mask, own_mask=mask is not None and mask_of is not default_mask_of)
 
 
 def _update(digest: Any, tree: Any) -> None:
