@@ -1,6 +1,6 @@
 """A short distillation after squeezing: the small network is trained to do what the original does.
 
-    history = sh.heal(small, dense, batches, healing.recipe(epochs=2))
+    history = sh.heal(small, dense, batches, sh.Recipe(epochs=2, lr=1e-4))
 
 No labels are needed. Either the outputs of both networks are compared, or the outputs of every site's consumers.
 """
@@ -43,8 +43,8 @@ def recipe(epochs: int, lr: float = 1e-4, seed: int = 0) -> Recipe:
 class Matching(Options):
     """What `heal` compares between the two networks.
 
-        sh.heal(small, model, batches, recipe, sh.Matching(temperature=2.0))
-        sh.heal(small, model, batches, recipe, sh.Matching("sites", sites))
+        sh.heal(small, model, batches, matching=sh.Matching(temperature=2.0))
+        sh.heal(small, model, batches, matching=sh.Matching("sites", sites))
 
     Attributes:
         match: "outputs" compares what the models return: of logits the Kullback-Leibler divergence of the
@@ -95,7 +95,7 @@ def heal(
     """Train `small`, in place, to do what `dense` does.
 
         small = sh.apply(model, plan, example_inputs)
-        sh.heal(small, model, batches, healing.recipe(epochs=2))
+        sh.heal(small, model, batches, sh.Recipe(epochs=2, lr=1e-4))
 
     Args:
         small: the model after surgery; its parameters that require a gradient are trained.

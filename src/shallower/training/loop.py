@@ -29,7 +29,7 @@ from shallower.core.failures import failing
 from shallower.core.files import read_state, write_state
 from shallower.core.inputs import reiterable
 from shallower.core.modes import in_eval_mode, same_modes
-from shallower.core.processes import agreed, gathered, raised_anywhere
+from shallower.core.processes import agreed_result, gathered, raised_anywhere
 from shallower.core.trees import tensors, to_device
 from shallower.errors import ForwardError, ShallowerError, SiteError, TrainingError
 from shallower.training.accelerating import Prepared, placed, prepared, started
@@ -246,7 +246,7 @@ class _Run:
     def judge(self, pair: Prepared, score: Score) -> None:
         """Score the model; keep it where it reaches the floor, go back and finish where it does not."""
         with in_eval_mode(self.model), pair.own_forward() as model:
-            value = agreed(float(score(model)))
+            value = float(agreed_result(score, model))
         self.history.scores.append(value)
         if self.floor is None:
             return

@@ -22,8 +22,8 @@ from torch import Tensor
 from shallower.core.codec import decode
 from shallower.core.files import read_state, write_state
 from shallower.core.modes import evaluating
-from shallower.core.processes import agreed, is_first, raised_anywhere
-from shallower.errors import MethodError, OutOfMemoryError, ShallowerError, TrainingError
+from shallower.core.processes import agreed_result, is_first, raised_anywhere
+from shallower.errors import MethodError, OutOfMemoryError, ShallowerError
 from shallower.training.accelerating import placed, started
 from shallower.training.loop import Loss, Score, train
 from shallower.training.randomness import kept
@@ -98,7 +98,7 @@ class Rounds(Generic[R]):
         chosen: what was decided before a round and must not be decided anew by a run that continues.
 
     Raises:
-        MethodError: the checkpoint is damaged or of another run.
+        MethodError: the checkpoint is damaged, of another run, or cannot be written.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Rounds(Generic[R]):
                 "chosen": self.chosen,
                 "model": dict(self.model.state_dict()),
             }
-            write_state(self._file, state, error=TrainingError)
+            write_state(self._file, state, error=MethodError)
 
     @property
     def steps(self) -> int:
@@ -216,7 +216,7 @@ class Rounds(Generic[R]):
         if self.training.score is None:
             return None
         with evaluating(self.model):
-            return agreed(float(self.training.score(self.model)))
+            return float(agreed_result(self.training.score, self.model))
 
     def _resume(self) -> None:
         try:
