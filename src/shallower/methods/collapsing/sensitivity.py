@@ -33,7 +33,7 @@ def costs_of(
 ) -> dict[str, float]:
     """What each change alone costs, the others not made.
 
-        costs_of(model, {"layer.0": lambda: made_linear(activation)}, batches)
+        costs_of(model, {"half as wide": lambda: structural_dropout.at("50%")}, batches)
 
     The cost is the fall of the score if `score` is given, else the rise of the loss if `loss` is given, else the change
     of the model's output (see `output_change`); means over the batches.

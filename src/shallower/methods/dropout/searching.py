@@ -15,9 +15,10 @@ WidthChoice = dict[str, int]
 class WidthSearch:
     """A search along a table of widths for choices that cost little and lose little.
 
-        search = Search(table, cost=lambda widths: params_at(widths))
-        for widths in search.between(search.losses(score, levels=3), points=8):
-            ...
+        search = WidthSearch(table, cost=lambda widths: method.cost(widths).params)
+        known = search.losses(search.alone(3), scored)
+        for widths in search.between(known, points=8):
+            method.set_width(widths)
 
     Attributes:
         table: by the name of the site, its widths.

@@ -1,8 +1,8 @@
 """The data that squeezing is calibrated on, read once, and the passes over them.
 
-calibration = Calibration(batches, SqueezeOptions(sensitivity=False))
+calibration = Calibration(batches, sh.SqueezeOptions(sensitivity=False))
 calibration.grams(dense, small, [site])
-divergence(calibration, dense, small)
+mean_divergence(calibration, dense, small)
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _GOALS = 1 << 28
 class Calibration:
     """What squeezing is done with: the data, read once, and the options.
 
-        calibration = Calibration(batches, SqueezeOptions(seed=1))
+        calibration = Calibration(batches, sh.SqueezeOptions(seed=1))
 
     Attributes:
         batches: inputs and masks, the same in every pass.

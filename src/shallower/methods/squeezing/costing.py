@@ -1,8 +1,8 @@
 """What a model costs with its sites at given widths: counted, or timed on this machine.
 
-counts = Counts(model, sites)
+counts = WidthCosts(model, sites)
 counts.after({"layer.0": 384, "layer.1": 0})        # 0: one linear map in the place of the site
-times = Times(model, sites, example_inputs)
+times = Times(model, sites, example_inputs, sh.SqueezeOptions())
 times.measured({"layer.0": 384, "layer.1": 0})      # seconds
 """
 
@@ -17,12 +17,12 @@ from shallower.calibrating.site_grams import may_collapse
 from shallower.core.inputs import Inputs
 from shallower.measuring.cost import count_params, size_of
 from shallower.measuring.measurement import compare
-from shallower.methods.squeezing.latencies import Latency, narrowed_copy, site_latencies, stand_in
+from shallower.methods.squeezing.latencies import Latency, narrowed_copy, site_latencies, stand_in, stand_ins
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.planning.costs import Cost, cost_after, size_saved
 from shallower.planning.forms import Step, form_of
 from shallower.planning.plan import Plan
-from shallower.sites import Site, Sites
+from shallower.sites import Site, Sites, overlapping
 
 SiteWidths = Mapping[str, int]
 """Site name -> channels that stay; 0 for one linear map in the place of the site."""
@@ -60,8 +60,7 @@ class WidthCosts:
     def after(self, widths: SiteWidths) -> Cost:
         """Of the model with its sites at these widths."""
         if self._overlapping:
-            changed = [site for site in self.sites if widths[site.name] != site.width]
-            plan = Plan(tuple(stand_in(site, widths[site.name]) for site in changed))
+            plan = Plan(tuple(stand_ins(self.sites, widths)))
             return cost_after(plan, self.before, self.dense)
         params = macs = size = 0
         for site in self.sites:
@@ -91,8 +90,7 @@ class WidthCosts:
     @cached_property
     def _overlapping(self) -> bool:
         """Whether a consumer of one site is a producer of another, so that their savings do not add up."""
-        consumers = {m.name for site in self.sites for m in site.consumers}
-        return any(m.name in consumers for site in self.sites for m in site.maps[: -len(site.consumers)])
+        return len(overlapping(self.sites)) < len(self.sites)
 
 
 class Times:

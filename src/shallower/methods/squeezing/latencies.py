@@ -15,9 +15,11 @@ import json
 import os
 import statistics
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from shallower.core.modes import evaluating
 from shallower.core.trees import tensors, to_device
 from shallower.core.watching import After, Before, watching
 from shallower.errors import MethodError
+from shallower.measuring.cost import count_params
 from shallower.measuring.devices import device_name
 from shallower.methods.squeezing.refitting import may_have_path
 from shallower.modules.attachment import detached_copy
@@ -76,11 +79,13 @@ class Latency:
         """
         if width == 0 and 0 in self.shares:
             return self.part * self.shares[0]
-        known = sorted((w, share) for w, share in {**self.shares, self.width: 1.0}.items() if w > 0)
-        if len(known) == 1:
+        known = {**self.shares, self.width: 1.0}
+        widths = sorted(known.keys() - {0})
+        if len(widths) == 1:
             return self.part
-        i = min(max(bisect_left([w for w, _ in known], width), 1), len(known) - 1)
-        (low, there), (high, here) = known[i - 1], known[i]
+        i = min(max(bisect_left(widths, width), 1), len(widths) - 1)
+        low, high = widths[i - 1], widths[i]
+        there, here = known[low], known[high]
         return self.part * max(there + (here - there) * (width - low) / (high - low), 0.0)
 
 
@@ -106,8 +111,8 @@ def site_latencies(
     path = cache or cache_file()
     inputs = to_device(example_inputs, model_device(model))
     merged = set(collapse)
-    shapes = {site.name: _shape(site, site.name in merged) for site in sites}
-    key = _key(model, shapes.values(), inputs, round_to)
+    shapes = [_shape(site, site.name in merged) for site in sites]
+    key = _key(model, shapes, inputs, round_to)
     known = _read(path)
     if len(known.get(key, ())) != len(sites):
         known[key] = _by_shape(_measured_sites(model, sites, inputs, round_to, merged), shapes)
@@ -118,8 +123,10 @@ def site_latencies(
 
 def candidates(width: int, round_to: int = 1) -> list[int]:
     """Widths that are measured, ascending, without the site's own."""
-    found = {max(round_to, width * part // PARTS // round_to * round_to) for part in range(1, PARTS)}
-    return sorted(w for w in found if 0 < w < width)
+    found: set[int] = set()
+    for part in range(1, PARTS):
+        found.add(max(round_to, width * part // PARTS // round_to * round_to))
+    return sorted(found.intersection(range(1, width)))
 
 
 def cache_file() -> Path:
@@ -136,8 +143,7 @@ def _measured_sites(
     levels = list(range(max(map(len, ladders.values()), default=0)))
     if merged:
         levels.append(-1)  # as linear maps, all at once
-    ratios: dict[str, dict[int, list[float]]] = {site.name: {} for site in sites}
-    spent = {site.name: [0.0, 0.0] for site in sites}
+    seen: dict[str, _Seen] = defaultdict(_Seen)
     for level in tqdm(levels, desc="measuring latencies", delay=2, leave=False):
         widths = dict.fromkeys(merged, 0)
         if level >= 0:
@@ -146,17 +152,34 @@ def _measured_sites(
         small = narrowed_copy(model, chosen, widths)
         for dense, narrow in _in_turns(model, small, chosen, inputs):
             for name, width in widths.items():
-                ratios[name].setdefault(width, []).append(narrow[name] / dense[name])
-                # Sums, not medians: other work on the machine interrupts long passes more often than short sites.
-                spent[name][0] += dense[name]
-                spent[name][1] += dense[""]
-    timed: list[_Timed] = []
-    for site in sites:
-        part = 0.0
-        if spent[site.name][1]:
-            part = spent[site.name][0] / spent[site.name][1]
-        timed.append((part, {width: statistics.median(found) for width, found in ratios[site.name].items()}))
-    return timed
+                seen[name].add(width, dense[name], narrow[name], dense[""])
+    return [seen[site.name].timed() for site in sites]
+
+
+@dataclass
+class _Seen:
+    """What was measured of a site.
+
+    Attributes:
+        ratios: of its seconds when it is so wide to those as it is, by width, of each round.
+        own, whole: seconds of the site and of the model as they are, over all rounds.
+    """
+
+    ratios: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    own: float = 0.0
+    whole: float = 0.0
+
+    def add(self, width: int, dense: float, narrow: float, whole: float) -> None:
+        """Add a round."""
+        self.ratios[width].append(narrow / dense)
+        # Sums, not medians: other work on the machine interrupts long passes more often than short sites.
+        self.own += dense
+        self.whole += whole
+
+    def timed(self) -> _Timed:
+        """Its part of the model's time, and for each width the part of its own; nothing where nothing was measured."""
+        shares = {width: statistics.median(found) for width, found in self.ratios.items()}
+        return self.own / (self.whole or 1.0), shares
 
 
 def narrowed_copy(
@@ -167,10 +190,18 @@ def narrowed_copy(
     With `paths`, some channels of each site where that can be are a linear path.
     """
     small = detached_copy(model)
-    changed = [site for site in sites if widths[site.name] != site.width]
-    for step in steps([stand_in(site, widths[site.name], path=paths) for site in changed]):
+    for step in steps(stand_ins(sites, widths, paths=paths)):
         operate(small, step)
     return small
+
+
+def stand_ins(sites: Iterable[Site], widths: Mapping[str, int], *, paths: bool = False) -> list[Entry]:
+    """Entries that make the sites so wide, for those whose width changes; see `stand_in`."""
+    entries: list[Entry] = []
+    for site in sites:
+        if widths[site.name] != site.width:
+            entries.append(stand_in(site, widths[site.name], path=paths))
+    return entries
 
 
 def stand_in(site: Site, width: int, *, path: bool = False) -> Entry:
@@ -193,16 +224,18 @@ def _in_turns(
 ) -> Iterable[tuple[dict[str, float], dict[str, float]]]:
     """Seconds of each site in both models, round by round, after a pass to warm up."""
     rounds: list[tuple[dict[str, float], dict[str, float]]] = []
-    clocks = (_Clock(model), _Clock(small))
+    dense, narrow = _Clock(model), _Clock(small)
+    turn = [dense, narrow]
     with evaluating(model), evaluating(small), torch.inference_mode(), ExitStack() as stack:
-        for clock in clocks:
+        for clock in turn:
             stack.enter_context(clock.watching(sites))
             clock.run(inputs)
         start = timer()
         while len(rounds) < _ROUNDS and (len(rounds) < 3 or timer() - start < _SECONDS):
-            last = len(rounds) % 2  # each is first in every other round
-            found = {i: clocks[i].run(inputs) for i in (1 - last, last)}
-            rounds.append((found[0], found[1]))
+            turn.reverse()  # each is first in every other round
+            for clock in turn:
+                clock.run(inputs)
+            rounds.append((dense.seconds, narrow.seconds))
     return rounds
 
 
@@ -238,26 +271,28 @@ class _Clock:
 
         return begins, ends
 
-    def run(self, inputs: Inputs) -> dict[str, float]:
-        """Seconds of each site in one forward pass, and of all of it under the name ""."""
+    def run(self, inputs: Inputs) -> None:
+        """One forward pass; `seconds` are then those of each site, and of all of it under the name ""."""
         self.started, self.seconds = {}, {}
         call(self.model, inputs)
-        return self.seconds
 
 
-def _by_shape(found: Sequence[_Timed], shapes: Mapping[str, str]) -> list[_Timed]:
+def _by_shape(found: Sequence[_Timed], shapes: Sequence[str]) -> list[_Timed]:
     """Medians over the sites of the same shape, since these differ by noise alone; wider is never faster."""
-    groups: dict[str, list[_Timed]] = {}
-    for shape, timed in zip(shapes.values(), found, strict=True):
-        groups.setdefault(shape, []).append(timed)
-    result = {}
+    groups: dict[str, list[_Timed]] = defaultdict(list)
+    for shape, timed in zip(shapes, found, strict=True):
+        groups[shape].append(timed)
+    alike: dict[str, _Timed] = {}
     for shape, group in groups.items():
-        shares = {w: statistics.median(each[1][w] for each in group) for w in group[0][1]}
+        parts, measured = zip(*group, strict=True)
+        shares: dict[int, float] = {}
         most = 0.0
-        for width in sorted(w for w in shares if w > 0):
-            shares[width] = most = max(most, shares[width])
-        result[shape] = (statistics.fmean(part for part, _ in group), shares)
-    return [result[shape] for shape in shapes.values()]
+        for width in sorted(measured[0]):
+            shares[width] = statistics.median(map(itemgetter(width), measured))
+            if width > 0:
+                shares[width] = most = max(most, shares[width])
+        alike[shape] = (statistics.fmean(parts), shares)
+    return list(map(alike.__getitem__, shapes))
 
 
 def _shape(site: Site, merged: bool) -> str:
@@ -273,7 +308,7 @@ def _key(model: nn.Module, shapes: Iterable[str], inputs: Inputs, round_to: int)
     """What latencies depend on, as a hash: the model's and the inputs' shapes, the processor, and how it is used."""
     given = [(str(t.dtype), list(t.shape)) for t in tensors(inputs)]
     weight = next(model.parameters())
-    size = [type(model).__name__, sum(p.numel() for p in model.parameters()), sum(1 for _ in model.modules())]
+    size = [type(model).__name__, count_params(model), len(list(model.modules()))]
     device = [device_name(weight.device), os.cpu_count(), torch.get_num_threads(), str(weight.dtype), torch.__version__]
     text = json.dumps([list(shapes), size, given, device, round_to])
     return hashlib.sha256(text.encode()).hexdigest()[:32]

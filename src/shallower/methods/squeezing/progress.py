@@ -164,7 +164,7 @@ class Progress:
 def identity_of(model: nn.Module, sites: Iterable[Site], data: str, options: SqueezeOptions) -> dict[str, Any]:
     """What the result of a squeezing to given widths depends on, as plain data.
 
-        identity_of(model, sites, batches.digest, SqueezeOptions())["weights"]
+        identity_of(model, sites, batches.digest, sh.SqueezeOptions())["weights"]
 
     Args:
         model: whose weights are hashed, all of them, and whose modules' names, classes and sizes.

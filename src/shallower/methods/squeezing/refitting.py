@@ -1,6 +1,6 @@
 """One site squeezed: which channels stay, and what its consumers become, from Gram matrices alone.
 
-entry = narrowed(site, grams, metric, width=384)
+entry = narrowed_fit(site, grams, metric, width=384)
 curve = error_curve(site, grams, metric)                # {width: error}
 """
 
@@ -149,7 +149,7 @@ def collapsed_fit(site: Site, grams: SiteGrams, metric: Metric) -> Entry:
 def error_curve(site: Site, grams: SiteGrams, metric: Metric, *, paths: int = 0) -> dict[int, float]:
     """The error at every width, in units of `metric`; at width 0, of a full collapse, where `grams` has the inputs.
 
-    With `paths` (see `narrowed`), at each width the error of the best split into channels and a linear path.
+    With `paths` (see `narrowed_fit`), at each width the error of the best split into channels and a linear path.
     """
     elimination = metric.elimination(_moments(site, grams), ridge=_SELECTION_RIDGE, keep=0, taps=site.consumers[0].taps)
     whole = elimination.error(0)

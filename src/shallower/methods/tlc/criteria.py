@@ -1,7 +1,7 @@
 """Which activations a network can do without: the distribution of their inputs, and criteria computed from it.
 
     normals = input_statistics(model, sites, batches)       # from BatchNorm, or measured
-    expected_change(normals["layer1.0"], slope, offset)     # with a line in the place of a ReLU
+    expected_change(normals["layer1.0"], slope, offset, None)       # with a line in the place of a ReLU
 
 References: TLC, arXiv 2412.15077, for the statistics from BatchNorm; EASIER, arXiv 2404.18949, and NEPENTHE,
 arXiv 2404.16890, for the entropy.
