@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shallower.errors import Refusal
-from shallower.modules.graphs import Forwards, forwards_of, steps_of, tensor_steps
+from shallower.modules.graphs import Forwards, forwards_of, names_loaded, steps_of, tensor_steps
 from shallower.modules.rewriting import externalise
 from shallower.recording.tracing import Frame, trace_forward
 from shallower.sites import Place
@@ -81,3 +81,11 @@ def test_a_forward_that_writes_into_a_buffer_is_refused_and_has_not_written() ->
     assert isinstance(refusal, Refusal)
     assert "sets attributes or makes tensors of its own (n)" in str(refusal)
     assert module.n == 0
+
+
+def test_names_are_counted_each_time_that_they_are_loaded() -> None:
+    def function(x: int, y: int) -> int:
+        return x * y + x * abs(y)
+
+    names = names_loaded(function)
+    assert (names.count("x"), names.count("y"), names.count("abs")) == (2, 2, 1)

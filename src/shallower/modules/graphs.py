@@ -48,9 +48,12 @@ class Forwards:
     def steps_in(self, owner: nn.Module) -> list[str]:
         """What the forward of `owner` calls in eval mode, in order, where places of it have become children already."""
         counts: Counter[str] = Counter()
-        changes = vars(owner).get(EXTERNALISED, {}).items()
-        children = {calls[-1]: change.child for calls, change in changes if change.hides}
-        hidden = {call for calls, change in changes if change.hides for call in calls}
+        children: dict[tuple[str, int], str] = {}
+        hidden: set[tuple[str, int]] = set()
+        for calls, change in vars(owner).get(EXTERNALISED, {}).items():
+            if change.hides:
+                hidden.update(calls)
+                children[calls[-1]] = change.child
         names: list[str] = []
         for name, _ in tensor_steps(self.graphs[1]):
             call = (name, counts[name])
@@ -117,7 +120,7 @@ class _Tracer(fx.Tracer):
     ) -> tuple[Callable[..., Any], list[Any]]:
         arguments: list[Any] = [self.root]
         keywords: dict[str, Any] = {}
-        loaded = [i.argval for i in dis.get_instructions(inspect.unwrap(root_fn)) if i.opname.startswith("LOAD_")]
+        loaded = names_loaded(inspect.unwrap(root_fn))
         parameters = list(inspect.signature(root_fn).parameters.values())[1:]
         known = frozenset(parameter.name for parameter in parameters)
         for position, parameter in enumerate(parameters):
@@ -146,6 +149,19 @@ class _Tracer(fx.Tracer):
         return super().create_arg(a)
 
 
+def names_loaded(function: Callable[..., Any]) -> list[str]:
+    """The names and constants that a function's code loads, once for each time."""
+    names: list[str] = []
+    for instruction in dis.get_instructions(function):
+        if "LOAD_" in instruction.opname:
+            loaded = instruction.argval
+            # from Python 3.13 on one instruction may load two
+            if not isinstance(loaded, tuple):
+                loaded = (loaded,)
+            names += map(str, loaded)
+    return names
+
+
 def forwards_of(owner: nn.Module) -> Forwards | Refusal:
     """The original forward of `owner` as graphs, or why there are none."""
     graphs = []
@@ -156,7 +172,9 @@ def forwards_of(owner: nn.Module) -> Forwards | Refusal:
             return traced
         # An optional argument on which nothing in the forward branches stays an argument.
         free: frozenset[str] = frozenset()
-        for optional in [h for h in traced[1] if h.default is not inspect.Parameter.empty]:
+        for optional in traced[1]:
+            if optional.default is inspect.Parameter.empty:
+                continue
             other = _graph(owner, training, free | {optional.name})
             if not isinstance(other, Refusal) and _operations(other[0]) == _operations(traced[0]):
                 free, traced = free | {optional.name}, other

@@ -7,18 +7,18 @@ the instance: its class, its parameters and their names stay.
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from torch import fx, nn
 
 from shallower.errors import Refusal, SiteError
-from shallower.modules.graphs import Forwards, Held, forwards_of
+from shallower.modules.graphs import Forwards, Held, forwards_of, names_loaded
 from shallower.modules.regions import STOCK, module_of, region_of
 from shallower.recording.tracing import EXTERNALISED, Frame, canonical
 from shallower.sites import Place
@@ -200,6 +200,11 @@ def _rewritten_places(owner: nn.Module) -> dict[tuple[tuple[str, int], ...], _Ch
     return record
 
 
+def _new_children(owner: nn.Module) -> dict[tuple[tuple[str, int], ...], _NewChild]:
+    """The places for which the forward was written anew."""
+    return {calls: change for calls, change in _rewritten_places(owner).items() if isinstance(change, _NewChild)}
+
+
 def _owner(model: nn.Module, place: Place) -> nn.Module:
     try:
         return model.get_submodule(place.module)
@@ -216,12 +221,9 @@ def _change(
     attribute = _attribute(owner, place)
     if attribute is not None:
         return attribute
-    if "forward" in vars(owner) and not any(
-        isinstance(change, _NewChild) for change in _rewritten_places(owner).values()
-    ):
+    if "forward" in vars(owner) and not _new_children(owner):
         return Refusal(f"the forward of {place.module or 'the model'} has been replaced on the instance")
-    taken = {call for calls in _rewritten_places(owner) for call in calls}
-    if taken & set(place.calls):
+    if not set(place.calls).isdisjoint(chain.from_iterable(_rewritten_places(owner))):
         return Refusal("a part of it has been made a module already")
     if known is None:
         known = {}
@@ -268,12 +270,8 @@ def _mentions(kind: type[nn.Module], name: str) -> int:
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for key, method in vars(base).items():
             if isinstance(method, types.FunctionType) and not (key.startswith("__") and key.endswith("__")):
-                count += sum(1 for line in _instructions(method) if line == name)
+                count += names_loaded(method).count(name)
     return count
-
-
-def _instructions(function: types.FunctionType) -> list[str]:
-    return [str(i.argval) for i in dis.get_instructions(function) if i.opname.startswith("LOAD_") and i.argval]
 
 
 def _child_name(owner: nn.Module, place: Place) -> str:
@@ -289,7 +287,7 @@ def _child_name(owner: nn.Module, place: Place) -> str:
 
 def _rebind(owner: nn.Module) -> None:
     """Give `owner` the forward in which every externalised place is a call of its child."""
-    changes = {calls: change for calls, change in _rewritten_places(owner).items() if isinstance(change, _NewChild)}
+    changes = _new_children(owner)
     vars(owner).pop("forward", None)
     if not changes:
         return
@@ -298,15 +296,16 @@ def _rebind(owner: nn.Module) -> None:
         raise SiteError(str(forwards))
     functions = []
     for graph in forwards.graphs:
-        regions = {calls: region_of(graph, calls) for calls in changes}
         became: dict[fx.Node, fx.Node] = {}
-        for calls, region in regions.items():
+        # all regions first: they are counted in the graph as it was
+        regions = [region_of(graph, calls) for calls in changes]
+        for change, region in zip(changes.values(), regions, strict=True):
             if isinstance(region, Refusal):
                 raise SiteError(str(region))
             last = region.nodes[-1]
             with graph.inserting_before(last):
                 read = tuple(became.get(source, source) for source in region.sources)
-                node = graph.call_module(changes[calls].child, read)
+                node = graph.call_module(change.child, read)
             last.replace_all_uses_with(node)
             became[last] = node
             for old in reversed(region.nodes):
@@ -320,8 +319,8 @@ def _rebind(owner: nn.Module) -> None:
 
 
 def _takes_more(function: Callable[..., Any]) -> bool:
-    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
-    return bool(kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD})
+    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(parameter.kind in many for parameter in inspect.signature(function).parameters.values())
 
 
 def _by_mode(

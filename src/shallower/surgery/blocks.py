@@ -1,6 +1,6 @@
 """Surgery on a model in a narrow type whose float32 copy would not fit into memory: proven block by block.
 
-    small = block_by_block(model, todo, inputs, edits_of)
+    small = block_by_block(model, steps(plan.entries), Pass(inputs), edits_of_step)
 
 A block is the smallest part of the model that holds all of a site, or of several that lie in one another. Each runs in
 float32 on the inputs that it has in the model.
