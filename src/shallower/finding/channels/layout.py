@@ -1,0 +1,361 @@
+"""An axis of a tensor as runs of channels, and what operations do to it.
+
+    rows, columns = Run(12), Run(12)
+    tie(rows, columns)                  # added to each other: channel j of one goes with channel j of the other
+    heads, features = divide(rows, 4, 3)            # reshaped to (4, 3)
+    resolved(columns)                   # Prod((heads, features)): the columns are divided in the same way
+
+A layout is a run of channels, several side by side (`Cat`, from concatenation), or one within the other (`Prod`, from
+reshapes: position (i, j) goes when channel i of the outer or channel j of the inner goes). Whatever becomes known later
+of a run is known wherever the run stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import reduce
+from math import prod
+from operator import mul
+
+
+class Run:
+    """Channels that are cut one by one, wherever they are read or written.
+
+    Attributes:
+        size: how many; at least 1.
+        closed: why they cannot be cut; "" where they can.
+        marks: what operations say of them: "averaged", "summed", "attended", ...
+        becomes: the layout that has taken its place: another run, or its parts.
+    """
+
+    __slots__ = ("becomes", "closed", "marks", "size")
+
+    def __init__(self, size: int, closed: str = "") -> None:
+        self.size = size
+        self.closed = closed
+        self.marks: set[str] = set()
+        self.becomes: Layout | None = None
+
+    def __repr__(self) -> str:
+        return f"Run({self.size}{', closed' if self.closed else ''})"
+
+
+@dataclass(frozen=True, eq=False)
+class Cat:
+    """Layouts side by side."""
+
+    parts: tuple[Layout, ...]
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", sum(part.size for part in self.parts))
+
+
+@dataclass(frozen=True, eq=False)
+class Prod:
+    """Layouts within each other, the outermost first."""
+
+    factors: tuple[Layout, ...]
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", prod(factor.size for factor in self.factors))
+
+
+Layout = Run | Cat | Prod
+
+ONE = "a single position"
+
+
+def fixed(size: int, reason: str) -> Run:
+    """Positions that stay: pixels, tokens, rows of the batch."""
+    return Run(size, reason)
+
+
+def cat(parts: list[Layout]) -> Layout:
+    """Layouts side by side, those of no size left out."""
+    flat: list[Layout] = []
+    for part in parts:
+        part = resolved(part)
+        if isinstance(part, Cat):
+            flat += part.parts
+        elif part.size:
+            flat.append(part)
+    return _simple(flat, sum) or Cat(tuple(flat))
+
+
+def within(factors: list[Layout]) -> Layout:
+    """Layouts within each other, those of size 1 left out."""
+    flat: list[Layout] = []
+    for factor in factors:
+        factor = resolved(factor)
+        if isinstance(factor, Prod):
+            flat += factor.factors
+        elif factor.size != 1:
+            flat.append(factor)
+    if not flat:
+        return fixed(1, ONE)
+    return _simple(flat, prod) or Prod(tuple(flat))
+
+
+def _simple(flat: list[Layout], size: Callable[[list[int]], int]) -> Layout | None:
+    """One layout for several where there is only one, or none of which is ever cut."""
+    if len(flat) == 1:
+        return flat[0]
+    if flat and all(isinstance(layout, Run) and layout.closed for layout in flat):
+        first = flat[0]
+        assert isinstance(first, Run)
+        return fixed(size([layout.size for layout in flat]), first.closed)
+    return None
+
+
+def resolved(layout: Layout) -> Layout:
+    """The layout as it is known now."""
+    if isinstance(layout, Run):
+        if layout.becomes is None:
+            return layout
+        layout.becomes = resolved(layout.becomes)
+        return layout.becomes
+    if isinstance(layout, Cat):
+        now: Layout = cat(list(layout.parts))
+        return layout if isinstance(now, Cat) and now.parts == layout.parts else now
+    now = within(list(layout.factors))
+    return layout if isinstance(now, Prod) and now.factors == layout.factors else now
+
+
+def runs(layout: Layout) -> Iterator[Run]:
+    """The runs of a layout."""
+    layout = resolved(layout)
+    if isinstance(layout, Run):
+        yield layout
+    elif isinstance(layout, Cat):
+        for part in layout.parts:
+            yield from runs(part)
+    else:
+        for factor in layout.factors:
+            yield from runs(factor)
+
+
+def is_open(layout: Layout) -> bool:
+    """Whether some channel of it may be cut."""
+    return any(not run.closed for run in runs(layout))
+
+
+def close(layout: Layout, reason: str) -> None:
+    """No channel of it may be cut, for this reason; the first reason stays."""
+    for run in runs(layout):
+        run.closed = run.closed or reason
+
+
+def mark(layout: Layout, what: str) -> None:
+    """Say something of all runs of a layout."""
+    for run in runs(layout):
+        run.marks.add(what)
+
+
+def _becomes(run: Run, layout: Layout) -> None:
+    """Let a layout take a run's place, with what is known of the run."""
+    if run in runs(layout):
+        close(layout, "its channels are mixed with one another by a reshape")
+        return
+    for part in runs(layout):
+        part.closed = part.closed or run.closed
+        part.marks |= run.marks
+    run.becomes = layout
+
+
+MISMATCH = "its channels are rearranged in a way that no cut follows"
+
+
+def tie(x: Layout, y: Layout) -> None:
+    """Channels at the same position of two layouts of one size go together from now on."""
+    x, y = resolved(x), resolved(y)
+    if x is y or not (is_open(x) or is_open(y)):
+        return
+    assert x.size == y.size, (x, y)
+    if isinstance(x, Run):
+        if isinstance(y, Run) and x.closed and not y.closed:
+            x, y = y, x
+        _becomes(x, y)
+    elif isinstance(y, Run):
+        _becomes(y, x)
+    elif isinstance(x, Prod) and isinstance(y, Prod):
+        _tie_products(x, y)
+    else:
+        _tie_sums(x, y)
+
+
+def _tie_products(x: Prod, y: Prod) -> None:
+    a, b = x.factors[0].size, y.factors[0].size
+    if a > b:
+        x, y, a, b = y, x, b, a
+    if b % a:
+        close(x, MISMATCH)
+        close(y, MISMATCH)
+        return
+    outer, rest = divide(y, a, y.size // a)
+    tie(x.factors[0], outer)
+    tie(within(list(x.factors[1:])), rest)
+
+
+def _tie_sums(x: Cat | Prod, y: Cat | Prod) -> None:
+    """At least one of the two is a Cat: align the boundaries."""
+    if isinstance(x, Prod):
+        x, y = y, x
+    assert isinstance(x, Cat)
+    at = x.parts[0].size
+    if isinstance(y, Cat):
+        at = min(at, y.parts[0].size)
+    (a, b), (c, d) = split(x, at), split(y, at)
+    tie(a, c)
+    tie(b, d)
+
+
+def split(layout: Layout, at: int) -> tuple[Layout, Layout]:
+    """The first `at` positions and the rest; both must be of some size."""
+    layout = resolved(layout)
+    assert 0 < at < layout.size
+    if isinstance(layout, Run):
+        first, second = Run(at, layout.closed), Run(layout.size - at, layout.closed)
+        if layout.closed:
+            return first, second
+        _becomes(layout, Cat((first, second)))
+        return first, second
+    if isinstance(layout, Cat):
+        before: list[Layout] = []
+        parts = list(layout.parts)
+        while parts and parts[0].size <= at:
+            at -= parts[0].size
+            before.append(parts.pop(0))
+        if at:
+            first_half, second_half = split(parts[0], at)
+            before.append(first_half)
+            parts[0] = second_half
+        return cat(before), cat(parts)
+    inner = layout.size // layout.factors[0].size
+    if at % inner:
+        close(layout, MISMATCH)
+        return fixed(at, MISMATCH), fixed(layout.size - at, MISMATCH)
+    one, two = split(layout.factors[0], at // inner)
+    rest = list(layout.factors[1:])
+    return within([one, *rest]), within([two, *rest])
+
+
+def parts_of(layout: Layout, sizes: list[int]) -> list[Layout]:
+    """The layout in parts of these sizes, which add up to its own."""
+    found: list[Layout] = []
+    rest: Layout | None = layout
+    for i, size in enumerate(sizes):
+        if size == 0:
+            found.append(Run(0, "nothing"))
+        elif rest is not None and size < rest.size:
+            part, rest = split(rest, size)
+            found.append(part)
+        else:
+            assert rest is not None
+            found.append(rest)
+            rest = None
+            assert not any(sizes[i + 1 :])
+    return found
+
+
+def divide(layout: Layout, outer: int, inner: int) -> tuple[Layout, Layout]:
+    """The layout of outer * inner positions as two axes."""
+    layout = resolved(layout)
+    assert outer * inner == layout.size, (layout.size, outer, inner)
+    if outer == 1:
+        return fixed(1, ONE), layout
+    if inner == 1:
+        return layout, fixed(1, ONE)
+    if isinstance(layout, Run):
+        rows, columns = Run(outer, layout.closed), Run(inner, layout.closed)
+        if layout.closed:
+            return rows, columns
+        _becomes(layout, Prod((rows, columns)))
+        return rows, columns
+    if isinstance(layout, Cat):
+        if any(part.size % inner for part in layout.parts):
+            close(layout, MISMATCH)
+            return fixed(outer, MISMATCH), fixed(inner, MISMATCH)
+        pairs = [divide(part, part.size // inner, inner) for part in layout.parts]
+        for _, columns_of_part in pairs[1:]:
+            tie(pairs[0][1], columns_of_part)
+        return cat([rows_of_part for rows_of_part, _ in pairs]), resolved(pairs[0][1])
+    before: list[Layout] = []
+    factors = list(layout.factors)
+    left = outer
+    while left % factors[0].size == 0:
+        left //= factors[0].size
+        before.append(factors.pop(0))
+        if left == 1:
+            return within(before), within(factors)
+    if factors[0].size % left:
+        close(layout, MISMATCH)
+        return fixed(outer, MISMATCH), fixed(inner, MISMATCH)
+    first, second = divide(factors[0], left, factors[0].size // left)
+    return within([*before, first]), within([second, *factors[1:]])
+
+
+def reshaped(axes: list[Layout], shape: tuple[int, ...]) -> list[Layout]:
+    """The axes of a tensor after a reshape.
+
+    Axes are taken together until they have as many positions as the next axes of the new shape, and divided again.
+    """
+    if reduce(mul, (axis.size for axis in axes), 1) == 0:
+        return [fixed(size, "an empty tensor") for size in shape]
+    waiting, found = list(axes), list[Layout]()
+    current: Layout = fixed(1, ONE)
+    for size in shape:
+        while current.size % size and waiting:
+            current = within([current, waiting.pop(0)])
+        first, current = divide(current, size, current.size // size)
+        found.append(first)
+    return found
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the channels of a run stand along an axis.
+
+    Channel c has the positions start + i * stride + c * block + j, for i below `repeats` and j below `block`.
+    """
+
+    start: int
+    repeats: int
+    stride: int
+    block: int
+
+
+def spans(layout: Layout, run: Run) -> list[Span]:
+    """Every place at which a run stands in a layout.
+
+    A run that stands within a run that repeats in several ways gives several spans.
+    """
+    layout = resolved(layout)
+    if layout is run:
+        return [Span(0, 1, 0, 1)]
+    found: list[Span] = []
+    if isinstance(layout, Cat):
+        start = 0
+        for part in layout.parts:
+            found += [Span(s.start + start, s.repeats, s.stride, s.block) for s in spans(part, run)]
+            start += part.size
+    elif isinstance(layout, Prod):
+        before, after = 1, layout.size
+        for factor in layout.factors:
+            after //= factor.size
+            for s in spans(factor, run):
+                found += _repeated(s, before, factor.size, after)
+            before *= factor.size
+    return found
+
+
+def _repeated(span: Span, times: int, length: int, block: int) -> list[Span]:
+    """A span of a factor of `length` that is repeated so often, each position `block` long."""
+    start, stride, each = span.start * block, span.stride * block, span.block * block
+    if span.repeats == 1:
+        return [Span(start, times, length * block if times > 1 else 0, each)]
+    if times == 1:
+        return [Span(start, span.repeats, stride, each)]
+    return [Span(start + i * length * block, span.repeats, stride, each) for i in range(times)]
