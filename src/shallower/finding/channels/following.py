@@ -9,36 +9,38 @@ without a rule closes all channels that it reads, and is the reason that people 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
-from shallower.finding.channels.layout import ONE, Layout, Run, close, fixed, is_open, resolved, tie
+from shallower.finding.channels.layout import ONE, Layout, Run, close, fixed, resolved, runs, tie
 from shallower.recording.tracing import Call, Trace, Value
 
 Axes = list[Layout]
-Rule = Callable[..., Axes | list[Axes] | None]
-RULES: dict[str, tuple[tuple[str, ...], Rule]] = {}
-"""By the canonical name of a function: the names of its arguments, and its rule."""
+Rule = Callable[["Following", Call], Axes | list[Axes]]
+RULES: dict[str, Rule] = {}
+"""The rule of each operation, by the canonical name of the function."""
 
 
-def rule(functions: str, arguments: str = "") -> Callable[[Rule], Rule]:
+class UnknownUseError(Exception):
+    """A rule does not know this use of its operation; the message says why, "" where nothing is to be said."""
+
+
+def rule(functions: str) -> Callable[[Rule], Rule]:
     """Make a function the rule of some operations.
 
-        @rule("relu gelu", "input")
-        def same(f, call, input):
-            return f.axes(input)
+        @rule("relu gelu")
+        def same(f, call):
+            return f.axes(call.inputs[0])
 
-    A rule is given the `Following`, the call and its arguments by name, and returns the axes of the result: a list of
-    layouts, or a list of these for several results; None where it does not know this use.
+    A rule is given the `Following` and the call. It ties what goes together and returns the axes of the result: a list
+    of layouts, or a list of these for several results. It raises `UnknownUseError` where it does not know this use.
 
     Args:
         functions: canonical names, with spaces between.
-        arguments: names of the arguments in order; what is left of them is not given.
     """
 
     def registered(made: Rule) -> Rule:
         for name in functions.split():
-            RULES[name] = tuple(arguments.split()), made
+            RULES[name] = made
         return made
 
     return registered
@@ -70,17 +72,8 @@ class Following:
         """The layouts of a value's axes, as they are known now."""
         known = self._axes.get(value)
         if known is None:
-            known = self._axes[value] = [self._new(value, size) for size in value.shape]
+            known = self._axes[value] = [_new(value, size) for size in value.shape]
         return [resolved(axis) for axis in known]
-
-    def _new(self, value: Value, size: int) -> Layout:
-        if size == 1:
-            return fixed(1, ONE)
-        if value.origin == "input":
-            return fixed(size, "it has the size of an input")
-        if value.origin == "unknown":
-            return fixed(size, "it is made out of sight")
-        return Run(size)
 
     def close_axes(self, value: Value, reason: str) -> None:
         """No channel of a value may be cut."""
@@ -92,29 +85,41 @@ class Following:
         return f"`{call.name}` in {call.frame.name or type(call.frame.module).__name__}"
 
     def _follow(self, call: Call) -> None:
-        names, made = RULES.get(call.name, ((), None))
-        found = None
+        made = RULES.get(call.name)
+        reason = ""
         if made is not None:
-            found = made(self, call, *_arguments(names, call))
-        if found is not None:
-            several = found if found and isinstance(found[0], list) else [found]
-            shapes = [tuple(axis.size for axis in axes) for axes in several]
-            if shapes == [value.shape for value in call.outputs]:
-                for value, axes in zip(call.outputs, several, strict=True):
-                    self._axes[value] = axes
-                return
-        self.without_rule(call)
+            try:
+                if self._take(call, made(self, call)):
+                    return
+            except UnknownUseError as error:
+                reason = str(error)
+        self._without_rule(call, reason)
 
-    def without_rule(self, call: Call) -> None:
+    def _take(self, call: Call, found: Axes | list[Axes]) -> bool:
+        """Keep the axes that a rule gives, where they are those of the results."""
+        several: list[Axes] = []
+        single: Axes = []
+        for item in found:
+            if isinstance(item, list):
+                several.append(item)
+            else:
+                single.append(item)
+        several = several or [single]
+        if len(several) != len(call.outputs):
+            return False
+        for value, axes in zip(call.outputs, several, strict=True):
+            if tuple(axis.size for axis in axes) != value.shape:
+                return False
+        self._axes.update(zip(call.outputs, several, strict=True))
+        return True
+
+    def _without_rule(self, call: Call, reason: str) -> None:
         """An operation that nothing is known of: what it reads is closed, and what it gives."""
-        reason = f"it is not known how {self.title(call)} moves channels"
-        inputs_open = False
+        reason = reason or f"it is not known how {self.title(call)} moves channels"
         for value in call.inputs:
-            inputs_open |= any(map(is_open, self.axes(value)))
             self.close_axes(value, reason)
         for value in call.outputs:
-            if call.inputs and (inputs_open or value.fed):
-                self._axes[value] = [fixed(size, reason) for size in value.shape]
+            self._axes[value] = [fixed(size, reason) for size in value.shape]
 
     def contract(self, call: Call, channels: Layout, columns: Layout) -> None:
         """A linear map adds up channels, each with its column."""
@@ -139,17 +144,24 @@ class Following:
                 tie(found[i], axis)
         return found
 
-    def tied(self, values: Sequence[Value | None], shape: tuple[int, ...]) -> Axes:
-        """The axes of an elementwise result of that shape: axes at the same place from the right go together."""
-        found: Axes = [fixed(1, ONE) for _ in shape]
+    def tied(self, values: Iterable[Value]) -> Axes:
+        """The axes of an elementwise result: axes at the same place from the right go together."""
+        found: Axes = []
         for value in values:
-            if value is not None:
-                found = self.broadcast(found, self.axes(value))
+            found = self.broadcast(found, self.axes(value))
         return found
 
+    def mark(self, layout: Layout, what: str) -> None:
+        """Say something of all runs of a layout: "averaged", "attended"."""
+        for run in runs(layout):
+            run.marks.add(what)
 
-def _arguments(names: tuple[str, ...], call: Call) -> list[Any]:
-    given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
-    if names and names[0] not in given and "self" in given:
-        given[names[0]] = given["self"]
-    return [given.get(name) for name in names]
+
+def _new(value: Value, size: int) -> Layout:
+    if size == 1:
+        return fixed(1, ONE)
+    if value.origin == "input":
+        return fixed(size, "it has the size of an input")
+    if value.origin == "unknown":
+        return fixed(size, "it is made out of sight")
+    return Run(size)

@@ -12,11 +12,14 @@ of a run is known wherever the run stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from math import prod
-from operator import mul
+
+ONE = "a single position"
+MISMATCH = "its channels are rearranged in a way that no cut follows"
+MOST_PIECES = 1024
+"""Into how many pieces two layouts may be aligned."""
 
 
 class Run:
@@ -24,7 +27,7 @@ class Run:
 
     Attributes:
         size: how many; at least 1.
-        closed: why they cannot be cut; "" where they can.
+        closed: why they cannot be cut; "" where they can. The only channel of a run cannot.
         marks: what operations say of them: "averaged", "summed", "attended", ...
         becomes: the layout that has taken its place: another run, or its parts.
     """
@@ -33,7 +36,7 @@ class Run:
 
     def __init__(self, size: int, closed: str = "") -> None:
         self.size = size
-        self.closed = closed
+        self.closed = closed or (ONE if size < 2 else "")
         self.marks: set[str] = set()
         self.becomes: Layout | None = None
 
@@ -65,15 +68,13 @@ class Prod:
 
 Layout = Run | Cat | Prod
 
-ONE = "a single position"
-
 
 def fixed(size: int, reason: str) -> Run:
     """Positions that stay: pixels, tokens, rows of the batch."""
     return Run(size, reason)
 
 
-def cat(parts: list[Layout]) -> Layout:
+def cat(parts: Iterable[Layout]) -> Layout:
     """Layouts side by side, those of no size left out."""
     flat: list[Layout] = []
     for part in parts:
@@ -85,7 +86,7 @@ def cat(parts: list[Layout]) -> Layout:
     return _simple(flat, sum) or Cat(tuple(flat))
 
 
-def within(factors: list[Layout]) -> Layout:
+def within(factors: Iterable[Layout]) -> Layout:
     """Layouts within each other, those of size 1 left out."""
     flat: list[Layout] = []
     for factor in factors:
@@ -118,9 +119,9 @@ def resolved(layout: Layout) -> Layout:
         layout.becomes = resolved(layout.becomes)
         return layout.becomes
     if isinstance(layout, Cat):
-        now: Layout = cat(list(layout.parts))
+        now: Layout = cat(layout.parts)
         return layout if isinstance(now, Cat) and now.parts == layout.parts else now
-    now = within(list(layout.factors))
+    now = within(layout.factors)
     return layout if isinstance(now, Prod) and now.factors == layout.factors else now
 
 
@@ -148,12 +149,6 @@ def close(layout: Layout, reason: str) -> None:
         run.closed = run.closed or reason
 
 
-def mark(layout: Layout, what: str) -> None:
-    """Say something of all runs of a layout."""
-    for run in runs(layout):
-        run.marks.add(what)
-
-
 def _becomes(run: Run, layout: Layout) -> None:
     """Let a layout take a run's place, with what is known of the run."""
     if run in runs(layout):
@@ -163,9 +158,6 @@ def _becomes(run: Run, layout: Layout) -> None:
         part.closed = part.closed or run.closed
         part.marks |= run.marks
     run.becomes = layout
-
-
-MISMATCH = "its channels are rearranged in a way that no cut follows"
 
 
 def tie(x: Layout, y: Layout) -> None:
@@ -196,20 +188,25 @@ def _tie_products(x: Prod, y: Prod) -> None:
         return
     outer, rest = divide(y, a, y.size // a)
     tie(x.factors[0], outer)
-    tie(within(list(x.factors[1:])), rest)
+    tie(within(x.factors[1:]), rest)
 
 
-def _tie_sums(x: Cat | Prod, y: Cat | Prod) -> None:
-    """At least one of the two is a Cat: align the boundaries."""
-    if isinstance(x, Prod):
-        x, y = y, x
-    assert isinstance(x, Cat)
-    at = x.parts[0].size
-    if isinstance(y, Cat):
-        at = min(at, y.parts[0].size)
-    (a, b), (c, d) = split(x, at), split(y, at)
-    tie(a, c)
-    tie(b, d)
+def _tie_sums(x: Layout, y: Layout) -> None:
+    """At least one of the two is a Cat: tie piece by piece."""
+    for _ in range(MOST_PIECES):
+        x, y = resolved(x), resolved(y)
+        at = min(_first(x), _first(y))
+        if at == x.size:
+            tie(x, y)
+            return
+        (a, x), (b, y) = split(x, at), split(y, at)
+        tie(a, b)
+    close(x, MISMATCH)
+    close(y, MISMATCH)
+
+
+def _first(layout: Layout) -> int:
+    return layout.parts[0].size if isinstance(layout, Cat) else layout.size
 
 
 def split(layout: Layout, at: int) -> tuple[Layout, Layout]:
@@ -218,45 +215,44 @@ def split(layout: Layout, at: int) -> tuple[Layout, Layout]:
     assert 0 < at < layout.size
     if isinstance(layout, Run):
         first, second = Run(at, layout.closed), Run(layout.size - at, layout.closed)
-        if layout.closed:
-            return first, second
-        _becomes(layout, Cat((first, second)))
+        if not layout.closed:
+            _becomes(layout, Cat((first, second)))
         return first, second
     if isinstance(layout, Cat):
-        before: list[Layout] = []
-        parts = list(layout.parts)
-        while parts and parts[0].size <= at:
-            at -= parts[0].size
-            before.append(parts.pop(0))
-        if at:
-            first_half, second_half = split(parts[0], at)
-            before.append(first_half)
-            parts[0] = second_half
-        return cat(before), cat(parts)
+        return _split_sum(layout, at)
     inner = layout.size // layout.factors[0].size
     if at % inner:
         close(layout, MISMATCH)
         return fixed(at, MISMATCH), fixed(layout.size - at, MISMATCH)
     one, two = split(layout.factors[0], at // inner)
-    rest = list(layout.factors[1:])
+    rest = layout.factors[1:]
     return within([one, *rest]), within([two, *rest])
 
 
-def parts_of(layout: Layout, sizes: list[int]) -> list[Layout]:
+def _split_sum(layout: Cat, at: int) -> tuple[Layout, Layout]:
+    before: list[Layout] = []
+    parts = list(layout.parts)
+    while parts and parts[0].size <= at:
+        at -= parts[0].size
+        before.append(parts.pop(0))
+    if at:
+        first, parts[0] = split(parts[0], at)
+        before.append(first)
+    return cat(before), cat(parts)
+
+
+def parts_of(layout: Layout, sizes: Iterable[int]) -> list[Layout]:
     """The layout in parts of these sizes, which add up to its own."""
     found: list[Layout] = []
-    rest: Layout | None = layout
-    for i, size in enumerate(sizes):
+    rest = resolved(layout)
+    for size in sizes:
         if size == 0:
-            found.append(Run(0, "nothing"))
-        elif rest is not None and size < rest.size:
+            found.append(fixed(0, "nothing"))
+        elif size == rest.size:
+            found.append(rest)
+        else:
             part, rest = split(rest, size)
             found.append(part)
-        else:
-            assert rest is not None
-            found.append(rest)
-            rest = None
-            assert not any(sizes[i + 1 :])
     return found
 
 
@@ -270,39 +266,53 @@ def divide(layout: Layout, outer: int, inner: int) -> tuple[Layout, Layout]:
         return layout, fixed(1, ONE)
     if isinstance(layout, Run):
         rows, columns = Run(outer, layout.closed), Run(inner, layout.closed)
-        if layout.closed:
-            return rows, columns
-        _becomes(layout, Prod((rows, columns)))
+        if not layout.closed:
+            _becomes(layout, Prod((rows, columns)))
         return rows, columns
-    if isinstance(layout, Cat):
-        if any(part.size % inner for part in layout.parts):
-            close(layout, MISMATCH)
-            return fixed(outer, MISMATCH), fixed(inner, MISMATCH)
-        pairs = [divide(part, part.size // inner, inner) for part in layout.parts]
-        for _, columns_of_part in pairs[1:]:
-            tie(pairs[0][1], columns_of_part)
-        return cat([rows_of_part for rows_of_part, _ in pairs]), resolved(pairs[0][1])
-    before: list[Layout] = []
-    factors = list(layout.factors)
-    left = outer
-    while left % factors[0].size == 0:
-        left //= factors[0].size
-        before.append(factors.pop(0))
-        if left == 1:
-            return within(before), within(factors)
-    if factors[0].size % left:
+    pair = _divide_sum(layout, inner) if isinstance(layout, Cat) else _divide_product(layout, outer)
+    if pair is None:
         close(layout, MISMATCH)
         return fixed(outer, MISMATCH), fixed(inner, MISMATCH)
-    first, second = divide(factors[0], left, factors[0].size // left)
+    return pair
+
+
+def _divide_sum(layout: Cat, inner: int) -> tuple[Layout, Layout] | None:
+    """Each part by itself; all have the same inner channels."""
+    rows: list[Layout] = []
+    columns: list[Layout] = []
+    for part in layout.parts:
+        if part.size % inner:
+            return None
+    for part in layout.parts:
+        row, column = divide(part, part.size // inner, inner)
+        rows.append(row)
+        columns.append(column)
+    for column in columns[1:]:
+        tie(columns[0], column)
+    return cat(rows), resolved(columns[0])
+
+
+def _divide_product(layout: Prod, outer: int) -> tuple[Layout, Layout] | None:
+    """Factors go to the outer axis until it is full; one may be divided."""
+    before: list[Layout] = []
+    factors = list(layout.factors)
+    while outer % factors[0].size == 0:
+        outer //= factors[0].size
+        before.append(factors.pop(0))
+        if outer == 1:
+            return within(before), within(factors)
+    if factors[0].size % outer:
+        return None
+    first, second = divide(factors[0], outer, factors[0].size // outer)
     return within([*before, first]), within([second, *factors[1:]])
 
 
-def reshaped(axes: list[Layout], shape: tuple[int, ...]) -> list[Layout]:
+def reshaped(axes: Sequence[Layout], shape: tuple[int, ...]) -> list[Layout]:
     """The axes of a tensor after a reshape.
 
     Axes are taken together until they have as many positions as the next axes of the new shape, and divided again.
     """
-    if reduce(mul, (axis.size for axis in axes), 1) == 0:
+    if 0 in shape:
         return [fixed(size, "an empty tensor") for size in shape]
     waiting, found = list(axes), list[Layout]()
     current: Layout = fixed(1, ONE)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.layout import Run, Span, runs, spans
+from shallower.recording.tracing import Value
 
 
 @dataclass
@@ -19,8 +20,8 @@ class Space:
 def spaces(f: Following) -> tuple[list[Space], dict[str, str]]:
     names = {m: n for n, m in f.trace.model.named_modules()}
     found: dict[Run, Space] = {}
-    skipped = {}
-    tensors = {}
+    skipped: dict[str, str] = {}
+    tensors: dict[Value, str] = {}
     for (owner, attribute), value in f.trace.weights.items():
         tensors.setdefault(value, f"{names[owner]}.{attribute}".lstrip("."))
     for value in list(f._axes):

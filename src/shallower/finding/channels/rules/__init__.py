@@ -1,5 +1,29 @@
 """How operations move channels, one rule a kind of operation. Importing this registers all of them."""
 
-from shallower.finding.channels.rules import attending, contracting, elementwise, moving, reducing
+from shallower.finding.channels.rules import (
+    attending,
+    contracting,
+    elementwise,
+    images,
+    making,
+    norms,
+    parting,
+    picking,
+    reducing,
+    refusing,
+    shaping,
+)
 
-__all__ = ["attending", "contracting", "elementwise", "moving", "reducing"]
+__all__ = [
+    "attending",
+    "contracting",
+    "elementwise",
+    "images",
+    "making",
+    "norms",
+    "parting",
+    "picking",
+    "reducing",
+    "refusing",
+    "shaping",
+]

@@ -1,34 +1,103 @@
-"""Attention as one operation."""
+"""Attention as one operation: heads can be cut, what a head is made of stays.
+
+F.scaled_dot_product_attention(q, k, v, mask)
+F.multi_head_attention_forward(x, x, x, width, heads, ...)
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 from shallower.finding.channels.following import Axes, Following, rule
-from shallower.finding.channels.layout import close, fixed, mark, tie, within
+from shallower.finding.channels.layout import Layout, close, divide, fixed, parts_of, tie, within
+from shallower.finding.channels.rules.arguments import given, integer, optional, tensor
 from shallower.recording.tracing import Call, Value
 
 FEATURES = "the features of a head stay; heads can be cut"
+POSITIONS = "positions attend to each other"
+SHARED = "query heads of one key head"
 
 
-@rule("scaled_dot_product_attention", "query key value attn_mask dropout_p is_causal scale enable_gqa")
-def attention(
-    f: Following, call: Call, query: Value, key: Value, value: Value, mask: Any, _p: Any, _c: Any, _s: Any, shared: Any
-) -> Axes:
+@rule("scaled_dot_product_attention")
+def attention(f: Following, call: Call) -> Axes:
     """softmax(q k^T) v over (..., heads, positions, features)."""
-    *batch, positions, features = f.axes(query)
-    *others, keys, key_features = f.axes(key)
-    *values, _, made = f.axes(value)
-    tie(features, key_features)
-    close(features, FEATURES)
-    close(made, FEATURES)
-    if shared and batch[-1].size != others[-1].size:
-        each = batch[-1].size // others[-1].size
-        others[-1] = within([others[-1], fixed(each, "query heads of one key head")])
-        values[-1] = within([values[-1], fixed(each, "query heads of one key head")])
-    f.broadcast(f.broadcast(batch, others), values)
-    if isinstance(mask, Value) and len(mask.shape) > 2:
-        f.broadcast(batch, f.axes(mask)[:-2])
+    *queries, positions, features = f.axes(tensor(call, 0, "query"))
+    *keys, places, key_features = f.axes(tensor(call, 1, "key"))
+    *values, value_places, made = f.axes(tensor(call, 2, "value"))
+    mask = optional(call, 3, "attn_mask")
+    for first, second in ((features, key_features), (places, value_places)):
+        tie(first, second)
+    for axis in (features, made):
+        close(axis, FEATURES)
+    for axis in (positions, places):
+        close(axis, POSITIONS)
+    if queries and queries[-1].size > keys[-1].size > 1 and given(call, 7, "enable_gqa"):
+        each = queries[-1].size // keys[-1].size
+        keys[-1] = within([keys[-1], fixed(each, SHARED)])
+        values[-1] = within([values[-1], fixed(each, SHARED)])
+    batch = f.broadcast(f.broadcast(queries, keys), values)
+    if mask is not None:
+        f.broadcast([*batch, positions, places], f.axes(mask))
     for axis in batch:
-        mark(axis, "attended")
+        f.mark(axis, "attended")
     return [*batch, positions, made]
+
+
+@rule("multi_head_attention_forward")
+def layer(f: Following, call: Call) -> list[Axes]:
+    """The function behind `nn.MultiheadAttention`, with q, k and v in one weight or in three."""
+    query, key, value = tensor(call, 0, "query"), tensor(call, 1, "key"), tensor(call, 2, "value")
+    count = integer(call, 4, "num_heads")
+    packed, weight = optional(call, 5, "in_proj_weight"), tensor(call, 11, "out_proj_weight")
+    rows, columns = f.axes(weight)
+    heads, features = divide(columns, count, columns.size // count)
+    separate = [
+        optional(call, 18 + i, name) for i, name in enumerate(("q_proj_weight", "k_proj_weight", "v_proj_weight"))
+    ]
+    sides = _projections(f, packed, separate)
+    for source, (made, read) in zip((query, key, value), sides, strict=True):
+        *batch, channels = f.axes(source)
+        f.broadcast(f.axes(query)[1:-1], batch[1:])
+        f.contract(call, channels, read)
+        tie(made, columns)
+    for mask in (optional(call, 14, "key_padding_mask"), optional(call, 16, "attn_mask")):
+        if mask is not None:
+            f.close_axes(mask, POSITIONS)
+    bias = optional(call, 6, "in_proj_bias")
+    if bias is not None:
+        for part in parts_of(f.axes(bias)[0], [columns.size] * 3):
+            tie(part, columns)
+    for extra in (optional(call, 7, "bias_k"), optional(call, 8, "bias_v")):
+        if extra is not None:
+            tie(f.axes(extra)[-1], columns)
+    close(features, FEATURES)
+    f.mark(heads, "attended")
+    f.contracted.append((columns, call))
+    f.write(call, rows, optional(call, 12, "out_proj_bias"))
+    return _results(f, call, query, key, value, rows)
+
+
+def _projections(f: Following, packed: Value | None, separate: list[Value | None]) -> list[tuple[Layout, Layout]]:
+    """Rows and columns of the maps to q, k and v."""
+    found: list[tuple[Layout, Layout]] = []
+    if packed is not None:
+        made, read = f.axes(packed)
+        for part in parts_of(made, [made.size // 3] * 3):
+            found.append((part, read))
+    else:
+        for weight in separate:
+            if weight is not None:
+                made, read = f.axes(weight)
+                found.append((made, read))
+    return found
+
+
+def _results(f: Following, call: Call, query: Value, key: Value, value: Value, rows: Layout) -> list[Axes]:
+    """(positions, batch, channels), and the weights (batch, positions, positions), by heads or averaged over them."""
+    *batch, _ = f.axes(query)
+    for axis in (batch[0], f.axes(key)[0], f.axes(value)[0]):
+        close(axis, POSITIONS)
+    found: list[Axes] = [[*batch, rows]]
+    if len(call.outputs) > 1:
+        shape = call.outputs[1].shape
+        weights: Axes = [*batch[1:], *(fixed(size, "attention weights") for size in shape[len(batch) - 1 :])]
+        found.append(weights)
+    return found

@@ -1,60 +1,53 @@
-"""Linear maps: one run of channels is added up, another begins."""
+"""Linear maps: one run of channels is added up, another begins.
+
+F.linear(x, weight, bias)   # the last axis of x goes with the columns of the weight; the rows are new channels
+torch.einsum("bhid,bhjd->bhij", q, k)
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-from shallower.finding.channels.following import Axes, Following, rule
+from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import Layout, close, divide, fixed, tie, within
+from shallower.finding.channels.rules.arguments import given, integer, optional, tensor
 from shallower.recording.tracing import Call, Value
 
 
-@rule("linear", "input weight bias")
-def linear(f: Following, call: Call, input: Value, weight: Value, bias: Value | None) -> Axes | None:
+@rule("linear")
+def linear(f: Following, call: Call) -> Axes:
     """y = x W^T + b."""
-    rows = f.axes(weight)
-    if len(rows) != 2:
-        return None
-    *batch, features = f.axes(input)
-    f.contract(call, features, rows[1])
-    f.write(call, rows[0], bias)
-    return [*batch, rows[0]]
+    *batch, features = f.axes(tensor(call, 0, "input"))
+    *rows, columns = f.axes(tensor(call, 1, "weight"))
+    f.contract(call, features, columns)
+    if rows:
+        f.write(call, rows[0], optional(call, 2, "bias"))
+    return [*batch, *rows]
 
 
-@rule("conv1d conv2d conv3d", "input weight bias stride padding dilation groups")
-def convolution(
-    f: Following, call: Call, input: Value, weight: Value, bias: Value | None, _s: Any, _p: Any, _d: Any, groups: Any
-) -> Axes:
+@rule("conv1d conv2d conv3d")
+def convolution(f: Following, call: Call) -> Axes:
     """Rows (out, in / groups, taps ...); an unbatched image has no axis in front of its channels."""
-    rows, columns, *taps = f.axes(weight)
-    axes = f.axes(input)
-    count = groups if isinstance(groups, int) else 1
-    channels = axes[-1 - len(taps)]
+    axes = f.axes(tensor(call, 0, "input"))
+    rows, columns, *taps = f.axes(tensor(call, 1, "weight"))
     _close_taps(taps)
-    _grouped(f, call, channels, columns, rows, count)
-    f.write(call, rows, bias)
-    return [*axes[: -1 - len(taps)], rows, *_pixels(call, len(taps))]
+    channels = axes[-1 - len(taps)]
+    _grouped(f, call, channels, columns, rows, integer(call, 6, "groups", 1))
+    f.write(call, rows, optional(call, 2, "bias"))
+    return [*axes[: -1 - len(taps)], rows, *_pixels(call, axes[-len(taps) :])]
 
 
-@rule(
-    "conv_transpose1d conv_transpose2d conv_transpose3d",
-    "input weight bias stride padding output_padding groups dilation",
-)
-def transposed_convolution(
-    f: Following, call: Call, input: Value, weight: Value, bias: Value | None, _s: Any, _p: Any, _o: Any, groups: Any
-) -> Axes:
+@rule("conv_transpose1d conv_transpose2d conv_transpose3d")
+def transposed_convolution(f: Following, call: Call) -> Axes:
     """Rows (in, out / groups, taps ...)."""
-    columns, each, *taps = f.axes(weight)
-    axes = f.axes(input)
-    count = groups if isinstance(groups, int) else 1
+    axes = f.axes(tensor(call, 0, "input"))
+    columns, made, *taps = f.axes(tensor(call, 1, "weight"))
+    groups = integer(call, 6, "groups", 1)
     _close_taps(taps)
     f.contract(call, axes[-1 - len(taps)], columns)
-    made: Layout = each
-    if count > 1:
-        outer, _ = divide(columns, count, columns.size // count)
-        made = within([outer, each])
-    f.write(call, made, bias)
-    return [*axes[: -1 - len(taps)], made, *_pixels(call, len(taps))]
+    if groups > 1:
+        outer, _ = divide(columns, groups, columns.size // groups)
+        made = within([outer, made])
+    f.write(call, made, optional(call, 2, "bias"))
+    return [*axes[: -1 - len(taps)], made, *_pixels(call, axes[-len(taps) :])]
 
 
 def _close_taps(taps: Axes) -> None:
@@ -62,9 +55,11 @@ def _close_taps(taps: Axes) -> None:
         close(axis, "taps of a kernel")
 
 
-def _pixels(call: Call, dims: int) -> Axes:
+def _pixels(call: Call, read: Axes) -> Axes:
+    for axis in read:
+        close(axis, "pixels")
     sizes = call.outputs[0].shape
-    return [fixed(size, "pixels") for size in sizes[len(sizes) - dims :]]
+    return [fixed(size, "pixels") for size in sizes[len(sizes) - len(read) :]]
 
 
 def _grouped(f: Following, call: Call, channels: Layout, columns: Layout, rows: Layout, groups: int) -> None:
@@ -79,16 +74,19 @@ def _grouped(f: Following, call: Call, channels: Layout, columns: Layout, rows: 
         f.contract(call, each, columns)
 
 
-@rule("matmul bmm mm mv dot inner", "input other")
-def product(f: Following, call: Call, input: Value, other: Value) -> Axes | None:
+@rule("matmul bmm mm mv dot inner vdot")
+def product(f: Following, call: Call) -> Axes:
     """Matrices, broadcast over the axes in front."""
-    return _multiplied(f, call, f.axes(input), f.axes(other))
-
-
-def _multiplied(f: Following, call: Call, left: Axes, right: Axes) -> Axes | None:
-    if call.name == "rmatmul":
+    left, right = f.axes(tensor(call, 0, "input", "self")), f.axes(tensor(call, 1, "other", "mat2", "vec", "tensor"))
+    if getattr(call.function, "__name__", "") == "__rmatmul__":
         left, right = right, left
-    f.contract(call, left[-1], right[0 if len(right) == 1 else -2])
+    if call.name == "inner" and len(right) > 1:
+        raise UnknownUseError
+    return _multiplied(f, call, left, right)
+
+
+def _multiplied(f: Following, call: Call, left: Axes, right: Axes) -> Axes:
+    f.contract(call, left[-1], right[max(len(right) - 2, 0)])
     rows = left[-2:-1]
     columns = right[-1:] if len(right) > 1 else []
     batch = f.broadcast(left[:-2], right[:-2])
@@ -97,49 +95,43 @@ def _multiplied(f: Following, call: Call, left: Axes, right: Axes) -> Axes | Non
     return [*batch, *rows, *columns]
 
 
-@rule("addmm baddbmm addbmm")
-def added_product(f: Following, call: Call) -> Axes | None:
+@rule("addmm baddbmm addmv")
+def added_product(f: Following, call: Call) -> Axes:
     """b + x W."""
     if len(call.inputs) != 3:
-        return None
+        raise UnknownUseError
     input, first, second = call.inputs
     made = _multiplied(f, call, f.axes(first), f.axes(second))
-    own = f.axes(input)
-    if made is None or len(own) > len(made):
-        return None
-    for layout, bias in zip(reversed(made), reversed(own), strict=False):
-        if bias.size > 1:
-            tie(layout, bias)
-    return made
+    return f.broadcast(made, f.axes(input))
 
 
-@rule("outer ger", "input other")
-def outer_product(f: Following, call: Call, input: Value, other: Value) -> Axes:
+@rule("outer ger")
+def outer_product(f: Following, call: Call) -> Axes:
     """Every number by every other."""
-    return [*f.axes(input), *f.axes(other)]
+    return [*f.axes(tensor(call, 0, "input", "self")), *f.axes(tensor(call, 1, "vec2", "other"))]
 
 
 @rule("einsum")
-def einsum(f: Following, call: Call) -> Axes | None:
+def einsum(f: Following, call: Call) -> Axes:
     """Letters on both sides pass, the others are added up."""
-    equation, *operands = call.args
+    equation, operands = given(call, 0, "equation"), list(call.args[1:])
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
     if not isinstance(equation, str) or not all(isinstance(value, Value) for value in operands):
-        return None
+        raise UnknownUseError
     left, _, right = equation.replace(" ", "").partition("->")
     letters: dict[str, Layout] = {}
     seen: list[str] = []
     for term, value in zip(left.split(","), operands, strict=True):
-        for letter, axis in zip(_spelled(term, len(value.shape)), f.axes(value), strict=True):
-            seen.append(letter)
+        spelled = _spelled(term, len(value.shape))
+        seen += spelled
+        for letter, axis in zip(spelled, f.axes(value), strict=True):
             if letter not in letters or letters[letter].size == 1:
                 letters[letter] = axis
             elif axis.size > 1:
                 tie(letters[letter], axis)
     if "->" not in equation:
-        right = "".join(sorted(letter for letter in set(seen) if seen.count(letter) == 1 and not letter.isdigit()))
-        right = "..." + right if "..." in left else right
+        right = _implied(left, seen)
     out = _spelled(right, len(call.outputs[0].shape))
     for letter, axis in letters.items():
         if letter not in out:
@@ -158,34 +150,95 @@ def _spelled(term: str, dims: int) -> list[str]:
     return [*before, *(str(i) for i in range(count, 0, -1)), *after]
 
 
-@rule("bilinear", "first second weight bias")
-def bilinear(f: Following, call: Call, first: Value, second: Value, weight: Value, bias: Value | None) -> Axes:
+def _implied(left: str, seen: list[str]) -> str:
+    """The right side where an equation has none: what stands in it once, in the order of the alphabet."""
+    once = [letter for letter in sorted(set(seen)) if seen.count(letter) == 1 and not letter.isdigit()]
+    return ("..." if "..." in left else "") + "".join(once)
+
+
+@rule("tensordot")
+def tensordot(f: Following, call: Call) -> Axes:
+    """Some axes of both are added up, the others stand side by side."""
+    left, right = f.axes(tensor(call, 0, "a")), f.axes(tensor(call, 1, "b"))
+    dims = given(call, 2, "dims")
+    if isinstance(dims, int):
+        dims = list(range(len(left) - dims, len(left))), list(range(dims))
+    if not isinstance(dims, (tuple, list)) or len(dims) != 2:
+        raise UnknownUseError
+    first, second = [[dims[0]], [dims[1]]] if isinstance(dims[0], int) else dims
+    first, second = [i % len(left) for i in first], [i % len(right) for i in second]
+    for i, j in zip(first, second, strict=True):
+        f.contract(call, left[i], right[j])
+    made = [axis for i, axis in enumerate(left) if i not in first]
+    return made + [axis for j, axis in enumerate(right) if j not in second]
+
+
+@rule("bilinear")
+def bilinear(f: Following, call: Call) -> Axes:
     """y_o = x1^T W_o x2 + b_o."""
-    rows, left, right = f.axes(weight)
-    f.contract(call, f.axes(first)[-1], left)
-    f.contract(call, f.axes(second)[-1], right)
-    f.write(call, rows, bias)
-    return [*f.axes(first)[:-1], rows]
+    first, second = f.axes(tensor(call, 0, "input1")), f.axes(tensor(call, 1, "input2"))
+    rows, left, right = f.axes(tensor(call, 2, "weight"))
+    f.contract(call, first[-1], left)
+    f.contract(call, second[-1], right)
+    batch = f.broadcast(first[:-1], second[:-1])
+    f.write(call, rows, optional(call, 3, "bias"))
+    return [*batch, rows]
 
 
-@rule("embedding", "input weight")
-def embedding(f: Following, call: Call, input: Value, weight: Value) -> Axes:
+@rule("embedding")
+def embedding(f: Following, call: Call) -> Axes:
     """A row for each number."""
-    rows, features = f.axes(weight)
+    rows, features = f.axes(tensor(call, 1, "weight"))
     close(rows, f"{f.title(call)} picks its rows by number")
     f.written.append((features, call))
-    return [*f.axes(input), features]
+    return [*f.axes(tensor(call, 0, "input")), features]
 
 
-@rule("grouped_mm", "input weight offs bias")
-def grouped_product(
-    f: Following, call: Call, input: Value, weight: Value, _offs: Any, bias: Value | None
-) -> Axes | None:
+@rule("embedding_bag")
+def bag(f: Following, call: Call) -> list[Axes]:
+    """Rows of a table, added up."""
+    rows, features = f.axes(tensor(call, 1, "weight"))
+    close(rows, f"{f.title(call)} picks its rows by number")
+    f.written.append((features, call))
+    f.close_axes(tensor(call, 0, "input"), "its numbers are gathered in bags")
+    found: list[Axes] = []
+    for value in call.outputs:
+        axes: Axes = [fixed(size, "bags") for size in value.shape]
+        if value is call.outputs[0]:
+            axes[-1] = features
+        found.append(axes)
+    return found
+
+
+@rule("grouped_mm")
+def grouped_product(f: Following, call: Call) -> Axes:
     """x (rows, in) by one of W (experts, in, out) for each stretch of rows."""
-    rows, columns = f.axes(input), f.axes(weight)
+    rows, columns = f.axes(tensor(call, 0, "input", "self")), f.axes(tensor(call, 1, "mat2", "weight"))
     if len(rows) != 2 or len(columns) != 3:
-        return None
-    close(columns[0], "its experts are told apart by number")
+        raise UnknownUseError
+    close(columns[0], f"{f.title(call)} tells its experts apart by number")
     f.contract(call, rows[1], columns[1])
-    f.write(call, columns[2], None)
+    f.write(call, columns[2], optional(call, 3, "bias"))
     return [rows[0], columns[2]]
+
+
+@rule("cdist")
+def distances(f: Following, call: Call) -> Axes:
+    """(..., n, c), (..., m, c) -> (..., n, m)."""
+    left, right = f.axes(tensor(call, 0, "x1")), f.axes(tensor(call, 1, "x2"))
+    f.contract(call, left[-1], right[-1])
+    return [*f.broadcast(left[:-2], right[:-2]), left[-2], right[-2]]
+
+
+@rule("cosine_similarity pairwise_distance")
+def likeness(f: Following, call: Call) -> Axes:
+    """Two tensors of one shape, one axis added up."""
+    axes = f.broadcast(f.axes(tensor(call, 0, "x1")), f.axes(tensor(call, 1, "x2")))
+    dim = integer(call, 2, "dim", 1) if call.name == "cosine_similarity" else -1
+    axis = axes[dim]
+    f.contracted.append((axis, call))
+    if len(call.outputs[0].shape) == len(axes):
+        axes[dim] = fixed(1, "a single position")
+    else:
+        del axes[dim]
+    return axes

@@ -1,61 +1,88 @@
-"""Operations on each element by itself: what stands at the same place goes together."""
+"""Operations on each element by itself: what stands at the same place goes together.
+
+F.relu(x)                   # the axes of x
+x + y                       # axes at the same place from the right go together
+"""
 
 from __future__ import annotations
 
-from shallower.finding.channels.following import Axes, Following, rule
-from shallower.finding.channels.layout import ONE, Run, divide, fixed, tie
-from shallower.finding.pointwise import DROPOUT, NONLINEAR, UNCHANGED
-from shallower.recording.tracing import Call, Value
+from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
+from shallower.finding.channels.layout import close, divide, fixed, tie
+from shallower.finding.channels.rules.arguments import integer, tensor
+from shallower.recording.tracing import Call
 
-OTHERS = """
-    cpu cuda positive fill zero uniform normal bernoulli zeros_like ones_like empty_like full_like rand_like randn_like
-    logit nan_to_num isnan isinf isfinite logical_not bitwise_not invert erfinv get.real angle conj long bool int short
-    log2 acos asin frac neg masked_fill zero_
+ALONE = """
+    relu relu6 gelu silu tanh sigmoid hardswish hardtanh hardsigmoid leaky_relu elu selu celu mish softplus softsign
+    logsigmoid tanhshrink softshrink hardshrink threshold rrelu erf erfc erfinv exp expm1 exp2 abs square sin cos tan
+    sinh cosh asin acos atan asinh acosh atanh log log1p log2 log10 sqrt rsqrt reciprocal sign sgn round floor ceil
+    trunc fix frac neg positive logit nan_to_num isnan isinf isfinite signbit logical_not bitwise_not invert angle conj
+    conj_physical resolve_conj real imag get.real get.imag deg2rad rad2deg digamma lgamma i0 special_i0 sinc
+    contiguous to float half bfloat16 double int long short bool byte cpu cuda type type_as clone detach alias get.data
+    lift_fresh requires_grad pin_memory fill zero uniform normal bernoulli exponential trunc_normal
+    zeros_like ones_like empty_like full_like rand_like randn_like randint_like
+    dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d native_dropout
+    fake_quantize_per_tensor_affine set.data isin bucketize
 """
-BINARY = """
-    add sub mul div pow maximum minimum where addcmul addcdiv lerp atan2 fmod remainder floor_divide logaddexp eq ne ge
-    gt le lt heaviside logical_and logical_or logical_xor bitwise_and bitwise_or and or xor float_power copy floordiv
-    mod hypot fmin fmax xlogy clamp clamp_min clamp_max masked_fill rsub
+TOGETHER = """
+    add sub mul div pow maximum minimum where addcmul addcdiv lerp atan2 arctan2 fmod remainder floor_divide floordiv
+    mod logaddexp logaddexp2 eq ne ge gt le lt heaviside logical_and logical_or logical_xor bitwise_and bitwise_or
+    bitwise_xor and or xor rshift lshift float_power copy hypot fmin fmax xlogy clamp clamp_min clamp_max masked_fill
+    rsub polar complex copysign nextafter ldexp isclose rfloordiv rmod
 """
 
 
-@rule(" ".join(NONLINEAR | UNCHANGED | DROPOUT) + OTHERS)
-def same(f: Following, call: Call) -> Axes | None:
-    """One tensor in, one of its shape out; the others only give a type or a shape."""
-    return f.axes(call.inputs[0]) if call.inputs else None
+@rule(ALONE)
+def alone(f: Following, call: Call) -> Axes:
+    """One tensor in, one of its shape out; the others only give a type, a shape or boundaries."""
+    if not call.inputs:
+        raise UnknownUseError
+    for value in call.inputs[1:]:
+        if call.name in ("isin", "bucketize"):
+            f.close_axes(value, f"{f.title(call)} compares numbers with all of its channels")
+    return f.axes(call.inputs[0])
 
 
-@rule(BINARY)
+@rule(TOGETHER)
 def together(f: Following, call: Call) -> Axes:
     """Several tensors, broadcast against each other."""
     output = call.outputs[0]
-    axes = f.tied(call.inputs, output.shape)
-    if call.name == "add" and len([v for v in call.inputs if v.fed and v.shape == output.shape]) > 1:
+    if call.name == "where" and len(call.inputs) == 1 and len(call.args) + len(call.kwargs) == 1:
+        raise UnknownUseError(f"{f.title(call)} picks positions by the numbers it reads")
+    axes = f.tied(call.inputs)
+    if call.name == "add" and sum(value.fed and value.shape == output.shape for value in call.inputs) > 1:
         f.sums += axes
     return axes
 
 
-@rule("prelu", "input weight")
-def slopes(f: Following, call: Call, input: Value, weight: Value) -> Axes:
+@rule("prelu")
+def slopes(f: Following, call: Call) -> Axes:
     """A slope for each channel of axis 1, or one for all."""
-    axes, slope = f.axes(input), f.axes(weight)[0]
+    axes, (slope,) = f.axes(tensor(call, 0, "input")), f.axes(tensor(call, 1, "weight"))
     if slope.size > 1:
         tie(axes[min(1, len(axes) - 1)], slope)
     return axes
 
 
-@rule("glu", "input dim")
-def gated(f: Following, call: Call, input: Value, dim: int | None) -> Axes:
-    """The second half gates the first."""
-    axes, axis = f.axes(input), -1 if dim is None else dim
-    _, axes[axis] = divide(axes[axis], 2, axes[axis].size // 2)
+@rule("glu")
+def gated(f: Following, call: Call) -> Axes:
+    """The second half gates the first, which stays as large."""
+    axes = f.axes(tensor(call, 0, "input"))
+    dim = integer(call, 1, "dim", -1)
+    halves, each = divide(axes[dim], 2, axes[dim].size // 2)
+    close(halves, f"{f.title(call)} reads two halves")
+    axes[dim] = each
     return axes
 
 
-@rule("zeros ones empty full arange rand randn new_zeros new_ones new_empty new_full eye linspace tensor scalar_tensor")
-def constants(f: Following, call: Call) -> Axes:
-    """A tensor of numbers; whether its size follows is found by trying."""
-    axes: Axes = []
-    for size in call.outputs[0].shape:
-        axes.append(Run(size) if size > 1 else fixed(size, ONE))
+@rule("view_as_complex")
+def complex_numbers(f: Following, call: Call) -> Axes:
+    """(..., 2) -> (...)."""
+    *axes, pair = f.axes(call.inputs[0])
+    close(pair, "two numbers make one complex number")
     return axes
+
+
+@rule("view_as_real")
+def real_numbers(f: Following, call: Call) -> Axes:
+    """(...) -> (..., 2)."""
+    return [*f.axes(call.inputs[0]), fixed(2, "two numbers make one complex number")]

@@ -1,0 +1,135 @@
+"""Operations on images: pooling, edges, pixels from channels and channels from pixels.
+
+F.max_pool2d(x, 2)          # each channel by itself
+F.pixel_shuffle(x, 2)       # (C 4, H, W) -> (C, 2 H, 2 W)
+"""
+
+from __future__ import annotations
+
+from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
+from shallower.finding.channels.layout import Run, cat, close, divide, fixed, is_open, tie, within
+from shallower.finding.channels.rules.arguments import given, integer, integers, tensor
+from shallower.recording.tracing import Call
+
+PIXELS = "pixels"
+
+
+def _pixels(sizes: tuple[int, ...]) -> Axes:
+    return [fixed(size, PIXELS) for size in sizes]
+
+
+@rule(
+    """
+    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d lp_pool3d
+    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
+    adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices
+    interpolate upsample upsample_nearest2d upsample_bilinear2d upsample_bicubic2d
+    max_unpool1d max_unpool2d max_unpool3d
+    """
+)
+def pooled(f: Following, call: Call) -> list[Axes]:
+    """Each channel of an image by itself."""
+    axes = f.tied(call.inputs)
+    dims = len(axes) - 2
+    for count in (1, 2, 3):
+        if f"{count}d" in call.name:
+            dims = count
+    for axis in axes[len(axes) - dims :]:
+        close(axis, PIXELS)
+    batch = axes[: len(axes) - dims]
+    return [[*batch, *_pixels(value.shape[len(batch) :])] for value in call.outputs]
+
+
+@rule("grid_sample grid_sampler")
+def sampled(f: Following, call: Call) -> Axes:
+    """Pixels (B, C, H, W) at places (B, h, w, 2)."""
+    axes, grid = f.axes(tensor(call, 0, "input")), f.axes(tensor(call, 1, "grid"))
+    tie(axes[0], grid[0])
+    for axis in (*axes[2:], grid[-1]):
+        close(axis, PIXELS)
+    return [*axes[:2], *grid[1:-1]]
+
+
+@rule("affine_grid")
+def grid(f: Following, call: Call) -> Axes:
+    """Places of pixels."""
+    f.close_axes(call.inputs[0], PIXELS)
+    return _pixels(call.outputs[0].shape)
+
+
+@rule("pad")
+def padded(f: Following, call: Call) -> Axes:
+    """Numbers around some axes; around channels they are channels of their own."""
+    axes = f.axes(tensor(call, 0, "input"))
+    sizes = integers(given(call, 1, "pad"))
+    plain = given(call, 2, "mode") in (None, "constant") and min(sizes) >= 0
+    for i, (before, after) in enumerate(zip(sizes[::2], sizes[1::2], strict=True), 1):
+        axis = axes[-i]
+        if not before and not after:
+            continue
+        if is_open(axis) and plain:
+            axes[-i] = cat([Run(before), axis, Run(after)])
+        else:
+            close(axis, f"{f.title(call)} repeats or cuts its edge")
+            axes[-i] = fixed(axis.size + before + after, "positions with an edge")
+    return axes
+
+
+@rule("pixel_shuffle")
+def pixels_from_channels(f: Following, call: Call) -> Axes:
+    """(C r r, H, W) -> (C, H r, W r)."""
+    r = integer(call, 1, "upscale_factor")
+    *batch, channels, height, width = f.axes(tensor(call, 0, "input"))
+    kept, made = divide(channels, channels.size // (r * r), r * r)
+    for axis in (made, height, width):
+        close(axis, "pixels are made of its channels")
+    return [*batch, kept, *_pixels(call.outputs[0].shape[-2:])]
+
+
+@rule("pixel_unshuffle")
+def channels_from_pixels(f: Following, call: Call) -> Axes:
+    """(C, H r, W r) -> (C r r, H, W)."""
+    r = integer(call, 1, "downscale_factor")
+    *batch, channels, height, width = f.axes(tensor(call, 0, "input"))
+    for axis in (height, width):
+        close(axis, PIXELS)
+    return [*batch, within([channels, fixed(r * r, PIXELS)]), *_pixels(call.outputs[0].shape[-2:])]
+
+
+@rule("channel_shuffle native_channel_shuffle")
+def shuffled(f: Following, call: Call) -> Axes:
+    """(g, n) channels -> (n, g)."""
+    axes, groups = f.axes(tensor(call, 0, "input")), integer(call, 1, "groups")
+    outer, inner = divide(axes[1], groups, axes[1].size // groups)
+    axes[1] = within([inner, outer])
+    return axes
+
+
+@rule("unfold im2col")
+def unfolded(f: Following, call: Call) -> Axes:
+    """Patches of an image as columns (B, C k k, L); or, of a tensor, stretches along an axis."""
+    axes, shape = f.axes(call.inputs[0]), call.outputs[0].shape
+    if len(shape) == len(axes) + 1:
+        dim = integer(call, 1, "dimension")
+        close(axes[dim], f"{f.title(call)} takes stretches of it")
+        axes[dim] = fixed(shape[dim], "stretches")
+        return [*axes, fixed(shape[-1], "a stretch")]
+    if len(axes) < 3 or len(shape) != len(axes) - 1:
+        raise UnknownUseError
+    *batch, channels, height, width = axes
+    for axis in (height, width):
+        close(axis, PIXELS)
+    taps = fixed(shape[-2] // channels.size, "taps")
+    return [*batch, within([channels, taps]), fixed(shape[-1], "patches")]
+
+
+@rule("fold col2im")
+def folded(f: Following, call: Call) -> Axes:
+    """Patches as columns (B, C k k, L) -> an image."""
+    *batch, columns, places = f.axes(call.inputs[0])
+    channels = call.outputs[0].shape[-3]
+    kept, taps = divide(columns, channels, columns.size // channels)
+    close(taps, "taps of a patch")
+    close(places, "patches")
+    return [*batch, kept, *_pixels(call.outputs[0].shape[-2:])]

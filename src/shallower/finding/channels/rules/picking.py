@@ -1,0 +1,217 @@
+"""Positions of an axis by slices, numbers and masks.
+
+x[:, :, None, 1:]           # a slice cuts channels in two
+table[index]                # rows of a table stay as they are, its columns pass
+x.gather(1, index)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
+from shallower.finding.channels.layout import ONE, Layout, close, divide, fixed, is_open, tie
+from shallower.finding.channels.rules.arguments import given, integer, tensor
+from shallower.finding.channels.rules.parting import stretch
+from shallower.recording.tracing import Call, Value
+
+PICKED = "positions that are picked by number"
+
+
+@rule("getitem")
+def part(f: Following, call: Call) -> Axes:
+    """x[...] with numbers, slices, None, Ellipsis, tensors and a mask."""
+    axes, shape = f.axes(tensor(call, 0)), call.outputs[0].shape
+    items = _items(call.args[1])
+    masked = _has_mask(items, len(axes), len(shape))
+    found, places = _walk(f, call, axes, items, masked)
+    if not places:
+        return found
+    # what tensors pick stands where they stand, or in front where other axes stand between them
+    where = places[0] if places[0] == places[-1] else 0
+    count = len(shape) - len(found)
+    picked = [fixed(size, PICKED) for size in shape[where : where + count]]
+    return [*found[:where], *picked, *found[where:]]
+
+
+@rule("setitem")
+def written_in(f: Following, call: Call) -> Axes:
+    """x[...] = value."""
+    axes, value = f.axes(tensor(call, 0)), given(call, 2)
+    _write(f, call, axes, _items(call.args[1]), value if isinstance(value, Value) else None)
+    return axes
+
+
+@rule("index_put")
+def put(f: Following, call: Call) -> Axes:
+    """x[indices] = value."""
+    axes, indices = f.axes(tensor(call, 0, "input", "self")), given(call, 1, "indices")
+    _write(f, call, axes, list(indices), tensor(call, 2, "values"))
+    return axes
+
+
+def _write(f: Following, call: Call, axes: Axes, items: list[Any], value: Value | None) -> None:
+    own: Axes = f.axes(value) if value is not None and value.elements > 1 else []
+    if any(_is_tensor(item) for item in items):
+        place = _after_tensors(f, call, axes, items)
+        for axis in own[: len(own) - len(place)]:
+            close(axis, PICKED)
+    else:
+        place, _ = _walk(f, call, axes, items, masked=False)
+    for axis, other in zip(reversed(place), reversed(own), strict=False):
+        if other.size > 1:
+            tie(axis, other)
+
+
+def _after_tensors(f: Following, call: Call, axes: Axes, items: list[Any]) -> Axes:
+    """The axes that pass where tensors name the first ones; of a tensor of several axes it is not known how many."""
+    if not all(isinstance(item, Value) and item.shape for item in items):
+        raise UnknownUseError(f"{f.title(call)} writes at places that it is not followed to")
+    count = len(items) if len(items) > 1 else len(items[0].shape)
+    for item in items:
+        f.close_axes(item, PICKED)
+    for axis in axes[:count]:
+        close(axis, f"{f.title(call)} writes at positions of it by number")
+    return axes[count:]
+
+
+def _items(index: Any) -> list[Any]:
+    items = list(index) if isinstance(index, tuple) else [index]
+    for item in items:
+        if isinstance(item, (bool, str)):
+            raise UnknownUseError
+    return items
+
+
+def _is_tensor(item: Any) -> bool:
+    return isinstance(item, (list, tuple)) or (isinstance(item, Value) and bool(item.shape))
+
+
+def _has_mask(items: list[Any], dims: int, made: int) -> bool:
+    """Whether the one tensor of an index is a mask, as the number of axes of the result shows."""
+    shapes = [item.shape for item in items if isinstance(item, Value) and item.shape]
+    if len(shapes) != 1 or len(shapes[0]) == 1:
+        return False
+    numbers = [item for item in items if isinstance(item, int) or (isinstance(item, Value) and not item.shape)]
+    new = [item for item in items if item is None]
+    return made == dims + len(new) - len(numbers) - len(shapes[0]) + 1
+
+
+def _width(item: Any, masked: bool) -> int:
+    """How many axes an item of an index takes."""
+    if item is None or item is Ellipsis:
+        return 0
+    return len(item.shape) if masked and _is_tensor(item) else 1
+
+
+def _walk(f: Following, call: Call, axes: Axes, items: list[Any], masked: bool) -> tuple[Axes, list[int]]:
+    """What an index leaves of the axes, and where in it tensors pick."""
+    found: Axes = []
+    places: list[int] = []
+    left = list(axes)
+    rest = len(axes) - sum(_width(item, masked) for item in items)
+    for item in [*items, Ellipsis]:
+        count = rest if item is Ellipsis else _width(item, masked)
+        own, left = left[:count], left[count:]
+        if item is None:
+            found.append(fixed(1, ONE))
+        elif item is Ellipsis:
+            found += own
+            rest = 0
+        elif isinstance(item, slice):
+            found.append(_sliced(f, call, own[0], item))
+        else:
+            for axis in own:
+                close(axis, f"{f.title(call)} takes positions of it by number")
+            if isinstance(item, Value):
+                f.close_axes(item, PICKED)
+            places += [len(found)] * _is_tensor(item)
+    return found, places
+
+
+def _sliced(f: Following, call: Call, layout: Layout, which: slice) -> Layout:
+    for bound in (which.start, which.stop, which.step):
+        if isinstance(bound, Value):
+            raise UnknownUseError(f"{f.title(call)} takes a part that depends on numbers")
+    start, stop, step = which.indices(layout.size)
+    count = len(range(start, stop, step))
+    if step == 1 and count == layout.size:
+        return layout
+    if step == 1 or not is_open(layout):
+        return stretch(layout, start, count)
+    if layout.size % step or start >= step or count != layout.size // step:
+        close(layout, f"{f.title(call)} takes every {step}th of its channels")
+        return fixed(count, "a part of channels")
+    each, steps = divide(layout, count, step)
+    close(steps, f"{f.title(call)} takes every {step}th of its channels")
+    return each
+
+
+# ------------------------------------------------------------------------------------------------- by name
+
+
+@rule(
+    """
+    index_select gather take_along_dim index_add scatter scatter_add scatter_reduce index_copy index_fill
+    """
+)
+def by_number(f: Following, call: Call) -> Axes:
+    """Positions of one axis by number: it must stay as it is; the others go with those of all tensors."""
+    axes, shape = f.axes(tensor(call, 0, "input", "self")), call.outputs[0].shape
+    dim = _dimension(call) % len(axes)
+    for value in call.inputs[1:]:
+        own = f.axes(value)
+        if len(own) != len(axes):
+            f.close_axes(value, PICKED)
+            continue
+        close(own[dim], PICKED)
+        for i, axis in enumerate(own):
+            if i != dim:
+                _together(f, call, axes[i], axis)
+    close(axes[dim], f"{f.title(call)} takes positions of it by number")
+    for i, size in enumerate(shape):
+        if axes[i].size != size:
+            axes[i] = fixed(size, PICKED)
+    return axes
+
+
+def _dimension(call: Call) -> int:
+    if call.name == "take_along_dim":
+        return integer(call, 2, "dim")
+    return integer(call, 1, "dim")
+
+
+def _together(f: Following, call: Call, first: Layout, second: Layout) -> None:
+    if first.size == second.size:
+        tie(first, second)
+    else:
+        close(first, f"{f.title(call)} takes a part of it")
+        close(second, f"{f.title(call)} takes a part of it")
+
+
+@rule("masked_scatter")
+def masked_scatter(f: Following, call: Call) -> Axes:
+    """x[mask] = source in order: channels pass where the mask is the same for all of them."""
+    values, mask, source = tensor(call, 0, "input"), tensor(call, 1, "mask"), tensor(call, 2, "source")
+    axes, own = f.axes(values), f.axes(source)
+    f.broadcast(axes, f.axes(mask))
+    if _repeats_last(mask) and own[-1].size == axes[-1].size:
+        tie(axes[-1], own[-1])
+        axes_in_order, own = axes[:-1], own[:-1]
+    else:
+        axes_in_order = axes
+    for axis in (*axes_in_order, *own):
+        close(axis, f"{f.title(call)} fills its positions in order")
+    return f.axes(values)
+
+
+def _repeats_last(value: Value) -> bool:
+    """Whether a tensor has equal numbers along its last axis, one that was expanded."""
+    while value.call is not None and value.call.inputs:
+        source = value.call.inputs[0]
+        if value.call.name in ("expand", "expand_as", "broadcast_to"):
+            return bool(source.shape) and source.shape[-1] == 1
+        if source.shape != value.shape:
+            return False
+        value = source
+    return False

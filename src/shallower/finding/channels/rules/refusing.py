@@ -1,0 +1,34 @@
+"""Operations that no channel passes, and why.
+
+nn.LSTM(8, 8)(x)            # closes what it reads
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NoReturn
+
+from shallower.finding.channels.following import Following, UnknownUseError, rule
+from shallower.recording.tracing import Call
+
+REASONS = {
+    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell": "has gates that are not followed yet",
+    "nonzero argwhere masked_select unique unique_consecutive": "picks positions by the numbers it reads",
+    """
+    svd eigh eig qr cholesky inv inverse solve pinv det slogdet matrix_exp lstsq solve_triangular cholesky_solve
+    linalg_inv linalg_svd linalg_qr linalg_eigh linalg_cholesky linalg_solve linalg_det linalg_pinv
+    """: "mixes all channels",
+    """
+    fft rfft ifft irfft fft2 rfft2 ifft2 irfft2 fftn rfftn ifftn irfftn fft_fft fft_rfft fft_ifft fft_irfft fft_rfft2
+    fft_irfft2 fft_fftn fft_rfftn fft_irfftn stft istft
+    """: "mixes positions by frequency",
+    "quantize_per_tensor quantize_per_channel fake_quantize_per_channel_affine": "rounds numbers by tables",
+}
+
+
+def _refused(f: Following, call: Call, reason: str) -> NoReturn:
+    raise UnknownUseError(f"{f.title(call)} {reason}")
+
+
+for _names, _reason in REASONS.items():
+    rule(_names)(partial(_refused, reason=_reason))
