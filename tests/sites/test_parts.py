@@ -7,13 +7,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from shallower.sites import Heads, LinearMap, Place, by_name
+from shallower.sites import Heads, LinearMap, Place, Tally, by_name, tally
 
 
 def test_a_place_is_a_module_or_a_call() -> None:
     assert str(Place("block.act")) == "block.act"
     assert str(Place("block", (("relu", 1),))) == "block:relu#1"
     assert str(Place("", (("gelu", 0), ("mul", 2)))) == "model:gelu#0"
+
+
+def test_a_place_names_the_modules_that_are_called_there() -> None:
+    assert Place("block.act").modules == ("block.act",)
+    assert Place("block", (("relu", 1),)).modules == ()
+    assert Place("block", (("self.act", 1), ("mul", 0))).modules == ("block.act",)
+    assert Place("", (("self.inner.act", 0),)).modules == ("inner.act",)
+
+
+def test_costs_of_maps_add_up() -> None:
+    maps = [LinearMap("a", "linear", 2, 3, True, 10), LinearMap("b", "linear", 3, 4, False, 5)]
+    assert tally(maps) == Tally(weights=6 + 12, params=9 + 12, macs=60 + 60)
+    assert tally([]) == (0, 0, 0)
 
 
 def test_maps_are_found_by_name_each_once() -> None:

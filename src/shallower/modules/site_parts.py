@@ -10,7 +10,7 @@ from torch import nn
 from shallower.core.tensors import content, has_no_numbers
 from shallower.errors import PlanError
 from shallower.modules import attachment
-from shallower.sites import Place, Site
+from shallower.sites import Site
 
 
 def parts_of(model: nn.Module, sites: Iterable[Site]) -> dict[str, nn.Module]:
@@ -54,22 +54,12 @@ def fingerprint(model: nn.Module, sites: Iterable[Site]) -> str:
 def _module_names(site: Site) -> Iterator[str]:
     """Dotted names of a site's modules."""
     for place in (*site.bridge.activations, *site.dropouts):
-        yield from _modules_at(place)
+        yield from place.modules
     for m in site.maps:
         yield m.name
     yield from site.bridge.norms
     if site.residual is not None and site.residual.norm:
         yield site.residual.norm
-
-
-def _modules_at(place: Place) -> Iterator[str]:
-    """The module that is an operation, or the children that are called for it; a function has none."""
-    if not place.calls:
-        yield place.module
-    for name, _ in place.calls:
-        if name.startswith("self."):
-            child = name.removeprefix("self.")
-            yield f"{place.module}.{child}" if place.module else child
 
 
 def _found(model: nn.Module, site: Site, name: str) -> nn.Module:

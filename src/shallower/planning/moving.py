@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from shallower.planning.geometry import joint_padding
 from shallower.planning.paying import PaidUnit, paying
-from shallower.sites import LinearMap, Site, by_name
+from shallower.sites import LinearMap, Site, Sites, by_name
 
 
 def as_moved(sites: Iterable[Site], chosen: Iterable[Site]) -> list[Site]:
@@ -53,7 +53,7 @@ def worth_moving(sites: Iterable[Site], unit: PaidUnit = "") -> tuple[Site, ...]
     """
     given = list(sites)
     movable = list(filter(_has_padding_between, given))
-    pays = {site.name for site in paying(as_moved(given, movable), unit)[0]}
+    pays = Sites(paying(as_moved(given, movable), unit)[0]).names
     return tuple(site for site in movable if site.name in pays)
 
 

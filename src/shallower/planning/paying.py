@@ -11,7 +11,7 @@ from shallower.errors import PlanError, Refusal
 from shallower.planning.entries import Entry
 from shallower.planning.forms import form_of
 from shallower.planning.forms.steps import StepWalk, in_execution_order
-from shallower.sites import LinearMap, Site, Sites, by_name, overlapping
+from shallower.sites import LinearMap, Site, Sites, by_name, overlapping, tally
 
 PaidUnit = Literal["", "params", "macs"]
 
@@ -83,8 +83,5 @@ def _needed(group: Sequence[Site], unit: PaidUnit) -> set[str]:
 
 def _cost_of_maps(maps: Mapping[str, LinearMap], names: Iterable[str], unit: PaidUnit) -> list[int]:
     """Weights and MACs of some maps, or the one of them that counts."""
-    weights = macs = 0
-    for name in names:
-        weights += maps[name].weights
-        macs += maps[name].macs
-    return {"": [weights, macs], "params": [weights], "macs": [macs]}[unit]
+    found = tally(map(maps.__getitem__, names))
+    return {"": [found.weights, found.macs], "params": [found.weights], "macs": [found.macs]}[unit]

@@ -2,7 +2,7 @@
 
 from shallower.sites.bridge import Bridge, Stage
 from shallower.sites.collection import Sites, overlapping
-from shallower.sites.parts import Between, HeadRows, Heads, LinearMap, Place, Residual, by_name
+from shallower.sites.parts import Between, HeadRows, Heads, LinearMap, Place, Residual, Tally, by_name, tally
 from shallower.sites.site import Kind, Site
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "Site",
     "Sites",
     "Stage",
+    "Tally",
     "by_name",
     "overlapping",
+    "tally",
 ]

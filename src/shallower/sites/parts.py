@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from shallower.core.codec import Bounds
 
@@ -34,6 +34,17 @@ class Place:
 
     module: Name
     calls: tuple[tuple[Name, Count], ...] = ()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Dotted names of the modules that are called there: the operation itself, or children; none for functions."""
+        if not self.calls:
+            return (self.module,)
+        names: list[str] = []
+        for call, _ in self.calls:
+            if call.startswith("self."):
+                names.append(f"{self.module}.{call.removeprefix('self.')}".strip("."))
+        return tuple(names)
 
     def __str__(self) -> str:
         if not self.calls:
@@ -95,6 +106,27 @@ class LinearMap:
 def by_name(maps: Iterable[LinearMap]) -> dict[str, LinearMap]:
     """Linear maps by their names, each once, in the order given."""
     return {m.name: m for m in maps}
+
+
+class Tally(NamedTuple):
+    """What some linear maps have together."""
+
+    weights: int
+    params: int
+    macs: int
+
+
+def tally(maps: Iterable[LinearMap]) -> Tally:
+    """Weights, parameters and MACs of some linear maps together.
+
+    tally(site.maps).macs
+    """
+    weights = params = macs = 0
+    for m in maps:
+        weights += m.weights
+        params += m.params
+        macs += m.macs
+    return Tally(weights, params, macs)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import Refusal, SiteError
 from shallower.sites.bridge import Bridge, Gate, Stage
-from shallower.sites.parts import Between, Count, Heads, LinearMap, Name, Place, Residual
+from shallower.sites.parts import Between, Count, Heads, LinearMap, Name, Place, Residual, tally
 
 Text = Annotated[str, Bounds(0, 2000)]
 
@@ -153,7 +153,7 @@ class Site:
     @property
     def params(self) -> int:
         """Weights, biases and BatchNorm scales and shifts of the site's maps, and the activation's own, now."""
-        return sum(m.params for m in self.maps) + self.bridge.params
+        return tally(self.maps).params + self.bridge.params
 
     @property
     def norms(self) -> int:
@@ -170,7 +170,7 @@ class Site:
     @property
     def macs(self) -> int:
         """Multiply-accumulate operations of the site on the example inputs, now."""
-        return sum(m.macs for m in self.maps) + self.products
+        return tally(self.maps).macs + self.products
 
     @property
     def params_collapsed(self) -> int:

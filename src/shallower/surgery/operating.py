@@ -389,19 +389,11 @@ def _fewer_parameters(model: nn.Module, site: Site, place: Place, name: str, kep
 
 def _has_channels(model: nn.Module, place: Place, width: int) -> bool:
     """Whether what stands at a place has parameters for each channel, or is a form of activation that counts them."""
-    for name in _called(place):
+    for name in place.modules:
         f = model.get_submodule(name)
         if isinstance(f, PartialActivation) or any(p.numel() == width > 1 for p in f.parameters()):
             return True
     return False
-
-
-def _called(place: Place) -> list[str]:
-    """The dotted names of the modules that are called at a place."""
-    if not place.calls:
-        return [place.module]
-    children = [call.removeprefix("self.") for call, _ in place.calls if call.startswith("self.")]
-    return [f"{place.module}.{child}".strip(".") for child in children]
 
 
 def _standing(model: nn.Module, place: Place) -> nn.Module:
@@ -409,7 +401,7 @@ def _standing(model: nn.Module, place: Place) -> nn.Module:
     try:
         return model.get_submodule(name_at(model, place))
     except AttributeError:
-        called = _called(place)
+        called = place.modules
         if len(called) == 1 == len(place.calls):
             return model.get_submodule(called[0])
         return nn.Module()
@@ -444,7 +436,7 @@ def _other_names(model: nn.Module, place: Place) -> list[Edit]:
     """Identities for a module that is called at a place and nowhere else any more, under all of its other names."""
     edits: list[Edit] = []
     here, _, own = name_at(model, place).rpartition(".")
-    called = list(map(model.get_submodule, _called(place)))
+    called = list(map(model.get_submodule, place.modules))
     for prefix, owner in model.named_modules():
         for child, module in owner._modules.items():
             itself = owner is model.get_submodule(here) and child == own

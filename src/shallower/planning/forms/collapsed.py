@@ -12,7 +12,7 @@ from shallower.planning.forms.constants import has_constants, inexact, needs_bia
 from shallower.planning.forms.form import Form
 from shallower.planning.forms.linear_path import path_of
 from shallower.planning.geometry import composed, fitted_map, kernel_of, not_foldable, resized_map, ungrouped_map
-from shallower.sites import LinearMap
+from shallower.sites import LinearMap, tally
 
 Consumers = tuple[LinearMap, ...]
 
@@ -140,14 +140,5 @@ def _apart(entry: Entry, producer: LinearMap, consumers: Consumers, before: tupl
 
 def _no_more_than(maps: Iterable[LinearMap], others: Iterable[LinearMap]) -> bool:
     """Whether maps have neither more weights nor more MACs than others; biases do not count."""
-    weights, macs = _cost(maps)
-    other_weights, other_macs = _cost(others)
-    return weights <= other_weights and macs <= other_macs
-
-
-def _cost(maps: Iterable[LinearMap]) -> tuple[int, int]:
-    weights = macs = 0
-    for m in maps:
-        weights += m.weights
-        macs += m.macs
-    return weights, macs
+    mine, theirs = tally(maps), tally(others)
+    return mine.weights <= theirs.weights and mine.macs <= theirs.macs

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from shallower.sites import LinearMap
+from shallower.sites import LinearMap, tally
 
 FormKind = Literal["merged", "pair", "apart", "narrower", "partial", "removed"]
 """merged    one linear map in each consumer's place; producer and activation are identities
@@ -67,8 +67,8 @@ class Form:
     @property
     def maps(self) -> tuple[LinearMap, ...]:
         """The linear maps that remain."""
-        made = tuple(m for m in (self.gate, self.producer) if m is not None)
-        return made + self.projections + self.between + self.consumers
+        made = filter(None, (self.gate, self.producer))
+        return (*made, *self.projections, *self.between, *self.consumers)
 
     @property
     def width(self) -> int:
@@ -88,12 +88,12 @@ class Form:
     @property
     def params(self) -> int:
         """Weights, biases, BatchNorm scales and shifts, slopes and the activation's own parameters."""
-        return sum(m.params for m in self.maps) + self.norms + self.slopes + self.activation
+        return tally(self.maps).params + self.norms + self.slopes + self.activation
 
     @property
     def macs(self) -> int:
         """Multiply-accumulate operations on the example inputs that the sites were found with."""
-        return sum(m.macs for m in self.maps) + self.products
+        return tally(self.maps).macs + self.products
 
     @property
     def cheaper(self) -> bool:

@@ -15,7 +15,7 @@ from shallower.planning.forms.constants import has_constants, needs_bias
 from shallower.planning.forms.form import Form
 from shallower.planning.forms.linear_path import check_geometry, path_of
 from shallower.planning.geometry import resized_map
-from shallower.sites import Heads, LinearMap, Site, by_name
+from shallower.sites import Heads, LinearMap, Site, by_name, tally
 
 
 def form_of(
@@ -52,11 +52,8 @@ def form_of(
 
 def _before(site: Site, now: Mapping[str, LinearMap]) -> tuple[int, int]:
     """Parameters and MACs of a site whose maps are these by now."""
-    params, macs = site.bridge.params, site.products
-    for m in site.maps:
-        params += now[m.name].params
-        macs += now[m.name].macs
-    return params, macs
+    maps = tally(now[m.name] for m in site.maps)
+    return maps.params + site.bridge.params, maps.macs + site.products
 
 
 def _of_heads(entry: Entry, heads: Heads, now: Mapping[str, LinearMap], before: tuple[int, int]) -> Form:
