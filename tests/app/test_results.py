@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from shallower.app.results import CURVE, RESULT, Measured, Speed, Verdict, comparison, read_points, read_record
+from shallower.app.results import (
+    CURVE,
+    RESULT,
+    Measured,
+    Speed,
+    Verdict,
+    comparison,
+    read_points,
+    read_record,
+    verdict_table,
+)
 from shallower.errors import CheckpointError
 
 
@@ -99,6 +109,9 @@ def test_a_result_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 
 def test_a_speed_within_its_spread_is_noise() -> None:
     dense = small = Measured(0.5, 1000, 1000, 4000, 0.01)
-    assert Verdict(dense, small, speedup=1.36, spread=0.74).is_noise
+    noisy = Verdict(dense, small, speedup=1.36, spread=0.74)
+    assert noisy.is_noise
+    assert str(noisy) == "~1.36x"
+    assert "not beyond the noise" in verdict_table("accuracy", noisy.rows("accuracy", "net"))
     assert not Verdict(dense, small, speedup=1.36, spread=0.02).is_noise
     assert not Verdict(dense, small, speedup=0.5, spread=0.02).is_noise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -149,10 +149,18 @@ class Verdict:
         """Whether the ratio of the two times varied by more than it differs from 1."""
         return abs(1 - 1 / self.speedup) <= self.spread
 
+    def __str__(self) -> str:
+        """The speed for people, marked where it may be chance; nothing where it was not measured."""
+        if math.isnan(self.speedup):
+            return ""
+        if self.is_noise:
+            return f"~{self.speedup:.2f}x"
+        return f"{self.speedup:.2f}x"
+
     def rows(self, quality: str, name: str, note: str = "") -> list[tuple[str, ...]]:
         """Two rows of `verdict_table`: dense and small."""
         change = _percent(self.small.params, self.dense.params)
-        speeds = f"{self.predicted:.2f}x", f"{self.speedup:.2f}x"
+        speeds = f"{self.predicted:.2f}x", str(self)
         return [
             (name, *_cells(quality, self.dense, ""), "", ""),
             (f"  {note}".rstrip(), *_cells(quality, self.small, change), *speeds),
@@ -162,7 +170,15 @@ class Verdict:
 def verdict_table(quality: str, rows: Sequence[tuple[str, ...]]) -> str:
     """The rows of one or more verdicts under their header."""
     header = ("model", quality, "params", "", "MACs", "latency", "predicted", "measured")
-    return table(header, rows, right=range(1, 8))
+    return _speed_table(header, rows, range(1, 8))
+
+
+def _speed_table(header: Sequence[str], rows: Sequence[tuple[str, ...]], right: Collection[int]) -> str:
+    """A table whose last column has speeds; below it, what the mark of some of them means."""
+    text = table(header, rows, right=right)
+    if any(row[-1].startswith("~") for row in rows):
+        text += "\n~ not beyond the noise: the ratio of the times varied by more than it differs from 1"
+    return text
 
 
 @dataclass(frozen=True)
@@ -325,10 +341,9 @@ def comparison(records: Mapping[str, Record]) -> str:
             original = _original(record)
             rows.append((record.model or "the original", "", *_scored(quality, dense), "", ""))
         change = _percent(small.params, dense.params)
-        speed = f"{record.verdict.speedup:.2f}x"
-        rows.append((f"  {name}", record.method, *_scored(quality, small), change, speed))
+        rows.append((f"  {name}", record.method, *_scored(quality, small), change, str(record.verdict)))
     header = ("model", "method", "score", "", "params", "MACs", "size", "change", "speed")
-    text = table(header, rows, right=(2, 4, 5, 6, 7, 8))
+    text = _speed_table(header, rows, (2, 4, 5, 6, 7, 8))
     machines = {json.dumps(record.machine, sort_keys=True) for record in records.values()}
     if len(machines) > 1:
         text += "\nmeasured on different machines or with other versions: compare the speeds with care"
