@@ -65,10 +65,11 @@ class Fates:
         if needed and site.name in self.moments:
             slope, offset = self.moments[site.name].best_affine()
             return slope.cpu(), offset.cpu()
-        if needed and not self.unit and site.norm_before and not site.bridge.gated:
-            normal = normal_after(self.model.get_submodule(site.norm_before))
+        norm = site.bridge.norm_before
+        if needed and not self.unit and norm and not site.bridge.gated:
+            normal = normal_after(self.model.get_submodule(norm))
             if normal is None:
-                raise MethodError(f"{site.name}: {site.norm_before} before the activation is not a BatchNorm any more")
+                raise MethodError(f"{site.name}: {norm} before the activation is not a BatchNorm any more")
             return _under_normal(activation, *normal)
         return torch.ones(site.width, dtype=torch.float64), torch.zeros(site.width, dtype=torch.float64)
 

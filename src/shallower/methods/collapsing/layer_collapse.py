@@ -137,7 +137,7 @@ class LayerCollapse(Method):
                 width=site.width or None if self.granularity == "channel" else None,
                 family=self.family,
                 target="one" if site.bridge.gated else "identity",
-                channels_first=site.channels_first,
+                channels_first=site.bridge.image,
             )
             return module.to(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
 

@@ -191,7 +191,7 @@ class SiteLayers:
         if not _may_be_refitted(model, site) or site.producer is None:
             return None
         bridge = site.bridge
-        producers = {"producer": _producer(model, site.producer, bridge.up_rows(kept), site.norm_before, kept)}
+        producers = {"producer": _producer(model, site.producer, bridge.up_rows(kept), bridge.norm_before, kept)}
         if site.gate is not None:
             producers["gate"] = _producer(model, site.gate, kept, "", kept)
         elif bridge.packed:
@@ -278,7 +278,7 @@ def vector(values: Tensor, like: Tensor) -> Tensor:
 def _may_be_refitted(model: nn.Module, site: Site) -> bool:
     """Whether the site is of the kind that is run here: dense maps of one kind, with nothing but pixels in between."""
     producer, bridge = site.producer, site.bridge
-    if producer is None or not bridge.pixelwise or (bridge.gated and site.norm_before):
+    if producer is None or not bridge.pixelwise or (bridge.gated and bridge.norm_before):
         return False
     if producer.groups > 1 or any(consumer.groups > 1 for consumer in site.consumers):
         return False

@@ -33,12 +33,12 @@ class Chain(nn.Module):
         seen: set[str] = set()
         for i, site in enumerate(sites):
             first = cast("LinearMap", site.producer).name
-            for name in (first, site.norm_before):
+            for name in (first, site.bridge.norm_before):
                 if name and name not in seen:
                     layers.append(model.get_submodule(name))
             layers += _activation(model, site)
-            if site.norm_after:
-                layers.append(model.get_submodule(site.norm_after))
+            if site.bridge.norm_after:
+                layers.append(model.get_submodule(site.bridge.norm_after))
             seen |= {first, *(consumer.name for consumer in site.consumers)}
             if i + 1 < len(sites):
                 layers.append(model.get_submodule(site.consumers[0].name))
@@ -74,8 +74,8 @@ class Chain(nn.Module):
 
 def _activation(model: nn.Module, site: Site) -> list[nn.Module]:
     """The activation as a module, unless it is part of the norm in front of it."""
-    place = site.activation
-    if place is None or (site.norm_before and place.module.startswith(f"{site.norm_before}.")):
+    place, norm = site.activation, site.bridge.norm_before
+    if place is None or (norm and place.module.startswith(f"{norm}.")):
         return []
     with attachment.exposed(model, [place]) as modules:
         return [copy.deepcopy(modules[place])]

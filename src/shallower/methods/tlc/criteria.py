@@ -92,9 +92,10 @@ def input_statistics(
 
 def batchnorm_statistics(model: nn.Module, site: Site) -> Normal | None:
     """Mean beta and deviation |gamma|, if a BatchNorm feeds the site's activation; of a gated site nothing is known."""
-    if not site.norm_before or site.bridge.gated or site.activation is None:
+    norm = site.bridge.norm_before
+    if not norm or site.bridge.gated or site.activation is None:
         return None
-    normal = normal_after(model.get_submodule(site.norm_before))
+    normal = normal_after(model.get_submodule(norm))
     if normal is None:
         return None
     mean, std = normal

@@ -133,7 +133,7 @@ class TillLayersCollapse(Method):
         device = model_device(self.model)
 
         def linearised(f: nn.Module) -> Linearised:
-            return Linearised(f, site.width or None, site.bridge.gated, site.channels_first).to(device)
+            return Linearised(f, site.width or None, site.bridge.gated, site.bridge.image).to(device)
 
         module = attachment.attach(self.model, activation_of(site), linearised)
         assert isinstance(module, Linearised)
