@@ -213,6 +213,22 @@ def test_buffers_made_in_inference_mode_are_put_back() -> None:
     assert contents(model) == {"n": 5}
 
 
+def test_tensors_in_attributes_hold_what_they_held_before() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        m.seen.add_(1)
+        m.cache["x"].zero_()
+        return x
+
+    seen, cached = torch.zeros(2), torch.ones(2)
+    model = Runs(run, seen=seen, cache={"x": cached}, weights=[nn.Parameter(torch.ones(1))])
+    with evaluating(model):
+        for _ in range(2):
+            call(model, torch.ones(1))
+            assert model.seen is seen
+            assert not seen.any()
+            assert cached.all()
+
+
 def test_what_is_changed_between_passes_stays() -> None:
     model = counting()
     with evaluating(model):

@@ -14,6 +14,7 @@ than in a pass from the inputs: the caller has to compare (see `walking.py`), an
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def course_of(model: nn.Module, sites: Sequence[Site], run: Callable[[], object]
     inside = {site.name: _smallest_around(site, blocks) for site in sites}
     clock = count(1)
     began: dict[str, int] = {}
-    finished: dict[str, list[int]] = {name: [] for name in blocks}
+    finished: defaultdict[str, list[int]] = defaultdict(list)
 
     def begins(name: str) -> Before:
         def before(*_: Any) -> None:
@@ -84,7 +85,7 @@ def course_of(model: nn.Module, sites: Sequence[Site], run: Callable[[], object]
     for name, ticks in finished.items():
         if len(ticks) == 1:
             once[name] = ticks[0]
-        elif ticks:
+        else:
             again.append(name)
 
     def tick(name: str) -> int:

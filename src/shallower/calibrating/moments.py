@@ -230,13 +230,13 @@ def collect(
         watched, before, after = _hooks(model, modules, recorders)
         with watching(watched, before=before, after=after):
             for batch in tqdm(calibration, desc="calibrating", delay=2):
-                here = batch.on(device)
+                here, rows = batch.on(device), set[int]()
                 for recorder in recorders:
-                    recorder.begin(here.mask)
+                    recorder.begin(here.mask, rows)
                 call(model, here.inputs)
                 for recorder in recorders:
                     recorder.check()
-                check_mask(here, [rows for recorder in recorders for rows in recorder.rows])
+                check_mask(here, rows)
     return {recorder.site.name: recorder.result() for recorder in recorders}
 
 
@@ -263,7 +263,7 @@ class _ActivationRecorder:
     Attributes:
         place: where the activation is.
         mask: positions that count in the batch that runs; None for all.
-        rows: how many positions each of its calls has in that batch.
+        rows: how many positions the calls of sites have in that batch.
     """
 
     def __init__(self, site: Site) -> None:
@@ -271,16 +271,16 @@ class _ActivationRecorder:
             raise SiteError(f"{site.name}: a site of kind {site.kind!r} has no activation to measure")
         self.site = site
         self.place = site.activation
-        self.begin(None)
+        self.begin(None, set())
         self._moments: Moments | None = None
         self._entering: deque[Tensor] = deque()
         self._pairs: deque[tuple[Tensor, Tensor]] = deque()
         self._ups: deque[Tensor] = deque()
 
-    def begin(self, mask: Tensor | None) -> None:
-        """A batch is about to run."""
+    def begin(self, mask: Tensor | None, rows: set[int]) -> None:
+        """A batch is about to run; `rows` gets how many positions the calls have."""
         self.mask = flat_mask(mask)
-        self.rows: list[int] = []
+        self.rows = rows
 
     def before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The activation's input, copied because f may work in place."""
@@ -312,7 +312,7 @@ class _ActivationRecorder:
         """(positions that count, channels)."""
         t = flat(t, self.site.channels_first and t.dim() > 2)
         if len(t):
-            self.rows.append(len(t))
+            self.rows.add(len(t))
         return unmasked(t, self.mask)
 
     def _add(self, moments: Moments) -> None:

@@ -36,15 +36,15 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
 
     Within, there are no gradients and no `torch.inference_mode`, compiled parts run eagerly, and PyTorch's fused path
     for Transformer encoders, which passes hooks by and packs batches into nested tensors, is off. What a forward leaves
-    in modules is taken back: attributes, hooks and the contents of buffers after each pass that `call` makes, and
-    tensors in attributes at the end, also where something else called the model. A module that is put into training
-    mode within keeps what it learns in its buffers. Afterwards every module is in its own mode again, and random
-    numbers go on as if nothing had run.
+    in modules is taken back: attributes, hooks, buffers, and what it writes into tensors of these, after each pass that
+    `call` makes, and tensors in attributes at the end, also where something else called the model. A module that is put
+    into training mode within keeps what it learns in its buffers. Afterwards every module is in its own mode again, and
+    random numbers go on as if nothing had run.
 
     Args:
         model: that is called within.
-        gradients: whether gradients are on. Buffers then go back before the next pass or at the end, since the
-            backward pass of this one may read them.
+        gradients: whether gradients are on. What was written then goes back before the next pass or at the end, since
+            the backward pass of this one may read it.
     """
     kept, buffers = _Kept(model), _Buffers()
     with ExitStack() as stack:
@@ -185,49 +185,41 @@ class _Kept:
 
 
 class _Buffers:
-    """What the buffers of a model hold before a pass.
+    """The buffers of a model before a pass, and what they and tensors in attributes hold.
 
-    They are copied once, and again only where something between two passes has changed them.
+    Tensors are copied once, and again only where something between two passes has changed them.
     """
 
     def __init__(self) -> None:
         self._tables: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+        self._held: list[tuple[nn.Module, _Copy]] = []
         self._copies: dict[int, _Copy] = {}
 
     def keep(self, owners: Iterable[nn.Module]) -> None:
         self._tables = [(module, dict(module._buffers)) for module in owners]
         with _unseen():
-            for module, buffer in self._written():
-                known = self._copies.get(id(buffer))
-                if known is None or module.training or known.is_outdated():
-                    self._copies[id(buffer)] = _Copy(buffer)
+            for module, table in self._tables:
+                for tensor in chain(table.values(), _in_attributes(module)):
+                    if tensor is None or not _is_written(tensor):
+                        continue
+                    copy = self._copies.get(id(tensor))
+                    if copy is None or module.training or copy.is_outdated():
+                        copy = self._copies[id(tensor)] = _Copy(tensor)
+                    self._held.append((module, copy))
 
     def put_back(self) -> None:
-        """Let the owners have these buffers with these contents again; does nothing the second time."""
-        if not self._tables:
-            return
+        """Let the owners have these buffers and contents again; does nothing the second time."""
         for module, table in self._tables:
             # a scripted module has no dictionary, and no forward in Python that could change it
             if isinstance(module._buffers, dict) and not _is_as(module._buffers, table):
                 module._buffers.clear()
                 module._buffers.update(table)
         with _unseen():
-            for module, buffer in self._written():
-                known = self._copies.get(id(buffer))
+            for module, copy in self._held:
                 # no version tells that `torch.batch_norm` has written into statistics
-                if known is not None and (module.training or known.is_outdated()):
-                    known.put_back()
-        self._tables = []
-
-    def _written(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        """Those that have numbers and that a forward can write to, with their owners."""
-        for module, table in self._tables:
-            for buffer in table.values():
-                if buffer is None or is_lazy(buffer) or has_no_numbers(buffer):
-                    continue
-                # one that repeats the same memory cannot be written to
-                if buffer.layout is not torch.strided or not torch._debug_has_internal_overlap(buffer):
-                    yield module, buffer
+                if module.training or copy.is_outdated():
+                    copy.put_back()
+        self._tables, self._held = [], []
 
 
 class _Copy:
@@ -249,6 +241,13 @@ class _Copy:
             else:
                 self._tensor.data = self._content.clone()
         self._version = _version(self._tensor)
+
+
+def _is_written(tensor: Tensor) -> bool:
+    """Whether a forward may write to it: it has numbers, and does not repeat the same memory."""
+    if is_lazy(tensor) or has_no_numbers(tensor):
+        return False
+    return tensor.layout is not torch.strided or not torch._debug_has_internal_overlap(tensor)
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -275,6 +274,21 @@ def _is_attribute(name: str) -> bool:
 
 def _holds_tensors(value: Any) -> bool:
     return isinstance(value, (Tensor, list, dict, tuple, deque)) and next(tensors(value), None) is not None
+
+
+def _in_attributes(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors, and those in collections; parameters are none that a forward writes to."""
+    for name, value in vars(module).items():
+        held: Iterable[Any] = ()
+        if isinstance(value, Tensor):
+            held = (value,)
+        elif isinstance(value, (list, tuple, deque)):
+            held = value
+        elif isinstance(value, dict):
+            held = value.values()
+        for item in held:
+            if isinstance(item, Tensor) and not isinstance(item, nn.Parameter) and _is_attribute(name):
+                yield item
 
 
 def _is_as(value: Any, before: Any) -> bool:

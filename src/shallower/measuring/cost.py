@@ -78,7 +78,7 @@ def kv_of(output: Any) -> int | None:
 
 def _keys_and_values(layer: Any) -> Iterator[Tensor]:
     """Those of one layer of a cache: attributes of Transformers' layers, or a tuple of tensors."""
-    yield from tensors([getattr(layer, name, None) for name in ("keys", "values")])
+    yield from tensors([getattr(layer, "keys", None), getattr(layer, "values", None)])
     if isinstance(layer, (tuple, list)):
         yield from tensors(layer[:2])
 
@@ -94,10 +94,9 @@ def peak_memory(model: nn.Module, example_inputs: Inputs) -> int:
         ModelError: the model does not run on these inputs.
     """
     given = [*model.parameters(), *model.buffers(), *tensors(example_inputs)]
-    storages = {id(storage): storage for storage in map(_storage_key, given) if storage is not None}
     with torch.no_grad(), running(model):
         beside = _peak_beside(model, example_inputs, given)
-    return sum(storage.nbytes() for storage in storages.values()) + beside
+    return sum(map(torch.UntypedStorage.nbytes, _storages(given))) + beside
 
 
 @contextmanager
@@ -128,8 +127,9 @@ def _peak_beside(model: nn.Module, example_inputs: Inputs, given: list[Tensor]) 
     return live.peak
 
 
-def _storage_key(tensor: Tensor) -> torch.UntypedStorage | None:
-    return tensor.untyped_storage() if tensor.layout == torch.strided else None
+def _storages(given: Iterable[Tensor]) -> set[torch.UntypedStorage]:
+    """The memory that tensors are in, once each."""
+    return {tensor.untyped_storage() for tensor in given if tensor.layout is torch.strided}
 
 
 class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -139,15 +139,14 @@ class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
-        self._known = weakref.WeakSet(storage for storage in map(_storage_key, given) if storage is not None)
+        self._known = weakref.WeakSet(_storages(given))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tensors(result):
-            storage = _storage_key(tensor)
-            if storage is not None and storage not in self._known:
+        for storage in _storages(tensors(result)):
+            if storage not in self._known:
                 self._known.add(storage)
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self._released, storage.nbytes())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -161,9 +162,9 @@ def compare(
     """
     if not models or rounds < 1 or warmup < 1:
         raise ModelError("compare: give at least one model, one round and one warm-up pass")
-    meta = [name for name, model in models.items() if model_device(model).type == "meta"]
-    if meta:
-        raise ModelError(f"{meta[0]}: a model on the meta device cannot be timed")
+    for name, model in models.items():
+        if model_device(model).type == "meta":
+            raise ModelError(f"{name}: a model on the meta device cannot be timed")
     with ExitStack() as stack:
         passes: dict[str, Callable[[], Any]] = {}
         for name, model in models.items():
@@ -174,7 +175,7 @@ def compare(
         for name, run in passes.items():
             with running(models[name]):
                 numbers[name] = _block(run, warmup)[0]
-        times: dict[str, list[float]] = {name: [] for name in passes}
+        times: defaultdict[str, list[float]] = defaultdict(list)
         for _ in range(rounds):
             for name, run in passes.items():
                 with running(models[name]):

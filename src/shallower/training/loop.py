@@ -257,7 +257,7 @@ class _Run:
             self.history.stopped = self.finished = True
 
     def keep(self) -> None:
-        self.good = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        self.good = copied_state(self.model)
 
     def save(self) -> None:
         """Write the checkpoint: the main process does, with the random state of all."""
@@ -313,6 +313,11 @@ class _Run:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise TrainingError(f"{path}: this checkpoint does not fit this run: {error}") from error
         _same_layout(self.optimizer)
+
+
+def copied_state(model: nn.Module) -> dict[str, Tensor]:
+    """What the model's state is now, on the CPU, for `load_state_dict`."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
 
 
 def _same_layout(optimizer: torch.optim.Optimizer) -> None:

@@ -25,7 +25,7 @@ from shallower.core.modes import evaluating
 from shallower.core.processes import agreed_result, is_first, raised_anywhere
 from shallower.errors import MethodError, OutOfMemoryError, ShallowerError
 from shallower.training.accelerating import placed, started
-from shallower.training.loop import Loss, Score, train
+from shallower.training.loop import Loss, Score, copied_state, train
 from shallower.training.randomness import kept
 from shallower.training.recipe import Checkpoint, History, Recipe
 from shallower.training.trainable import Trainable
@@ -149,7 +149,7 @@ class Rounds(Generic[R]):
         training, number = self.training, len(self.finished)
         before: dict[str, Tensor] = {}
         if training.floor is not None:
-            before = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+            before = copied_state(self.model)
         if begin is not None:
             begin()
         history = train(
