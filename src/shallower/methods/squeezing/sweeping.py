@@ -7,7 +7,6 @@ sweep.errors["layer.0"][384]
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +35,8 @@ from shallower.methods.squeezing.refitting import (
     metric_of,
     narrowed_fit,
 )
-from shallower.modules.attachment import detach
+from shallower.modules.attachment import detached_copy
+from shallower.modules.offloading import lent
 from shallower.planning.entries import Entry
 from shallower.planning.forms import Step, steps
 from shallower.planning.forms.steps import made_by
@@ -165,15 +165,16 @@ class Sweep:
         if not producers:
             key = f"consumers only: {chosen}"
         entries = self._known(key, chosen, producers)
-        small = _sharing_copy(self.dense)
+        # what surgery writes into gets memory of its own
+        small = detached_copy(self.dense, lent(self.dense.parameters()))
         for done in steps(entries):
-            _operate(small, done)
+            operate(small, done)
         changing = [site for site in self.sites if widths[site.name] != site.width]
         for entry in self._remaining(changing, widths, entries, small, producers):
             if self.progress is not None:
                 self.progress.keep(key, len(entries), entry)
             entries.append(entry)
-            _operate(small, self._step(entry, entries))
+            operate(small, self._step(entry, entries))
         if not producers:
             self._drafts[chosen] = list(entries)
         return bound_plan(self.dense, entries, "squeeze"), small
@@ -302,24 +303,3 @@ def _untouched(site: Site, entries: Sequence[Entry]) -> bool:
     """Whether no map of the site was fitted as the consumer of an earlier site: such rows are not fitted again."""
     fitted = {m.name for entry in entries for m in entry.site.consumers}
     return not fitted & {m.name for m in site.maps}
-
-
-def _sharing_copy(model: nn.Module) -> nn.Module:
-    """A detached copy whose parameters share their memory with the model's."""
-    shared: dict[int, object] = {}
-    for parameter in model.parameters():
-        if type(parameter) is nn.Parameter:
-            shared[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
-    duplicate = copy.deepcopy(model, shared)
-    detach(duplicate)
-    return duplicate
-
-
-def _operate(small: nn.Module, step: Step) -> None:
-    """Surgery on a copy that shares its parameters: what may be written into gets memory of its own."""
-    for m in step.entry.site.maps:
-        module = small.get_submodule(m.name)
-        for name, parameter in module.named_parameters(recurse=False):
-            own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            module.register_parameter(name, own)
-    operate(small, step)

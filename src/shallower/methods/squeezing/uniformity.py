@@ -9,10 +9,8 @@ own in the config.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from typing import Any, cast
 
 from torch import Size, nn
@@ -20,7 +18,8 @@ from torch import Size, nn
 from shallower.core.text import listing
 from shallower.errors import ModelError
 from shallower.methods.squeezing.latencies import stand_in
-from shallower.modules.attachment import detach
+from shallower.modules.attachment import detached_copy
+from shallower.modules.offloading import weightless
 from shallower.planning.forms import steps
 from shallower.saving.skeletons import build_skeleton
 from shallower.saving.sources import source_of
@@ -69,8 +68,7 @@ def only_expressible(model: nn.Module, sites: Sites) -> Sites:
 def _inexpressible(model: nn.Module, sites: Sites) -> set[str]:
     """Names of sites that have another size in the stock class than after surgery, if all of these are narrowed."""
     trial = _without_weights(model)
-    narrower = [stand_in(site, site.width // 2) for site in sites if site.width > 1]
-    todo = steps(narrower)
+    todo = steps([stand_in(site, site.width // 2) for site in sites if site.width > 1])
     for step in todo:
         operate(trial, step)
     follow_widths(trial, todo)
@@ -112,12 +110,7 @@ def _layer_shapes(model: nn.Module, prefix: str) -> dict[str, Size]:
 
 def _without_weights(model: nn.Module) -> nn.Module:
     """A detached copy on the meta device."""
-    empty: dict[int, object] = {}
-    for tensor in chain(model.parameters(), model.buffers()):
-        meta = tensor.detach().to("meta")
-        if isinstance(tensor, nn.Parameter):
-            meta = nn.Parameter(meta, tensor.requires_grad)
-        empty[id(tensor)] = meta
-    duplicate = copy.deepcopy(model, empty)
-    detach(duplicate)
-    return duplicate
+    empty = weightless(model.parameters())
+    for buffer in model.buffers():
+        empty[id(buffer)] = buffer.detach().to("meta")
+    return detached_copy(model, empty)
