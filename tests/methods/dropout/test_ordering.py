@@ -83,3 +83,9 @@ def test_no_batches_are_told() -> None:
     model = network([1.0, 2.0, 3.0])
     with pytest.raises(FitError, match="`batches` is empty"):
         by_elimination(model, find_sites(model, torch.randn(2, 4).double()), [])
+
+
+def test_a_mask_of_other_positions_is_refused() -> None:
+    model, x = network([1.0, 4.0, 2.0]), torch.randn(6, 4, dtype=torch.float64)
+    with pytest.raises(FitError, match="mask"):
+        by_elimination(model, find_sites(model, x), [x], mask_of=lambda _: torch.ones(2, 4))

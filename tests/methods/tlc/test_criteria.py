@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from shallower.calibrating.moments import Moments
-from shallower.errors import MethodError
+from shallower.errors import FitError, MethodError
 from shallower.finding.matching import find_sites
 from shallower.methods.tlc.criteria import (
     Normal,
@@ -153,3 +153,13 @@ def test_entropy_without_batches_is_an_error() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     with pytest.raises(MethodError, match="`batches` is empty"):
         sign_entropies(model, find_sites(model, torch.randn(2, 3)), [])
+
+
+def test_entropies_refuse_a_mask_of_other_positions() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(6, 4)
+    with pytest.raises(FitError, match="mask"):
+        sign_entropies(model, find_sites(model, x), [x], mask_of=lambda _: torch.ones(2, 4))
+    every_second = torch.tensor([True, False] * 3)
+    model[0].weight.data.zero_()
+    model[0].bias.data.fill_(1.0)
+    assert sign_entropies(model, find_sites(model, x), [x], mask_of=lambda _: every_second) == {"0": 0.0}

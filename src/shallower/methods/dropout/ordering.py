@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from shallower.calibrating.grams import Gram
-from shallower.calibrating.patches import flat, flat_mask, unmasked
+from shallower.calibrating.patches import check_mask, flat, flat_mask, unmasked
 from shallower.calibrating.selection import eliminate
-from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, default_mask_of, model_device, reiterable
+from shallower.core.batches import Batches
+from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, model_device
 from shallower.core.modes import evaluating
-from shallower.core.trees import to_device
 from shallower.core.watching import read, watching
 from shallower.errors import FitError
 from shallower.methods.dropout.prefix import RowBlock, prefix, produced
@@ -74,9 +74,9 @@ def by_elimination(
         mask_of: picks the mask of padding out of a batch; by default a two-dimensional `attention_mask`.
 
     Raises:
-        FitError: there are no batches, or an activation is not finite.
+        FitError: there are no batches, an activation is not finite, or a mask is of other positions.
     """
-    grams = _grams(model, sites, reiterable(batches), inputs_of, mask_of or default_mask_of)
+    grams = _grams(model, sites, Batches.read(batches, inputs_of, mask_of))
     orders = {}
     for site in sites:
         gram = grams[site.name]
@@ -158,23 +158,23 @@ def _norms_of_columns(model: nn.Module, site: Site) -> Tensor:
     return _column_squares(model, site).view(site.width, site.bridge.block).sum(1).sqrt()
 
 
-def _grams(
-    model: nn.Module, sites: Sites, batches: Iterable[Any], inputs_of: InputsOf, mask_of: MaskOf
-) -> dict[str, Gram]:
+def _grams(model: nn.Module, sites: Sites, batches: Batches) -> dict[str, Gram]:
     """Moments of what consumers read: its columns where channels are eliminated, else outputs, whose squares count.
 
     Raises:
-        FitError: there are no batches.
+        FitError: there are no batches, or a mask is of other positions.
     """
     reads = {site.name: _Reads(site) for site in sites}
     before = {site.consumers[0].name: reads[site.name] for site in sites}
     device = model_device(model)
     with evaluating(model), watching(model, before=before):
         for batch in batches:
-            mask = flat_mask(mask_of(batch))
+            here = batch.on(device)
+            rows: set[int] = set()
             for each in reads.values():
-                each.mask = None if mask is None else mask.to(device)
-            call(model, to_device(inputs_of(batch), device))
+                each.mask, each.rows = flat_mask(here.mask), rows
+            call(model, here.inputs)
+            check_mask(here, rows)
     grams: dict[str, Gram] = {}
     for name, each in reads.items():
         if each.gram is None:
@@ -190,10 +190,13 @@ class _Reads:
         self.channels_first = site.bridge.dim == 1
         self.eliminated = site.heads is None and not self.channels_first
         self.mask: Tensor | None = None
+        self.rows: set[int] = set()
         self.gram: Gram | None = None
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        z = unmasked(flat(read(args, kwargs).detach(), self.channels_first), self.mask)
+        z = flat(read(args, kwargs).detach(), self.channels_first)
+        self.rows.add(len(z))
+        z = unmasked(z, self.mask)
         gram = Gram.of(z)
         if not self.eliminated:
             gram = Gram.of(z[:, :0], z)

@@ -27,7 +27,7 @@ from shallower.core.watching import watching
 from shallower.errors import MethodError, Refusal, TargetError
 from shallower.measuring.cost import count_params, size_of
 from shallower.measuring.measurement import compare
-from shallower.methods.base import Method
+from shallower.methods.base import Method, bound_plan
 from shallower.methods.dropout.norms import frozen_statistics, restored_statistics, with_statistics
 from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.ordering import by_elimination, by_magnitude, permute
@@ -48,7 +48,6 @@ from shallower.methods.dropout.widths import (
 )
 from shallower.modules import attachment
 from shallower.modules.attachment import detached_copy
-from shallower.modules.site_parts import fingerprint
 from shallower.planning.costs import Cost, cost_after
 from shallower.planning.curve import Curve, Point
 from shallower.planning.entries import Entry
@@ -335,18 +334,16 @@ class StructuralDropout(Method):
         for site in self.sites:
             if widths[site.name] < site.width:
                 entries.append(entry_at(self.model, site, widths[site.name], self.options.rescale))
-        bound, made_by = [entry.site for entry in entries], "structural dropout"
+        made_by = "structural dropout"
         if beside is not None:
             made_by = f"structural dropout, {beside.method}"
             entries += beside.entries
             if beside.entries and not beside.fingerprint:
                 # a plain collapse depends on no weights, and is not bound to any
                 return Plan(tuple(entries), method=made_by)
-            bound += [entry.site for entry in beside.entries]
-        marked = ""
-        if bound:
-            marked = fingerprint(self.model, bound)
-        return Plan(tuple(entries), marked, made_by)
+        if not entries:
+            return Plan((), method=made_by)
+        return bound_plan(self.model, entries, made_by)
 
     def _chosen(self, width: Widths | Target | Point | None) -> dict[str, int]:
         if width is None:

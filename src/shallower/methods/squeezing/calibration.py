@@ -74,8 +74,6 @@ class Calibration:
             model,
             names,
             list(islice(self.batches, 0, None, -(-len(self.batches) // _SENSITIVE))),
-            inputs_of=_inputs_of,
-            mask_of=_mask_of,
             output_of=self.output_of,
             logits=self.options.logits,
             seed=self.options.seed,
@@ -88,7 +86,6 @@ class Calibration:
             sites,
             self.batches,
             compensation=self.options.compensation,
-            inputs_of=_inputs_of,
             most=_GOALS,
         )
 
@@ -110,9 +107,7 @@ class Calibration:
             joint=inputs and self.options.linear_path,
             rows=rows,
         )
-        return collect_grams(
-            dense, small, sites, self.batches, options, goals=goals, walk=walk, inputs_of=_inputs_of, mask_of=_mask_of
-        )
+        return collect_grams(dense, small, sites, self.batches, options, goals=goals, walk=walk)
 
 
 def mean_divergence(calibration: Calibration, dense: nn.Module, small: nn.Module) -> float:
@@ -142,14 +137,6 @@ def _divergences(calibration: Calibration, dense: nn.Module, small: nn.Module, b
     if logits:
         each = kl_at_positions(here, there)
     return counted(each, batch.mask)
-
-
-def _inputs_of(batch: Batch) -> Inputs:
-    return batch.inputs
-
-
-def _mask_of(batch: Batch) -> Tensor | None:
-    return batch.mask
 
 
 def reader_of(model: nn.Module, sites: Sites, example_inputs: Inputs | None) -> InputsOf:

@@ -301,7 +301,9 @@ def _shape(site: Site, merged: bool) -> str:
         [m.kind, m.d_in, m.d_out, m.bias, m.positions, m.kernel, m.stride, m.padding, m.dilation, m.groups]
         for m in site.maps
     ]
-    return json.dumps([maps, site.width, site.calls, site.activation_name, site.packed, bool(site.norm_before), merged])
+    return json.dumps(
+        [maps, site.width, site.calls, site.activation_name, site.bridge.packed, bool(site.bridge.norm_before), merged]
+    )
 
 
 def _key(model: nn.Module, shapes: Iterable[str], inputs: Inputs, round_to: int) -> str:

@@ -286,7 +286,7 @@ class Sweep:
         along: Sequence[Site] = ()
         if self.walking:
             along = sites
-        return Walk.along(self.dense, small, along, self.calibration.batches, lambda batch: batch.inputs)
+        return Walk.along(self.dense, small, along, self.calibration.batches)
 
 
 def _fitted_numbers(entry: Entry) -> int:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from shallower.calibrating.moments import Moments, collect
-from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, default_mask_of, model_device, reiterable
+from shallower.calibrating.patches import check_mask, flat, flat_mask, unmasked
+from shallower.core.batches import Batches
+from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, model_device
 from shallower.core.modes import evaluating
 from shallower.core.text import listing
-from shallower.core.trees import to_device
 from shallower.core.watching import read, watching
 from shallower.errors import MethodError
 from shallower.modules import attachment
@@ -200,6 +201,7 @@ def sign_entropies(
 
     Raises:
         MethodError: there are no batches.
+        FitError: a mask is of other positions.
 
     Reference: EASIER, arXiv 2404.18949, and NEPENTHE, arXiv 2404.16890.
     """
@@ -210,14 +212,15 @@ def sign_entropies(
             named[site.name] = site.activation
             counts[site.activation] = _Signs(site.bridge.dim)
     device = model_device(model)
+    calibration = Batches.read(batches, inputs_of, mask_of)
     with attachment.exposed(model, list(counts)) as modules, evaluating(model), watching(modules, before=counts):
-        for batch in tqdm(reiterable(batches), desc="entropies", delay=2):
-            mask = (mask_of or default_mask_of)(batch)
-            if mask is not None:
-                mask = mask.to(device).bool().reshape(-1)
+        for batch in tqdm(calibration, desc="entropies", delay=2):
+            here = batch.on(device)
+            rows: set[int] = set()
             for count in counts.values():
-                count.mask = mask
-            call(model, to_device(inputs_of(batch), device))
+                count.mask, count.rows = flat_mask(here.mask), rows
+            call(model, here.inputs)
+            check_mask(here, rows)
     if any(count.total == 0 for count in counts.values()):
         raise MethodError("the entropy needs data: `batches` is empty. Use a few hundred samples")
     return {name: float(binary_entropy(counts[place].rate).mean()) for name, place in named.items()}
@@ -229,16 +232,14 @@ class _Signs:
     def __init__(self, dim: int) -> None:
         self.dim = dim
         self.mask: Tensor | None = None
+        self.rows: set[int] = set()
         self.positive: Tensor | float = 0.0
         self.total = 0
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        h = read(args, kwargs).detach()
-        if h.dim() > 2:
-            h = h.movedim(self.dim, -1)
-        h = h.reshape(-1, h.shape[-1])
-        if self.mask is not None and len(self.mask) == len(h):
-            h = h[self.mask]
+        h = flat(read(args, kwargs).detach(), self.dim == 1)
+        self.rows.add(len(h))
+        h = unmasked(h, self.mask)
         self.positive = self.positive + (h > 0).sum(0, dtype=torch.float64)
         self.total += len(h)
 
