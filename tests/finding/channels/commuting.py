@@ -67,13 +67,8 @@ class Followed:
 def followed(function: Callable[..., Any], tensors: dict[str, Tensor]) -> Followed:
     """A function, followed; its result does not close anything."""
     net = Holder(function, tensors)
-    trace = trace_forward(net, (torch.zeros(1),))
-    for call in trace.calls:
-        for value in call.outputs:
-            value.output = False
-    for value in (*trace.weights.values(), *trace.root.outputs):
-        value.output = False
-    f = Following(trace)
+    f = Following(trace_forward(net, (torch.zeros(1),)), returned="")
+    trace = f.trace
     held = {name: value for (_, name), value in trace.weights.items()}
     held |= {value.name: value for call in trace.calls for value in call.inputs if value.origin == "buffer"}
     inputs = {name: f.axes(held[name]) for name in tensors if name in held}

@@ -87,3 +87,11 @@ def test_sums_maps_and_marks_are_kept():
     assert [run.marks for run in runs(stream)] == [{"averaged"}]
     assert [call.name for _, call in f.written] == ["linear"] * 3
     assert [call.name for _, call in f.contracted] == ["linear"] * 3 + ["sum"]
+
+
+def test_a_result_of_which_only_the_shape_is_used_closes_nothing():
+    def function(x, w):
+        positions = F.linear(x, w)[:, 0]
+        return F.linear(x, w) * torch.ones(positions.shape[0], 1)
+
+    Usage("a shape", function, "x:2,3 w:6,3", "x0|x1 w1|w0").check()

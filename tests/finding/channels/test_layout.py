@@ -227,3 +227,18 @@ def test_channels_tied_to_their_neighbours_stay():
 def test_spans(layout, expected):
     run = Run(4)
     assert spans(layout(run), run) == expected
+
+
+def test_many_parts_are_tied_to_as_many():
+    first, second = ([Run(2) for _ in range(300)] for _ in range(2))
+    tie(cat(first), cat(second))
+    assert [resolved(run) for run in first] == [resolved(run) for run in second]
+    assert is_open(first[299])
+
+
+def test_a_long_run_tied_to_its_neighbours_is_no_deep_recursion():
+    run = Run(3000)
+    _, rest = split(run, 1)
+    before, _ = split(run, 2999)
+    tie(rest, before)
+    assert not is_open(rest)

@@ -49,24 +49,28 @@ def rule(functions: str) -> Callable[[Rule], Rule]:
 class Following:
     """The layouts of all values of a trace.
 
+    Args:
+        trace: a recorded pass.
+        returned: why what it returns stays; "" where it need not.
+
     Attributes:
         trace: the recorded pass.
         written, contracted: the calls that give channels of a layout as linear maps, and those that add them up.
         sums: layouts that are the sum of two values which depend on the inputs.
     """
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, returned: str = "the model returns it") -> None:
         self.trace = trace
         self.written: list[tuple[Layout, Call]] = []
         self.contracted: list[tuple[Layout, Call]] = []
         self.sums: list[Layout] = []
         self._axes: dict[Value, Axes] = {}
-        for call in trace.calls:
+        for call in _needed(trace):
             if call.outputs:
                 self._follow(call)
         for value in list(self._axes):
-            if value.output:
-                self.close_axes(value, "the model returns it")
+            if value.output and returned:
+                self.close_axes(value, returned)
 
     def axes(self, value: Value) -> Axes:
         """The layouts of a value's axes, as they are known now."""
@@ -155,6 +159,17 @@ class Following:
         """Say something of all runs of a layout: "averaged", "attended"."""
         for run in runs(layout):
             run.marks.add(what)
+
+
+def _needed(trace: Trace) -> list[Call]:
+    """The calls whose results are looked at: of some only the shape was."""
+    found: list[Call] = []
+    needed: set[Value] = set()
+    for call in reversed(trace.calls):
+        if call.inplace or not call.outputs or any(value.output or value in needed for value in call.outputs):
+            found.append(call)
+            needed.update(call.inputs)
+    return found[::-1]
 
 
 def _new(value: Value, size: int) -> Layout:

@@ -18,8 +18,8 @@ from math import prod
 
 ONE = "a single position"
 MISMATCH = "its channels are rearranged in a way that no cut follows"
-MOST_PIECES = 1024
-"""Into how many pieces two layouts may be aligned."""
+MOST_PIECES = 64
+"""How often a run may be divided so that two layouts have the same boundaries."""
 
 
 class Run:
@@ -138,6 +138,14 @@ def runs(layout: Layout) -> Iterator[Run]:
             yield from runs(factor)
 
 
+def reason_of(layout: Layout) -> str:
+    """Why some of its channels cannot be cut; "" where all can."""
+    for run in runs(layout):
+        if run.closed:
+            return run.closed
+    return ""
+
+
 def is_open(layout: Layout) -> bool:
     """Whether some channel of it may be cut."""
     return any(not run.closed for run in runs(layout))
@@ -192,10 +200,12 @@ def _tie_products(x: Prod, y: Prod) -> None:
 
 
 def _tie_sums(x: Layout, y: Layout) -> None:
-    """At least one of the two is a Cat: tie piece by piece."""
-    for _ in range(MOST_PIECES):
+    """At least one of the two is a Cat: tie piece by piece, as long as few pieces have to be made."""
+    made = 0
+    while made < MOST_PIECES:
         x, y = resolved(x), resolved(y)
         at = min(_first(x), _first(y))
+        made += _first(x) != _first(y)
         if at == x.size:
             tie(x, y)
             return

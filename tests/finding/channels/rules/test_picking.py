@@ -34,6 +34,13 @@ USAGES = [
     Usage("rows in a table", lambda x, i: x[i], "x:5,6 i:int5:3,2", "x1"),
     Usage("columns by number", lambda x, i: x[:, i], "x:4,5,6 i:int5:3", "x0|x2"),
     Usage("numbers in a list", lambda x: x[:, [0, 2]], "x:4,5,6", "x0|x2"),
+    Usage("neighbours in a list", lambda x: x[:, [-2, -1]], "x:4,5,6", "x0|x1|x2"),
+    Usage(
+        "one key and one value head behind the queries",
+        lambda x: (x[:, :-2], x[:, [-2]], x[:, [-1]]),
+        "x:4,5,6",
+        "x0|x1|x2",
+    ),
     Usage("two numbers of rows", lambda x, i, j: x[i, j], "x:4,5,6 i:int4:3 j:int5:3", "x2"),
     Usage("numbers apart", lambda x, i, j: x[i, :, j], "x:4,6,5 i:int4:3 j:int5:3", "x1"),
     Usage("a number and numbers", lambda x, i: x[0, :, i], "x:2,3,6 i:int6:4", "x1"),

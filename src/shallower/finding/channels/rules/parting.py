@@ -8,7 +8,7 @@ x.narrow(1, 0, 8)
 from __future__ import annotations
 
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
-from shallower.finding.channels.layout import Layout, cat, close, fixed, is_open, parts_of, tie
+from shallower.finding.channels.layout import Layout, cat, close, fixed, is_open, parts_of, reason_of, tie
 from shallower.finding.channels.rules.arguments import given, integer, tensor, values
 from shallower.recording.tracing import Call
 
@@ -76,12 +76,12 @@ def divided(f: Following, call: Call) -> list[Axes]:
 
 
 def stretch(layout: Layout, start: int, length: int) -> Layout:
-    """Some positions of a layout side by side; one of several equal parts stays as large as the others."""
+    """Some positions of a layout side by side; a half stays as large as the other."""
     if not is_open(layout) or not length:
-        return fixed(length, "a part of positions")
-    if layout.size % length or start % length:
-        return parts_of(layout, [start, length, layout.size - start - length])[1]
-    return _equal(layout, length)[0]
+        return fixed(length, reason_of(layout))
+    if layout.size == 2 * length and start in (0, length):
+        return _equal(layout, length)[0]
+    return parts_of(layout, [start, length, layout.size - start - length])[1]
 
 
 def _equal(layout: Layout, length: int) -> list[Layout]:

@@ -78,13 +78,18 @@ def _after_tensors(f: Following, call: Call, axes: Axes, items: list[Any]) -> Ax
 def _items(index: Any) -> list[Any]:
     items = list(index) if isinstance(index, tuple) else [index]
     for item in items:
-        if isinstance(item, (bool, str)):
+        if isinstance(item, (bool, str, tuple)):
             raise UnknownUseError
     return items
 
 
 def _is_tensor(item: Any) -> bool:
-    return isinstance(item, (list, tuple)) or (isinstance(item, Value) and bool(item.shape))
+    return (isinstance(item, list) and not _is_stretch(item)) or (isinstance(item, Value) and bool(item.shape))
+
+
+def _is_stretch(item: Any) -> bool:
+    """Whether it is a list of numbers that follow each other, like a slice."""
+    return isinstance(item, list) and bool(item) and item == list(range(item[0], item[0] + len(item)))
 
 
 def _has_mask(items: list[Any], dims: int, made: int) -> bool:
@@ -120,6 +125,9 @@ def _walk(f: Following, call: Call, axes: Axes, items: list[Any], masked: bool) 
             rest = 0
         elif isinstance(item, slice):
             found.append(_sliced(f, call, own[0], item))
+        elif _is_stretch(item):
+            found.append(stretch(own[0], item[0] % own[0].size, len(item)))
+            close(found[-1], f"{f.title(call)} takes positions of it by number")
         else:
             for axis in own:
                 close(axis, f"{f.title(call)} takes positions of it by number")
