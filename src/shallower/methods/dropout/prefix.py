@@ -319,11 +319,16 @@ def _stands_in_the_way(model: nn.Module, place: Place, site: Site) -> bool:
         return True
     if place.calls:
         return False
-    return any(p.numel() == site.width > 1 for p in model.get_submodule(place.module).parameters())
+    return _has_channels(model.get_submodule(place.module), site)
+
+
+def _has_channels(f: nn.Module, site: Site) -> bool:
+    """Whether an activation has parameters of its own for each channel."""
+    return any(p.numel() == site.width > 1 for p in f.parameters())
 
 
 def _narrower_activation(f: nn.Module, site: Site) -> nn.Module:
-    if not any(p.numel() == site.width > 1 for p in f.parameters()):
+    if not _has_channels(f, site):
         return f
     if not isinstance(f, nn.PReLU) and not hasattr(f, "slope"):
         raise MethodError(f"{site.name}: it is not known how the channels of a {type(f).__name__} are counted")

@@ -153,10 +153,15 @@ def error_curve(site: Site, grams: SiteGrams, metric: Metric, *, paths: int = 0)
     """
     elimination = metric.elimination(_moments(site, grams), ridge=_SELECTION_RIDGE, keep=0, taps=site.consumers[0].taps)
     whole = elimination.error(0)
-    errors = list(map(elimination.error, range(site.width + 1)))
-    if paths and (found := _paths(site, grams, metric)) is not None:
-        errors[1:] = [max(0.0, min(errors[k], found[1].best(k, paths)[2])) for k in range(1, site.width + 1)]
-    curve = {k: _damage(errors[k], whole) for k in range(1, site.width + 1)}
+    found = None
+    if paths:
+        found = _paths(site, grams, metric)
+    curve: dict[int, float] = {}
+    for k in range(1, site.width + 1):
+        error = elimination.error(k)
+        if found is not None:
+            error = max(0.0, min(error, found[1].best(k, paths)[2]))
+        curve[k] = _damage(error, whole)
     if grams.inputs is not None and may_collapse(site):
         _, error = _best_ridge(site, grams.inputs, metric)
         if math.isfinite(error):
@@ -231,10 +236,9 @@ def _with_path(site: Site, grams: SiteGrams, metric: Metric, width: int, paths: 
             best = trial
     if best is None or best.down is None:
         return None
-    whole = (grams.joint[0] + grams.joint[1]).centred(intercept)
-    down = path(whole, n, best.kept, len(best.down), root, ridge=_SELECTION_RIDGE)
-    seen = tuple(part.through(best.kept, n, down) for part in grams.joint)
-    return replace(best, down=down, seen=(seen[0], seen[1]))
+    fit, held = grams.joint
+    down = path((fit + held).centred(intercept), n, best.kept, len(best.down), root, ridge=_SELECTION_RIDGE)
+    return replace(best, down=down, seen=(fit.through(best.kept, n, down), held.through(best.kept, n, down)))
 
 
 def _paths(site: Site, grams: SiteGrams, metric: Metric) -> tuple[Elimination, PathGains] | None:
@@ -326,5 +330,4 @@ def _by_consumer(site: Site, weight: Tensor, bias: Tensor, width: int) -> tuple[
         if c.kind == "conv2d" and width:
             part = part.reshape(c.d_out, width, *c.kernel)
         weights.append(part)
-    biases = torch.split(bias.cpu(), sizes)
-    return tuple(weights), tuple(b.clone() for b in biases)
+    return tuple(weights), tuple(map(torch.clone, torch.split(bias.cpu(), sizes)))
