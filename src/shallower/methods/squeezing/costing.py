@@ -89,7 +89,7 @@ class WidthCosts:
 
     @cached_property
     def _overlapping(self) -> bool:
-        """Whether a consumer of one site is a producer of another, so that their savings do not add up."""
+        """Whether sites share a layer, as consumer of one and producer of another: then their savings do not add up."""
         return len(overlapping(self.sites)) < len(self.sites)
 
 
