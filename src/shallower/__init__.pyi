@@ -20,7 +20,7 @@ from .errors import SiteError as SiteError
 from .errors import SurgeryError as SurgeryError
 from .errors import TargetError as TargetError
 from .errors import TrainingError as TrainingError
-from .finding.matching import find_sites as find_sites
+from .finding.kinds import find_sites as find_sites
 from .measuring.measurement import Comparison as Comparison
 from .measuring.measurement import Measurement as Measurement
 from .measuring.measurement import compare as compare

@@ -36,32 +36,6 @@ from shallower.recording.tracing import Call, Frame, Value, trace_forward
 from shallower.sites import Kind, LinearMap, Place, Site, Sites
 
 
-def find_sites(model: nn.Module, example_inputs: Inputs, *, places: bool = False, heads: bool = False) -> Sites:
-    """The sites of `model`, and what looked like one but cannot be used, from one forward pass.
-
-        sites = sh.find_sites(model, {"input_ids": ids, "attention_mask": mask})
-        print(sites)
-
-    The model is run once, in eval mode and without gradients, and is left as it was. Models on the meta device or made
-    of fake tensors are run without data, those that Accelerate has offloaded with their weights mapped from files.
-
-    Args:
-        model: any module that runs in eager mode.
-        example_inputs: what it is called with: a tensor, a tuple of positional or a dict of keyword arguments.
-        places: also list the activations that stand in no site (`kind="activation"`).
-        heads: also list attention heads (`kind="heads"`); the model is then run a few times more, without data.
-
-    Raises:
-        SiteError: `model` is not a module with parameters, or does not run on these inputs.
-    """
-    model = with_mapped_weights(model)
-    matcher = Matcher(Graph(trace_forward(model, example_inputs)))
-    found, skipped = head_sites(matcher.graph) if heads else ([], {})
-    found, refused = with_counts(model, example_inputs, found)
-    sites = matcher.sites(places=places, heads=found, skipped=skipped | refused)
-    return replace(sites, arguments=arguments_in(example_inputs))
-
-
 class Matcher:
     """Turns the candidates of a graph into sites and reasons."""
 
@@ -308,7 +282,7 @@ class Matcher:
             return ""
         return (
             f"the pooling {self.graph.title(found.pooled[0])} stands between; the activation alone can go, as a place "
-            "(find_sites with places=True)"
+            '(find_sites with kinds="activation")'
         )
 
     def not_merged(self, found: Found) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import CheckpointError, OutOfMemoryError, PlanError, ShallowerError
 from shallower.modules.activations import Family, Operand, PartialActivation, SlopeActivation, Target, Twice
-from shallower.modules.layers import kind_of, resized, resized_norm, weight_of
+from shallower.modules.layers import count_anew, kind_of, resized, resized_norm, weight_of
 from shallower.modules.offloading import own_weights
 from shallower.modules.records import forget, note, noted
 from shallower.modules.rewriting import externalise
@@ -215,6 +216,41 @@ class Attribute:
 
 
 @dataclass(frozen=True)
+class Sized:
+    """A parameter or buffer gets this shape, wherever it is held; its numbers are not set.
+
+    Sizes that the module holds beside it, such as `in_channels`, follow.
+    """
+
+    name: Owner
+    attribute: ModuleName
+    shape: Annotated[tuple[Size, ...], Bounds(1, 16)]
+    edit: Literal["tensor"] = field(default="tensor", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if prod(self.shape) > _MOST_WEIGHTS:
+            raise PlanError(f"`{self.name}.{self.attribute}`: a tensor of shape {self.shape} is too large")
+
+    def perform(self, model: nn.Module) -> None:
+        """Exchange the tensor."""
+        holder = model.get_submodule(self.name)
+        own = {**holder._parameters, **holder._buffers}.get(self.attribute)
+        if own is None or own.dim() != len(self.shape):
+            raise PlanError(f"`{self.name}` has no tensor {self.attribute!r:.80} of {len(self.shape)} dimensions")
+        made = own.new_empty(self.shape)
+        if own.dim() == 4 and own.is_contiguous(memory_format=torch.channels_last) and not own.is_contiguous():
+            made = made.contiguous(memory_format=torch.channels_last)
+        if isinstance(own, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=own.requires_grad)
+        for module in model.modules():
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
+                for name in [name for name, tensor in table.items() if tensor is own]:
+                    table[name] = made
+                    count_anew(module)
+
+
+@dataclass(frozen=True)
 class Partial:
     """An activation becomes a `PartialActivation` around itself."""
 
@@ -279,10 +315,12 @@ class Weights:
     Attributes:
         name: of the module.
         tensors: by name, in the module's shapes and in any type; a linear map's weight in the logical orientation.
+        as_held: whether a linear map's weight, too, is given in the orientation in which the module holds it.
     """
 
-    name: ModuleName
+    name: Owner
     tensors: Mapping[str, Tensor]
+    as_held: bool = False
 
     @torch.no_grad()
     def perform(self, model: nn.Module) -> None:
@@ -290,7 +328,7 @@ class Weights:
         module = model.get_submodule(self.name)
         own_weights(module)
         for name, numbers in self.tensors.items():
-            logical = name == "weight" and kind_of(module)
+            logical = name == "weight" and kind_of(module) and not self.as_held
             own = weight_of(module) if logical else getattr(module, name, None)
             if not isinstance(own, Tensor) or own.shape != numbers.shape:
                 found = tuple(own.shape) if isinstance(own, Tensor) else "no such tensor"
@@ -300,7 +338,18 @@ class Weights:
 
 
 StructuralEdit = (
-    Externalise | Resize | Norm | Identity | Doubled | Summand | Padding | Attribute | Partial | Slope | Activation
+    Externalise
+    | Resize
+    | Norm
+    | Identity
+    | Doubled
+    | Summand
+    | Padding
+    | Attribute
+    | Sized
+    | Partial
+    | Slope
+    | Activation
 )
 """The edits of a model's structure, which are recorded on it."""
 

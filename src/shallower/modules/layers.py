@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from shallower.errors import PlanError
-from shallower.sites import LinearMap
+from shallower.sites import LinearMap, Slot
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -96,6 +96,22 @@ def check_shape(name: str, module: nn.Module, m: LinearMap) -> None:
         raise PlanError(
             f"{name}: the plan was made for `{m.name}` {planned_bias} a bias, the model has it {found_bias}. Is this "
             "the model that the plan was made for?"
+        )
+
+
+def check_tensor(name: str, module: nn.Module, slot: Slot) -> None:
+    """Check that a module holds the tensor in which channels of a site stand.
+
+    Raises:
+        PlanError: it does not, or the tensor has another shape.
+    """
+    tensor = getattr(module, slot.attribute, None)
+    if not isinstance(tensor, Tensor):
+        raise PlanError(f"{name}: the model has no tensor `{slot.tensor}`. Is this the model the plan was made for?")
+    if tuple(tensor.shape) != slot.shape:
+        raise PlanError(
+            f"{name}: the plan was made for `{slot.tensor}` of shape {slot.shape}, and it has "
+            f"{tuple(tensor.shape)}. Is this the model that the plan was made for?"
         )
 
 
@@ -221,3 +237,31 @@ def is_the_map(module: nn.Module, m: LinearMap) -> bool:
     if not isinstance(module, nn.Conv2d):
         return True
     return geometry_of(module) == _geometry(m)
+
+
+def count_anew(module: nn.Module) -> None:
+    """Set the sizes that a layer holds beside its tensors to what these have now: `in_features`, `num_channels`, ..."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return
+    shape = tuple(weight.shape)
+    sizes: dict[str, object] = {}
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        sizes = {"in_channels": shape[0], "out_channels": shape[1] * module.groups}
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        sizes = {"in_channels": shape[1] * module.groups, "out_channels": shape[0]}
+    elif is_conv1d(module):
+        sizes = {"nx": shape[0], "nf": shape[1]}
+    elif isinstance(module, nn.Embedding):
+        sizes = {"num_embeddings": shape[0], "embedding_dim": shape[1]}
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        sizes = {"num_features": shape[0]}
+    elif isinstance(module, nn.GroupNorm):
+        sizes = {"num_channels": shape[0]}
+    elif isinstance(vars(module).get("normalized_shape"), tuple):
+        sizes = {"normalized_shape": shape}
+    elif len(shape) == 2:
+        sizes = {"in_features": shape[1], "out_features": shape[0]}
+    for name, size in sizes.items():
+        if name in vars(module):
+            setattr(module, name, size)

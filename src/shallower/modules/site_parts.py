@@ -58,6 +58,8 @@ def _module_names(site: Site) -> Iterator[str]:
     for m in site.maps:
         yield m.name
     yield from site.bridge.norms
+    for slot in site.slots:
+        yield slot.module
     if site.residual is not None and site.residual.norm:
         yield site.residual.norm
 

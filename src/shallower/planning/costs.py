@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from shallower.planning.forms import Step
+from shallower.planning.forms.cuts import TensorCut
 from shallower.planning.plan import Plan
 
 
@@ -53,6 +54,8 @@ def cost_after(plan: Plan, before: Cost, model: nn.Module) -> Cost:
 def size_saved(step: Step, model: nn.Module) -> int:
     """Bytes that a site takes less than its step found: parameters, and buffers of BatchNorms."""
     site, form = step.entry.site, step.form
+    if form.cuts:
+        return sum(_cut_bytes(cut, model) for cut in form.cuts)
     each = _bytes_each(step, model)
     saved = (form.params_before - form.params) * each
     if site.producer is None:
@@ -65,6 +68,14 @@ def size_saved(step: Step, model: nn.Module) -> int:
     if step.entry.fold_skip and site.residual is not None and site.residual.norm:
         saved += _norm_saved(model.get_submodule(site.residual.norm), form.consumers[0].d_out, 0, each)
     return saved
+
+
+def _cut_bytes(cut: TensorCut, model: nn.Module) -> int:
+    """Bytes that a tensor loses."""
+    before, after = cut.elements
+    module, _, attribute = cut.tensor.rpartition(".")
+    tensor = getattr(model.get_submodule(module), attribute)
+    return (before - after) * int(tensor.element_size())
 
 
 def kv_saved(step: Step, model: nn.Module) -> int:

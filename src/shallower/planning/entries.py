@@ -126,10 +126,18 @@ class Entry:
                 raise PlanError(f"{site.name}: a site of {what} keeps at least one channel")
             if self.alphas is not None:
                 raise PlanError(f"{site.name}: a site of {what} takes no slopes")
+        if site.followed:
+            self._check_followed()
         if site.kind == "heads" and bool(self.offsets.ne(0).any()):
             raise PlanError(f"{site.name}: a dropped head becomes zeros; correct the consumer's bias instead (a fit)")
         if self.fit is None and not bridge.norm_after and kept:
             self._check_border()
+
+    def _check_followed(self) -> None:
+        if len(self.kept) == 0:
+            raise PlanError(f"{self.site.name}: a site that is cut wherever its channels stand keeps at least one")
+        if self.fit is not None or self.alphas is not None or self.shifts_dropped:
+            raise PlanError(f"{self.site.name}: its dropped channels become zeros, and nothing in it can be fitted")
 
     def _check_border(self) -> None:
         """Refuse a constant in front of zero padding: along the border the consumer would read zeros instead."""

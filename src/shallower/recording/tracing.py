@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from shallower.core.failures import sentence
 from shallower.core.inputs import Inputs, call, model_device
 from shallower.core.modes import evaluating
+from shallower.core.outputs import without_heads
 from shallower.core.trees import mapped, tensors, to_device
 from shallower.errors import ForwardError, SiteError
 from shallower.recording.holders import check_copyable
@@ -149,6 +150,7 @@ class Trace:
         calls: all calls in order of execution.
         frames: all frames in order of entry.
         weights: the value of each parameter, by the module and the attribute that hold it.
+        buffers: likewise of each buffer.
         macs: multiply-accumulate operations of the pass.
     """
 
@@ -157,6 +159,7 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
     weights: dict[tuple[nn.Module, str], Value] = field(default_factory=dict)
+    buffers: dict[tuple[nn.Module, str], Value] = field(default_factory=dict)
     macs: int = 0
 
 
@@ -399,6 +402,8 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
             for attribute, buffer in module._buffers.items():
                 if buffer is not None and id(buffer) not in recorder.known:
                     recorder.adopt(buffer, "buffer", attribute).owner = module
+                if buffer is not None:
+                    trace.buffers[module, attribute] = recorder.value(buffer)
         for tensor in tensors(inputs):
             recorder.known.pop(id(tensor), None)
             recorder.adopt(tensor, "input", fed=True)
@@ -452,7 +457,7 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
                 "Example inputs are what the model is called with: a tensor, a tuple of its positional arguments or a "
                 "dict of its keyword arguments."
             ) from error
-        for tensor in tensors(output):
+        for tensor in tensors(without_heads(output)):
             recorder.value(tensor).output = True
         trace.macs = counter.get_total_flops() // 2
         trace.root = trace.frames[0]

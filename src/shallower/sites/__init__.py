@@ -4,10 +4,12 @@ from shallower.sites.bridge import Bridge, Stage
 from shallower.sites.collection import Sites, overlapping
 from shallower.sites.parts import Between, HeadRows, Heads, LinearMap, Place, Residual, Tally, by_name, tally
 from shallower.sites.site import Kind, Site
+from shallower.sites.slots import Follower, Slot, Span
 
 __all__ = [
     "Between",
     "Bridge",
+    "Follower",
     "HeadRows",
     "Heads",
     "Kind",
@@ -16,6 +18,8 @@ __all__ = [
     "Residual",
     "Site",
     "Sites",
+    "Slot",
+    "Span",
     "Stage",
     "Tally",
     "by_name",

@@ -13,16 +13,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Annotated, Any, Literal
 
 from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import Refusal, SiteError
 from shallower.sites.bridge import Bridge, Gate, Stage
-from shallower.sites.parts import Between, Count, Heads, LinearMap, Name, Place, Residual, tally
+from shallower.sites.parts import Between, Count, Heads, LinearMap, Macs, Name, Place, Residual, tally
+from shallower.sites.slots import Follower, Slot
 
 Text = Annotated[str, Bounds(0, 2000)]
 
-Kind = Literal["feed-forward", "gated", "head", "position MLP", "convolution", "activation", "heads"]
+Kind = Literal[
+    "feed-forward",
+    "gated",
+    "head",
+    "position MLP",
+    "convolution",
+    "activation",
+    "heads",
+    "hidden",
+    "attention",
+    "stream",
+]
 """What a site is in the network:
 
 feed-forward  two linear maps inside a block that is repeated or has a residual around it
@@ -32,6 +45,9 @@ position MLP  maps positions, not features, and runs on few of them (Swin-V2's r
 convolution   the producer or a consumer is a convolution that is not a 1x1 feed-forward block
 activation    an activation without a hidden width of its own (after a residual sum, or with several readers)
 heads         attention heads; one channel per head or per key-value group
+hidden        channels between linear maps that were followed through whatever stands between; for keep and drop only
+attention     heads or key-value groups that were followed in the same way
+stream        the coupled channels of a stage: what its blocks read and add to
 """
 
 
@@ -75,6 +91,10 @@ class Site:
             the two short ones that the convolution divides it into: it is for keep and drop, those are for linear.
         residual: the sum that closes right around the site, where there is one that can be taken away.
         heads: the projections, for `kind="heads"`.
+        slots: every axis of a parameter or buffer in which the channels stand, where they were followed; such a site
+            has no producer and no consumers by name.
+        followers: whole numbers that fall with the channels.
+        products_each: MACs of each channel in products of two computed tensors, on the example inputs.
     """
 
     name: Name
@@ -104,6 +124,9 @@ class Site:
     between: tuple[Between, ...] = ()
     residual: Residual | None = None
     heads: Heads | None = None
+    slots: tuple[Slot, ...] = ()
+    followers: tuple[Follower, ...] = ()
+    products_each: Macs = 0
 
     @cached_property
     def bridge(self) -> Bridge:
@@ -151,9 +174,20 @@ class Site:
         return (*filter(None, made), *(b.map for b in self.between), *self.consumers)
 
     @property
+    def followed(self) -> bool:
+        """Whether it is described by all the places of its channels, not by a producer and consumers."""
+        return len(self.slots) > 0
+
+    @cached_property
+    def tensors(self) -> dict[str, Slot]:
+        """The tensors in which a followed site stands, each with one of its slots."""
+        return {slot.tensor: slot for slot in self.slots}
+
+    @property
     def params(self) -> int:
         """Weights, biases and BatchNorm scales and shifts of the site's maps, and the activation's own, now."""
-        return tally(self.maps).params + self.bridge.params
+        followed = sum(prod(slot.shape) for slot in self.tensors.values() if slot.trained)
+        return tally(self.maps).params + self.bridge.params + followed
 
     @property
     def norms(self) -> int:
@@ -163,14 +197,16 @@ class Site:
     @property
     def products(self) -> int:
         """MACs of attention's products with the sequence; 0 for other sites."""
-        if self.heads is None:
-            return 0
-        return self.width * self.heads.products
+        each = self.products_each
+        if self.heads is not None:
+            each += self.heads.products
+        return self.width * each
 
     @property
     def macs(self) -> int:
         """Multiply-accumulate operations of the site on the example inputs, now."""
-        return tally(self.maps).macs + self.products
+        followed = sum(prod(slot.shape) * slot.uses for slot in self.tensors.values())
+        return tally(self.maps).macs + followed + self.products
 
     @property
     def params_collapsed(self) -> int:
@@ -261,6 +297,8 @@ def _not_merged(site: Site) -> Refusal | None:
 def _not_linear(site: Site) -> Refusal | None:
     if site.not_linear:
         return Refusal(site.not_linear)
+    if site.followed:
+        return Refusal("its channels are kept or dropped; what stands between them cannot become linear")
     if site.kind == "heads":
         return Refusal("an attention head is kept or dropped; it cannot become linear")
     if site.activation is None:
@@ -269,6 +307,8 @@ def _not_linear(site: Site) -> Refusal | None:
 
 
 def _not_narrow(site: Site) -> Refusal | None:
+    if site.followed:
+        return None
     if site.not_narrow:
         return Refusal(site.not_narrow)
     if site.kind == "activation" or site.width == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from shallower.errors import PlanError
-from shallower.modules.layers import check_shape
+from shallower.modules.layers import check_shape, check_tensor
 from shallower.modules.site_parts import fingerprint, parts_of
 from shallower.planning.plan import Plan
 
@@ -26,6 +26,8 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
         parts = parts_of(model, [site])
         for m in site.maps:
             check_shape(site.name, parts[m.name], m)
+        for slot in site.slots:
+            check_tensor(site.name, parts[slot.module], slot)
     if plan.fingerprint:
         found = fingerprint(model, plan.sites)
         if found and found != plan.fingerprint:

@@ -6,7 +6,7 @@ difference = compared(taps, expected, observed(small, Pass(inputs), taps, after=
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from shallower.core.algebra import wide
 from shallower.core.failures import failing
 from shallower.core.inputs import call, model_device
 from shallower.core.modes import evaluating, single_pass
+from shallower.core.outputs import without_heads
 from shallower.core.trees import cloned, mapped, tensors, to_device
 from shallower.core.watching import watching
 from shallower.errors import ForwardError, SurgeryError
@@ -125,7 +126,7 @@ def observed(model: nn.Module, run: Pass, taps: Sequence[Tap], *, after: bool) -
     hooks = {i: _output_to(tap, found.taps[i], after) for i, tap in enumerate(taps)}
     with watching(modules, after=hooks):
         output = run.over(model)
-    found.outputs = [t.detach().clone() for t in tensors(_without_heads(output))]
+    found.outputs = [t.detach().clone() for t in tensors(without_heads(output))]
     return found
 
 
@@ -134,17 +135,6 @@ def _output_to(tap: Tap, seen: list[Tensor], after: bool) -> Any:
         seen.append(tap.read(output, after=after))
 
     return keep
-
-
-def _without_heads(output: Any) -> Any:
-    """An output without what has a size for each attention head: a cache of keys and values, attention weights."""
-    if isinstance(output, Mapping):
-        return [_without_heads(value) for key, value in output.items() if not str(key).endswith("attentions")]
-    if isinstance(output, (tuple, list)):
-        return [_without_heads(item) for item in output]
-    if any(c.__module__ == "transformers.cache_utils" for c in type(output).__mro__):
-        return None
-    return output
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from shallower.planning.fits import Fit
 from shallower.planning.forms import Form, Step, steps
 from shallower.planning.plan import Plan
 from shallower.sites import LinearMap, Place, Residual, Site
+from shallower.surgery.cutting import edits_of_cut
 from shallower.surgery.padding import zeros_around
 from shallower.surgery.paths import Path, affine, as_read, columns_read, linear_path_of, product_of
 
@@ -95,6 +96,8 @@ def edits_of_step(step: Step, model: nn.Module) -> list[Edit]:
 def _edits_of_site(step: Step, model: nn.Module) -> list[Edit]:
     entry, form = step.entry, step.form
     site = entry.site
+    if site.followed:
+        return edits_of_cut(model, entry, form)
     if site.kind == "heads":
         if entry.fit is None:
             return without_heads(model, site, entry.kept)

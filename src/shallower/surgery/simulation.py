@@ -26,6 +26,7 @@ from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
 from shallower.sites import LinearMap, Site, by_name
 from shallower.surgery.checking import check_fits
+from shallower.surgery.zeroing import zero
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,6 +55,9 @@ def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
     entries = [step.entry for step in done.values()]
     for entry in entries:
         place = entry.site.activation
+        if entry.site.followed:
+            zero(copied, entry)
+            continue
         if entry.site.kind == "heads":
             impose_heads(copied, entry)
             continue

@@ -80,6 +80,10 @@ def taps_of(todo: Sequence[Step]) -> list[Tap]:
 
 def _taps_of_step(step: Step, roles: Mapping[str, TapChannels | None]) -> Iterator[Tap]:
     site = step.entry.site
+    for slot in site.slots:
+        if slot.side == "columns" and slot.output:
+            common = roles.get(slot.module)
+            yield Tap(site, Place(slot.module), slot.output, common)
     if site.producer is None and site.activation is not None:
         yield Tap(site, site.activation)
         return
@@ -98,8 +102,15 @@ def _taps_of_step(step: Step, roles: Mapping[str, TapChannels | None]) -> Iterat
 def _roles(todo: Sequence[Step]) -> dict[str, TapChannels | None]:
     """What each step leaves of the outputs of its own producers, by their names; None where nothing is left."""
     roles: dict[str, TapChannels | None] = {}
+    rows: dict[str, Tensor] = {}
     for step in todo:
         site = step.entry.site
+        for slot in site.slots:
+            if slot.side == "rows" and slot.output:
+                left = rows.setdefault(slot.module, torch.ones(slot.shape[slot.axis], dtype=torch.bool))
+                left[slot.positions(step.entry.dropped)] = False
+                kept = left.nonzero().flatten()
+                roles[slot.module] = TapChannels(kept, torch.arange(len(kept)))
         if site.heads is not None:
             for m in site.heads.maps:
                 roles[m.name] = _rows_left_of_heads(site, m, step.entry.kept)

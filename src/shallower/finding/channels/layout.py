@@ -12,7 +12,7 @@ of a run is known wherever the run stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -144,6 +144,16 @@ def reason_of(layout: Layout) -> str:
         if run.closed:
             return run.closed
     return ""
+
+
+def size_of(layout: Layout, fewer: Mapping[Run, int]) -> int:
+    """The positions of a layout when some runs have fewer channels."""
+    layout = resolved(layout)
+    if isinstance(layout, Run):
+        return fewer.get(layout, layout.size)
+    if isinstance(layout, Cat):
+        return sum(size_of(part, fewer) for part in layout.parts)
+    return prod(size_of(factor, fewer) for factor in layout.factors)
 
 
 def is_open(layout: Layout) -> bool:

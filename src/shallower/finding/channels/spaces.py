@@ -1,39 +1,233 @@
-"""The spaces of a followed pass: runs of channels with all the tensors in which they stand."""
+"""The spaces of a followed pass as sites: runs of channels, with every tensor in which they stand.
+
+    sites, reasons = followed_sites(Following(trace_forward(model, example_inputs)), known=())
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
 
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.layout import Run, Span, runs, spans
+from shallower.finding.channels.layout import Run, divide, resolved, runs, spans
+from shallower.finding.channels.weights import WeightUse, uses_of
 from shallower.recording.tracing import Value
+from shallower.sites import Follower, Site, Slot
+from shallower.sites import Span as SlotSpan
+
+AVERAGED = "a norm or an average is taken over its channels, which over fewer is another one"
+MOST_SPANS = 64
 
 
-@dataclass
-class Space:
-    """Channels that are cut together, and where they stand."""
+@dataclass(eq=False)
+class _Space:
+    """A run of channels, and what is known of it.
+
+    Attributes:
+        run: the channels.
+        slots: where they stand.
+        followers: numbers that fall with them.
+        position: when the first of its weights is used.
+    """
 
     run: Run
-    slots: list[tuple[str, int, list[Span]]] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+    followers: list[Follower] = field(default_factory=list)
+    position: int = 1 << 60
 
 
-def spaces(f: Following) -> tuple[list[Space], dict[str, str]]:
-    names = {m: n for n, m in f.trace.model.named_modules()}
-    found: dict[Run, Space] = {}
-    skipped: dict[str, str] = {}
-    tensors: dict[Value, str] = {}
-    for (owner, attribute), value in f.trace.weights.items():
-        tensors.setdefault(value, f"{names[owner]}.{attribute}".lstrip("."))
-    for value in list(f._axes):
-        if value.origin == "buffer":
-            tensors.setdefault(value, f"{names[value.owner]}.{value.name}".lstrip("."))
-    for value, name in tensors.items():
+@dataclass(frozen=True)
+class Found:
+    """A space as a site.
+
+    Attributes:
+        position: when its first weight is used, counted in calls.
+        site: the channels, for plans.
+        run: the channels, in the layouts of the pass.
+    """
+
+    position: int
+    site: Site
+    run: Run
+
+
+def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], dict[str, str]]:
+    """The spaces of a pass that no known site reaches, in order of execution, and why other weights are in none.
+
+    Args:
+        f: the followed pass.
+        known: sites that were found otherwise.
+
+    Returns:
+        The spaces, and name -> reason for layers no axis of which can be cut.
+    """
+    spaces, closed = _gathered(f)
+    _add_followers(f, spaces)
+    covered = set(_sides(known))
+    streams = _streams(f, spaces.values())
+    products = _products(f)
+    found: list[Found] = []
+    taken = {site.name for site in known}
+    for space in sorted(spaces.values(), key=lambda space: space.position):
+        if not any(slot.side for slot in space.slots):
+            continue
+        if any((slot.module, slot.side) in covered for slot in space.slots):
+            continue
+        if "averaged" in space.run.marks:
+            for slot in space.slots:
+                closed.setdefault(slot.module, AVERAGED)
+            continue
+        kind = _kind(space, streams)
+        name = _name(space, kind, taken)
+        taken.add(name)
+        site = Site(
+            name,
+            kind,
+            space.run.size,
+            None,
+            (),
+            None,
+            slots=tuple(space.slots),
+            followers=tuple(space.followers),
+            products_each=products.get(space.run, 0),
+        )
+        found.append(Found(space.position, site, space.run))
+    reached = {slot.module for each in found for slot in each.site.slots}
+    return found, {name: reason for name, reason in closed.items() if name not in reached}
+
+
+def _gathered(f: Following) -> tuple[dict[Run, _Space], dict[str, str]]:
+    """All runs that stand in parameters and buffers; and the weights none of whose rows can be cut, with the reason."""
+    order = {call: i for i, call in enumerate(f.trace.calls)}
+    names = {module: name for name, module in f.trace.model.named_modules()}
+    spaces: dict[Run, _Space] = {}
+    closed: dict[str, str] = {}
+    seen: set[Value] = set()
+    for (module, attribute), value in [*f.trace.weights.items(), *f.trace.buffers.items()]:
+        if value in seen or not value.readers:
+            continue
+        seen.add(value)
+        name = f"{names[module]}.{attribute}".lstrip(".")
+        use = uses_of(value)
         for axis, layout in enumerate(f.axes(value)):
             for run in dict.fromkeys(runs(layout)):
-                if run.closed:
-                    skipped.setdefault(f"{name}[{axis}]", run.closed)
+                if run.closed or run.size == 1:
+                    if use.side(axis) == "rows" and run.closed:
+                        closed.setdefault(names[module], run.closed)
                     continue
-                if run.size == 1:
-                    continue
-                found.setdefault(run, Space(run)).slots.append((name, axis, spans(layout, run)))
-    return list(found.values()), skipped
+                own = [SlotSpan(s.start, s.repeats, s.stride, s.block) for s in spans(layout, run)]
+                space = spaces.setdefault(run, _Space(run))
+                space.slots.append(_slot(name, value, axis, own, use))
+                if use.calls:
+                    space.position = min(space.position, order[use.calls[0]])
+    return spaces, closed
+
+
+def _slot(name: str, value: Value, axis: int, own: list[SlotSpan], use: WeightUse) -> Slot:
+    side = use.side(axis)
+    return Slot(name, value.shape, axis, tuple(own), side, value.origin == "parameter", use.multiplied, use.output)
+
+
+def _sides(known: Iterable[Site]) -> Iterator[tuple[str, str]]:
+    """The sides of layers at which known sites can be cut already."""
+    for site in known:
+        if site.bridge.not_narrow is not None:
+            continue
+        made = [site.producer, site.gate]
+        if site.heads is not None:
+            made += site.heads.maps
+        for m in made:
+            if m is not None:
+                yield m.name, "rows"
+        for m in site.consumers:
+            yield m.name, "columns"
+
+
+def _add_followers(f: Following, spaces: dict[Run, _Space]) -> None:
+    """The numbers of groups of convolutions and norms, which fall with the channels that are whole groups."""
+    names = {module: name for name, module in f.trace.model.named_modules()}
+    for (module, attribute), value in f.trace.weights.items():
+        for count in ("groups", "num_groups"):
+            groups = vars(module).get(count)
+            if attribute != "weight" or not isinstance(groups, int) or groups < 2:
+                continue
+            rows = f.axes(value)[0]
+            if isinstance(module, nn.modules.conv._ConvTransposeNd) or rows.size % groups:
+                continue
+            outer = resolved(divide(rows, groups, rows.size // groups)[0])
+            for run in dict.fromkeys(runs(outer)):
+                if run in spaces:
+                    each = sum(s.repeats * s.block for s in spans(outer, run))
+                    spaces[run].followers.append(Follower(names[module], count, each))
+
+
+def _streams(f: Following, spaces: Iterable[_Space]) -> set[Run]:
+    """Runs that linear maps read, write back to and add to themselves."""
+    below: dict[Run, set[Run]] = {}
+    columns: dict[str, list[Run]] = {}
+    for space in spaces:
+        for slot in space.slots:
+            if slot.side == "columns":
+                columns.setdefault(slot.tensor, []).append(space.run)
+    for space in spaces:
+        for slot in space.slots:
+            if slot.side == "rows":
+                for run in columns.get(slot.tensor, ()):
+                    below.setdefault(run, set()).add(space.run)
+    summed = {run for layout in f.sums for run in runs(layout)}
+    return {run for run in summed if run in below and _reaches(run, below)}
+
+
+def _reaches(start: Run, below: dict[Run, set[Run]]) -> bool:
+    waiting, seen = list(below[start]), set[Run]()
+    while waiting:
+        run = waiting.pop()
+        if run is start:
+            return True
+        if run not in seen:
+            seen.add(run)
+            waiting += below.get(run, ())
+    return False
+
+
+def _products(f: Following) -> dict[Run, int]:
+    """For each run, the MACs that one channel has in products of two computed tensors."""
+    found: dict[Run, int] = {}
+    for call in f.trace.calls:
+        if not all(value.fed for value in call.inputs[:2]) or len(call.inputs) < 2:
+            continue
+        if call.name in ("matmul", "bmm"):
+            macs = call.outputs[0].elements * call.inputs[0].shape[-1]
+        elif call.name == "scaled_dot_product_attention" and len(call.inputs) > 2:
+            query, key, value = call.inputs[:3]
+            macs = query.elements * key.shape[-2] + call.outputs[0].elements * key.shape[-2]
+            del value
+        else:
+            continue
+        for run in dict.fromkeys(run for axis in f.axes(call.outputs[0]) for run in runs(axis)):
+            if not run.closed and run.size > 1:
+                found[run] = found.get(run, 0) + macs // run.size
+    return found
+
+
+def _kind(space: _Space, streams: set[Run]) -> Literal["hidden", "attention", "stream"]:
+    if "attended" in space.run.marks:
+        return "attention"
+    if space.run in streams:
+        return "stream"
+    return "hidden"
+
+
+def _name(space: _Space, kind: str, taken: set[str]) -> str:
+    """The layer that makes the channels first; with the kind behind it for a stream, and where the name is taken."""
+    made = [slot for slot in space.slots if slot.side == "rows"] or [slot for slot in space.slots if slot.side]
+    module = made[0].module or made[0].tensor
+    if kind != "stream" and module not in taken:
+        return module
+    name, count = f"{module}:{kind}", 2
+    while name in taken:
+        name, count = f"{module}:{kind}{count}", count + 1
+    return name

@@ -6,15 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from shallower.planning.forms.cuts import TensorCut
 from shallower.sites import LinearMap, tally
 
-FormKind = Literal["merged", "pair", "apart", "narrower", "partial", "removed"]
+FormKind = Literal["merged", "pair", "apart", "narrower", "partial", "removed", "cut"]
 """merged    one linear map in each consumer's place; producer and activation are identities
 pair      two linear maps with nothing between them, all constants in the consumers' biases
 apart     the two layers as they were, with nothing between them and the constants in the producer's bias
 narrower  the same layers with fewer channels
 partial   kept channels beside a linear path, through a `PartialActivation`
 removed   an activation place: the activation is an identity
+cut       a followed site: every tensor in which its channels stand is shorter
 """
 
 Through = Literal["channels", "inputs", "outputs"]
@@ -43,6 +45,7 @@ class Form:
         activation: parameters of the activation itself.
         norms: parameters of the BatchNorms that remain.
         products: MACs of attention's products with the sequence.
+        cuts: what becomes of the tensors of a followed site.
         why: why the layers do not merge into one; in "merged", why they should not have.
     """
 
@@ -62,6 +65,7 @@ class Form:
     activation: int = 0
     norms: int = 0
     products: int = 0
+    cuts: tuple[TensorCut, ...] = ()
     why: str = ""
 
     @property
@@ -88,12 +92,14 @@ class Form:
     @property
     def params(self) -> int:
         """Weights, biases, BatchNorm scales and shifts, slopes and the activation's own parameters."""
-        return tally(self.maps).params + self.norms + self.slopes + self.activation
+        followed = sum(cut.elements[1] for cut in self.cuts if cut.trained)
+        return tally(self.maps).params + self.norms + self.slopes + self.activation + followed
 
     @property
     def macs(self) -> int:
         """Multiply-accumulate operations on the example inputs that the sites were found with."""
-        return tally(self.maps).macs + self.products
+        followed = sum(cut.elements[1] * cut.uses for cut in self.cuts)
+        return tally(self.maps).macs + self.products + followed
 
     @property
     def cheaper(self) -> bool:

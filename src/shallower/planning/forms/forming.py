@@ -12,6 +12,7 @@ from shallower.errors import PlanError
 from shallower.planning.entries import Becomes, Entry
 from shallower.planning.forms.collapsed import collapsed
 from shallower.planning.forms.constants import has_constants, needs_bias
+from shallower.planning.forms.cuts import TensorCut, TensorsLeft
 from shallower.planning.forms.form import Form
 from shallower.planning.forms.linear_path import check_geometry, path_of
 from shallower.planning.geometry import resized_map
@@ -37,6 +38,8 @@ def form_of(
             cannot take.
     """
     site = entry.site
+    if site.followed:
+        return form_of_followed(entry, TensorsLeft().cut(entry, {}, set()))
     if maps is None:
         maps = by_name(site.maps)
     before = _before(site, maps)
@@ -48,6 +51,24 @@ def form_of(
     if len(entry.kept) == 0:
         return collapsed(entry, producer, consumers, before, prefer, first)
     return _narrower(entry, producer, consumers, maps, before)
+
+
+def form_of_followed(entry: Entry, cuts: tuple[TensorCut, ...]) -> Form:
+    """The form of a followed site whose tensors become these."""
+    site = entry.site
+    params = sum(cut.elements[0] for cut in cuts if cut.trained)
+    macs = sum(cut.elements[0] * cut.uses for cut in cuts)
+    kept = len(entry.kept)
+    return Form(
+        "cut",
+        None,
+        None,
+        (),
+        (params, macs + site.products),
+        kept=kept,
+        products=site.products_each * kept,
+        cuts=cuts,
+    )
 
 
 def _before(site: Site, now: Mapping[str, LinearMap]) -> tuple[int, int]:

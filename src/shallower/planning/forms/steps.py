@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from shallower.core.text import listing
 from shallower.errors import PlanError
 from shallower.planning.entries import Becomes, Entry
+from shallower.planning.forms.cuts import TensorsLeft
 from shallower.planning.forms.form import Form, totals
-from shallower.planning.forms.forming import form_of, replaces_activation
+from shallower.planning.forms.forming import form_of, form_of_followed, replaces_activation
 from shallower.sites import LinearMap, Site, by_name
 
 _AHEAD = 6
@@ -80,6 +81,7 @@ class StepWalk:
         reads: for a merged map, the map whose input it reads: the first of its chain.
         behind: for each map, the entry whose hidden tensor it makes.
         position: of each entry, by the name of its site.
+        tensors: of the followed sites.
     """
 
     def __init__(self, ordered: Sequence[Entry]) -> None:
@@ -88,6 +90,7 @@ class StepWalk:
         self.reads: dict[str, str] = {}
         self.behind: dict[str, Entry] = {}
         self.position: dict[str, int] = {}
+        self.tensors = TensorsLeft()
         self._known: dict[tuple[object, ...], Form] = {}
         for i, entry in enumerate(ordered):
             self.position[entry.site.name] = i
@@ -99,6 +102,8 @@ class StepWalk:
     def take(self, entry: Entry, prefer: Becomes = "") -> Form:
         """The form that the next entry's site takes, after which its maps are those of the form."""
         producer = entry.site.producer
+        if entry.site.followed:
+            return form_of_followed(entry, self.tensors.cut(entry, self.maps, self.gone))
         first = None if producer is None else self.reads.get(producer.name, producer.name)
         form = self._form(entry, prefer, first)
         for m in form.maps:
@@ -218,10 +223,13 @@ def made_by(site: Site) -> tuple[str, ...]:
 def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
     """The entries, sites whose producer is another's consumer after that one; otherwise in the order given.
 
+    Followed sites come last: their channels are cut out of whatever the other entries leave of their tensors.
+
     Raises:
         PlanError: a layer is producer, or consumer, at two sites, or an activation is, or the sites run in a circle.
     """
-    given = list(entries)
+    given = sorted(entries, key=lambda entry: entry.site.followed)
+    _check_apart(given)
     made = _owners(given, made_by, "the layer")
     read = _owners(given, lambda site: by_name(site.consumers), "the layer")
     behind: list[list[int]] = [[] for _ in given]
@@ -244,6 +252,28 @@ def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
         raise PlanError(f"the sites of this plan run in a circle: {listing(circle)}")
     _owners(given, lambda site: site.bridge.activations, "the activation")
     return ordered
+
+
+def _check_apart(entries: Sequence[Entry]) -> None:
+    """Followed sites cut no axis that another entry changes, and no layer that one has fitted."""
+    changed: dict[tuple[str, str], str] = {}
+    for entry in entries:
+        site = entry.site
+        for name in made_by(site):
+            changed[name, "rows"] = site.name
+        for m in site.consumers:
+            changed[m.name, "columns"] = site.name
+        if entry.fit is not None:
+            for m in site.maps:
+                changed[m.name, "rows"] = changed[m.name, "columns"] = site.name
+    for entry in entries:
+        for slot in entry.site.slots:
+            other = changed.get((slot.module, slot.side))
+            if other is not None:
+                raise PlanError(
+                    f"{entry.site.name}: the {slot.side} of `{slot.tensor}` are already changed by the entry of "
+                    f"`{other}`. Apply one of the two first, and find the sites again in the result"
+                )
 
 
 def _owners(entries: Sequence[Entry], parts: Callable[[Site], Iterable[Hashable]], what: str) -> dict[Hashable, int]:

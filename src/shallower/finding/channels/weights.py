@@ -1,0 +1,101 @@
+"""How a parameter is used as the weight of linear maps: which of its axes are rows, which columns, and how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from shallower.recording.tracing import Call, Value
+
+ROWS_FIRST = {"linear", "conv1d", "conv2d", "conv3d", "bilinear"}
+"""Maps whose weight is (outputs, inputs, ...)."""
+
+COLUMNS_FIRST = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+"""Maps whose weight is (inputs, outputs, ...)."""
+
+PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "grouped_mm"}
+"""Maps whose weight is (..., inputs, outputs), where it is the second factor."""
+
+MOST_STEPS = 200
+
+
+@dataclass
+class WeightUse:
+    """The linear maps of which a parameter is the weight.
+
+    Attributes:
+        dims: axes of the parameter.
+        calls: in order of execution.
+        multiplied: how often each number is multiplied in all of them together.
+        output: dimension of its module's output that holds the rows; 0 where the module is no plain linear layer.
+    """
+
+    dims: int
+    calls: list[Call] = field(default_factory=list)
+    multiplied: int = 0
+    output: Literal[-1, 0, 1] = 0
+
+    def side(self, axis: int) -> Literal["", "rows", "columns"]:
+        """What an axis of the parameter is in these maps."""
+        if not self.calls or self.dims < 2:
+            return ""
+        name = self.calls[0].name
+        rows, columns = 0, 1
+        if name in COLUMNS_FIRST:
+            rows, columns = 1, 0
+        elif name in PRODUCTS:
+            rows, columns = self.dims - 1, self.dims - 2
+        if axis == rows:
+            return "rows"
+        return "columns" if axis == columns else ""
+
+
+def uses_of(weight: Value) -> WeightUse:
+    """The linear maps that read a parameter, as it is or as something computed from it alone."""
+    use = WeightUse(len(weight.shape))
+    if len(weight.shape) < 2:
+        return use
+    waiting, seen = [weight], {weight}
+    while waiting and len(seen) < MOST_STEPS:
+        value = waiting.pop(0)
+        for call in value.readers:
+            if not call.outputs or call in use.calls:
+                continue
+            if _is_weight_of(value, call):
+                use.calls.append(call)
+                use.multiplied += _multiplied(value, call) * value.elements // max(1, weight.elements)
+                use.output = _output_dim(weight, call)
+            elif not call.outputs[0].fed:
+                waiting += [made for made in call.outputs if made not in seen]
+                seen.update(call.outputs)
+    return use
+
+
+def _is_weight_of(value: Value, call: Call) -> bool:
+    if call.name in ROWS_FIRST | COLUMNS_FIRST:
+        return len(call.inputs) > 1 and call.inputs[1] is value
+    return call.name in PRODUCTS and value in call.inputs[1:] and value is not call.inputs[0] and len(value.shape) > 1
+
+
+def _multiplied(weight: Value, call: Call) -> int:
+    """How often a call multiplies each number of its weight."""
+    if call.name in COLUMNS_FIRST:
+        return call.inputs[0].elements // weight.shape[0]
+    if call.name in PRODUCTS:
+        batch = 1
+        for size in weight.shape[:-2]:
+            batch *= size
+        return call.outputs[0].elements // (batch * weight.shape[-1])
+    return call.outputs[0].elements // weight.shape[0]
+
+
+def _output_dim(weight: Value, call: Call) -> Literal[-1, 0, 1]:
+    """Where the rows are in what the module gives whose own weight this is and that does nothing else."""
+    module = call.frame.module
+    if weight.name != f"{call.frame.name}.weight" or call.frame.outputs != call.outputs:
+        return 0
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return 1 if len(call.outputs[0].shape) == len(weight.shape) else 0
+    return -1 if call.name == "linear" else 0

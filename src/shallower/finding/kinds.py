@@ -1,0 +1,109 @@
+"""From a model to its sites, of the kinds that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Literal, get_args
+
+from torch import nn
+
+from shallower.core.inputs import Inputs, arguments_in
+from shallower.core.text import listing
+from shallower.errors import SiteError
+from shallower.finding.attention import head_sites
+from shallower.finding.channels import rules as rules  # registers them
+from shallower.finding.channels.following import Following
+from shallower.finding.channels.spaces import followed_sites
+from shallower.finding.channels.trying import that_follow
+from shallower.finding.counting import with_counts
+from shallower.finding.graph import Graph
+from shallower.finding.matching import Matcher
+from shallower.modules.offloading import with_mapped_weights
+from shallower.recording.tracing import trace_forward
+from shallower.sites import Site, Sites
+
+SiteKind = Literal["hidden", "heads", "followed", "stream", "activation"]
+"""What to look for:
+
+hidden      channels between linear maps with an activation: feed-forward, gated, classifier, convolution
+heads       attention heads
+followed    other hidden channels and heads, followed through whatever stands between linear maps (squeeze and
+            excitation, concatenation, reshapes); for keep and drop only
+stream      the coupled channels of a stage: what its blocks read and add to; for keep and drop only
+activation  activations without a width of their own, which can only become linear
+"""
+
+KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
+
+
+def find_sites(
+    model: nn.Module, example_inputs: Inputs, *, kinds: Collection[SiteKind] | SiteKind | Literal["all"] = "hidden"
+) -> Sites:
+    """The sites of `model`, and what looked like one but cannot be used, from one forward pass.
+
+        sites = sh.find_sites(model, {"input_ids": ids, "attention_mask": mask})
+        print(sites)
+        everything = sh.find_sites(model, images, kinds="all")
+
+    The model is run once, in eval mode and without gradients, and is left as it was; a few times more, without data,
+    where numbers that it holds (how many heads) have to fall with the channels. Models on the meta device or made of
+    fake tensors are run without data, those that Accelerate has offloaded with their weights mapped from files.
+
+    Args:
+        model: any module that runs in eager mode.
+        example_inputs: what it is called with: a tensor, a tuple of positional or a dict of keyword arguments.
+        kinds: some of `SiteKind`, one of them, or "all".
+
+    Raises:
+        SiteError: `model` is not a module with parameters, or does not run on these inputs, or there is no such kind.
+    """
+    wanted = _wanted(kinds)
+    model = with_mapped_weights(model)
+    graph = Graph(trace_forward(model, example_inputs))
+    heads: list[tuple[int, Site]] = []
+    skipped: dict[str, str] = {}
+    if "heads" in wanted:
+        heads, skipped = head_sites(graph)
+        heads, refused = with_counts(model, example_inputs, heads)
+        skipped |= refused
+    sites = Matcher(graph).sites(places="activation" in wanted, heads=heads, skipped=skipped)
+    sites = _with_followed(model, example_inputs, graph, sites, wanted)
+    return replace(sites, arguments=arguments_in(example_inputs))
+
+
+def _wanted(kinds: Collection[str] | str) -> set[str]:
+    if kinds == "all":
+        return set(KINDS)
+    chosen = {kinds} if isinstance(kinds, str) else set(kinds)
+    unknown = sorted(map(str, chosen - set(KINDS)))
+    if unknown:
+        raise SiteError(f'there is no kind of site {unknown[0]!r:.80}; kinds are {listing(list(KINDS))}, or "all"')
+    return chosen
+
+
+def _with_followed(model: nn.Module, inputs: Inputs, graph: Graph, sites: Sites, wanted: set[str]) -> Sites:
+    """The sites and, between them, those whose channels were followed through whatever stands between linear maps."""
+    asked = {kind for kind in wanted if kind == "stream"}
+    if "followed" in wanted:
+        asked |= {"hidden", "attention"}
+    if not asked:
+        return sites
+    f = Following(graph.trace)
+    spaces, reasons = followed_sites(f, sites)
+    found, refused = that_follow(model, inputs, f, [each for each in spaces if each.site.kind in asked])
+    reached = {slot.module for _, site in found for slot in site.slots}
+    known = {**reasons, **sites.skipped}
+    skipped = {name: reason for name, reason in known.items() if name not in reached}
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    everything = [*sites, *(site for _, site in found)]
+    everything.sort(key=lambda site: order.get(_first_layer(site), 0))
+    return replace(sites, ordered=tuple(everything), skipped=skipped | refused)
+
+
+def _first_layer(site: Site) -> str:
+    if site.slots:
+        return site.name.partition(":")[0]
+    if site.maps:
+        return site.maps[0].name
+    return site.activation.module if site.activation is not None else ""

@@ -1,0 +1,91 @@
+"""Where the channels of a site stand in the tensors of a model: everything that has to be cut with them.
+
+slot = Slot("layer1.0.conv1.weight", (64, 64, 3, 3), 0, (Span(0, 1, 0, 1),))
+slot.positions(torch.tensor([0, 5]))    # rows 0 and 5
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from shallower.core.codec import Bounds
+from shallower.sites.parts import Channels, Count, Macs, Name
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions that the channels of a site have along an axis.
+
+    Channel c has start + i * stride + c * block + j, for every i below `repeats` and j below `block`: several
+    positions side by side where an image was flattened or a channel is a head, several stretches where the axis holds
+    the channels more than once.
+    """
+
+    start: Count
+    repeats: Channels
+    stride: Count
+    block: Channels
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An axis of a parameter or buffer in which the channels of a site stand.
+
+    Attributes:
+        tensor: dotted name.
+        shape: of the tensor, as the site was found.
+        axis: which of its axes.
+        spans: where along the axis.
+        side: "columns" where a linear map adds up the channels along this axis, "rows" where it makes them, else "".
+        trained: whether the tensor is a parameter, not a buffer.
+        uses: how often each number of a linear map's weight is multiplied in one forward pass on the example inputs.
+        output: the dimension of the module's output that holds its rows, where the module is a plain linear layer; 0
+            for others.
+    """
+
+    tensor: Name
+    shape: tuple[Channels, ...]
+    axis: Count
+    spans: tuple[Span, ...]
+    side: Literal["", "rows", "columns"] = ""
+    trained: bool = True
+    uses: Macs = 0
+    output: Annotated[int, Bounds(-1, 1)] = 0
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the module that holds the tensor."""
+        return self.tensor.rpartition(".")[0]
+
+    @property
+    def attribute(self) -> str:
+        """What the module calls it."""
+        return self.tensor.rpartition(".")[2]
+
+    def positions(self, channels: Tensor) -> Tensor:
+        """The positions along the axis that these channels have, (m,) int64, ascending."""
+        found = [torch.empty(0, dtype=torch.int64)]
+        for span in self.spans:
+            starts = span.start + torch.arange(span.repeats) * span.stride
+            own = channels.cpu()[:, None] * span.block + torch.arange(span.block)
+            found.append((starts[:, None] + own.flatten()).flatten())
+        return torch.cat(found).sort().values
+
+
+@dataclass(frozen=True)
+class Follower:
+    """A whole number that a module holds and that falls with the channels: its heads or groups.
+
+    Attributes:
+        module: dotted name.
+        attribute: of the module.
+        each: by how much it falls for each channel that goes.
+    """
+
+    module: Name
+    attribute: Name
+    each: Channels

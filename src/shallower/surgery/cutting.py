@@ -1,0 +1,40 @@
+"""A followed site after surgery: its dropped channels are cut out of every tensor in which they stand."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from shallower.errors import PlanError
+from shallower.modules.edits import Attribute, Edit, Sized, Weights
+from shallower.planning.entries import Entry
+from shallower.planning.forms import Form
+
+
+def edits_of_cut(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
+    """The edits that cut a site's dropped channels out of a model.
+
+    Args:
+        model: as the earlier steps left it; not changed.
+        entry: the fates.
+        form: what becomes of the tensors.
+
+    Raises:
+        PlanError: a tensor has another shape than the plan expects.
+    """
+    edits: list[Edit] = []
+    for follower in entry.site.followers:
+        module = model.get_submodule(follower.module)
+        fewer = getattr(module, follower.attribute) - follower.each * len(entry.dropped)
+        edits.append(Attribute(follower.module, follower.attribute, fewer))
+    for cut in form.cuts:
+        name, _, attribute = cut.tensor.rpartition(".")
+        tensor = getattr(model.get_submodule(name), attribute).detach()
+        if tuple(tensor.shape) != cut.before:
+            raise PlanError(
+                f"{entry.site.name}: `{cut.tensor}` has shape {tuple(tensor.shape)}, and the earlier entries of the "
+                f"plan leave it {cut.before}"
+            )
+        for axis, kept in cut.kept:
+            tensor = tensor.index_select(axis, kept.to(tensor.device))
+        edits += [Sized(name, attribute, tuple(tensor.shape)), Weights(name, {attribute: tensor}, as_held=True)]
+    return edits
