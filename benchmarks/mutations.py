@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from benchmarks.record import markdown
 from shallower.errors import ShallowerError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.modules.attachment import detached_copy
 from shallower.modules.edits import Edit, Weights, perform
 from shallower.planning.entries import Entry, Fate
@@ -123,7 +123,7 @@ def case(kind: str, dtype: torch.dtype, seed: int) -> Case:
     model, x = model.to(dtype).eval(), x.to(dtype)
     if kind == "padding" and choose.share() < 0.5:
         model = move_padding(model, find_sites(model, x))
-    sites = find_sites(model, x, heads=kind == "heads")
+    sites = find_sites(model, x, kinds=("hidden", "heads") if kind == "heads" else "hidden")
     return Case(model, x, tuple(steps([_entry(site, choose) for site in sites])))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.record import stage, write_json
 from shallower.calibrating.recalibration import recalibrate
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.measuring.cost import count_params
 from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.ordering import by_magnitude
@@ -82,7 +82,7 @@ class Case:
 
     def sites(self, model: nn.Module) -> Sites:
         """All that squeezing can narrow, and heads; not the convolution whose average over pixels is classified."""
-        found = find_sites(model.eval(), self.example, heads=self.heads)
+        found = find_sites(model.eval(), self.example, kinds=("hidden", "heads") if self.heads else "hidden")
         return found.select(lambda s: not s.not_narrow and not s.pooled and len({m.kind for m in s.maps}) == 1)
 
     def widths(self, sites: Sites, share: float, heads: bool = True) -> dict[str, int]:

@@ -21,7 +21,7 @@ import torch
 from benchmarks.record import markdown
 from benchmarks.squeeze import remembered
 from shallower.core.memory import give_back
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.measuring.cost import count_params
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze

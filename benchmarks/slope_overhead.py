@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.core.inputs import call
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.saving.vision import repair_torchvision
 

@@ -71,7 +71,7 @@ from shallower.calibrating.augmenting import augment_tokens
 from shallower.calibrating.recalibration import recalibrate
 from shallower.core.inputs import call
 from shallower.errors import ModelError, TargetError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.measuring.cost import count_macs, count_params
 from shallower.measuring.measurement import compare
 from shallower.methods.squeezing.calibration import Calibration

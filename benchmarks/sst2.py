@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.record import markdown, required, stage
 from shallower.core.text import amount
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.measuring.measurement import compare, measure
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.methods.collapsing.stages import StageResult, Stages

@@ -57,7 +57,7 @@ from shallower.core.inputs import call
 from shallower.core.text import amount
 from shallower.core.trees import tensors
 from shallower.errors import TrainingError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.measuring.cost import count_macs, count_params
 from shallower.measuring.timing import Ratio, times_in_turn
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
@@ -452,7 +452,7 @@ def by_slopes(work: Work, model: nn.Module, teacher: nn.Module, sites: Sites, bu
 
 def places_of(model: nn.Module, inner: bool = False) -> Sites:
     """All activations of a CIFAR network, or those inside of blocks."""
-    sites = find_sites(model, torch.zeros(2, 3, 32, 32), places=True)
+    sites = find_sites(model, torch.zeros(2, 3, 32, 32), kinds=("hidden", "activation"))
     return sites.select(lambda site: site.kind == "convolution") if inner else sites
 
 

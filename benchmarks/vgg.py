@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.images import Batches, accuracy, cifar10, cross_entropy, normalised
 from benchmarks.record import markdown, stage
 from shallower.core.text import amount
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.measuring.cost import count_params
 from shallower.measuring.measurement import compare, measure
 from shallower.methods.collapsing.layer_collapse import LayerCollapse

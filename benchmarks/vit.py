@@ -22,7 +22,7 @@ from benchmarks.images import Batches, accuracy, cifar10, cross_entropy, normali
 from benchmarks.record import markdown, stage, write_json
 from shallower.calibrating.moments import collect
 from shallower.core.text import amount
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.measuring.measurement import compare, measure
 from shallower.methods.collapsing.layer_collapse import AffineRule, LayerCollapse
 from shallower.planning.plan import Plan

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from shallower.errors import PlanError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.fits import Fit
 from shallower.planning.geometry import composed, fitted_map

@@ -12,7 +12,7 @@ from shallower.app.compression import compress, cost_after, cost_of, preview, si
 from shallower.app.runs.layer_collapse import LayerCollapseRun
 from shallower.app.runs.squeeze import SqueezeRun
 from shallower.errors import SiteError, TargetError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.plan import Plan
 from shallower.surgery.applying import apply
 from tests.app.small import batches, network, work

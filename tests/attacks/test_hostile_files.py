@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from shallower.errors import CheckpointError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.plan import Plan
 from shallower.saving.checkpoint import load, save
 from shallower.surgery.applying import apply

@@ -13,7 +13,7 @@ from shallower.calibrating.collecting import GramOptions, collect_goals, collect
 from shallower.calibrating.fisher import output_metrics
 from shallower.calibrating.site_grams import SiteGrams
 from shallower.errors import FitError, Refusal, SiteError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.sites import Site
 from tests.processes import in_two_processes
 

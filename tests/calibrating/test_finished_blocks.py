@@ -10,7 +10,7 @@ from shallower.calibrating.collecting import collect_grams, one_site
 from shallower.calibrating.finished_blocks import FinishedBlocks, course_of
 from shallower.calibrating.walking import Walk
 from shallower.core.inputs import call
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import narrowable

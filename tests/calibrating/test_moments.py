@@ -13,7 +13,7 @@ from shallower.calibrating.moments import Moments, collect, gaussian_prelu
 from shallower.core.inputs import Inputs, default_mask_of
 from shallower.core.modes import evaluating
 from shallower.errors import FitError, SiteError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.modules.activations import SlopeActivation
 from shallower.modules.attachment import attach
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from shallower.calibrating.recording import Recorder
 from shallower.core.modes import evaluating
 from shallower.errors import Refusal
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.sites import Site
 
 

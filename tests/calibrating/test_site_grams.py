@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from shallower.calibrating.site_grams import SiteGrams, SiteRows, may_collapse, read_alike
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 
 
 def rows(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shallower.calibrating.collecting import collect_grams, one_site
 from shallower.calibrating.walking import Walk
 from shallower.errors import ForwardError, OutOfMemoryError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 
 
 class Blocks(nn.Module):

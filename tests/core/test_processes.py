@@ -45,7 +45,7 @@ import sys
 import torch
 from torch import distributed
 from shallower.errors import TargetError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.squeeze import squeeze
 from shallower.core.processes import from_first_process, summed_over_processes
 from tests.methods.squeezing.test_latencies import Blocks

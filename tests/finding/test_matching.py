@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shallower.errors import SiteError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.sites import Place, Residual, Site
 
 
@@ -559,7 +559,7 @@ def test_channels_behind_a_pooling_can_be_narrowed_and_the_activation_alone_can_
     assert (site.width, site.pooled, site.block) == (12, pooled, max(1, pixels[0] * pixels[1]))
     assert "the pooling" in site.not_linear
     assert site.not_narrow == ""
-    (place,) = find_sites(model, rows(2, 4, 8, 8), places=True).select(lambda s: s.kind == "activation")
+    (place,) = find_sites(model, rows(2, 4, 8, 8), kinds="activation")
     assert place.activation == site.activation
 
 
@@ -596,7 +596,7 @@ def test_squeeze_and_excitation_is_named() -> None:
             return self.last(z * torch.sigmoid(self.squeeze(z.mean((2, 3), keepdim=True))))  # type: ignore[no-any-return]
 
     assert "excitation" in reason(Excited(), rows(2, 4, 8, 8))
-    places = find_sites(Excited(), rows(2, 4, 8, 8), places=True)
+    places = find_sites(Excited(), rows(2, 4, 8, 8), kinds=("hidden", "activation"))
     assert [place.activation_name for place in places] == ["relu"]
 
 
@@ -994,7 +994,7 @@ def test_exactly_the_usable_sites_of_a_random_sequence_are_found(names: list[str
 @given(names=sequences())
 @settings(max_examples=30)
 def test_every_activation_is_a_site_or_a_place_on_request(names: list[str]) -> None:
-    sites = find_sites(build(names), rows(3, 6), places=True)
+    sites = find_sites(build(names), rows(3, 6), kinds=("hidden", "activation"))
     listed = [site.activation.module for site in sites if site.activation is not None and not site.activation.calls]
     alone = [
         str(i)
@@ -1016,4 +1016,4 @@ def test_a_call_that_hands_back_a_buffer_is_no_activation() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.down(F.relu(self.up(x * self.frequencies.float())))  # type: ignore[no-any-return, operator]
 
-    assert [site.name for site in find_sites(Rotary(), rows(2, 4), places=True)] == ["up"]
+    assert [site.name for site in find_sites(Rotary(), rows(2, 4), kinds=("hidden", "activation"))] == ["up"]

@@ -14,7 +14,7 @@ from torch import nn
 
 from shallower.core.inputs import call
 from shallower.core.trees import to_device
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.sites import Site, Sites
 from tests.zoo import ZOO, Expected, Specimen
 
@@ -159,7 +159,7 @@ def test_the_same_sites_are_found_without_data(found: Found) -> None:
 def test_activation_places_of_resnet18_are_listed_on_request() -> None:
     specimen = next(specimen for specimen in ZOO if specimen.name == "resnet18")
     model, inputs = specimen.build()
-    sites = find_sites(model, inputs, places=True)
+    sites = find_sites(model, inputs, kinds=("hidden", "activation"))
     places = [site for site in sites if site.kind == "activation"]
     assert len(sites) == 17
     assert len(places) == 9
@@ -181,7 +181,7 @@ def test_sites_and_places_together_are_the_activations_that_papers_count(case: A
     _, make, count = case
     with torch.device("meta"):
         model = make()
-    sites = find_sites(model, torch.zeros(1, 3, 64, 64), places=True)
+    sites = find_sites(model, torch.zeros(1, 3, 64, 64), kinds=("hidden", "activation"))
     assert len([site for site in sites if not site.between and not site.pooled]) == count
     assert len({site.activation for site in sites}) == count
 

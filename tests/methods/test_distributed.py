@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from tests.processes import in_two_processes
 
@@ -62,7 +62,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from tests.methods.test_distributed import batches, network
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.training import Recipe
 

@@ -45,7 +45,7 @@ import sys
 import torch
 from torch import distributed
 from shallower.core.processes import gathered
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from shallower.errors import MethodError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.modules.activations import KERNELS, PartialActivation, SlopeActivation, Twice, recognise
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shallower.errors import MethodError, SiteError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.modules.activations import SlopeActivation
 from shallower.modules.attachment import attach, attached, attached_places, copied, detach, detached_copy, exposed
 from shallower.modules.offloading import lent, weightless

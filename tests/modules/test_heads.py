@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from shallower.core.inputs import Inputs, call
 from shallower.core.trees import tensors
 from shallower.errors import PlanError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.modules.edits import edits, perform, replay
 from shallower.modules.heads import narrow, without_heads
 from shallower.planning.entries import Entry
@@ -46,7 +46,7 @@ def specimen(name: str) -> tuple[nn.Module, Inputs]:
 
 
 def head_sites(model: nn.Module, inputs: Inputs) -> Sites:
-    return find_sites(model, inputs, heads=True).select(lambda site: site.kind == "heads")
+    return find_sites(model, inputs, kinds=("hidden", "heads")).select(lambda site: site.kind == "heads")
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ SKIPPED = [
 def test_heads_that_cannot_be_taken_away_are_skipped_with_the_reason(case: Any) -> None:
     name, where, why = case
     model, inputs = specimen(name)
-    sites = find_sites(model, inputs, heads=True)
+    sites = find_sites(model, inputs, kinds=("hidden", "heads"))
     assert not [site for site in sites if site.kind == "heads"]
     assert any(where in key and why in reason for key, reason in sites.skipped.items()), sites.skipped
 
@@ -141,7 +141,7 @@ def test_heads_that_cannot_be_taken_away_are_skipped_with_the_reason(case: Any) 
 def test_heads_are_listed_on_request_only_and_in_order() -> None:
     model, inputs = specimen("llama")
     assert [site.kind for site in find_sites(model, inputs)] == ["gated"] * 2
-    assert [site.kind for site in find_sites(model, inputs, heads=True)] == ["heads", "gated"] * 2
+    assert [site.kind for site in find_sites(model, inputs, kinds=("hidden", "heads"))] == ["heads", "gated"] * 2
 
 
 def test_finding_heads_leaves_the_model_as_it_was() -> None:
@@ -298,7 +298,7 @@ def test_attention_in_plain_calls_is_found() -> None:
     ],
 )
 def test_attention_whose_heads_do_not_go_together_is_skipped(order: str, why: str) -> None:
-    sites = find_sites(ByHand(order=order), torch.randn(2, 5, 16), heads=True)
+    sites = find_sites(ByHand(order=order), torch.randn(2, 5, 16), kinds=("hidden", "heads"))
     assert not [site for site in sites if site.kind == "heads"]
     assert any(re.search(why, reason) for reason in sites.skipped.values()), sites.skipped
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shallower.errors import PlanError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.modules.site_parts import fingerprint, parts_of
 from shallower.planning.entries import Entry

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shallower.core.inputs import Inputs
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.measuring.cost import cost_of
 from shallower.planning.costs import cost_after
 from shallower.planning.entries import Entry
@@ -67,7 +67,7 @@ class Places(nn.Module):
 
 def test_an_activation_place_saves_the_activations_weights() -> None:
     model, x = Places().eval(), torch.randn(2, 8)
-    plan = Plan.collapse(find_sites(model, x, places=True))
+    plan = Plan.collapse(find_sites(model, x, kinds=("hidden", "activation")))
     assert plan.params_saved == 8
     check(model, plan, x)
 
@@ -107,7 +107,7 @@ class MultiHead(nn.Module):
 
 def test_heads_save_their_products_with_the_sequence() -> None:
     model, x = MultiHead().eval(), torch.randn(3, 5, 16)
-    sites = find_sites(model, x, heads=True).select(lambda site: site.kind == "heads")
+    sites = find_sites(model, x, kinds=("hidden", "heads")).select(lambda site: site.kind == "heads")
     assert len(sites) == 1
     plan = Plan((Entry.narrow(sites[0], [0, 2]),))
     # q k and p v of two heads: 3 rows, 5 x 5 positions, 4 channels
@@ -123,7 +123,7 @@ def test_a_llamas_kv_cache_shrinks_with_its_heads() -> None:
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
     inputs = {"input_ids": torch.randint(0, 32, (2, 7))}
-    sites = find_sites(model, inputs, heads=True).select(lambda site: site.kind == "heads")
+    sites = find_sites(model, inputs, kinds=("hidden", "heads")).select(lambda site: site.kind == "heads")
     before = cost_of(model, inputs)
     assert before.kv == 2 * 2 * 2 * 8 * 4  # layers, heads, key and value, head_dim, bytes
     plan = Plan(tuple(Entry.narrow(site, [1]) for site in sites))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.moving import as_moved, worth_moving
 from shallower.sites import Sites
 from shallower.surgery.padding import move_padding

@@ -13,7 +13,7 @@ import transformers as hf
 from torch import nn
 
 from shallower.core.inputs import Inputs
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.plan import Plan
 from shallower.sites import Site
 from shallower.surgery.applying import apply

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.paying import paying
 from shallower.planning.plan import CostWarning, Plan
 from shallower.sites import Sites
@@ -54,7 +54,7 @@ def test_a_depthwise_convolution_between_pays_together_with_its_neighbours_only(
 
 
 def test_sites_that_cannot_be_linear_and_places_never_pay():
-    chosen, reasons = paying(find_sites(AfterSum(), torch.randn(2, 8), places=True))
+    chosen, reasons = paying(find_sites(AfterSum(), torch.randn(2, 8), kinds=("hidden", "activation")))
     assert chosen == ()
     assert reasons == {"act": "no layers merge when it goes"}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.errors import SiteError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.recording.holders import check_copyable, held_elsewhere
 
 

@@ -22,7 +22,7 @@ from shallower.app.models import load_model
 from shallower.core.inputs import call
 from shallower.core.trees import tensors
 from shallower.errors import CheckpointError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.modules.activations import PartialActivation
 from shallower.modules.attachment import attach, detach
 from shallower.modules.edits import edits

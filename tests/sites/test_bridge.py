@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.sites import Bridge, Site
 from tests.networks import AfterSum
 
@@ -110,6 +110,6 @@ def test_a_padded_consumer_has_a_border() -> None:
 
 
 def test_an_activation_place_has_no_channels_to_narrow() -> None:
-    (place,) = find_sites(AfterSum().eval(), torch.randn(2, 8), places=True)
+    (place,) = find_sites(AfterSum().eval(), torch.randn(2, 8), kinds=("hidden", "activation"))
     assert place.bridge.not_narrow is not None
     assert place.bridge.not_linear is None

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from shallower.errors import PlanError, SurgeryError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.modules.edits import edits, encoded, replay
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.fits import Fit

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks.mutations import Mutation
 from shallower.errors import SurgeryError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.entries import Entry
 from shallower.planning.forms import Step, steps
 from shallower.surgery.blocks import block_by_block
@@ -39,7 +39,7 @@ class Layers(nn.Module):
 def squeezed() -> tuple[nn.Module, Tensor, list[Step]]:
     torch.manual_seed(0)
     model, x = Layers().bfloat16().eval(), torch.randn(2, 5, 16).bfloat16()
-    sites = find_sites(model, x, heads=True)
+    sites = find_sites(model, x, kinds=("hidden", "heads"))
     assert {site.kind for site in sites} == {"heads", "gated"}
     return model, x, steps([Entry.narrow(site, torch.arange(site.width)[1:]) for site in sites])
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shallower.errors import PlanError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.modules.site_parts import fingerprint
 from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan

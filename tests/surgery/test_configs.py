@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan
 from shallower.surgery.applying import apply

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shallower.errors import ForwardError, SurgeryError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.sites import Place
 from shallower.surgery.observing import Observed, Pass, compared, observed, relative_error
 from shallower.surgery.taps import Tap

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.modules.edits import Doubled, Externalise, Identity, Resize, Slope, Weights, edits, perform, replay
 from shallower.planning.entries import Entry
 from shallower.planning.fits import Fit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.errors import CheckpointError, PlanError, SiteError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.modules.activations import SlopeActivation
 from shallower.modules.attachment import attach, detached_copy
 from shallower.modules.edits import edits, encoded, replay

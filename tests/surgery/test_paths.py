@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shallower.errors import PlanError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.forms import form_of
 from shallower.surgery.paths import affine, as_read, columns_read, linear_path_of, product_of

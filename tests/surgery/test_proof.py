@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.mutations import DTYPES
 from shallower.errors import SurgeryError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.modules.edits import Edit, Externalise, Weights
 from shallower.planning.entries import Entry
 from shallower.planning.forms import Step, steps
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWar
 def test_rows_of_the_wrong_heads_are_refused(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(ByHand(), nn.Linear(16, 3)).to(dtype), torch.randn(2, 5, 16).to(dtype)
-    (site,) = find_sites(model, x, heads=True).select(lambda s: s.kind == "heads")
+    (site,) = find_sites(model, x, kinds=("hidden", "heads")).select(lambda s: s.kind == "heads")
     todo = steps([Entry.narrow(site, torch.tensor([0, 2]))])
 
     def shifted(step: Step, now: nn.Module) -> list[Edit]:
@@ -53,7 +53,7 @@ def test_an_activation_that_should_be_gone_is_seen(dtype: torch.dtype) -> None:
             return y
 
     model, x = Sum().to(dtype), torch.randn(3, 4).to(dtype)
-    todo = steps([Entry.collapse(s) for s in find_sites(model, x, places=True) if s.kind == "activation"])
+    todo = steps(map(Entry.collapse, find_sites(model, x, kinds="activation")))
     assert todo
     proven(model, todo, x)
     with pytest.raises(SurgeryError):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.plan import Plan
 from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate

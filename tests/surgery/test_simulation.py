@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.errors import PlanError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.fits import Fit
 from shallower.planning.plan import Plan

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shallower.errors import SurgeryError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.entries import Entry
 from shallower.planning.forms import steps
 from shallower.sites import Place
@@ -32,7 +32,7 @@ class Attention(nn.Module):
 
 def test_a_consumer_that_loses_heads_is_compared_at_the_rows_of_those_that_stay() -> None:
     model, x = Attention(), torch.randn(2, 5, 4)
-    mlp, heads = find_sites(model, x, heads=True)
+    mlp, heads = find_sites(model, x, kinds=("hidden", "heads"))
     first, second = taps_of(steps([Entry.narrow(mlp, torch.arange(3)), Entry.narrow(heads, torch.tensor([1]))]))
     assert (first.name, second.name) == ("qkv", "proj")
     assert first.common is not None
@@ -54,7 +54,7 @@ def test_a_consumer_of_which_nothing_is_left_is_not_compared() -> None:
 
 def test_an_activation_place_is_compared_where_its_activation_was() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU()), torch.randn(2, 4)
-    places = [s for s in find_sites(model, x, places=True) if s.kind == "activation"]
+    places = [s for s in find_sites(model, x, kinds=("hidden", "activation")) if s.kind == "activation"]
     assert [tap.name for tap in taps_of(steps([Entry.collapse(place) for place in places]))] == ["2"]
 
 

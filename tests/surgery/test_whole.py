@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.errors import OutOfMemoryError, SurgeryError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.modules.edits import Edit, Identity
 from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shallower.core.inputs import Inputs, call
 from shallower.core.trees import tensors
 from shallower.errors import PlanError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import SiteKind, find_sites
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.plan import Plan
 from shallower.sites import Site, Sites
@@ -49,10 +49,10 @@ def patient(request: pytest.FixtureRequest) -> Patient:
     return admit(request.param)
 
 
-def admit(specimen: Specimen, places: bool = False) -> Patient:
+def admit(specimen: Specimen, kinds: SiteKind = "hidden") -> Patient:
     model, inputs = specimen.build()
     model, inputs = model.double(), widened(inputs)
-    sites = find_sites(model, inputs, places=places)
+    sites = find_sites(model, inputs, kinds=kinds)
     return Patient(specimen.name, model, inputs, sites, outputs(model, inputs))
 
 
@@ -188,7 +188,7 @@ def test_any_mix_of_fates_is_exact(patient: Patient) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "cifar_resnet", "regnet_y", "mobilenet_v2"])
 def test_activation_places_go_exactly(name: str) -> None:
-    patient = admit(next(specimen for specimen in ZOO if specimen.name == name), places=True)
+    patient = admit(next(specimen for specimen in ZOO if specimen.name == name), kinds="activation")
     places = [site for site in patient.sites if site.kind == "activation"]
     assert places
     check(patient, Plan(tuple(Entry.collapse(place) for place in places)))

@@ -78,6 +78,7 @@ app = typer.Typer(
     "Exit codes: 0 success, 1 error (one line on stderr), 2 wrong usage, 3 target not met, 130 interrupted.",
 )
 
+_KINDS_HELP = "Which sites: hidden, heads, followed, stream, activation; several with commas, or all."
 _MODEL_HELP = "A directory, a hub name, timm:NAME, torchvision:NAME or package.module:factory."
 
 
@@ -132,7 +133,7 @@ def inspect(
     batch: Annotated[int, typer.Option(min=1, help="Rows of the example input.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens in a row of it.")] = 32,
     shape: Annotated[str, typer.Option(help="Shape of a row of it, for a factory: 3,32,32.")] = "",
-    places: Annotated[bool, typer.Option("--places", help="List activations outside of sites, too.")] = False,
+    kinds: Annotated[str, typer.Option(help=_KINDS_HELP)] = "hidden",
     meta: Annotated[bool, typer.Option("--meta", help="Read no weights: for very large models.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -143,15 +144,16 @@ def inspect(
       shallower inspect bert-base-uncased
       shallower inspect timm:vit_tiny_patch16_224 --batch 8
       shallower inspect meta-llama/Llama-2-7b-hf --meta --length 512
+      shallower inspect torchvision:resnet18 --kinds hidden,stream
       shallower inspect my_project.nets:make_net --shape 3,32,32
     """
     from shallower.app.bench import example_of
-    from shallower.finding.matching import find_sites
+    from shallower.finding.kinds import find_sites, kinds_of
 
     with _speaking(as_json):
         loaded = _loaded(model, meta)
         example = example_of(loaded, Path(model), batch=batch, length=length, shape=shape)
-        sites = find_sites(loaded.model, example, places=places)
+        sites = find_sites(loaded.model, example, kinds=kinds_of(kinds))
     _tell(str(sites), _sites_json(sites), as_json)
     if not len(sites):
         raise SiteError(f"{model} has no site that can be squeezed")

@@ -13,7 +13,7 @@ from shallower.app.runs.structural_dropout import StructuralDropoutRun, at_point
 from shallower.core.codec import encode
 from shallower.core.files import read_tensors
 from shallower.errors import CheckpointError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import SiteKind, find_sites
 from shallower.measuring.cost import cost_of
 from shallower.measuring.measurement import compare
 from shallower.planning.curve import Curve
@@ -56,7 +56,10 @@ def pick(directory: Path, target: Target, output: Path, *, original: str = "") -
     if not isinstance(length, int):
         raise CheckpointError(f"{directory / RESULT}: the length {length!r:.20} is not a number of tokens")
     example = example_of(loaded, directory, batch=(*record.example, 1)[0] or 1, length=length)
-    sites = find_sites(loaded.model, example, heads=bool(options.get("heads"))).select(str(options.get("sites", "*")))
+    kinds: tuple[SiteKind, ...] = ("hidden",)
+    if options.get("heads"):
+        kinds = ("hidden", "heads")
+    sites = find_sites(loaded.model, example, kinds=kinds).select(str(options.get("sites", "*")))
     small, plan = at_point(loaded.model, sites, point, example)
     if chosen.norms:
         set_statistics(small, read_tensors(directory / Path(chosen.norms).name, error=CheckpointError))

@@ -69,7 +69,25 @@ def find_sites(
         skipped |= refused
     sites = Matcher(graph).sites(places="activation" in wanted, heads=heads, skipped=skipped)
     sites = _with_followed(model, example_inputs, graph, sites, wanted)
-    return replace(sites, arguments=arguments_in(example_inputs))
+    chosen = sites.select(lambda site: site.followed or _kind_of(site) in wanted)
+    return replace(chosen, arguments=arguments_in(example_inputs))
+
+
+def _kind_of(site: Site) -> SiteKind:
+    """Which of the kinds to look for a site is that was not followed."""
+    if site.kind in ("heads", "activation"):
+        return site.kind
+    return "hidden"
+
+
+def kinds_of(text: str) -> Collection[SiteKind]:
+    """Kinds from a text such as "hidden,stream".
+
+    Raises:
+        SiteError: there is no such kind.
+    """
+    chosen = _wanted("all" if text == "all" else text.replace(" ", "").split(","))
+    return [kind for kind in KINDS if kind in chosen]
 
 
 def _wanted(kinds: Collection[str] | str) -> set[str]:
@@ -92,9 +110,11 @@ def _with_followed(model: nn.Module, inputs: Inputs, graph: Graph, sites: Sites,
     f = Following(graph.trace)
     spaces, reasons = followed_sites(f, sites)
     found, refused = that_follow(model, inputs, f, [each for each in spaces if each.site.kind in asked])
-    reached = {slot.module for _, site in found for slot in site.slots}
-    known = {**reasons, **sites.skipped}
-    skipped = {name: reason for name, reason in known.items() if name not in reached}
+    reached = {slot.module for _, site in found for slot in site.slots if slot.side == "rows"}
+    skipped = {**reasons, **sites.skipped}
+    for name in list(skipped):
+        if name in reached or (name in sites.skipped and any(layer.startswith(f"{name}.") for layer in reached)):
+            del skipped[name]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     everything = [*sites, *(site for _, site in found)]
     everything.sort(key=lambda site: order.get(_first_layer(site), 0))

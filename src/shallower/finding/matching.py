@@ -12,10 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from shallower.core.inputs import Inputs, arguments_in
-from shallower.finding.attention import head_sites
 from shallower.finding.candidates import MOST_STEPS, Found, Walk
-from shallower.finding.counting import with_counts
 from shallower.finding.graph import Graph, Step, Unit, channel_dim, sizes
 from shallower.finding.long_sites import long_sites
 from shallower.finding.placing import Placing
@@ -31,8 +28,7 @@ from shallower.finding.pointwise import (
     stays_on,
 )
 from shallower.finding.residuals import with_residuals
-from shallower.modules.offloading import with_mapped_weights
-from shallower.recording.tracing import Call, Frame, Value, trace_forward
+from shallower.recording.tracing import Call, Frame, Value
 from shallower.sites import Kind, LinearMap, Place, Site, Sites
 
 

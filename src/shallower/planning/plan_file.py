@@ -247,6 +247,8 @@ def _check_widths(site: Site, what: str) -> None:
     """Check that a site's maps are of the sizes that its width says."""
     if site.kind == "heads" or site.heads is not None:
         fitting = site.heads is not None and _heads_fit(site, site.heads)
+    elif site.followed:
+        fitting = site.producer is None and not site.consumers and all(slot.holds(site.width) for slot in site.slots)
     elif site.producer is None:
         fitting = site.width == 0 and not site.consumers and site.gate is None
     else:

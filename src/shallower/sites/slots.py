@@ -66,6 +66,19 @@ class Slot:
         """What the module calls it."""
         return self.tensor.rpartition(".")[2]
 
+    def holds(self, width: int) -> bool:
+        """Whether that many channels lie within the axis, each position once."""
+        if self.axis >= len(self.shape) or not self.spans or width < 1:
+            return False
+        size, used = self.shape[self.axis], 0
+        for span in self.spans:
+            last = span.start + (span.repeats - 1) * span.stride + width * span.block
+            apart = span.repeats == 1 or span.stride >= width * span.block
+            if last > size or not apart:
+                return False
+            used += span.repeats * width * span.block
+        return used <= size
+
     def positions(self, channels: Tensor) -> Tensor:
         """The positions along the axis that these channels have, (m,) int64, ascending."""
         found = [torch.empty(0, dtype=torch.int64)]

@@ -9,7 +9,7 @@ from torch import nn
 from shallower.app.compression import compress, preview
 from shallower.app.runs.layer_collapse import LayerCollapseRun
 from shallower.errors import SiteError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.targets import Target
 from tests.app.small import work
 

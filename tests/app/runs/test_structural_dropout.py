@@ -8,7 +8,7 @@ import torch
 from shallower.app.compression import compress, preview
 from shallower.app.runs.structural_dropout import StructuralDropoutRun, at_point, set_statistics, statistics
 from shallower.errors import MethodError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from tests.app.small import network, work
 
 

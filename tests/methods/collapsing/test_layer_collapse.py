@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from shallower.core.files import read_state, write_state
 from shallower.core.inputs import call
 from shallower.errors import MethodError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.methods.collapsing.stages import StageResult, Stages
 from shallower.modules.attachment import detached_copy
@@ -454,7 +454,8 @@ def test_plan_options_out_of_range_are_refused(options: dict[str, Any], message:
 
 def test_activation_place_is_linear_or_as_it_was() -> None:
     model = AfterSum().eval()
-    method = LayerCollapse(model, find_sites(model, X, places=True), granularity="channel", include="*")
+    sites = find_sites(model, X, kinds=("hidden", "activation"))
+    method = LayerCollapse(model, sites, granularity="channel", include="*")
     assert not method.plan().entries
     set_slopes(method, 0.5)
     with pytest.raises(MethodError, match="train it further"):

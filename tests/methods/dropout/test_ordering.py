@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from shallower.errors import FitError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.dropout.ordering import by_elimination, by_magnitude, permute
 from tests.networks import convolutional_networks, networks, seeds
 

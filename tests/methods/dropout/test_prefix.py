@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from shallower.errors import MethodError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.dropout.prefix import Width, attach_prefix, check_free, entry_at, prefix, produced
 from shallower.modules import attachment
 from shallower.planning.plan import Plan

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from shallower.errors import MethodError, TargetError, TrainingError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.structural_dropout import StructuralDropout
@@ -243,7 +243,7 @@ def attention_models() -> dict[str, nn.Module]:
 def test_heads_are_nested_like_channels(name: str, rescale: float) -> None:
     model = attention_models()[name].double().eval()
     ids = {"input_ids": torch.arange(14).view(2, 7)}
-    sites = find_sites(model, ids, heads=True)
+    sites = find_sites(model, ids, kinds=("hidden", "heads"))
     before = model(**ids).last_hidden_state
     method = StructuralDropout(model, sites, DropoutOptions(rescale=rescale))
     torch.testing.assert_close(model(**ids).last_hidden_state, before, rtol=1e-10, atol=1e-10)
@@ -688,7 +688,7 @@ class Stream(nn.Module):
 
 def test_channels_of_a_residual_sum_are_explained() -> None:
     model, x = Stream(), torch.randn(2, 6)
-    sites = find_sites(model.eval(), x, places=True)
+    sites = find_sites(model.eval(), x, kinds=("hidden", "activation"))
     with pytest.raises(MethodError, match=r"residual sum .* narrowed with it"):
         StructuralDropout(model, sites)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shallower.errors import MethodError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.dropout.widths import (
     at_most,
     checked,

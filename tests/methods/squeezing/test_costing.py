@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.costing import Times, WidthCosts
 from shallower.methods.squeezing.latencies import narrowed_copy
 from shallower.methods.squeezing.options import SqueezeOptions

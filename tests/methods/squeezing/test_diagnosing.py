@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.errors import FitError, ShallowerError, SiteError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.errors import CheckpointError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.progress import Progress, differences, identity_of
 from shallower.planning.entries import Entry

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shallower.calibrating.site_grams import SiteRows
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.reconstruction import Reconstruction, reconstruct
 from shallower.methods.squeezing.site_layers import SiteLayers
 from shallower.planning.entries import Entry

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from shallower.calibrating.site_grams import SiteGrams
 from shallower.errors import FitError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.refitting import (
     collapsed_fit,
     enough_for_producers,

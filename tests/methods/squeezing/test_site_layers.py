@@ -48,7 +48,7 @@ def test_a_linear_path_stands_beside_the_channels() -> None:
 
 
 def test_grouped_convolutions_and_unusual_padding_are_not_run_apart() -> None:
-    from shallower.finding.matching import find_sites
+    from shallower.finding.kinds import find_sites
 
     torch.manual_seed(0)
     images = torch.randn(2, 4, 8, 8)

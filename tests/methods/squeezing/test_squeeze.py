@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from benchmarks.__main__ import execute
 from shallower.calibrating.recalibration import recalibrate
 from shallower.errors import CheckpointError, FitError, MethodError, SiteError, TargetError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze

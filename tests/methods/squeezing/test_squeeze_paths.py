@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from shallower.core.inputs import call
 from shallower.core.trees import tensors
 from shallower.errors import SiteError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.refitting import may_have_path, price_of_path

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.sweeping import Sweep
@@ -84,7 +84,7 @@ import sys
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.sweeping import Sweep
@@ -116,7 +116,7 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import nn
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.squeeze import squeeze
 
 dist.init_process_group("gloo")

@@ -19,7 +19,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.squeeze import narrowable, squeeze
 from shallower.methods.squeezing.uniformity import UniformWarning, only_expressible
 from shallower.saving.checkpoint import save

@@ -8,7 +8,7 @@ import torch
 from shallower.core.inputs import call
 from shallower.core.trees import tensors
 from shallower.errors import SiteError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.squeeze import narrowable
 from shallower.methods.squeezing.sweeping import Sweep

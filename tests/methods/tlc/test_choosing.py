@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.errors import MethodError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.measuring.timing import Ratio
 from shallower.methods.tlc.choosing import choose_forms, surely_fastest
 from shallower.planning.entries import Entry

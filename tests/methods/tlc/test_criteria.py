@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shallower.calibrating.moments import Moments
 from shallower.errors import FitError, MethodError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.tlc.criteria import (
     Normal,
     batchnorm_statistics,
@@ -61,7 +61,7 @@ def test_batchnorm_tells_the_mean_and_the_deviation_of_the_activation_it_feeds()
 def test_what_stands_behind_a_sum_is_measured() -> None:
     model = Convolutions().eval()
     batches = [torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)]
-    sites = find_sites(model, batches[0], places=True)
+    sites = find_sites(model, batches[0], kinds=("hidden", "activation"))
     found = input_statistics(model, sites, batches)
     place = next(site for site in sites if site.kind == "activation")
     assert found[place.name].source == "measured"
@@ -73,7 +73,7 @@ def test_what_stands_behind_a_sum_is_measured() -> None:
 
 def test_a_missing_measurement_is_an_error_that_names_the_site() -> None:
     model = Convolutions().eval()
-    sites = find_sites(model, torch.randn(2, 4, 8, 8), places=True)
+    sites = find_sites(model, torch.randn(2, 4, 8, 8), kinds=("hidden", "activation"))
     with pytest.raises(MethodError, match=r"no BatchNorm feeds the activation of .*relu.*batches="):
         input_statistics(model, sites)
 

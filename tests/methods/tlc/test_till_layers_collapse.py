@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shallower.errors import MethodError, TargetError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.measuring.cost import cost_of
 from shallower.methods.tlc.choosing import choose_forms
 from shallower.methods.tlc.pace import Pace
@@ -74,7 +74,7 @@ def task_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attached(model: nn.Module, **options: Any) -> TillLayersCollapse:
-    sites = find_sites(model, torch.zeros(2, 3, 8, 8), places=True)
+    sites = find_sites(model, torch.zeros(2, 3, 8, 8), kinds=("hidden", "activation"))
     return TillLayersCollapse(model, sites, batches=[x for x, _ in labelled(9)], **options)
 
 
@@ -113,7 +113,7 @@ def test_the_plan_simulated_is_the_model_that_is_trained(line: Any) -> None:
 def test_sites_without_batchnorm_go_by_measured_statistics(f: nn.Module) -> None:
     model = mlp(f)
     x = torch.randn(64, 6)
-    method = TillLayersCollapse(model, find_sites(model, x, places=True), line="best", batches=[x])
+    method = TillLayersCollapse(model, find_sites(model, x, kinds=("hidden", "activation")), line="best", batches=[x])
     method.linearise(list(method.activations))
     found = model(x)
     torch.testing.assert_close(simulate(model, method.plan())(x), found, rtol=1e-5, atol=1e-5)
@@ -325,7 +325,7 @@ def test_a_random_order_is_that_of_its_seed() -> None:
 
 def test_errors_say_what_is_missing() -> None:
     model = network()
-    sites = find_sites(model, torch.zeros(2, 3, 8, 8), places=True)
+    sites = find_sites(model, torch.zeros(2, 3, 8, 8), kinds=("hidden", "activation"))
     with pytest.raises(MethodError, match=r"criterion='entropy' needs batches="):
         TillLayersCollapse(model, sites, criterion="entropy")
     with pytest.raises(MethodError, match="no BatchNorm feeds"):
@@ -347,7 +347,7 @@ def test_errors_say_what_is_missing() -> None:
 
 def test_a_failed_construction_leaves_nothing_attached() -> None:
     model = network()
-    sites = find_sites(model, torch.zeros(2, 3, 8, 8), places=True)
+    sites = find_sites(model, torch.zeros(2, 3, 8, 8), kinds=("hidden", "activation"))
     with pytest.raises(MethodError):
         TillLayersCollapse(model, sites)
     attached(model)
@@ -390,7 +390,7 @@ def bad_block(**options: Any) -> nn.Module:
 @pytest.mark.parametrize("options", [{"mode": "reflect"}, {"mode": "circular"}, {"groups": 2}, {"groups": 4}])
 def test_unusual_convolutions_lose_their_activation_exactly(options: dict[str, Any]) -> None:
     model, x = bad_block(**options), torch.randn(4, 4, 8, 8)
-    method = TillLayersCollapse(model, find_sites(model, x, places=True), batches=[x])
+    method = TillLayersCollapse(model, find_sites(model, x, kinds=("hidden", "activation")), batches=[x])
     method.linearise(list(method.activations))
     found = model(x)
     plan = choose_forms(detached_copy(model), method.plan(), x, rounds=1)

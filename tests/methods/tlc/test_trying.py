@@ -7,7 +7,7 @@ from torch import nn
 
 from shallower.core.inputs import default_inputs_of
 from shallower.core.modes import evaluating
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.tlc.trying import Trial, variance_error
 from shallower.planning.entries import Entry
 

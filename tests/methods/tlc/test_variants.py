@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.tlc.variants import Variant, all_channels, exact_variants, is_open, skips
 from shallower.planning.entries import Entry, Fate
 from shallower.planning.plan import Plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.entries import Entry
 from shallower.planning.fits import Fit
 from shallower.planning.plan import Plan

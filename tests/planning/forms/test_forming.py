@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from shallower.errors import PlanError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.planning.entries import Entry
 from shallower.planning.fits import Fit
 from shallower.planning.forms import steps
@@ -128,7 +128,7 @@ def resnet() -> nn.Module:
 
 def test_functional_activations_go_and_stay_away_after_loading(tmp_path):
     model = resnet()
-    sites = find_sites(model, X, places=True)
+    sites = find_sites(model, X, kinds=("hidden", "activation"))
     assert [site.kind for site in sites] == ["convolution", "activation"] * 2
     small = checked(model, Plan.collapse(sites))
     save(small, tmp_path / "small")
@@ -138,7 +138,7 @@ def test_functional_activations_go_and_stay_away_after_loading(tmp_path):
 def test_a_block_whose_activations_are_gone_is_one_convolution(tmp_path):
     model = resnet()
     moved = move_padding(model, find_sites(model, X))
-    sites = find_sites(moved, X, places=True)
+    sites = find_sites(moved, X, kinds=("hidden", "activation"))
     inner = [Entry.collapse(s, becomes="merged", fold_skip=True) for s in sites if s.kind == "convolution"]
     places = [Entry.collapse(s) for s in sites if s.kind == "activation"]
     small = checked(moved, Plan((*inner, *places)))

@@ -87,7 +87,7 @@ def test_a_plan_walks_its_steps_once() -> None:
 def test_heads_come_after_the_site_whose_consumer_makes_them() -> None:
     import torch
 
-    from shallower.finding.matching import find_sites
+    from shallower.finding.kinds import find_sites
     from shallower.surgery.applying import apply
 
     class Block(nn.Module):
@@ -105,7 +105,7 @@ def test_heads_come_after_the_site_whose_consumer_makes_them() -> None:
             return self.out(z.transpose(1, 2).reshape(b, n, -1))
 
     model, x = Block().eval(), torch.randn(2, 5, 6)
-    sites = find_sites(model, x, heads=True)
+    sites = find_sites(model, x, kinds=("hidden", "heads"))
     heads, mlp = (next(s for s in sites if (s.kind == "heads") == wanted) for wanted in (True, False))
     plan = Plan((Entry.narrow(heads, [1]), Entry.narrow(mlp, range(10))))
     assert [step.entry.site.name for step in plan.steps] == [mlp.name, heads.name]

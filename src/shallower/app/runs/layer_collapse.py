@@ -11,7 +11,7 @@ from shallower.app.compression import Outcome, Work
 from shallower.app.options import LayerCollapsing
 from shallower.core.inputs import Inputs
 from shallower.errors import SiteError, TargetError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.measuring.cost import cost_of
 from shallower.measuring.measurement import compare
 from shallower.methods.collapsing.layer_collapse import LayerCollapse

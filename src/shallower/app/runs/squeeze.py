@@ -16,7 +16,7 @@ from shallower.calibrating.augmenting import augment_tokens
 from shallower.calibrating.recalibration import recalibrate
 from shallower.core.inputs import Inputs
 from shallower.errors import DataError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import narrowable, squeeze
 from shallower.planning.plan import Plan

@@ -19,7 +19,7 @@ from shallower.app.results import CurvePoint
 from shallower.calibrating.recalibration import recalibrate
 from shallower.core.inputs import Inputs
 from shallower.errors import MethodError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.structural_dropout import StructuralDropout
 from shallower.modules.attachment import detached_copy
@@ -43,7 +43,9 @@ class StructuralDropoutRun(StructuralDropping):
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:
         """All sites, with attention heads if asked for."""
-        return find_sites(model, example, heads=self.heads)
+        if self.heads:
+            return find_sites(model, example, kinds=("hidden", "heads"))
+        return find_sites(model, example)
 
     def usable(self, sites: Sites, target: Target | None) -> Sites:  # noqa: ARG002 - any width is a step to any target
         """All of them; the method itself leaves out what cannot be narrowed."""

@@ -14,7 +14,7 @@ from shallower.core.codec import decode, encode
 from shallower.core.files import read_json, write_json
 from shallower.core.inputs import Inputs
 from shallower.errors import CheckpointError, TargetError
-from shallower.finding.matching import find_sites
+from shallower.finding.kinds import find_sites
 from shallower.measuring.cost import cost_of
 from shallower.measuring.measurement import compare
 from shallower.methods.tlc.choosing import choose_forms
@@ -42,7 +42,7 @@ class TillLayersCollapseRun(TillLayersCollapsing):
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:
         """All sites, and the activations outside of them."""
-        return find_sites(model, example, places=True)
+        return find_sites(model, example, kinds=("hidden", "activation"))
 
     def usable(self, sites: Sites, target: Target | None) -> Sites:  # noqa: ARG002 - what pays is told after merging
         """Those that may become linear.

@@ -1,6 +1,6 @@
 """The spaces of a followed pass as sites: runs of channels, with every tensor in which they stand.
 
-    sites, reasons = followed_sites(Following(trace_forward(model, example_inputs)), known=())
+sites, reasons = followed_sites(Following(trace_forward(model, example_inputs)), known=())
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def _multiplied(weight: Value, call: Call) -> int:
 def _output_dim(weight: Value, call: Call) -> Literal[-1, 0, 1]:
     """Where the rows are in what the module gives whose own weight this is and that does nothing else."""
     module = call.frame.module
-    if weight.name != f"{call.frame.name}.weight" or call.frame.outputs != call.outputs:
+    if weight.name != f"{call.frame.name}.weight".lstrip(".") or call.frame.outputs != call.outputs:
         return 0
     if isinstance(module, nn.modules.conv._ConvNd):
         return 1 if len(call.outputs[0].shape) == len(weight.shape) else 0

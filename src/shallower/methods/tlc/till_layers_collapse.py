@@ -59,7 +59,8 @@ _Ordered = Sequence[tuple[str, tuple[Tensor, Tensor]]]
 class TillLayersCollapse(Method):
     """Takes activations away, whole sites at a time, and trains the network again in between.
 
-        method = sh.TillLayersCollapse(model, sh.find_sites(model, inputs, places=True), batches=calibration)
+        sites = sh.find_sites(model, inputs, kinds=("hidden", "activation"))
+        method = sh.TillLayersCollapse(model, sites, batches=calibration)
         method.fit(loader, task_loss, recipe, validation=held_out, score=score, floor=0.90, checkpoint="run/")
         plan = method.plan()                            # what is linear now
         plan = method.plan(count=4)                     # or at once, without training
@@ -70,7 +71,7 @@ class TillLayersCollapse(Method):
 
     Args:
         model: trained.
-        sites: from `find_sites(..., places=True)`, so that activations after residual sums count too.
+        sites: of both kinds, "hidden" and "activation", so that activations after residual sums count too.
         criterion: in which order activations go.
             "loss": the validation loss with that site alone linear, minus the loss now; the paper's loop.
             "batchnorm": the expected change of the activation's output, relative to its expected size, under the normal

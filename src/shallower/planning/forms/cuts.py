@@ -63,6 +63,8 @@ class TensorsLeft:
                     f"{entry.site.name}: `{slot.tensor}` goes with another entry of the plan. Apply that entry first, "
                     "and find the sites again in the result"
                 )
+            if not slot.holds(entry.site.width):
+                raise PlanError(f"{entry.site.name}: its {entry.site.width} channels do not lie in `{slot.tensor}`")
             slots.setdefault(slot.tensor, []).append(slot)
         cuts = [self._cut(entry, own, maps.get(own[0].module)) for own in slots.values()]
         for own in slots.values():

@@ -1,0 +1,53 @@
+"""Runs of channels as sites."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from shallower.finding.channels import rules as rules
+from shallower.finding.channels.following import Following
+from shallower.finding.channels.spaces import AVERAGED, followed_sites
+from shallower.finding.kinds import find_sites
+from shallower.recording.tracing import trace_forward
+from tests.followed import Attending, Excited, Stages
+
+
+def followed(model: nn.Module, *shape: int) -> Following:
+    return Following(trace_forward(model, torch.randn(shape)))
+
+
+def test_every_space_has_all_its_tensors_and_buffers() -> None:
+    found, _ = followed_sites(followed(Excited(), 1, 6, 5, 5), ())
+    expand = next(each.site for each in found if each.site.name == "expand")
+    assert {slot.tensor for slot in expand.slots if not slot.trained} == {"norm.running_mean", "norm.running_var"}
+    assert len(expand.slots) == 11
+
+
+def test_known_sites_are_left_out() -> None:
+    model, x = Stages(), torch.randn(1, 3, 8, 8)
+    f = Following(trace_forward(model, x))
+    everything = {each.run for each in followed_sites(f, ())[0]}
+    rest = followed_sites(f, find_sites(model, x))[0]
+    assert {each.run for each in rest} < everything
+    assert {"stem:stream", "down:stream"} <= {each.site.name for each in rest}
+
+
+def test_products_of_attention_count_for_each_head() -> None:
+    found, _ = followed_sites(followed(Attending(), 2, 5, 8), ())
+    heads = next(each.site for each in found if each.site.kind == "attention")
+    # a key-value group of two query heads: q k^T and p v, 2 rows x 2 heads x 5 x 5 x 3 features each
+    assert heads.products == heads.width * 2 * (2 * 2 * 5 * 5 * 3)
+
+
+def test_channels_under_a_norm_are_refused_with_the_reason() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 4))
+    found, closed = followed_sites(followed(model, 2, 4), ())
+    assert found == []
+    assert closed["0"] == AVERAGED
+
+
+def test_sites_come_in_order_of_execution() -> None:
+    found, _ = followed_sites(followed(Stages(), 1, 3, 8, 8), ())
+    positions = [each.position for each in found]
+    assert positions == sorted(positions)

@@ -1,0 +1,97 @@
+"""Which numbers fall with the channels, and which forwards do not follow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shallower.finding.channels import rules as rules
+from shallower.finding.channels.following import Following
+from shallower.finding.channels.spaces import followed_sites
+from shallower.finding.channels.trying import that_follow
+from shallower.recording.tracing import trace_forward
+from shallower.sites import Site
+
+
+def tried(model: nn.Module, x: Tensor) -> tuple[list[Site], dict[str, str]]:
+    f = Following(trace_forward(model, x))
+    found, skipped = that_follow(model, x, f, followed_sites(f, ())[0])
+    return [site for _, site in found], skipped
+
+
+class Split(nn.Module):
+    """Two parts of one map, divided where an attribute says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = 4
+        self.a, self.b, self.c = nn.Linear(3, 10), nn.Linear(4, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(h[..., : self.parts]) + self.c(h[..., self.parts :])
+
+
+class LooksAtNumbers(nn.Module):
+    """A forward that needs data: it cannot be tried without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.limit = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if float(self.limit) > 1:
+            h = h * 2
+        return self.b(h)
+
+
+class Halves(nn.Module):
+    """A view that runs with fewer channels, too, and then divides them otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        h = h.view(len(x), self.heads, -1).softmax(-1)
+        return self.b(h.flatten(1))
+
+
+def test_a_number_of_the_module_falls_with_its_part() -> None:
+    found, skipped = tried(Split(), torch.randn(2, 3))
+    assert not skipped
+    followers = {site.width: [(f.attribute, f.each) for f in site.followers] for site in found}
+    assert followers == {4: [("parts", 1)], 6: []}
+
+
+def test_a_forward_that_looks_at_numbers_is_tried_with_them() -> None:
+    found, skipped = tried(LooksAtNumbers(), torch.randn(2, 4))
+    assert [site.width for site in found] == [6]
+    assert not skipped
+
+
+def test_a_view_that_would_divide_otherwise_is_seen() -> None:
+    found, _ = tried(Halves(), torch.randn(2, 4))
+    (heads,) = [site for site in found if site.kind == "attention"]
+    assert [(f.attribute, f.each) for f in heads.followers] == [("heads", 1)]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_what_does_not_follow_does_not_keep_others_from_it(count: int) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).view(-1, 8).relu())
+
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)) for _ in range(count)), Own(), nn.Tanh())
+    found, skipped = tried(model, torch.randn(2, 4))
+    assert sorted(site.width for site in found if not site.name.endswith("stream"))[-count:] == [6] * count
+    assert any("does not follow" in reason for reason in skipped.values())

@@ -1,0 +1,57 @@
+"""How parameters are used as weights of linear maps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shallower.finding.channels.weights import uses_of
+from shallower.recording.tracing import trace_forward
+
+
+class Product(nn.Module):
+    """A weight that is multiplied from the right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class Standardised(nn.Conv2d):
+    """A weight that is computed from the parameter."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / 2
+        return F.conv2d(input, weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "sides", "multiplied", "output"),
+    [
+        (nn.Linear(4, 6), (5, 4), {"rows": 0, "columns": 1}, 5, -1),
+        (nn.Conv2d(3, 6, 3), (2, 3, 5, 5), {"rows": 0, "columns": 1}, 18, 1),
+        (nn.Conv1d(3, 6, 2), (2, 3, 5), {"rows": 0, "columns": 1}, 8, 1),
+        (nn.ConvTranspose2d(3, 6, 2, stride=2), (1, 3, 2, 2), {"rows": 1, "columns": 0}, 4, 1),
+        (Product(), (5, 4), {"rows": 1, "columns": 0}, 5, 0),
+        (Standardised(3, 6, 1), (2, 3, 2, 2), {"rows": 0, "columns": 1}, 8, 1),
+    ],
+    ids=["linear", "convolution", "one dimension", "transposed", "product", "standardised"],
+)
+def test_sides(model: nn.Module, shape: tuple[int, ...], sides: dict[str, int], multiplied: int, output: int) -> None:
+    trace = trace_forward(model, torch.randn(shape))
+    use = uses_of(trace.weights[model, "weight"])
+    assert {use.side(axis): axis for axis in range(2)} == sides
+    assert (use.multiplied, use.output) == (multiplied, output)
+
+
+def test_what_is_no_weight_has_no_sides() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    trace = trace_forward(model, torch.randn(2, 4))
+    use = uses_of(trace.weights[model[1], "weight"])
+    assert use.calls == []
+    assert use.side(0) == ""

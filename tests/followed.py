@@ -1,0 +1,117 @@
+"""Small networks whose channels have to be followed: squeeze and excitation, stages, concatenation, groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Excited(nn.Module):
+    """An inverted residual with squeeze and excitation: its pixels and their average are both read."""
+
+    def __init__(self, channels: int = 6, hidden: int = 10) -> None:
+        super().__init__()
+        self.expand, self.norm = nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.reduce, self.excite = nn.Conv2d(hidden, 4, 1), nn.Conv2d(4, hidden, 1)
+        self.project = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.depthwise(F.silu(self.norm(self.expand(x)))))
+        scale = self.excite(F.relu(self.reduce(h.mean((2, 3), keepdim=True))))
+        return x + self.project(h * scale.sigmoid())
+
+
+class Stages(nn.Module):
+    """Two stages of residual blocks: two streams, the second begun by a projected shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.first = Excited(6, 10)
+        self.second = Excited(6, 8)
+        self.down, self.skip = nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.Conv2d(6, 8, 1, stride=2)
+        self.third = Excited(8, 12)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(F.relu(self.stem(x))))
+        x = self.third(F.relu(self.down(x)) + self.skip(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Joined(nn.Module):
+    """Two maps side by side, read together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(10, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(torch.cat((self.a(x), self.b(x)), 1)))
+
+
+class Grouped(nn.Module):
+    """A grouped convolution: whole groups go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 8, 3, padding=1, groups=4), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(self.b(F.relu(self.a(x)))))
+
+
+class Attending(nn.Module):
+    """Attention by hand, with the number of heads in the forward and key heads that queries share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_groups, self.size = 4, 2, 3
+        self.q, self.k, self.v = nn.Linear(8, 12), nn.Linear(8, 6), nn.Linear(8, 6)
+        self.out = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q = self.q(x).view(b, t, self.num_heads, self.size).transpose(1, 2)
+        k = self.k(x).view(b, t, self.num_groups, self.size).transpose(1, 2).repeat_interleave(2, dim=1)
+        v = self.v(x).view(b, t, self.num_groups, self.size).transpose(1, 2).repeat_interleave(2, dim=1)
+        probabilities = (q @ k.transpose(-1, -2) / 3**0.5).softmax(-1)
+        return x + self.out((probabilities @ v).transpose(1, 2).reshape(b, t, self.num_heads * self.size))
+
+
+class WrittenOut(nn.Module):
+    """A forward that says how many channels there are, as a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)).mean((2, 3)).view(-1, 2, 4).flip(0).reshape(-1, 8))
+
+
+class Scaled(nn.Module):
+    """A scale that is computed from the width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)[..., None]
+        return self.b((h / h.shape[-2] ** 0.5).squeeze(-1))
+
+
+def drawn(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model in eval mode with all its numbers drawn at random, those of norms too."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) - 0.4)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var = torch.rand(module.num_features, generator=generator) + 0.5
+    return model.to(dtype).eval()
