@@ -63,6 +63,9 @@ from .sites.parts import LinearMap as LinearMap
 from .sites.parts import Place as Place
 from .sites.parts import Residual as Residual
 from .sites.site import Site as Site
+from .sites.slots import Follower as Follower
+from .sites.slots import Slot as Slot
+from .sites.slots import Span as Span
 from .surgery.applying import apply as apply
 from .surgery.padding import border_error as border_error
 from .surgery.padding import move_padding as move_padding
