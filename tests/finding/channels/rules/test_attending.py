@@ -77,6 +77,18 @@ USAGES = [
         "q:2,6,4,6 k:2,3,5,6 v:2,3,5,6",
         "q0 k0 v0|q1 k1 v1",
     ),
+    Usage(
+        "one head",
+        lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]),
+        "q:4,6 k:5,6 v:5,7",
+        "v1",
+    ),
+    Usage(
+        "one head of a given scale",
+        lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None], scale=0.5),
+        "q:4,6 k:5,6 v:5,7",
+        "q1 k1|v1",
+    ),
     Usage("no heads", lambda q, k, v: F.scaled_dot_product_attention(q, k, v), "q:2,4,6 k:2,5,6 v:2,5,6", "q0 k0 v0"),
     Usage(
         "projections",

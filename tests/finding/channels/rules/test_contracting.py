@@ -53,6 +53,9 @@ USAGES = [
         "b:3,1,5 x:3,2,6 w:3,6,5",
         "b0 x0 w0|b2 w2|x1|x2 w1",
     ),
+    Usage("inverses", lambda x: torch.linalg.inv(x + torch.eye(4)), "x:3,4,4", "x0"),
+    Usage("systems", lambda x, y: torch.linalg.solve_triangular(x, y, upper=True), "x:3,4,4 y:3,4,2", "x0 y0"),
+    Usage("decompositions", lambda x: torch.linalg.qr(x), "x:3,4,4", "x0"),
     Usage("each by each", lambda x, y: torch.outer(x, y), "x:3 y:4", "x0|y0"),
     Usage(
         "einsum", lambda x, y: torch.einsum("bhid,bhjd->bhij", x, y), "x:2,3,4,6 y:2,3,5,6", "x0 y0|x1 y1|x2|x3 y3|y2"

@@ -26,6 +26,8 @@ USAGES = [
     Usage("pixel unshuffle", lambda x: F.pixel_unshuffle(x, 2), "x:3,6,4,4", "x0|x1"),
     Usage("channel shuffle", lambda x, g=2: F.channel_shuffle(x, g), "x:3,6,2,2", "x0|x1|x1|x2|x3"),
     Usage("patches", lambda x: F.unfold(x, 2), "x:3,6,3,3", "x0|x1"),
+    Usage("stretches from the end", lambda x: x.unfold(dimension=-2, size=2, step=1), "x:3,4,6", "x0|x2"),
+    Usage("cut pixels", lambda x: F.pad(x, (-1, 0)), "x:3,6,4", "x0|x1"),
     Usage("stretches", lambda x: x.unfold(2, 2, 1), "x:3,6,4", "x0|x1"),
     Usage("patches and back", lambda x: F.fold(F.unfold(x, 2), (3, 3), 2), "x:3,6,3,3", "x0|x1"),
 ]

@@ -15,7 +15,7 @@ def put(x, index, value):
 
 USAGES = [
     Usage("a slice", lambda x, n=4: x[:, :n], "x:2,6", "x0|x1|x1"),
-    Usage("halves by slices", lambda x: (x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]), "x:2,6", "x0|x1"),
+    Usage("halves by slices", lambda x, n=3: (x[:, :n], x[:, n:]), "x:2,6", "x0|x1|x1"),
     Usage("the rest", lambda x, n=2: x[:, n:], "x:2,6", "x0|x1|x1"),
     Usage("a whole slice", lambda x: x[:, :], "x:2,6", "x0|x1"),
     Usage("dots and None", lambda x: x[..., None, :], "x:2,3,6", "x0|x1|x2"),

@@ -7,7 +7,6 @@ from torch import nn
 from tests.finding.channels.commuting import Usage, followed, tensors_of
 
 USAGES = [
-    ("inverse", lambda x: torch.linalg.inv(x), "x:3,4,4", "mixes all channels"),
     ("frequencies", lambda x: torch.fft.rfft(x, dim=1), "x:3,6", "mixes positions by frequency"),
     ("positions", lambda x: x.nonzero(), "x:3,6", "picks positions by the numbers it reads"),
 ]

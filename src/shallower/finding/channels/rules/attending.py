@@ -7,12 +7,13 @@ F.multi_head_attention_forward(x, x, x, width, heads, ...)
 from __future__ import annotations
 
 from shallower.finding.channels.following import Axes, Following, rule
-from shallower.finding.channels.layout import Layout, close, divide, fixed, parts_of, tie, within
+from shallower.finding.channels.layout import Layout, close, divide, fixed, is_open, parts_of, tie, within
 from shallower.finding.channels.rules.arguments import given, integer, optional, tensor
 from shallower.recording.tracing import Call, Value
 
 FEATURES = "the features of a head stay; heads can be cut"
 POSITIONS = "positions attend to each other"
+SCALE = "the scale of attention depends on how many there are"
 SHARED = "query heads of one key head"
 
 
@@ -25,8 +26,6 @@ def attention(f: Following, call: Call) -> Axes:
     mask = optional(call, 3, "attn_mask")
     for first, second in ((features, key_features), (places, value_places)):
         tie(first, second)
-    for axis in (features, made):
-        close(axis, FEATURES)
     for axis in (positions, places):
         close(axis, POSITIONS)
     if queries and queries[-1].size > keys[-1].size > 1 and given(call, 7, "enable_gqa"):
@@ -38,7 +37,17 @@ def attention(f: Following, call: Call) -> Axes:
         f.broadcast([*batch, positions, places], f.axes(mask))
     for axis in batch:
         f.mark(axis, "attended")
+    _close_features(call, batch, features, made)
     return [*batch, positions, made]
+
+
+def _close_features(call: Call, heads: Axes, features: Layout, made: Layout) -> None:
+    """What a head is made of stays; of a single head only what is compared, by a scale."""
+    if any(is_open(axis) for axis in heads):
+        close(features, FEATURES)
+        close(made, FEATURES)
+    elif given(call, 6, "scale") is None:
+        close(features, SCALE)
 
 
 @rule("multi_head_attention_forward")

@@ -105,6 +105,25 @@ def added_product(f: Following, call: Call) -> Axes:
     return f.broadcast(made, f.axes(input))
 
 
+@rule(
+    """
+    inv inverse pinverse solve cholesky cholesky_solve solve_triangular svd eigh eig qr det slogdet logdet matrix_exp
+    linalg_inv linalg_pinv linalg_solve linalg_cholesky linalg_solve_triangular linalg_svd linalg_eigh linalg_eig
+    linalg_qr linalg_det linalg_slogdet linalg_matrix_exp matrix_power linalg_matrix_power
+    """
+)
+def decomposed(f: Following, call: Call) -> list[Axes]:
+    """Matrices (..., n, m), each as a whole."""
+    batch: Axes = []
+    reason = f"{f.title(call)} mixes all channels of a matrix"
+    for value in call.inputs:
+        *own, rows, columns = f.axes(value)
+        close(rows, reason)
+        close(columns, reason)
+        batch = f.broadcast(batch, own)
+    return [[*batch, *(fixed(size, reason) for size in value.shape[len(batch) :])] for value in call.outputs]
+
+
 @rule("outer ger")
 def outer_product(f: Following, call: Call) -> Axes:
     """Every number by every other."""

@@ -13,6 +13,7 @@ from shallower.recording.tracing import Call
 
 ALONE = """
     relu relu6 gelu silu tanh sigmoid hardswish hardtanh hardsigmoid leaky_relu elu selu celu mish softplus softsign
+    log_sigmoid
     logsigmoid tanhshrink softshrink hardshrink threshold rrelu erf erfc erfinv exp expm1 exp2 abs square sin cos tan
     sinh cosh asin acos atan asinh acosh atanh log log1p log2 log10 sqrt rsqrt reciprocal sign sgn round floor ceil
     trunc fix frac neg positive logit nan_to_num isnan isinf isfinite signbit logical_not bitwise_not invert angle conj

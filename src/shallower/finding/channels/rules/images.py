@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import Run, cat, close, divide, fixed, is_open, tie, within
-from shallower.finding.channels.rules.arguments import given, integer, integers, tensor
+from shallower.finding.channels.rules.arguments import given, integer, tensor
 from shallower.recording.tracing import Call
 
 PIXELS = "pixels"
@@ -62,17 +62,18 @@ def grid(f: Following, call: Call) -> Axes:
 def padded(f: Following, call: Call) -> Axes:
     """Numbers around some axes; around channels they are channels of their own."""
     axes = f.axes(tensor(call, 0, "input"))
-    sizes = integers(given(call, 1, "pad"))
-    plain = given(call, 2, "mode") in (None, "constant") and min(sizes) >= 0
+    sizes = list(given(call, 1, "pad"))
+    zeros = given(call, 2, "mode") in (None, "constant")
     for i, (before, after) in enumerate(zip(sizes[::2], sizes[1::2], strict=True), 1):
         axis = axes[-i]
-        if not before and not after:
+        known = isinstance(before, int) and isinstance(after, int)
+        if known and not before and not after:
             continue
-        if is_open(axis) and plain:
+        if is_open(axis) and zeros and known and min(before, after) >= 0:
             axes[-i] = cat([Run(before), axis, Run(after)])
         else:
             close(axis, f"{f.title(call)} repeats or cuts its edge")
-            axes[-i] = fixed(axis.size + before + after, "positions with an edge")
+            axes[-i] = fixed(call.outputs[0].shape[-i], "positions with an edge")
     return axes
 
 
@@ -111,7 +112,7 @@ def unfolded(f: Following, call: Call) -> Axes:
     """Patches of an image as columns (B, C k k, L); or, of a tensor, stretches along an axis."""
     axes, shape = f.axes(call.inputs[0]), call.outputs[0].shape
     if len(shape) == len(axes) + 1:
-        dim = integer(call, 1, "dimension")
+        dim = integer(call, 1, "dimension") % len(axes)
         close(axes[dim], f"{f.title(call)} takes stretches of it")
         axes[dim] = fixed(shape[dim], "stretches")
         return [*axes, fixed(shape[-1], "a stretch")]

@@ -76,11 +76,9 @@ def divided(f: Following, call: Call) -> list[Axes]:
 
 
 def stretch(layout: Layout, start: int, length: int) -> Layout:
-    """Some positions of a layout side by side; a half stays as large as the other."""
+    """Some positions of a layout side by side."""
     if not is_open(layout) or not length:
         return fixed(length, reason_of(layout))
-    if layout.size == 2 * length and start in (0, length):
-        return _equal(layout, length)[0]
     return parts_of(layout, [start, length, layout.size - start - length])[1]
 
 

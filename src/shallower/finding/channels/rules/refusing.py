@@ -15,10 +15,6 @@ REASONS = {
     "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell": "has gates that are not followed yet",
     "nonzero argwhere masked_select unique unique_consecutive": "picks positions by the numbers it reads",
     """
-    svd eigh eig qr cholesky inv inverse solve pinv det slogdet matrix_exp lstsq solve_triangular cholesky_solve
-    linalg_inv linalg_svd linalg_qr linalg_eigh linalg_cholesky linalg_solve linalg_det linalg_pinv
-    """: "mixes all channels",
-    """
     fft rfft ifft irfft fft2 rfft2 ifft2 irfft2 fftn rfftn ifftn irfftn fft_fft fft_rfft fft_ifft fft_irfft fft_rfft2
     fft_irfft2 fft_fftn fft_rfftn fft_irfftn stft istft
     """: "mixes positions by frequency",
