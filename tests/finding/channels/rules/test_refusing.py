@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
 
-from tests.finding.channels.commuting import Usage, followed, tensors_of
+from tests.finding.channels.commuting import Usage
 
 USAGES = [
     ("frequencies", lambda x: torch.fft.rfft(x, dim=1), "x:3,6", "mixes positions by frequency"),
@@ -16,9 +15,3 @@ USAGES = [
 def test_what_is_read_is_closed_with_the_reason(name, function, tensors, reason):
     found = Usage(name, function, tensors, "").check()
     assert found.reasons["x0"].endswith(reason)
-
-
-def test_a_recurrent_layer_says_that_its_gates_are_not_followed():
-    rnn = nn.LSTM(3, 5, batch_first=True).double()
-    found = followed(lambda x: rnn(x)[0], tensors_of("x:2,4,3"))
-    assert found.reasons["x2"].endswith("has gates that are not followed yet")

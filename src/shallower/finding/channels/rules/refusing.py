@@ -1,6 +1,6 @@
 """Operations that no channel passes, and why.
 
-nn.LSTM(8, 8)(x)            # closes what it reads
+torch.fft.rfft(x)           # closes what it reads
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from shallower.finding.channels.following import Following, UnknownUseError, rul
 from shallower.recording.tracing import Call
 
 REASONS = {
-    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell": "has gates that are not followed yet",
     "nonzero argwhere masked_select unique unique_consecutive": "picks positions by the numbers it reads",
     """
     fft rfft ifft irfft fft2 rfft2 ifft2 irfft2 fftn rfftn ifftn irfftn fft_fft fft_rfft fft_ifft fft_irfft fft_rfft2
