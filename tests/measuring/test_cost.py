@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from shallower.errors import ModelError
-from shallower.measuring.cost import cost_of, count_macs, count_params, kv_of, peak_memory, size_of
+from shallower.finding.kinds import find_sites
+from shallower.measuring.cost import cost_as_found, cost_of, count_macs, count_params, peak_memory, size_of
 from shallower.measuring.measurement import measure
 
 
@@ -86,6 +87,10 @@ def test_bytes_are_those_of_parameters_and_buffers_in_their_types():
     assert size_of(model) == 2 * (6 + 3) + 4 * 4 * 3 + 8
 
 
+def test_a_model_costs_what_it_cost_when_its_sites_were_found():
+    model, x = network(), torch.randn(2, 8)
+    assert cost_as_found(model, find_sites(model, x)) == cost_of(model, x)
+
+
 def test_a_model_without_a_cache_has_no_kv():
-    assert kv_of(torch.zeros(2)) is None
     assert cost_of(network(), torch.randn(2, 8)).kv is None

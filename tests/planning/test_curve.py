@@ -64,6 +64,8 @@ def test_a_latency_that_was_not_measured_is_told() -> None:
 def test_a_curve_comes_back_from_its_file(tmp_path: Path) -> None:
     path = curve().save(tmp_path / "new" / "curve.json")
     assert Curve.load(path) == curve()
+    cached = Curve((Point("full", {"a": 4}, 0.9, Cost(1, 2, 3, kv=64)),))
+    assert Curve.load(cached.save(path)) == cached
     assert [p.name for p in path.parent.iterdir()] == ["curve.json"]
 
 

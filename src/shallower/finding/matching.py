@@ -77,6 +77,7 @@ class Matcher:
             skipped=reasons,
             params=sum(parameter.numel() for parameter in model.parameters()),
             macs=self.graph.trace.macs,
+            kv=self.graph.trace.kv,
         )
 
     def obstacle_of(self, found: Found) -> str:

@@ -21,7 +21,9 @@ from shallower.core.modes import evaluating
 from shallower.core.trees import tensors
 from shallower.errors import ModelError
 from shallower.planning.costs import Cost
+from shallower.recording.caches import kv_of
 from shallower.recording.macs import mac_counter
+from shallower.sites import Sites
 
 
 def cost_of(model: nn.Module, example_inputs: Inputs) -> Cost:
@@ -33,6 +35,14 @@ def cost_of(model: nn.Module, example_inputs: Inputs) -> Cost:
     with evaluating(model):
         macs, output = _counted(model, example_inputs)
     return Cost(count_params(model), macs, size_of(model), kv=kv_of(output))
+
+
+def cost_as_found(model: nn.Module, sites: Sites) -> Cost:
+    """What a model costs on the example inputs that its sites were found with, without running it again.
+
+    cost_after(plan, cost_as_found(model, sites), model)
+    """
+    return Cost(count_params(model), sites.macs, size_of(model), kv=sites.kv)
 
 
 def count_params(model: nn.Module) -> int:
@@ -59,28 +69,6 @@ def _counted(model: nn.Module, example_inputs: Inputs) -> tuple[int, Any]:
     with _composed_transformers(), torch.no_grad(), mac_counter() as counter, running(model):
         output = call(model, example_inputs)
     return int(counter.get_total_flops()) // 2, output
-
-
-def kv_of(output: Any) -> int | None:
-    """Bytes for each token of the KV cache that a forward pass returns; None where it returns none."""
-    cache = getattr(output, "past_key_values", None)
-    cache = getattr(cache, "self_attention_cache", cache)
-    layers = getattr(cache, "layers", cache)
-    if not isinstance(layers, Iterable):
-        return None
-    total = 0
-    for layer in layers:
-        for tensor in _keys_and_values(layer):  # (batch, heads, tokens, channels)
-            if tensor.dim() == 4 and tensor.numel():
-                total += tensor.numel() * tensor.element_size() // (tensor.shape[0] * tensor.shape[2])
-    return total or None
-
-
-def _keys_and_values(layer: Any) -> Iterator[Tensor]:
-    """Those of one layer of a cache: attributes of Transformers' layers, or a tuple of tensors."""
-    yield from tensors([getattr(layer, "keys", None), getattr(layer, "values", None)])
-    if isinstance(layer, (tuple, list)):
-        yield from tensors(layer[:2])
 
 
 def peak_memory(model: nn.Module, example_inputs: Inputs) -> int:

@@ -41,7 +41,8 @@ class Point:
         label: for people: "50%", "searched 3".
         widths: channels of every site, by its name.
         score: of the model at this choice, higher is better.
-        cost: params, MACs on the example inputs, bytes, and the measured latency (seconds; None where not measured).
+        cost: params, MACs on the example inputs, bytes, the KV cache, and the measured latency (seconds; None where
+            not measured).
         spread: interquartile range of the latency, seconds.
     """
 
@@ -52,12 +53,13 @@ class Point:
     spread: float | None = None
 
     def beats(self, other: Point) -> bool:
-        """Whether it is nowhere worse - in score, params, MACs and size - and somewhere better."""
+        """Whether it is nowhere worse - in score, params, MACs, size and KV cache - and somewhere better."""
         own, theirs = self._goods(), other._goods()
         return all(map(operator.ge, own, theirs)) and own != theirs
 
     def _goods(self) -> tuple[float, ...]:
-        return self.score, -self.cost.params, -self.cost.macs, -self.cost.size
+        cost = self.cost
+        return self.score, -cost.params, -cost.macs, -cost.size, -(cost.kv or 0)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -68,6 +70,7 @@ class Point:
             "params": cost.params,
             "macs": cost.macs,
             "size": cost.size,
+            "kv": cost.kv,
             "latency": cost.latency,
             "spread": self.spread,
             "widths": dict(self.widths),
@@ -109,7 +112,7 @@ class Curve:
         return self.points[0]
 
     def front(self) -> Curve:
-        """The points that no other one beats (the Pareto front over score, params, MACs and size)."""
+        """The points that no other one beats (the Pareto front over score, params, MACs, size and KV cache)."""
         return Curve(tuple(p for p in self.points if not any(q.beats(p) for q in self.points)), self.name)
 
     def best(self, target: str | Target) -> Point:
@@ -254,11 +257,11 @@ class Curve:
         names = list(self.full.widths)
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["label", "score", "params", "macs", "size", "latency", *names])
+        writer.writerow(["label", "score", "params", "macs", "size", "kv", "latency", *names])
         for p in self.points:
             cost = p.cost
             widths = [p.widths[name] for name in names]
-            writer.writerow([p.label, p.score, cost.params, cost.macs, cost.size, cost.latency, *widths])
+            writer.writerow([p.label, p.score, cost.params, cost.macs, cost.size, cost.kv, cost.latency, *widths])
         return out.getvalue()
 
 
@@ -275,6 +278,7 @@ class StoredPoint:
     macs: Whole
     size: Whole
     widths: Mapping[str, Whole]
+    kv: Whole | None = None
     latency: Annotated[float, Bounds(0, 1e9)] | None = None
     spread: Annotated[float, Bounds(0, 1e9)] | None = None
 
@@ -286,7 +290,7 @@ def _point(data: Any, at: str) -> Point:
         data = {_EARLIER_NAMES.get(key, key): value for key, value in data.items()}
         data = {key: value for key, value in data.items() if key in known}
     stored = decode(StoredPoint, data, at=at, error=MethodError)
-    cost = Cost(stored.params, stored.macs, stored.size, stored.latency)
+    cost = Cost(stored.params, stored.macs, stored.size, stored.latency, stored.kv)
     return Point(stored.label, stored.widths, stored.score, cost, stored.spread)
 
 

@@ -28,6 +28,7 @@ from shallower.core.modes import evaluating
 from shallower.core.outputs import without_heads
 from shallower.core.trees import mapped, tensors, to_device
 from shallower.errors import ForwardError, SiteError
+from shallower.recording.caches import kv_of
 from shallower.recording.holders import check_copyable
 from shallower.recording.macs import mac_counter
 
@@ -152,6 +153,7 @@ class Trace:
         weights: the value of each parameter, by the module and the attribute that hold it.
         buffers: likewise of each buffer.
         macs: multiply-accumulate operations of the pass.
+        kv: bytes for each token of the KV cache that it returned; None where it returned none.
     """
 
     model: nn.Module
@@ -161,6 +163,7 @@ class Trace:
     weights: dict[tuple[nn.Module, str], Value] = field(default_factory=dict)
     buffers: dict[tuple[nn.Module, str], Value] = field(default_factory=dict)
     macs: int = 0
+    kv: int | None = None
 
 
 EXTERNALISED = "_shallower_externalised"
@@ -459,7 +462,7 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
             ) from error
         for tensor in tensors(without_heads(output)):
             recorder.value(tensor).output = True
-        trace.macs = counter.get_total_flops() // 2
+        trace.macs, trace.kv = counter.get_total_flops() // 2, kv_of(output)
         trace.root = trace.frames[0]
         trace.root.parent = None
     return trace

@@ -29,6 +29,7 @@ class Sites(Sequence[Site]):
         params: parameters of the whole model.
         macs: MACs of the whole model on the example inputs.
         arguments: how many arguments the model was found with; 0 where that is not known.
+        kv: bytes for each token of the KV cache that the model returned; None where it returned none.
     """
 
     ordered: tuple[Site, ...]
@@ -36,6 +37,7 @@ class Sites(Sequence[Site]):
     params: int = 0
     macs: int = 0
     arguments: int = 0
+    kv: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ordered", tuple(self.ordered))

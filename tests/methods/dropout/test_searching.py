@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shallower.methods.dropout.searching import WidthSearch, equal_shares, interpolated
+from shallower.errors import TargetError
+from shallower.methods.dropout.searching import WidthSearch, equal_shares, interpolated, largest_shares
+from shallower.planning.costs import Cost
+from shallower.planning.targets import Target
 
 TABLE = {"a": (2, 4, 6, 8), "b": (1, 2, 3, 4)}
 
@@ -49,3 +53,21 @@ def test_between_tried_widths_the_loss_lies_between(losses: list[float], k: int)
     assert found[2] == max(0.0, losses[0])
     assert found[8] == 0
     assert 0 <= found[k] <= max(0.0, *losses) * (1 + 1e-12)
+
+
+def counted(widths: Mapping[str, int]) -> Cost:
+    return Cost(params=10 * widths["a"] + 10 * widths["b"], macs=1, size=1, kv=widths["b"])
+
+
+def test_the_same_share_of_every_site_meets_a_target() -> None:
+    assert largest_shares(TABLE, Target.parse("params:50%"), counted) == {"a": 4, "b": 2}
+    assert largest_shares(TABLE, Target.parse("params:1K"), counted) == {"a": 8, "b": 4}
+
+
+def test_sites_that_a_target_does_not_count_stay_as_they_are() -> None:
+    assert largest_shares(TABLE, Target.parse("kv:50%"), counted) == {"a": 8, "b": 2}
+
+
+def test_a_target_that_counts_none_of_the_sites_is_told() -> None:
+    with pytest.raises(TargetError, match="none of the 1 sites takes anything from it: only attention heads do"):
+        largest_shares({"a": (2, 4)}, Target.parse("kv:50%"), lambda widths: Cost(widths["a"], 1, 1, kv=8))

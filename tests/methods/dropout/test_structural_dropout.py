@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shallower.errors import MethodError, TargetError, TrainingError
 from shallower.finding.kinds import find_sites
+from shallower.measuring.cost import cost_of
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.structural_dropout import StructuralDropout
@@ -515,6 +516,20 @@ def test_a_target_keeps_the_same_share_of_every_site_and_is_met() -> None:
     widths = {"0": small[0].out_features, "2": small[2].out_features}
     assert method.cost(widths).params == params[0]
     assert widths["0"] / 16 == pytest.approx(widths["2"] / 24, abs=0.07)
+
+
+def test_a_target_of_the_kv_cache_takes_heads_and_nothing_else() -> None:
+    model, ids = attention_models()["llama"].eval(), {"input_ids": torch.arange(14).view(2, 7)}
+    model.config.use_cache = True
+    method = StructuralDropout(model, find_sites(model, ids, kinds=("hidden", "heads")))
+    plan = method.plan("kv:50%")
+    small = apply(model, plan, ids)
+    assert [entry.site.kind for entry in plan.entries] == ["heads"]
+    assert (
+        2 * cost_of(small, ids).kv
+        == cost_of(model, ids).kv
+        == method.cost({"layers.0.self_attn": 4, "layers.0.mlp": 24}).kv
+    )
 
 
 def test_a_lower_bound_that_no_budget_can_meet_is_told() -> None:

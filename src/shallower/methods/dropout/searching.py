@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from shallower.methods.dropout.widths import Table, full, smallest
+from shallower.errors import TargetError
+from shallower.methods.dropout.widths import Table, at_most, full, named_widths, smallest
 from shallower.planning.allocation import Choice, allocate
+from shallower.planning.costs import Cost
+from shallower.planning.targets import Target
 
 WidthChoice = dict[str, int]
 
@@ -97,6 +100,44 @@ def equal_shares(table: Table, points: int) -> Iterator[tuple[str, WidthChoice]]
         if i > 0:
             label = f"{sum(widths.values()) / whole:.0%}"
         yield label, widths
+
+
+def largest_shares(table: Table, target: Target, cost: Callable[[Mapping[str, int]], Cost]) -> WidthChoice:
+    """The widths that meet a target of cost with the largest share of their channels, the same at every site.
+
+    Sites that take nothing from what the target counts keep all of theirs: feed-forward channels, of a KV cache.
+
+    Args:
+        table: of the widths that there are.
+        target: of a cost.
+        cost: of a choice of widths.
+
+    Raises:
+        TargetError: the smallest widths do not meet it; the error says what they leave.
+    """
+    whole, least = full(table), smallest(table)
+    before = cost(whole)
+    start = target.amount_of(before)
+    counted: dict[str, tuple[int, ...]] = {}
+    shares = {1.0}
+    for name, widths in table.items():
+        if target.amount_of(cost(whole | {name: least[name]})) < start:
+            counted[name] = widths
+            shares.update(k / widths[-1] for k in widths)
+    for share in sorted(shares, reverse=True):
+        chosen = {name: at_most(widths, share * widths[-1]) for name, widths in counted.items()}
+        if target.met(before, cost(whole | chosen)):
+            return whole | chosen
+    if target.unit == "kv" and not counted:
+        raise TargetError(
+            f"the target {target} counts the KV cache, and none of the {len(table)} sites takes anything from it: only "
+            'attention heads do. Find the sites with kinds=("hidden", "heads")'
+        )
+    raise TargetError(
+        f"the target {target} asks for {target.limit(before) / start:.1%} of the model's {target.unit}; with the "
+        f"smallest widths ({named_widths(least)}) {target.amount_of(cost(least)) / start:.1%} would remain. Ask for "
+        "less, or train with a smaller lower_bound or at more sites"
+    )
 
 
 def interpolated(widths: Sequence[int], known: Mapping[int, float]) -> dict[int, float]:

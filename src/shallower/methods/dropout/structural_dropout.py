@@ -24,22 +24,20 @@ from shallower.core.inputs import Inputs, InputsOf, default_inputs_of
 from shallower.core.modes import evaluating
 from shallower.core.outputs import are_logits
 from shallower.core.watching import watching
-from shallower.errors import MethodError, Refusal, TargetError
-from shallower.measuring.cost import count_params, size_of
+from shallower.errors import MethodError, Refusal
+from shallower.measuring.cost import cost_as_found
 from shallower.measuring.measurement import compare
 from shallower.methods.base import Method, bound_plan
 from shallower.methods.dropout.norms import frozen_statistics, restored_statistics, with_statistics
 from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.ordering import by_elimination, by_magnitude, permute
 from shallower.methods.dropout.prefix import Width, attach_prefix, check_free, entry_at
-from shallower.methods.dropout.searching import WidthSearch, equal_shares
+from shallower.methods.dropout.searching import WidthSearch, equal_shares, largest_shares
 from shallower.methods.dropout.teaching import divergence
 from shallower.methods.dropout.widths import (
-    at_most,
     checked,
     drawn,
     full,
-    named_widths,
     nearest,
     share_of,
     smallest,
@@ -321,8 +319,8 @@ class StructuralDropout(Method):
         `set_width(width, batches=...)` before, or in the small model with `recalibrate` afterwards.
 
         Args:
-            width: widths as in `set_width`, a point of a curve, or a target of cost ("macs:60%", "size:50%"), for
-                which every site keeps the same share of its channels. None: what the live model computes now.
+            width: widths as in `set_width`, a point of a curve, or a target of cost ("macs:60%", "kv:50%"), for which
+                every site that it counts keeps the same share of its channels. None: what the live model computes now.
             beside: a plan of another method for other sites of the same model; its entries are taken into this one.
 
         Raises:
@@ -362,26 +360,13 @@ class StructuralDropout(Method):
             raise MethodError(
                 f"the target {target} needs a curve: method.plan(method.curve(score, ...).best({str(target)!r}))"
             )
-        before, least = self.cost(full(self.table)), self.cost(smallest(self.table))
-        shares = {k / site.width for site in self.sites for k in self.table[site.name]}
-        for share in sorted(shares, reverse=True):
-            widths = {site.name: at_most(self.table[site.name], share * site.width) for site in self.sites}
-            if target.met(before, self.cost(widths)):
-                return widths
-        start = target.amount_of(before)
-        narrowest = named_widths(smallest(self.table))
-        raise TargetError(
-            f"the target {target} asks for {target.limit(before) / start:.1%} of the model's {target.unit}; with the "
-            f"smallest widths ({narrowest}) {target.amount_of(least) / start:.1%} would remain. Ask "
-            "for less, or train with a smaller lower_bound or at more sites"
-        )
+        return largest_shares(self.table, target, self.cost)
 
     def cost(self, widths: Mapping[str, int]) -> Cost:
         """What the model costs at these widths; MACs are counted on the inputs that the sites were found with."""
         narrower = (site for site in self.sites if widths[site.name] < site.width)
         plan = Plan(tuple(Entry.narrow(site, torch.arange(widths[site.name])) for site in narrower))
-        full = Cost(count_params(self.model), self.sites.macs, size_of(self.model))
-        return cost_after(plan, full, self.model)
+        return cost_after(plan, cost_as_found(self.model, self.sites), self.model)
 
     def curve(
         self,

@@ -9,13 +9,14 @@ times.measured({"layer.0": 384, "layer.1": 0})      # seconds
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 
 from torch import nn
 
 from shallower.calibrating.site_grams import may_collapse
 from shallower.core.inputs import Inputs
-from shallower.measuring.cost import count_params, size_of
+from shallower.measuring.cost import cost_as_found
 from shallower.measuring.measurement import compare
 from shallower.methods.squeezing.latencies import Latency, narrowed_copy, site_latencies, stand_in, stand_ins
 from shallower.methods.squeezing.options import SqueezeOptions
@@ -40,7 +41,7 @@ _TRUST = (0.5, 2.0)
 
 
 class WidthCosts:
-    """Parameters, MACs and bytes of the model, by the widths of its sites.
+    """Parameters, MACs and bytes of the model, by the widths of its sites; its KV cache depends on none of them.
 
     Attributes:
         dense: the model as it is.
@@ -55,7 +56,7 @@ class WidthCosts:
     @cached_property
     def before(self) -> Cost:
         """Of the model as it is."""
-        return Cost(count_params(self.dense), self.sites.macs, size_of(self.dense))
+        return cost_as_found(self.dense, self.sites)
 
     def after(self, widths: SiteWidths) -> Cost:
         """Of the model with its sites at these widths."""
@@ -66,7 +67,8 @@ class WidthCosts:
         for site in self.sites:
             saved = self._saved_alone(site, widths[site.name])
             params, macs, size = params + saved.params, macs + saved.macs, size + saved.size
-        return Cost(self.before.params - params, self.before.macs - macs, self.before.size - size)
+        before = self.before
+        return replace(before, params=before.params - params, macs=before.macs - macs, size=before.size - size)
 
     def of_site(self, site: Site, width: int, unit: str) -> float:
         """What one site costs at a width, in MACs for a target of MACs, else in parameters."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from shallower.core.processes import agreed_result, from_first_process
 from shallower.errors import MethodError, TargetError
@@ -62,11 +63,22 @@ class Search:
             TargetError: none does, or nothing has to be done for it.
             MethodError: a `drop:` target comes without a score.
         """
+        if target.unit == "kv":
+            self._refuse_kv(target)
         if target.unit != "drop":
             return self._best(target, score)
         if score is None:
             raise MethodError(f"the target {target} needs score=, a function from a model to its quality")
         return self._within(target, score)
+
+    def _refuse_kv(self, target: Target) -> NoReturn:
+        """Say that no widths lead to a target of the KV cache."""
+        kept = target.amount_of(self.counts.before)
+        raise TargetError(
+            f"the target {target} counts the KV cache ({kept:g} bytes for each token), and none of the "
+            f"{len(self.sites)} sites takes anything from it: squeeze narrows no attention heads. StructuralDropout "
+            'does, on sites found with kinds=("hidden", "heads")'
+        )
 
     def _best(self, target: Target, score: Score | None) -> Plan:
         """The better of equal and allocated widths; or equal ones, where these were asked for.
