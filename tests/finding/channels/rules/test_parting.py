@@ -37,7 +37,7 @@ USAGES = [
         "x0 y0 z0 w0|x1 z1|x1 w1|y1 w1",
     ),
     Usage("unbind", lambda x: x.unbind(1), "x:2,3,6", "x0|x2"),
-    Usage("select", lambda x: x.select(1, 0), "x:2,3,6", "x0|x2"),
+    Usage("select", lambda x: x.select(1, 1), "x:2,3,6", "x0|x2"),
     Usage("narrow", lambda x, n=4: x.narrow(1, 0, n), "x:2,6", "x0|x1|x1"),
     Usage("the diagonal", lambda x: torch.diagonal(x, dim1=-2, dim2=-1), "x:2,4,4", "x0|x1 x2"),
     Usage("beside the diagonal", lambda x: torch.diagonal(x, 1), "x:4,4", ""),

@@ -19,8 +19,9 @@ USAGES = [
     Usage("the rest", lambda x, n=2: x[:, n:], "x:2,6", "x0|x1|x1"),
     Usage("a whole slice", lambda x: x[:, :], "x:2,6", "x0|x1"),
     Usage("dots and None", lambda x: x[..., None, :], "x:2,3,6", "x0|x1|x2"),
-    Usage("a number", lambda x: x[:, 0], "x:3,4,6", "x0|x2"),
-    Usage("a number from the end", lambda x: x[..., -1], "x:3,4,6", "x0|x1"),
+    Usage("a number", lambda x: x[:, 1], "x:3,4,6", "x0|x2"),
+    Usage("the first", lambda x: x[:, 0], "x:3,4,6", "x0|x1|x2"),
+    Usage("the last", lambda x: (x[..., -1], x[..., 0]), "x:3,4,6", "x0|x1|x2"),
     Usage("every second", lambda x: (x[..., ::2], x[..., 1::2]), "x:2,6", "x0|x1"),
     Usage("every second of seven", lambda x: x[..., ::2], "x:2,7", "x0"),
     Usage(
@@ -43,7 +44,7 @@ USAGES = [
     ),
     Usage("two numbers of rows", lambda x, i, j: x[i, j], "x:4,5,6 i:int4:3 j:int5:3", "x2"),
     Usage("numbers apart", lambda x, i, j: x[i, :, j], "x:4,6,5 i:int4:3 j:int5:3", "x1"),
-    Usage("a number and numbers", lambda x, i: x[0, :, i], "x:2,3,6 i:int6:4", "x1"),
+    Usage("a number and numbers", lambda x, i: x[1, :, i], "x:2,3,6 i:int6:4", "x1"),
     Usage("a mask of rows", lambda x, m: x[m], "x:5,6 m:bool:5", "x1"),
     Usage("a mask of places", lambda x, m: x[m], "x:2,3,6 m:bool:2,3", "x2"),
     Usage("a mask behind a slice", lambda x, m: x[:, m], "x:4,2,3,6 m:bool:2,3", "x0|x3"),
@@ -51,7 +52,7 @@ USAGES = [
     Usage(
         "written in a slice", lambda x, y, n=4: put(x, (slice(None), slice(0, n)), y), "x:2,6 y:2,4", "x0 y0|x1 y1|x1"
     ),
-    Usage("a number written", lambda x: put(x, (slice(None), 0), 0.0), "x:2,3,6", "x0|x2"),
+    Usage("a number written", lambda x: put(x, (slice(None), 1), 0.0), "x:2,3,6", "x0|x2"),
     Usage("written at numbers", lambda x, i, y: put(x, i, y), "x:5,6 i:int5:3 y:3,6", "x1 y1"),
     Usage("written at a mask", lambda x, m: put(x, m, 0.0), "x:2,3,6 m:bool:2,3", "x2"),
     Usage("written at two numbers", lambda x, i, j, y: put(x, (i, j), y), "x:4,5,6 i:int4:3 j:int5:3 y:3,6", "x2 y1"),

@@ -7,8 +7,10 @@ x.narrow(1, 0, 8)
 
 from __future__ import annotations
 
+from typing import Any
+
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
-from shallower.finding.channels.layout import Layout, cat, close, fixed, is_open, parts_of, reason_of, tie
+from shallower.finding.channels.layout import Layout, cat, close, fixed, is_open, parts_of, reason_of, split, tie
 from shallower.finding.channels.rules.arguments import given, integer, tensor, values
 from shallower.recording.tracing import Call
 
@@ -82,6 +84,16 @@ def stretch(layout: Layout, start: int, length: int) -> Layout:
     return parts_of(layout, [start, length, layout.size - start - length])[1]
 
 
+def take_at(f: Following, call: Call, layout: Layout, index: Any) -> None:
+    """A position by number: the first and the last are where they are, whatever else goes."""
+    if index not in (0, -1) or layout.size < 2 or not is_open(layout):
+        close(layout, f"{f.title(call)} takes positions of it by number")
+    elif index == 0:
+        split(layout, 1)
+    else:
+        split(layout, layout.size - 1)
+
+
 def _equal(layout: Layout, length: int) -> list[Layout]:
     """Parts that stay equal: what goes in one goes in all."""
     parts = parts_of(layout, [length] * (layout.size // length))
@@ -110,7 +122,7 @@ def selected(f: Following, call: Call) -> Axes:
     """One position of an axis."""
     axes = f.axes(call.inputs[0])
     dim = integer(call, 1, "dim") % len(axes)
-    close(axes.pop(dim), f"{f.title(call)} takes a position of it by number")
+    take_at(f, call, axes.pop(dim), given(call, 2, "index"))
     return axes
 
 

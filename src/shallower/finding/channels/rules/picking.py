@@ -12,7 +12,7 @@ from typing import Any
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import ONE, Layout, close, divide, fixed, is_open, tie
 from shallower.finding.channels.rules.arguments import given, integer, tensor
-from shallower.finding.channels.rules.parting import stretch
+from shallower.finding.channels.rules.parting import stretch, take_at
 from shallower.recording.tracing import Call, Value
 
 PICKED = "positions that are picked by number"
@@ -128,6 +128,8 @@ def _walk(f: Following, call: Call, axes: Axes, items: list[Any], masked: bool) 
         elif _is_stretch(item):
             found.append(stretch(own[0], item[0] % own[0].size, len(item)))
             close(found[-1], f"{f.title(call)} takes positions of it by number")
+        elif isinstance(item, int):
+            take_at(f, call, own[0], item)
         else:
             for axis in own:
                 close(axis, f"{f.title(call)} takes positions of it by number")
