@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from shallower.core.processes import (
+    added,
     agreed,
     all_agree,
     barrier,
@@ -72,7 +73,7 @@ plan.save(f"{sys.argv[1]}/{rank}")
 SUMS = """
 import torch
 from torch import distributed
-from shallower.core.processes import agreed, all_agree, gathered, raised_anywhere, summed
+from shallower.core.processes import added, agreed, all_agree, gathered, raised_anywhere, summed
 from shallower.errors import DataError, FitError, ShallowerError
 
 distributed.init_process_group("gloo")
@@ -84,6 +85,9 @@ assert summed(torch.tensor([[rank + 1]], dtype=torch.int8)).dtype == torch.int64
 transposed = torch.arange(6.0, dtype=torch.float64).view(2, 3).t()
 assert torch.equal(summed(transposed), 2 * transposed)
 assert gathered("ab"[rank]) == ["a", "b"]
+assert added("ab"[rank]) == "ab"
+assert added(torch.ones(2) if rank else None).tolist() == [1, 1]
+assert added(None) is None
 assert agreed(rank) == 0
 assert all_agree(3) and not all_agree(rank)
 for kind, error, text in (
@@ -174,6 +178,7 @@ def test_one_process_is_the_first_and_agrees_with_itself() -> None:
     with pytest.raises(KeyError), raised_anywhere():
         raise KeyError
     assert summed_over_processes(1.5, 2) == (1.5, 2)
+    assert added(3) == 3
     with pytest.raises(TargetError):
         from_first_process(lambda: (_ for _ in ()).throw(TargetError("no")))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import reduce
 from itertools import repeat
@@ -26,8 +27,9 @@ from shallower.calibrating.patches import check_mask, flat, flat_mask, unmasked
 from shallower.core.batches import Batches
 from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, model_device
 from shallower.core.modes import evaluating
+from shallower.core.processes import added, raised_anywhere
 from shallower.core.tensors import are_finite
-from shallower.core.trees import tensors
+from shallower.core.trees import tensors, to_device
 from shallower.core.watching import After, Before, copied, read, watching
 from shallower.errors import FitError, SiteError
 from shallower.modules import attachment
@@ -207,7 +209,7 @@ def collect(
 
     What is at the activation's place now is measured: f, or the slope activation that a method has attached. The model
     runs in eval mode without gradients and is left as it was. A batch in which a site sees no rows counts for nothing
-    there.
+    there. Of several processes all call it, each with batches of its own, and all get the sums over all of them.
 
     Args:
         model: on the device to compute on; batches are moved there.
@@ -219,25 +221,32 @@ def collect(
 
     Raises:
         SiteError: a site has no activation, an activation did not run, or the batches cannot be read.
-        FitError: there are no batches, or `mask_of` returns a mask that fits none of the sites.
+        FitError: there are no batches, or `mask_of` returns a mask that fits none of the sites. What one process
+            raises, all raise.
     """
-    calibration = Batches.read(batches, inputs_of, mask_of)
-    recorders = list(map(_ActivationRecorder, sites))
-    if not len(calibration):
-        raise FitError("calibration needs data: `batches` is empty. Give a few hundred samples")
     device = model_device(model)
-    with attachment.exposed(model, [recorder.place for recorder in recorders]) as modules, evaluating(model):
+    with raised_anywhere(), ExitStack() as stack:
+        calibration = Batches.read(batches, inputs_of, mask_of)
+        recorders = list(map(_ActivationRecorder, sites))
+        modules = stack.enter_context(attachment.exposed(model, [recorder.place for recorder in recorders]))
+        stack.enter_context(evaluating(model))
         watched, before, after = _hooks(model, modules, recorders)
-        with watching(watched, before=before, after=after):
-            for batch in tqdm(calibration, desc="calibrating", delay=2):
-                here, rows = batch.on(device), set[int]()
-                for recorder in recorders:
-                    recorder.begin(here.mask, rows)
-                call(model, here.inputs)
-                for recorder in recorders:
-                    recorder.check()
-                check_mask(here, rows)
-    return {recorder.site.name: recorder.result() for recorder in recorders}
+        stack.enter_context(watching(watched, before=before, after=after))
+        for batch in tqdm(calibration, desc="calibrating", delay=2):
+            here, rows = batch.on(device), set[int]()
+            for recorder in recorders:
+                recorder.begin(here.mask, rows)
+            call(model, here.inputs)
+            for recorder in recorders:
+                recorder.check()
+            check_mask(here, rows)
+    found: dict[str, Moments] = {}
+    for recorder in recorders:
+        moments = added(recorder.moments)
+        if moments is None:
+            raise FitError("calibration needs data: `batches` is empty. Give a few hundred samples")
+        found[recorder.site.name] = to_device(moments, device)
+    return found
 
 
 def _hooks(
@@ -264,6 +273,7 @@ class _ActivationRecorder:
         place: where the activation is.
         mask: positions that count in the batch that runs; None for all.
         rows: how many positions the calls of sites have in that batch.
+        moments: the sums; None before anything was seen.
     """
 
     def __init__(self, site: Site) -> None:
@@ -272,7 +282,7 @@ class _ActivationRecorder:
         self.site = site
         self.place = site.activation
         self.begin(None, set())
-        self._moments: Moments | None = None
+        self.moments: Moments | None = None
         self._entering: deque[Tensor] = deque()
         self._pairs: deque[tuple[Tensor, Tensor]] = deque()
         self._ups: deque[Tensor] = deque()
@@ -310,25 +320,20 @@ class _ActivationRecorder:
 
     def _rows(self, t: Tensor) -> Tensor:
         """(positions that count, channels)."""
-        t = flat(t, self.site.channels_first and t.dim() > 2)
+        t = flat(t, self.site.bridge.image and t.dim() > 2)
         if len(t):
             self.rows.add(len(t))
         return unmasked(t, self.mask)
 
     def _add(self, moments: Moments) -> None:
-        if self._moments is not None:
-            moments = self._moments + moments
-        self._moments = moments
+        if self.moments is not None:
+            moments = self.moments + moments
+        self.moments = moments
 
     def check(self) -> None:
         """Refuse a batch in which the activation and the producer did not run alike."""
-        if self._moments is None or self._pairs or self._ups:
+        if self.moments is None or self._pairs or self._ups:
             raise SiteError(
                 f"{self.site.name}: its activation and its producer did not run once each on this batch; is this the "
                 "model that the sites were found in, and are the batches like the example inputs?"
             )
-
-    def result(self) -> Moments:
-        """The sums."""
-        assert self._moments is not None
-        return self._moments

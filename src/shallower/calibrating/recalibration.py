@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from shallower.core.batches import Batches
 from shallower.core.inputs import InputsOf, call, default_inputs_of, model_device
 from shallower.core.modes import evaluating
+from shallower.core.processes import raised_anywhere, summed, summed_over_processes
 from shallower.core.tensors import are_finite
 from shallower.errors import FitError
 
@@ -24,7 +25,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, inputs_of: InputsOf
         sh.recalibrate(small, batches)
 
     Helps where much was taken away: activations of a strongly squeezed network vary less than the BatchNorms expect.
-    A BatchNorm that does not run keeps its statistics, and where anything goes wrong all do.
+    A BatchNorm that does not run keeps its statistics, and where anything goes wrong all do. Of several processes all
+    call it, each with batches of its own, and all get the statistics over all of them.
 
     Args:
         model: its weights and modes are left as they are.
@@ -47,11 +49,13 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, inputs_of: InputsOf
         return 0
     before = {name: _statistics(norm) for name, norm in norms.items()}
     try:
-        calibration = Batches.read(batches, inputs_of)
-        if not calibration.rows:
+        with raised_anywhere():
+            calibration = Batches.read(batches, inputs_of)
+            _measure(model, list(norms.values()), calibration)
+        if not summed_over_processes(calibration.rows)[0]:
             raise FitError("recalibration needs data: `batches` is empty. Give a few hundred samples")
-        _measure(model, list(norms.values()), calibration)
         for name, norm in norms.items():
+            _mean_over_processes(norm)
             if not are_finite(_statistics(norm)):
                 raise FitError(f"{name}: what it reads on these batches is not finite; do they hold NaN?")
     except BaseException:
@@ -84,6 +88,17 @@ def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Batches) -> Non
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+@torch.no_grad()
+def _mean_over_processes(norm: _BatchNorm) -> None:
+    """Let a norm take the mean of the statistics of all batches of all processes."""
+    counted = cast("Tensor", norm.num_batches_tracked)
+    total = summed(counted)
+    for buffer in (norm.running_mean, norm.running_var):
+        if buffer is not None and total.item():
+            buffer.copy_(summed(buffer.double() * counted) / total)
+    counted.copy_(total)
 
 
 def _statistics(norm: _BatchNorm) -> list[Tensor]:

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
 
+from shallower.core.trees import to_device
 from shallower.errors import ShallowerError
 
 P = ParamSpec("P")
@@ -79,6 +80,24 @@ def gathered(value: T) -> list[T]:
         return [value]
     _stop_where_one_failed()
     return _all_of(value)
+
+
+def added(value: T | None) -> T | None:
+    """What all processes have, added up in the order of their ranks; None where none of them has anything.
+
+        moments = added(moments)
+
+    In one process it is the value itself, in several its tensors are on the CPU.
+    """
+    if not several():
+        return value
+    total: Any = None
+    for found in gathered(to_device(value, "cpu")):
+        if total is None:
+            total = found
+        elif found is not None:
+            total = total + found
+    return cast("T | None", total)
 
 
 def agreed(value: T) -> T:

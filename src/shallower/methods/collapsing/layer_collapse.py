@@ -273,6 +273,8 @@ class LayerCollapse(Method):
     ) -> Plan:
         """Channels with |1 - a| < tolerance become linear, the others keep their slope activation.
 
+        Of several processes all call it: what is measured on the batches of each is added up.
+
         Args:
             tolerance: 0.05 in the paper. A site whose slopes are all 0 (blend) is not in the plan: it is still f.
             affine: which line replaces the almost linear activation.

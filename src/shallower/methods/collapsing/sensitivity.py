@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from shallower.core.algebra import wide
 from shallower.core.inputs import InputsOf, call, default_inputs_of, model_device, reiterable
 from shallower.core.modes import evaluating
+from shallower.core.processes import agreed_result, raised_anywhere, summed_over_processes
 from shallower.core.trees import tensors, to_device
 from shallower.errors import MethodError, SiteError
 from shallower.training.divergence import kl_divergence, relative_divergence
@@ -36,7 +37,8 @@ def costs_of(
         costs_of(model, {"half as wide": lambda: structural_dropout.at("50%")}, batches)
 
     The cost is the fall of the score if `score` is given, else the rise of the loss if `loss` is given, else the change
-    of the model's output (see `output_change`); means over the batches.
+    of the model's output (see `output_change`); means over the batches. Of several processes all call it, each with
+    batches of its own; the means are over all of them, the score is the first one's.
 
     Args:
         model: that the changes change.
@@ -49,10 +51,14 @@ def costs_of(
     Raises:
         MethodError: there are no batches.
     """
-    with evaluating(model):
+    with raised_anywhere(), evaluating(model):
         if score is not None:
-            base = score(model)
-            return {name: base - _under(change, lambda: score(model)) for name, change in changes.items()}
+
+            def scored() -> float:
+                return agreed_result(score, model)
+
+            base = scored()
+            return {name: base - _under(change, scored) for name, change in changes.items()}
         totals, count = dict.fromkeys(changes, 0.0), 0
         device = model_device(model)
         for batch in tqdm(reiterable(batches), desc="sensitivity", delay=2):
@@ -61,9 +67,10 @@ def costs_of(
             base = run()
             for name, change in changes.items():
                 totals[name] += float(cost(base, _under(change, run)))
-    if not count:
+    batches_seen, *sums = summed_over_processes(count, *totals.values())
+    if not batches_seen:
         raise MethodError("sensitivity needs data: there are no batches")
-    return {name: total / count for name, total in totals.items()}
+    return {name: total / batches_seen for name, total in zip(totals, sums, strict=True)}
 
 
 def output_change(reference: Any, output: Any) -> Tensor:

@@ -20,6 +20,7 @@ from shallower.calibrating.selection import eliminate
 from shallower.core.batches import Batches
 from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, model_device
 from shallower.core.modes import evaluating
+from shallower.core.processes import raised_anywhere
 from shallower.core.watching import read, watching
 from shallower.errors import FitError
 from shallower.methods.dropout.prefix import RowBlock, prefix, produced
@@ -64,7 +65,8 @@ def by_elimination(
 
     Where the consumers are linear layers, channels are eliminated one after another: the one without which least
     squares predicts the consumers' outputs hardly worse goes first, and stands last. Behind convolutions and for heads
-    a channel counts by the energy of what it gives to the consumers, E[z^2] |C|^2.
+    a channel counts by the energy of what it gives to the consumers, E[z^2] |C|^2. Of several processes all call it,
+    each with batches of its own, and the order is the same in all.
 
     Args:
         model: left as it was.
@@ -76,7 +78,8 @@ def by_elimination(
     Raises:
         FitError: there are no batches, an activation is not finite, or a mask is of other positions.
     """
-    grams = _grams(model, sites, Batches.read(batches, inputs_of, mask_of))
+    with raised_anywhere():
+        grams = _grams(model, sites, Batches.read(batches, inputs_of, mask_of))
     orders = {}
     for site in sites:
         gram = grams[site.name]
@@ -164,9 +167,9 @@ def _grams(model: nn.Module, sites: Sites, batches: Batches) -> dict[str, Gram]:
     Raises:
         FitError: there are no batches, or a mask is of other positions.
     """
-    reads = {site.name: _Reads(site) for site in sites}
-    before = {site.consumers[0].name: reads[site.name] for site in sites}
     device = model_device(model)
+    reads = {site.name: _Reads(site, device) for site in sites}
+    before = {site.consumers[0].name: reads[site.name] for site in sites}
     with evaluating(model), watching(model, before=before):
         for batch in batches:
             here = batch.on(device)
@@ -177,29 +180,30 @@ def _grams(model: nn.Module, sites: Sites, batches: Batches) -> dict[str, Gram]:
             check_mask(here, rows)
     grams: dict[str, Gram] = {}
     for name, each in reads.items():
-        if each.gram is None:
+        grams[name] = each.gram.over_processes()
+        if not grams[name].count:
             raise FitError("the order of channels needs data: `batches` is empty. Use a few hundred samples")
-        grams[name] = each.gram
     return grams
 
 
 class _Reads:
     """Second moments of what a consumer reads, over batches."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, device: torch.device) -> None:
         self.channels_first = site.bridge.dim == 1
         self.eliminated = site.heads is None and not self.channels_first
         self.mask: Tensor | None = None
         self.rows: set[int] = set()
-        self.gram: Gram | None = None
+        columns = site.consumers[0].d_in
+        self.gram = Gram(0, columns, device=device)
+        if self.eliminated:
+            self.gram = Gram(columns, 0, device=device)
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         z = flat(read(args, kwargs).detach(), self.channels_first)
         self.rows.add(len(z))
         z = unmasked(z, self.mask)
-        gram = Gram.of(z)
-        if not self.eliminated:
-            gram = Gram.of(z[:, :0], z)
-        if self.gram is not None:
-            gram = self.gram + gram
-        self.gram = gram
+        if self.eliminated:
+            self.gram = self.gram.seen(z, z[:, :0])
+        else:
+            self.gram = self.gram.seen(z[:, :0], z)

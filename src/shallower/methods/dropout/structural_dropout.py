@@ -23,6 +23,7 @@ from shallower.calibrating.recalibration import recalibrate
 from shallower.core.inputs import Inputs, InputsOf, default_inputs_of
 from shallower.core.modes import evaluating
 from shallower.core.outputs import are_logits
+from shallower.core.processes import agreed_result
 from shallower.core.watching import watching
 from shallower.errors import MethodError, Refusal
 from shallower.measuring.cost import cost_as_found
@@ -427,7 +428,7 @@ class StructuralDropout(Method):
                 if known is None:
                     batches = recalibrate if widths != full(self.table) else None
                     with self.at(widths, batches) as live:
-                        known = Point(label, dict(widths), float(score(live)), self.cost(widths))
+                        known = Point(label, dict(widths), float(agreed_result(score, live)), self.cost(widths))
                     bar.update()
                 found[key] = known if known.label else dataclasses.replace(known, label=label)
                 return known.score

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from shallower.calibrating.patches import check_mask, flat, flat_mask, unmasked
 from shallower.core.batches import Batches
 from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, model_device
 from shallower.core.modes import evaluating
+from shallower.core.processes import added, raised_anywhere, summed_over_processes
 from shallower.core.text import listing
 from shallower.core.watching import read, watching
 from shallower.errors import MethodError
@@ -194,7 +196,8 @@ def sign_entropies(
 ) -> dict[str, float]:
     """Mean binary entropy of the sign of each site's h over its channels, measured on the batches.
 
-    0 where every channel is always on one side of zero, so that a ReLU does nothing that a line would not do.
+    0 where every channel is always on one side of zero, so that a ReLU does nothing that a line would not do. Of
+    several processes all call it, each with batches of its own, and all get the entropies over all of them.
 
     Args:
         model, sites, batches, inputs_of, mask_of: as `calibrating.moments.collect` takes them.
@@ -212,8 +215,11 @@ def sign_entropies(
             named[site.name] = site.activation
             counts[site.activation] = _Signs(site.bridge.dim)
     device = model_device(model)
-    calibration = Batches.read(batches, inputs_of, mask_of)
-    with attachment.exposed(model, list(counts)) as modules, evaluating(model), watching(modules, before=counts):
+    with raised_anywhere(), ExitStack() as stack:
+        calibration = Batches.read(batches, inputs_of, mask_of)
+        modules = stack.enter_context(attachment.exposed(model, list(counts)))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(watching(modules, before=counts))
         for batch in tqdm(calibration, desc="entropies", delay=2):
             here = batch.on(device)
             rows: set[int] = set()
@@ -221,9 +227,14 @@ def sign_entropies(
                 count.mask, count.rows = flat_mask(here.mask), rows
             call(model, here.inputs)
             check_mask(here, rows)
-    if any(count.total == 0 for count in counts.values()):
-        raise MethodError("the entropy needs data: `batches` is empty. Use a few hundred samples")
-    return {name: float(binary_entropy(counts[place].rate).mean()) for name, place in named.items()}
+    found: dict[str, float] = {}
+    for name, place in named.items():
+        (total,) = summed_over_processes(counts[place].total)
+        positive = added(counts[place].positive)
+        if positive is None or not total:
+            raise MethodError("the entropy needs data: `batches` is empty. Use a few hundred samples")
+        found[name] = float(binary_entropy(positive / total).mean())
+    return found
 
 
 class _Signs:
@@ -233,16 +244,15 @@ class _Signs:
         self.dim = dim
         self.mask: Tensor | None = None
         self.rows: set[int] = set()
-        self.positive: Tensor | float = 0.0
+        self.positive: Tensor | None = None
         self.total = 0
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         h = flat(read(args, kwargs).detach(), self.dim == 1)
         self.rows.add(len(h))
         h = unmasked(h, self.mask)
-        self.positive = self.positive + (h > 0).sum(0, dtype=torch.float64)
+        positive = (h > 0).sum(0, dtype=torch.float64)
+        if self.positive is not None:
+            positive += self.positive
+        self.positive = positive
         self.total += len(h)
-
-    @property
-    def rate(self) -> Tensor:
-        return torch.as_tensor(self.positive) / self.total
