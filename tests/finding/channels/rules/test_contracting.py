@@ -6,6 +6,20 @@ from torch.nn import functional as F
 
 from tests.finding.channels.commuting import Usage
 
+
+def experts(x, w):
+    """Five rows for each of two experts, the others for a third, in whole numbers, which bfloat16 keeps."""
+    ends = torch.tensor([5, 10, x.shape[0]], dtype=torch.int32)
+    whole, weights = ((4 * t).round().bfloat16() for t in (x, w))
+    return torch._grouped_mm(whole, weights, offs=ends).double()
+
+
+def experts_by_hand(x, w):
+    """The same of any width, which the kernel does not take."""
+    whole, weights = ((4 * t).round() for t in (x, w))
+    return torch.cat([whole[:5] @ weights[0], whole[5:10] @ weights[1], whole[10:] @ weights[2]])
+
+
 USAGES = [
     Usage("linear", lambda x, w, b: F.linear(x, w, b), "x:2,6 w:4,6 b:4", "x0|x1 w1|w0 b0"),
     Usage("linear without bias, of images", lambda x, w: F.linear(x, w), "x:2,3,6 w:4,6", "x0|x1|x2 w1|w0"),
@@ -89,6 +103,7 @@ USAGES = [
     Usage("bilinear", lambda x, y, w, b: F.bilinear(x, y, w, b), "x:2,3 y:2,4 w:5,3,4 b:5", "x0 y0|x1 w1|y1 w2|w0 b0"),
     Usage("embedding", lambda i, w: F.embedding(i, w), "i:int5:2,3 w:5,6", "i0|i1|w1"),
     Usage("bags", lambda i, o, w: F.embedding_bag(i, w, o * 0), "i:int5:4 o:int1:1 w:5,6", "w1"),
+    Usage("experts by stretches", experts, "x:16,8 w:3,8,16", "x1 w1|w2", again=experts_by_hand),
     Usage("distances", lambda x, y: torch.cdist(x, y), "x:3,2,6 y:3,4,6", "x0 y0|x1|x2 y2|y1"),
     Usage("cosine similarity", lambda x, y: F.cosine_similarity(x, y, dim=-1), "x:2,6 y:2,6", "x0 y0|x1 y1"),
     Usage("pairwise distance", lambda x, y: F.pairwise_distance(x, y, eps=0.0), "x:2,6 y:2,6", "x0 y0|x1 y1"),

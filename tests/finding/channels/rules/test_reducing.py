@@ -31,6 +31,11 @@ USAGES = [
     Usage("cumsum", lambda x: x.cumsum(1), "x:2,3,6", "x0|x2"),
     Usage("sort", lambda x: torch.sort(x, dim=0), "x:3,6", "x1"),
     Usage("topk", lambda x: x.topk(2, -1), "x:2,6", "x0"),
+    Usage("frequencies", lambda x: torch.fft.fft(x).real, "x:2,6", "x0"),
+    Usage("frequencies of an image", lambda x: torch.fft.rfft2(x, dim=(1, 2), norm="ortho").imag, "x:2,4,4,6", "x0|x3"),
+    Usage("frequencies of the last two", lambda x: torch.fft.irfft2(torch.fft.rfft2(x)), "x:2,4,4", "x0"),
+    Usage("all frequencies", lambda x: torch.fft.fftn(x).real, "x:2,4", ""),
+    Usage("shifted frequencies", lambda x: torch.fft.fftshift(x, dim=1), "x:2,4,6", "x0|x2"),
     Usage("diff", lambda x: torch.diff(x, dim=1), "x:2,4,6", "x0|x2"),
     Usage(
         "squeeze and excitation",

@@ -1,12 +1,11 @@
 """Operations that no channel passes, and why."""
 
 import pytest
-import torch
 
 from tests.finding.channels.commuting import Usage
 
 USAGES = [
-    ("frequencies", lambda x: torch.fft.rfft(x, dim=1), "x:3,6", "mixes positions by frequency"),
+    ("numbers", lambda x: x.unique(), "x:3,6", "picks positions by the numbers it reads"),
     ("positions", lambda x: x.nonzero(), "x:3,6", "picks positions by the numbers it reads"),
 ]
 

@@ -231,10 +231,13 @@ def bag(f: Following, call: Call) -> list[Axes]:
 
 @rule("grouped_mm")
 def grouped_product(f: Following, call: Call) -> Axes:
-    """x (rows, in) by one of W (experts, in, out) for each stretch of rows."""
+    """x (rows, in) by one of W (experts, in, out) for each stretch of rows, or each expert's rows by its matrix."""
     rows, columns = f.axes(tensor(call, 0, "input", "self")), f.axes(tensor(call, 1, "mat2", "weight"))
+    if len(rows) == len(columns) == 3:
+        return _multiplied(f, call, rows, columns)
     if len(rows) != 2 or len(columns) != 3:
         raise UnknownUseError
+    close(rows[0], f"{f.title(call)} divides it among experts")
     close(columns[0], f"{f.title(call)} tells its experts apart by number")
     f.contract(call, rows[1], columns[1])
     f.write(call, columns[2], optional(call, 3, "bias"))

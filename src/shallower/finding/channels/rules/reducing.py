@@ -76,8 +76,8 @@ def along(f: Following, call: Call) -> list[Axes]:
         dim = _usual_axis(call, len(axes))
     (dim,) = integers(dim)
     close(axes[dim], f"{f.title(call)} compares its channels with each other")
-    if "softmax" in call.name:
-        for axis in axes:
+    if "softmax" in call.name and dim in (-1, len(axes) - 1):
+        for axis in axes[:-1]:
             f.mark(axis, "attended")
     return [list(axes) for _ in call.outputs]
 
@@ -105,4 +105,27 @@ def differences(f: Following, call: Call) -> Axes:
     dim = integer(call, 2, "dim", -1)
     close(axes[dim], f"{f.title(call)} subtracts neighbours")
     axes[dim] = fixed(call.outputs[0].shape[dim], "differences")
+    return axes
+
+
+@rule(
+    """
+    fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn
+    fft_rfftn fft_irfftn fft_fftshift fft_ifftshift
+    """
+)
+def frequencies(f: Following, call: Call) -> Axes:
+    """Positions of some axes become frequencies: those stay as they are, the others pass."""
+    axes = f.axes(call.inputs[0])
+    dims = given(call, 1 if call.name.endswith("shift") else 2, "dim")
+    if dims is None:
+        count = 1
+        if call.name.endswith(("n", "shift")):
+            count = len(axes)
+        elif call.name.endswith("2"):
+            count = 2
+        dims = list(range(len(axes)))[-count:]
+    for dim in integers(dims):
+        close(axes[dim], f"{f.title(call)} mixes positions by frequency")
+        axes[dim] = fixed(call.outputs[0].shape[dim], "frequencies")
     return axes

@@ -1,6 +1,6 @@
 """Operations that no channel passes, and why.
 
-torch.fft.rfft(x)           # closes what it reads
+x.nonzero()           # closes what it reads
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ from shallower.recording.tracing import Call
 
 REASONS = {
     "nonzero argwhere masked_select unique unique_consecutive": "picks positions by the numbers it reads",
-    """
-    fft rfft ifft irfft fft2 rfft2 ifft2 irfft2 fftn rfftn ifftn irfftn fft_fft fft_rfft fft_ifft fft_irfft fft_rfft2
-    fft_irfft2 fft_fftn fft_rfftn fft_irfftn stft istft
-    """: "mixes positions by frequency",
+    "stft istft": "mixes positions by frequency",
     "quantize_per_tensor quantize_per_channel fake_quantize_per_channel_affine": "rounds numbers by tables",
 }
 
