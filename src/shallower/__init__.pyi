@@ -63,6 +63,7 @@ from .sites.parts import LinearMap as LinearMap
 from .sites.parts import Place as Place
 from .sites.parts import Residual as Residual
 from .sites.site import Site as Site
+from .sites.slots import Average as Average
 from .sites.slots import Follower as Follower
 from .sites.slots import Slot as Slot
 from .sites.slots import Span as Span

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import shallower as sh
 from shallower.finding.kinds import find_sites
 from shallower.sites import Site, Slot, Span
-from shallower.surgery.zeroing import zero
+from shallower.surgery.zeroing import impose_cuts
 from tests.followed import Stages, drawn
 
 
@@ -29,7 +30,7 @@ def test_zeros_stand_where_the_slot_says(
     site = Site("site", "stream", width, None, (), None, slots=(slot,))
     model = nn.Linear(2, size)
     nn.init.ones_(model.weight)
-    zero(model, sh.Entry.narrow(site, sorted(set(range(width)) - dropped)))
+    impose_cuts(model, [sh.Entry.narrow(site, sorted(set(range(width)) - dropped))])
     gone = (model.weight == 0).all(1).nonzero().flatten()
     assert gone.tolist() == slot.positions(torch.tensor(sorted(dropped))).tolist()
 
@@ -39,7 +40,7 @@ def test_the_output_does_not_depend_on_what_is_zero(name: str) -> None:
     model, x = drawn(Stages()), torch.randn(2, 3, 8, 8)
     site = find_sites(model, x, kinds="stream")[name]
     entry = sh.Entry.narrow(site, range(3))
-    zero(model, entry)
+    impose_cuts(model, [entry])
     zeroed = model(x)
     # numbers that only the dropped channels read may be anything
     for slot in site.slots:
@@ -48,3 +49,38 @@ def test_the_output_does_not_depend_on_what_is_zero(name: str) -> None:
             with torch.no_grad():
                 tensor.index_fill_(slot.axis, slot.positions(entry.dropped), 7.0)
     torch.testing.assert_close(model(x), zeroed)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.RMSNorm(6)])
+def test_a_norm_computes_on_what_stays(norm: nn.Module) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), norm, nn.Linear(6, 3)), torch.randn(5, 4)
+    drawn(model)
+    (site,) = find_sites(model, x, kinds="followed")
+    kept = torch.tensor([0, 2, 5])
+    y = model[0](x)[:, kept]
+    if isinstance(norm, nn.LayerNorm):
+        y = F.layer_norm(y, (3,), norm.weight[kept], norm.bias[kept])
+    else:
+        assert isinstance(norm, nn.RMSNorm)
+        y = F.rms_norm(y, (3,), norm.weight[kept])
+    expected = y @ model[2].weight[:, kept].T + model[2].bias
+    torch.testing.assert_close(sh.simulate(model, sh.Plan((sh.Entry.narrow(site, kept),)))(x), expected)
+
+
+def test_two_sites_under_one_norm() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 6)
+            self.norm, self.c = nn.LayerNorm(10), nn.Linear(10, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.norm(torch.cat((self.a(x), self.b(x)), -1)))
+
+    model, x = drawn(Both()), torch.randn(5, 4)
+    sites = find_sites(model, x, kinds="followed")
+    assert [site.width for site in sites] == [4, 6]
+    plan = sh.Plan((sh.Entry.narrow(sites[0], [1, 2]), sh.Entry.narrow(sites[1], [0, 3, 5])))
+    small = sh.apply(model, plan, x)
+    assert small.norm.normalized_shape == (5,)
+    torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))

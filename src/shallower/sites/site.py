@@ -20,7 +20,7 @@ from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import Refusal, SiteError
 from shallower.sites.bridge import Bridge, Gate, Stage
 from shallower.sites.parts import Between, Count, Heads, LinearMap, Macs, Name, Place, Residual, tally
-from shallower.sites.slots import Follower, Slot
+from shallower.sites.slots import Average, Follower, Slot
 
 Text = Annotated[str, Bounds(0, 2000)]
 
@@ -94,6 +94,7 @@ class Site:
         slots: every axis of a parameter or buffer in which the channels stand, where they were followed; such a site
             has no producer and no consumers by name.
         followers: whole numbers that fall with the channels.
+        averages: norms over the channels.
         products_each: MACs of each channel in products of two computed tensors, on the example inputs.
     """
 
@@ -126,6 +127,7 @@ class Site:
     heads: Heads | None = None
     slots: tuple[Slot, ...] = ()
     followers: tuple[Follower, ...] = ()
+    averages: tuple[Average, ...] = ()
     products_each: Macs = 0
 
     @cached_property

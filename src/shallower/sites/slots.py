@@ -6,6 +6,7 @@ slot.positions(torch.tensor([0, 5]))    # rows 0 and 5
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -29,6 +30,35 @@ class Span:
     repeats: Channels
     stride: Count
     block: Channels
+
+
+def positions_of(spans: Iterable[Span], channels: Tensor) -> Tensor:
+    """The positions that these channels have, (m,) int64, ascending."""
+    found = [torch.empty(0, dtype=torch.int64)]
+    for span in spans:
+        starts = span.start + torch.arange(span.repeats) * span.stride
+        own = channels.cpu()[:, None] * span.block + torch.arange(span.block)
+        found.append((starts[:, None] + own.flatten()).flatten())
+    return torch.cat(found).sort().values
+
+
+@dataclass(frozen=True)
+class Average:
+    """A module that takes an average over the channels: a norm.
+
+    After a cut its average is that of the channels that stay; simulation computes it so on the whole network.
+
+    Attributes:
+        module: dotted name; it gives one tensor of the shape of the one it reads.
+        dim: dimension of that tensor that holds the channels, counted from its end.
+        size: of that dimension.
+        spans: where the channels stand along it.
+    """
+
+    module: Name
+    dim: Annotated[int, Bounds(-8, -1)]
+    size: Channels
+    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)
@@ -81,12 +111,7 @@ class Slot:
 
     def positions(self, channels: Tensor) -> Tensor:
         """The positions along the axis that these channels have, (m,) int64, ascending."""
-        found = [torch.empty(0, dtype=torch.int64)]
-        for span in self.spans:
-            starts = span.start + torch.arange(span.repeats) * span.stride
-            own = channels.cpu()[:, None] * span.block + torch.arange(span.block)
-            found.append((starts[:, None] + own.flatten()).flatten())
-        return torch.cat(found).sort().values
+        return positions_of(self.spans, channels)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
 from shallower.sites import LinearMap, Site, by_name
 from shallower.surgery.checking import check_fits
-from shallower.surgery.zeroing import zero
+from shallower.surgery.zeroing import impose_cuts
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,7 +56,6 @@ def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
     for entry in entries:
         place = entry.site.activation
         if entry.site.followed:
-            zero(copied, entry)
             continue
         if entry.site.kind == "heads":
             impose_heads(copied, entry)
@@ -68,6 +67,7 @@ def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
         copied.set_submodule(name, fated(entry, f).train(f.training))
         if entry.fold_skip and entry.site.residual is not None:
             externalise(copied, entry.site.residual.place)
+    impose_cuts(copied, [entry for entry in entries if entry.site.followed])
     for entry in entries:
         site, fit = entry.site, entry.fit
         if site.producer is None:

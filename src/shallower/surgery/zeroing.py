@@ -1,31 +1,102 @@
-"""A followed site simulated: its dropped channels are zero in every tensor in which they stand."""
+"""Followed sites simulated: their dropped channels are zero in every tensor in which they stand.
+
+A norm over the channels computes on those that stay, and gives zeros in the others' place.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from shallower.core.watching import read
+from shallower.modules.layers import count_anew
 from shallower.planning.entries import Entry
+from shallower.sites import Span
 
 
-@torch.no_grad()
-def zero(model: nn.Module, entry: Entry) -> None:
-    """Set a site's dropped channels to zero in every tensor, in place: what cutting them must equal.
+def impose_cuts(model: nn.Module, entries: Iterable[Entry]) -> None:
+    """Set the dropped channels of followed sites to zero in every tensor, in place: what cutting them must equal.
 
-    Channels that nothing writes and nothing reads change nothing else. Where they stand is asked of each position along
-    an axis, not of each channel: (p - start) // stride and (p - start) % stride // block give its channel.
+    Channels that nothing writes and nothing reads change nothing else.
     """
-    dropped = torch.zeros(entry.site.width, dtype=torch.bool)
+    given = list(entries)
+    for name, norm in _norms(given).items():
+        module = model.get_submodule(name)
+        module.register_forward_hook(_OnWhatStays(module, name, norm, given), with_kwargs=True)
+    with torch.no_grad():
+        for entry in given:
+            for slot in entry.site.slots:
+                tensor = getattr(model.get_submodule(slot.module), slot.attribute)
+                gone = _gone(entry, slot.spans, slot.shape[slot.axis]).nonzero().flatten()
+                tensor.index_fill_(slot.axis, gone.to(tensor.device), 0)
+
+
+def _gone(entry: Entry, spans: Iterable[Span], size: int) -> Tensor:
+    """Which positions along an axis a site's dropped channels have, (size,) bool.
+
+    Asked of each position, not of each channel: (p - start) // stride and (p - start) % stride // block give its
+    channel.
+    """
+    width = entry.site.width
+    dropped = torch.zeros(width, dtype=torch.bool)
     dropped[entry.dropped] = True
-    for slot in entry.site.slots:
-        tensor = getattr(model.get_submodule(slot.module), slot.attribute)
-        position = torch.arange(slot.shape[slot.axis])
-        gone = torch.zeros_like(position, dtype=torch.bool)
-        for span in slot.spans:
-            inside = position - span.start
-            if span.repeats > 1:
-                inside = torch.where(inside < span.repeats * span.stride, inside % span.stride, -1)
-            channel = torch.div(inside, span.block, rounding_mode="floor")
-            within = (channel >= 0) & (channel < entry.site.width) & (position >= span.start)
-            gone |= within & dropped[channel.clamp(0, entry.site.width - 1)]
-        tensor.index_fill_(slot.axis, gone.nonzero().flatten().to(tensor.device), 0)
+    position = torch.arange(size)
+    gone = torch.zeros(size, dtype=torch.bool)
+    for span in spans:
+        inside = position - span.start
+        if span.repeats > 1:
+            inside = torch.where(inside < span.repeats * span.stride, inside % span.stride, -1)
+        channel = torch.div(inside, span.block, rounding_mode="floor")
+        within = (channel >= 0) & (channel < width) & (position >= span.start)
+        gone |= within & dropped[channel.clamp(0, width - 1)]
+    return gone
+
+
+def _norms(entries: Iterable[Entry]) -> dict[str, tuple[int, Tensor]]:
+    """The norms over dropped channels by name: the dimension, and which of its positions stay."""
+    found: dict[str, tuple[int, Tensor]] = {}
+    for entry in entries:
+        for norm in entry.site.averages:
+            gone = _gone(entry, norm.spans, norm.size)
+            if norm.module in found:
+                gone |= ~found[norm.module][1]
+            found[norm.module] = (norm.dim, ~gone)
+    return found
+
+
+class _OnWhatStays:
+    """Lets a norm compute on some channels only; it gives zeros for the others."""
+
+    def __init__(self, norm: nn.Module, name: str, place: tuple[int, Tensor], entries: Iterable[Entry]) -> None:
+        self.dim, self.stays = place
+        part = copy.deepcopy(norm)
+        for entry in entries:
+            for slot in entry.site.slots:
+                if f"{slot.module}.".startswith(f"{name}."):
+                    _leave(part, slot.module[len(name) + 1 :], slot.attribute, slot.axis, self.stays)
+        # in a list: the hook is copied with its module, and this is no child of it
+        self.part = [part.eval()]
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        x = read(args, kwargs)
+        stays = self.stays.nonzero().flatten().to(x.device)
+        made = self.part[0](x.index_select(self.dim, stays))
+        return torch.zeros_like(output).index_copy(self.dim % output.dim(), stays, made)
+
+
+def _leave(part: nn.Module, name: str, attribute: str, axis: int, stays: Tensor) -> None:
+    """Leave of a norm's vector what stays."""
+    holder = part.get_submodule(name)
+    tensor = getattr(holder, attribute)
+    if tensor.shape[axis] != len(stays):  # the entries of two sites name it; the first has done it
+        return
+    smaller = tensor.detach().movedim(axis, 0)[stays.to(tensor.device)].movedim(0, axis)
+    if attribute in holder._parameters:
+        holder._parameters[attribute] = nn.Parameter(smaller)
+    else:
+        holder._buffers[attribute] = smaller
+    count_anew(holder)

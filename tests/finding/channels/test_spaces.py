@@ -7,7 +7,7 @@ from torch import nn
 
 from shallower.finding.channels import rules as rules
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.spaces import AVERAGED, followed_sites
+from shallower.finding.channels.spaces import followed_sites
 from shallower.finding.kinds import find_sites
 from shallower.recording.tracing import trace_forward
 from tests.followed import Attending, Excited, Stages
@@ -38,13 +38,6 @@ def test_products_of_attention_count_for_each_head() -> None:
     heads = next(each.site for each in found if each.site.kind == "attention")
     # a key-value group of two query heads: q k^T and p v, 2 rows x 2 heads x 5 x 5 x 3 features each
     assert heads.products == heads.width * 2 * (2 * 2 * 5 * 5 * 3)
-
-
-def test_channels_under_a_norm_are_refused_with_the_reason() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 4))
-    found, closed = followed_sites(followed(model, 2, 4), ())
-    assert found == []
-    assert closed["0"] == AVERAGED
 
 
 def test_sites_come_in_order_of_execution() -> None:

@@ -57,6 +57,7 @@ class Following:
         trace: the recorded pass.
         written, contracted: the calls that give channels of a layout as linear maps, and those that add them up.
         sums: layouts that are the sum of two values which depend on the inputs.
+        averages: layouts over which a call takes an average.
     """
 
     def __init__(self, trace: Trace, returned: str = "the model returns it") -> None:
@@ -64,6 +65,7 @@ class Following:
         self.written: list[tuple[Layout, Call]] = []
         self.contracted: list[tuple[Layout, Call]] = []
         self.sums: list[Layout] = []
+        self.averages: list[tuple[Layout, Call]] = []
         self._axes: dict[Value, Axes] = {}
         for call in _needed(trace):
             if call.outputs:
@@ -90,6 +92,7 @@ class Following:
 
     def _follow(self, call: Call) -> None:
         made = RULES.get(call.name)
+        self._now = call
         reason = ""
         if made is not None:
             try:
@@ -159,6 +162,8 @@ class Following:
         """Say something of all runs of a layout: "averaged", "attended"."""
         for run in runs(layout):
             run.marks.add(what)
+        if what == "averaged":
+            self.averages.append((layout, self._now))
 
 
 def _needed(trace: Trace) -> list[Call]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import nn
 
+from shallower.finding.channels.averages import averages_of
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.layout import Run, divide, resolved, runs, spans
 from shallower.finding.channels.weights import WeightUse, uses_of
@@ -18,8 +19,7 @@ from shallower.recording.tracing import Value
 from shallower.sites import Follower, Site, Slot
 from shallower.sites import Span as SlotSpan
 
-AVERAGED = "a norm or an average is taken over its channels, which over fewer is another one"
-MOST_SPANS = 64
+AVERAGED = "an average is taken over its channels outside of a norm, which over fewer is another one"
 
 
 @dataclass(eq=False)
@@ -69,6 +69,7 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
     covered = set(_sides(known))
     streams = _streams(f, spaces.values())
     products = _products(f)
+    averages = averages_of(f)
     found: list[Found] = []
     taken = {site.name for site in known}
     for space in sorted(spaces.values(), key=lambda space: space.position):
@@ -76,7 +77,8 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
             continue
         if any((slot.module, slot.side) in covered for slot in space.slots):
             continue
-        if "averaged" in space.run.marks:
+        own = averages.get(space.run)
+        if own is None and "averaged" in space.run.marks:
             for slot in space.slots:
                 closed.setdefault(slot.module, AVERAGED)
             continue
@@ -92,6 +94,7 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
             None,
             slots=tuple(space.slots),
             followers=tuple(space.followers),
+            averages=own or (),
             products_each=products.get(space.run, 0),
         )
         found.append(Found(space.position, site, space.run))

@@ -1,0 +1,75 @@
+"""Norms over channels, and averages that are taken elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shallower as sh
+from shallower.finding.channels.spaces import AVERAGED
+from shallower.finding.kinds import find_sites
+from tests.followed import drawn
+
+
+class OwnNorm(nn.Module):
+    """A norm written out, with a scale."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale
+
+
+class Transformer(nn.Module):
+    """Two pre-norm blocks with a tied head over a vocabulary."""
+
+    def __init__(self, norm: type[nn.Module] = OwnNorm) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(11, 8), nn.Parameter(torch.randn(1, 16, 8))
+        self.norms = nn.ModuleList(norm(8) for _ in range(3))
+        self.ups = nn.ModuleList(nn.Linear(8, 12) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(12, 8) for _ in range(2))
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.positions[:, : ids.shape[1]]
+        for norm, up, down in zip(self.norms, self.ups, self.downs, strict=False):
+            x = x + down(torch.relu(up(norm(x))))
+        return self.head(self.norms[2](x))
+
+
+class Outside(nn.Module):
+    """An average over channels in the forward of the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(h - h.mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("norm", [OwnNorm, nn.LayerNorm, nn.RMSNorm])
+def test_the_residual_stream_is_cut_with_its_norms_embeddings_and_tied_head(norm: type[nn.Module]) -> None:
+    model, ids = drawn(Transformer(norm)), torch.randint(0, 11, (2, 5))
+    (stream,) = find_sites(model, ids, kinds="stream")
+    assert stream.width == 8
+    assert {average.module for average in stream.averages} == {"norms.0", "norms.1", "norms.2"}
+    assert {"tokens.weight", "positions"} <= {slot.tensor for slot in stream.slots}
+    plan = sh.Plan((sh.Entry.narrow(stream, [0, 1, 3, 6, 7]),))
+    small = sh.apply(model, plan, ids)
+    assert small.head.weight is small.tokens.weight
+    assert small.positions.shape == (1, 16, 5)
+    longer = torch.randint(0, 11, (3, 9))
+    torch.testing.assert_close(small(longer), sh.simulate(model, plan)(longer))
+
+
+def test_an_average_in_the_forward_itself_is_refused_with_the_reason() -> None:
+    sites = find_sites(Outside(), torch.randn(2, 4), kinds="followed")
+    assert len(sites) == 0
+    assert sites.skipped["a"] == AVERAGED
