@@ -367,6 +367,14 @@ class _Unseen(TorchDispatchMode):
         return result
 
 
+class StoppedError(SiteError):
+    """A model does not run on the example inputs; `trace` holds the calls that it made until then."""
+
+    def __init__(self, message: str, trace: Trace) -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
 def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
     """Run `model` once on `example_inputs`, in eval mode without gradients, and record it.
 
@@ -455,10 +463,11 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
                 with counter, _Unseen(recorder), recorder:
                     output = call(model, inputs)
         except ForwardError as error:
-            raise SiteError(
+            raise StoppedError(
                 f"{type(model).__name__} does not run on the example inputs: {sentence(error.__cause__ or error)}\n"
                 "Example inputs are what the model is called with: a tensor, a tuple of its positional arguments or a "
-                "dict of its keyword arguments."
+                "dict of its keyword arguments.",
+                trace,
             ) from error
         for tensor in tensors(without_heads(output)):
             recorder.value(tensor).output = True

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.layout import Run, runs, spans
+from shallower.finding.channels.weights import COLUMNS_FIRST, PRODUCTS, ROWS_FIRST
 from shallower.recording.tracing import Call, Frame, Value
 from shallower.sites import Average
 from shallower.sites import Span as SlotSpan
+
+LINEAR_MAPS = ROWS_FIRST | COLUMNS_FIRST | PRODUCTS
 
 
 def averages_of(f: Following) -> dict[Run, tuple[Average, ...]]:
@@ -52,10 +55,12 @@ def _norm_around(f: Following, call: Call, run: Run, known: dict[Frame, Value | 
 
 
 def _source(frame: Frame) -> Value | None:
-    """The one tensor that a module reads, where it gives one of the same shape; else None."""
+    """The one tensor that a module reads, where it gives one of the same shape without a linear map; else None."""
     made: set[Value] = set()
     read: set[Value] = set()
     for call in frame.calls():
+        if call.name in LINEAR_MAPS:
+            return None
         read |= {value for value in call.inputs if value.fed and value not in made}
         made |= set(call.outputs)
     if len(read) != 1 or len(frame.outputs) != 1:

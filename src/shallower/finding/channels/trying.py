@@ -1,15 +1,15 @@
 """Do the forwards of a model follow when channels are cut: tried on a copy without data, and the numbers that have to.
 
-A forward may hold numbers of its own (how many heads, where to split). A trial cuts every site in half, runs the model
-on the meta device and follows the channels again: each site must be there, half as wide. Sites that are not are tried
-one by one, with whole numbers of the modules on their way falling with them.
+A forward may hold numbers of its own (how many heads, where to split). A trial cuts every site in half and runs the
+model on the meta device. Every tensor of the pass must have the shape that its layouts say. Where the first has not,
+the whole numbers that the call was given are looked for in the modules around it, and fall with the channels in the
+next trial; sites for which there are none are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +24,18 @@ from shallower.finding.channels.spaces import Found
 from shallower.modules.attachment import copied
 from shallower.modules.edits import Attribute, Sized, perform
 from shallower.modules.offloading import weightless
-from shallower.recording.tracing import Call, Trace, trace_forward
+from shallower.recording.tracing import Call, StoppedError, Trace, trace_forward
 from shallower.sites import Follower, Site
-
-Number = tuple[str, str, int]
-"""A whole number that may fall with the channels: module, attribute, by how much for each channel."""
 
 COMPUTING = {"add", "sub", "mul", "div", "pow", "tensor", "full", "masked_fill", "clamp"}
 """Functions whose whole numbers are no sizes."""
 
-MOST_NUMBERS = 3
-MOST_TRIALS = 16
+MOST_TRIALS = 100
+
+MOST_FRAMES = 2
+"""Modules around a call that may hold its numbers: the one whose forward makes it, and the one that calls that."""
+
+DOES_NOT_FOLLOW = "the forward does not follow fewer channels"
 
 
 def that_follow(
@@ -49,102 +50,158 @@ def that_follow(
         found: its spaces.
     """
     trial = _Trial(model, inputs, f, {each.site.name: each.run for each in found})
-    settled = {site.name: site for site in trial.settled([each.site for each in found])}
+    settled = trial.settled([each.site for each in found])
     kept = [(each.position, settled[each.site.name]) for each in found if each.site.name in settled]
-    reason = "the forward does not follow fewer channels, whatever numbers of the modules around them fall with them"
-    return kept, {each.site.name: reason for each in found if each.site.name not in settled}
-
-
-def _scalars(call: Call) -> list[float]:
-    """The numbers that a call computes with: not sizes. A scale of 1 / sqrt(width) changes with the width."""
-    found: list[float] = []
-    for item in tree_leaves((call.args, dict(call.kwargs))):
-        if type(item) is float or (type(item) is int and call.name in COMPUTING):
-            found.append(item)
-    return found
+    skipped = [each.site.name for each in found if each.site.name not in settled]
+    return kept, {name: trial.why.get(name, DOES_NOT_FOLLOW) for name in skipped}
 
 
 class _Trial:
-    """Cuts sites of copies of a model, and looks whether they are there afterwards."""
+    """Cuts sites of copies of a model, and looks where the pass differs from what the layouts say.
+
+    Attributes:
+        why: the reasons of the sites that were left out.
+    """
 
     def __init__(self, model: nn.Module, inputs: Inputs, f: Following, found: Mapping[str, Run]) -> None:
         self.model = model
+        self.inputs = inputs
         self.f = f
         self.found = found
-        self.inputs = inputs
+        self.why: dict[str, str] = {}
         self._with_data: bool | None = None
-        self._known: dict[tuple[object, ...], tuple[Number, ...] | None] = {}
+        self._trials = 0
+        self._hopeless: set[object] = set()
 
-    def settled(self, sites: Sequence[Site]) -> list[Site]:
-        """Those of some sites that can be cut together, with the numbers that have to fall."""
-        if not sites:
-            return []
-        missing = self.missing(sites)
-        if not missing:
-            return list(sites)
-        if len(missing) == len(sites) and self._with_data is None:
-            # nothing cut: a forward that looks at numbers does not run without them
-            self._with_data = self._passed(()) is None
-            return self.settled(sites)
-        if len(sites) == 1:
-            return self._with_numbers(sites[0])
-        if len(missing) < len(sites):
-            here = [site for site in sites if site.name not in missing]
-            others = [site for site in sites if site.name in missing]
-            return self.settled(here) + self.settled(others)
+    def settled(self, sites: Sequence[Site]) -> dict[str, Site]:
+        """Those of some sites that can be cut together, by name, with the numbers that have to fall."""
+        left = {site.name: site for site in sites}
+        while left and self._trials < MOST_TRIALS:
+            at = self._difference(list(left.values()))
+            if at is None:
+                return left
+            if self._with_data is None:
+                # a forward that looks at numbers does not run without them, even with nothing cut
+                self._with_data = False
+                self._with_data = self._difference([]) is not None
+                if self._with_data:
+                    continue
+            met = self._met(at, left)
+            if not met:
+                return self._halves(list(left.values()))
+            before = dict(left)
+            for name in met:
+                self._settle_alone(left, name, at)
+            if left == before:
+                self._leave_out(left, met[0], at)
+        return {}
+
+    def _settle_alone(self, left: dict[str, Site], name: str, at: int) -> None:
+        """Find the numbers that have to fall with one site, for all that are alike; leave it out where none do."""
+        site, new = left[name], self._numbers(left[name])
+        if new is None:
+            self._leave_out(left, name, at)
+            return
+        for other in list(left.values()):
+            left[other.name] = replace(other, followers=(*other.followers, *self._alike(site, other, new)))
+
+    def _leave_out(self, left: dict[str, Site], name: str, at: int) -> None:
+        self.why[name] = f"{DOES_NOT_FOLLOW} at {self.f.title(self.f.trace.calls[at])}"
+        del left[name]
+
+    def _halves(self, sites: list[Site]) -> dict[str, Site]:
+        """The same where it does not show which site is to blame."""
+        if len(sites) < 2:
+            return {}
         half = len(sites) // 2
-        return self.settled(sites[:half]) + self.settled(sites[half:])
+        return {**self.settled(sites[:half]), **self.settled(sites[half:])}
 
-    def _with_numbers(self, site: Site) -> list[Site]:
-        """The site with the fewest numbers with which the forward follows; nothing where none are enough."""
-        candidates = tuple(_candidates(self.model, self.f, self.found[site.name], site))
-        kinds = tuple((type(self.model.get_submodule(m)), a, each) for m, a, each in candidates)
-        key = (_shape(site), kinds)
-        if key not in self._known:
-            self._known[key] = self._numbers(site, candidates)
-        chosen = self._known[key]
-        if chosen is None:
+    def _met(self, at: int, left: Mapping[str, Site]) -> list[str]:
+        """The sites whose channels a call reads or gives."""
+        if at >= len(self.f.trace.calls):
             return []
-        wanted = {(a, each) for _, a, each in chosen}
-        more = tuple(Follower(m, a, each) for m, a, each in candidates if (a, each) in wanted)
-        return [replace(site, followers=site.followers + more)]
+        on_the_way = set(_runs_of(self.f, self.f.trace.calls[at]))
+        return [name for name in left if self.found[name] in on_the_way]
 
-    def _numbers(self, site: Site, candidates: Sequence[Number]) -> tuple[Number, ...] | None:
-        """All of them together, or else the fewest."""
-        if not candidates:
+    # ------------------------------------------------------------------------------------------------- numbers
+
+    def _numbers(self, site: Site) -> list[Follower] | None:
+        """The numbers that have to fall with a site; None where none let the pass come to its end."""
+        kind = (_shape(site), type(self.model.get_submodule(site.slots[0].module.rpartition(".")[0])))
+        if kind in self._hopeless:
             return None
-        choices = [candidates]
-        for size in range(1, min(len(candidates) - 1, MOST_NUMBERS) + 1):
-            choices += combinations(candidates, size)
-        for chosen in choices[:MOST_TRIALS]:
-            followers = tuple(Follower(*each) for each in chosen)
-            if not self.missing([replace(site, followers=site.followers + followers)]):
-                return tuple(chosen)
+        found: list[Follower] = []
+        at = self._difference([site])
+        while at is not None and at < len(self.f.trace.calls):
+            step = self._step(replace(site, followers=(*site.followers, *found)), at)
+            if step is None:
+                self._hopeless.add(kind)
+                return None
+            more, at = step
+            found += more
+        return found
+
+    def _step(self, site: Site, at: int) -> tuple[list[Follower], int | None] | None:
+        """Numbers with which the pass comes further than a call, and how far; None where there are none."""
+        for new in self._choices(site, at):
+            if self._trials > MOST_TRIALS:
+                return None
+            further = self._difference([replace(site, followers=(*site.followers, *new))])
+            if further is None or further > at:
+                return new, further
         return None
 
-    def missing(self, sites: Sequence[Site]) -> set[str]:
-        """The sites that the forward does not follow when all are cut in half; all of them where it does not run.
+    def _choices(self, site: Site, at: int) -> Iterator[list[Follower]]:
+        """Numbers that modules around a call hold and that it was given: one at a time, then those of a module."""
+        held = {(follower.module, follower.attribute) for follower in site.followers}
+        for module, numbers in _numbers_at(self.f.trace.calls[at], site.width):
+            new: list[Follower] = []
+            for attribute, value in vars(self.model.get_submodule(module)).items():
+                if type(value) is int and value in numbers and (module, attribute) not in held:
+                    new.append(Follower(module, attribute, value // site.width))
+            yield from ([each] for each in new)
+            if len(new) > 1:
+                yield new
 
-        Every tensor of the pass must have the shape that its layouts say, and numbers that are computed with must stay.
+    def _alike(self, site: Site, other: Site, new: Sequence[Follower]) -> Iterator[Follower]:
+        """The same numbers of another site that is like this one, in the modules at the same places around it."""
+        if other.name == site.name:
+            yield from new
+            return
+        if _shape(site) != _shape(other):
+            return
+        own, theirs = site.slots[0].module.split("."), other.slots[0].module.split(".")
+        for follower in new:
+            parts = follower.module.split(".")
+            if own[: len(parts)] != parts:
+                continue
+            module = ".".join(theirs[: len(parts)])
+            same = type(self.model.get_submodule(module)) is type(self.model.get_submodule(follower.module))
+            if module != follower.module and same:
+                yield replace(follower, module=module)
+
+    # ------------------------------------------------------------------------------------------------- passes
+
+    def _difference(self, sites: Sequence[Site]) -> int | None:
+        """The first call of a pass with these sites cut in half that is not what the layouts say; None where all are.
+
+        Numbers that are computed with must be the same, too: a scale of 1 / sqrt(width) would not be.
         """
-        trace = self._passed(sites)
-        everything = {site.name for site in sites}
-        if trace is None or len(trace.calls) != len(self.f.trace.calls):
-            return everything
-        fewer = {self.found[site.name]: _half(site) for site in sites}
-        for before, after in zip(self.f.trace.calls, trace.calls, strict=True):
+        self._trials += 1
+        trace, whole = self._passed(sites)
+        fewer = {self.found[site.name]: half_of(site) for site in sites}
+        for i, (before, after) in enumerate(zip(self.f.trace.calls, trace.calls, strict=False)):
             if before.name != after.name or _scalars(before) != _scalars(after):
-                return everything
+                return i
             for value, now in zip(before.outputs, after.outputs, strict=False):
-                axes = self.f.axes(value)
-                if now.shape != tuple(size_of(axis, fewer) for axis in axes):
-                    on_the_way = {run for axis in axes for run in runs(axis)}
-                    met = {site.name for site in sites if self.found[site.name] in on_the_way}
-                    return met or everything
-        return set()
+                if now.shape != tuple(size_of(axis, fewer) for axis in self.f.axes(value)):
+                    return i
+        if whole and len(trace.calls) == len(self.f.trace.calls):
+            return None
+        return len(trace.calls)
 
-    def _passed(self, sites: Sequence[Site]) -> Trace | None:
-        """A pass of a copy with these sites cut; None where it fails."""
+    def _passed(self, sites: Sequence[Site]) -> tuple[Trace, bool]:
+        """A pass of a copy with these sites cut, as far as it goes, and whether it goes to the end."""
         memo = {} if self._with_data else weightless(self.model.parameters())
         trial = copied(self.model, memo)
         try:
@@ -152,52 +209,42 @@ class _Trial:
                 perform(trial, edit)
                 if self._with_data and isinstance(edit, Sized):
                     getattr(trial.get_submodule(edit.name), edit.attribute).detach().zero_()
-            return trace_forward(trial, self.inputs)
-        except (ShallowerError, RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            if is_out_of_memory(error):
+            return trace_forward(trial, self.inputs), True
+        except StoppedError as stopped:
+            if stopped.__cause__ is not None and is_out_of_memory(stopped.__cause__):
                 raise
-            return None
+            return stopped.trace, False
+        except ShallowerError:
+            return Trace(trial, self.f.trace.root), False
 
 
-def _shape(site: Site) -> tuple[object, ...]:
-    """What is alike in sites of repeated blocks."""
-    return (site.kind, site.width, tuple((s.attribute, s.shape, s.axis, s.spans) for s in site.slots))
+def _runs_of(f: Following, call: Call) -> Iterator[Run]:
+    for value in (*call.inputs, *call.outputs):
+        for axis in f.axes(value):
+            yield from runs(axis)
 
 
-def _candidates(model: nn.Module, f: Following, run: Run, site: Site) -> Iterator[Number]:
-    """Whole numbers that modules on the way hold and that their forwards give to operations on these channels.
+def _numbers_at(call: Call, width: int) -> Iterator[tuple[str, set[int]]]:
+    """The whole numbers that a call was given and that divide by the channels, for the modules around it.
 
-    A number that divides by the channels falls with each by its share: how many heads, all their features.
+    First as they are, then the factors that a forward may have made them of.
     """
-    held = {(follower.module, follower.attribute) for follower in site.followers}
-    for module, numbers in _literals(f, run).items():
-        for attribute, value in vars(model.get_submodule(module)).items():
-            if type(value) is int and value in numbers and (module, attribute) not in held:
-                yield module, attribute, value // site.width
-
-
-def _literals(f: Following, run: Run) -> dict[str, set[int]]:
-    """The whole numbers that forwards give to operations on a run's channels, and that divide by them, by module."""
-    found: dict[str, set[int]] = {}
-    for call in f.trace.calls:
-        numbers = {n for n in _whole_numbers((call.args, call.kwargs)) if n >= run.size and n % run.size == 0}
-        if not numbers:
-            continue
-        axes = [axis for value in (*call.inputs, *call.outputs) for axis in f.axes(value)]
-        if not any(run in runs(axis) for axis in axes):
-            continue
-        for frame in call.frame.ancestors():
+    given = {n for n in _whole_numbers((call.args, call.kwargs)) if n >= width and n % width == 0}
+    if not given:
+        return
+    factors = {v for n in given for v in range(width, n + 1, width) if n % v == 0} - given
+    near = [f for f in call.frame.ancestors() if not type(f.module).__module__.startswith("torch.nn")][:MOST_FRAMES]
+    for numbers in (given, factors):
+        for frame in near:
             if frame.name is not None:
-                found.setdefault(frame.name, set()).update(numbers)
-    return found
+                yield frame.name, numbers
 
 
 def _whole_numbers(given: object) -> Iterator[int]:
     if type(given) is int:
         yield given
     elif isinstance(given, Mapping):
-        for item in given.values():
-            yield from _whole_numbers(item)
+        yield from _whole_numbers(tuple(given.values()))
     elif isinstance(given, (tuple, list)):
         for item in given:
             yield from _whole_numbers(item)
@@ -205,7 +252,22 @@ def _whole_numbers(given: object) -> Iterator[int]:
         yield from _whole_numbers((given.start, given.stop))
 
 
-def _half(site: Site) -> int:
+def _scalars(call: Call) -> list[float]:
+    """The numbers that a call computes with: not sizes."""
+    found: list[float] = []
+    for item in tree_leaves((call.args, dict(call.kwargs))):
+        if type(item) is float or (type(item) is int and call.name in COMPUTING):
+            found.append(item)
+    return found
+
+
+def _shape(site: Site) -> tuple[object, ...]:
+    """What is alike in sites of repeated blocks."""
+    return (site.kind, site.width, tuple((s.attribute, s.shape, s.axis, s.spans) for s in site.slots))
+
+
+def half_of(site: Site) -> int:
+    """How many channels a trial leaves."""
     return (site.width + 1) // 2
 
 
@@ -214,7 +276,7 @@ def _halved(model: nn.Module, sites: Sequence[Site]) -> Iterator[Attribute | Siz
     left: dict[str, dict[int, Tensor]] = {}
     fewer: dict[tuple[str, str], int] = {}
     for site in sites:
-        gone = torch.arange(_half(site), site.width)
+        gone = torch.arange(half_of(site), site.width)
         for f in site.followers:
             fewer[f.module, f.attribute] = fewer.get((f.module, f.attribute), 0) + f.each * len(gone)
         for slot in site.slots:
