@@ -134,3 +134,41 @@ def folded(f: Following, call: Call) -> Axes:
     close(taps, "taps of a patch")
     close(places, "patches")
     return [*batch, kept, *_pixels(call.outputs[0].shape[-2:])]
+
+
+# ------------------------------------------------------------------------------------------------- of detectors
+
+
+@rule("roi_align roi_pool")
+def regions(f: Following, call: Call) -> list[Axes]:
+    """Images (N, C, H, W) at boxes (K, 5), or a list of (k, 4) for each image -> (K, C, h, w)."""
+    batch, channels, height, width = f.axes(tensor(call, 0, "input"))
+    for value in call.inputs[1:]:
+        f.close_axes(value, "boxes")
+    for axis in (batch, height, width):
+        close(axis, PIXELS)
+    found: list[Axes] = []
+    for value in call.outputs:
+        found.append([fixed(value.shape[0], "boxes"), channels, *_pixels(value.shape[2:])])
+    return found
+
+
+@rule("deform_conv2d")
+def deformed_convolution(f: Following, call: Call) -> Axes:
+    """A convolution whose taps lie at places (N, 2 taps, H, W), each weighted."""
+    axes, (rows, columns, *taps) = f.axes(tensor(call, 0, "input")), f.axes(tensor(call, 1, "weight"))
+    if columns.size != axes[1].size:
+        raise UnknownUseError(f"{f.title(call)} has groups, which are not followed")
+    for axis in (*taps, *axes[2:]):
+        close(axis, PIXELS)
+    f.contract(call, axes[1], columns)
+    for value in call.inputs[2:]:
+        own = f.axes(value)
+        if len(own) == 1:
+            tie(rows, own[0])
+        else:
+            tie(axes[0], own[0])
+            for axis in own[1:]:
+                close(axis, "places of taps")
+    f.written.append((rows, call))
+    return [axes[0], rows, *_pixels(call.outputs[0].shape[2:])]
