@@ -25,6 +25,7 @@ NAMES = (
     "tlc",
     "offloaded",
     "mutations",
+    "zoo",
 )
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder of the data (default: $SHALLOWER_DATA)",
     )
     parser.add_argument("--quick", action="store_true", help="a small real run; its results are not for docs/")
+    parser.add_argument("--family", default="", help="of the zoo: only families whose names begin like this")
     parser.add_argument("--out", type=Path, help="folder for NAME.json (default: docs/results, with --quick build)")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "benchmarks", help="folder of cached stages")
     given = parser.parse_args(arguments)
@@ -47,16 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
     if given.name == "results":
         results.write(ROOT / "docs")
         return 0
-    out = given.out or ROOT / ("build" if given.quick else "docs/results")
+    out = given.out or ROOT / ("build" if given.quick or given.family else "docs/results")
     try:
-        print(execute(given.name, given.data, given.quick, given.cache, out))
+        print(execute(given.name, given.data, given.quick, given.cache, out, given.family))
     except ShallowerError as error:
         print(f"{given.name}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def execute(name: str, data: Path, quick: bool, cache: Path, out: Path) -> str:
+def execute(name: str, data: Path, quick: bool, cache: Path, out: Path, family: str = "") -> str:
     """Run one benchmark and write `out`/NAME.json; its table.
 
     Raises:
@@ -64,8 +66,15 @@ def execute(name: str, data: Path, quick: bool, cache: Path, out: Path) -> str:
     """
     module = importlib.import_module(f"benchmarks.{name}")
     cache = cache / (f"{name}-quick" if quick else name)
+    chosen = [family] if family else []
     command = f"python -m benchmarks {name}" + (" --quick" if quick else "")
-    found = {"name": name, "command": command, "quick": quick, **circumstances(), **module.run(data, quick, cache)}
+    found = {
+        "name": name,
+        "command": command,
+        "quick": quick,
+        **circumstances(),
+        **module.run(data, quick, cache, *chosen),
+    }
     write_json(out / f"{name}.json", found)
     if hasattr(module, "draw"):
         module.draw(found, out)

@@ -6,9 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from torch import Tensor, nn
 
-from benchmarks import results
+from benchmarks import results, zoo
 from benchmarks.__main__ import execute, main
+from benchmarks.families import Family, axes
+from benchmarks.families.tiny import fields, tiny_config
 
 CACHE = Path(__file__).parents[1] / ".cache" / "benchmarks"
 
@@ -120,3 +125,65 @@ def test_tlc_merges_every_point_of_its_curve_exactly(data: Path, tmp_path: Path)
     assert all(point["surgery"] <= 1e-5 for point in points[1:])
     assert points[2]["params"] < points[0]["params"]
     assert "ResNet-20, one-shot" in table
+
+
+def test_the_zoo_cuts_every_kind_of_family_and_counts_what_is_reached(tmp_path: Path) -> None:
+    found, table = quick("zoo", tmp_path, tmp_path)
+    listed = {str(row["name"]): row for row in rows(found)}
+    assert set(listed) == set(zoo.QUICK)
+    assert [row["error"] or row["refused"] for row in listed.values() if row["error"] or row["refused"]] == []
+    for name, row in listed.items():
+        assert row["reached"] > 0, name  # type: ignore[operator]
+        assert row["shapes"] > 0, name  # type: ignore[operator]
+    assert listed["hand_unet"]["reached"] == listed["hand_unet"]["widths"] == 7
+    assert "tests' zoo" in table
+
+
+def test_widths_are_those_of_the_network_itself_not_of_its_outputs() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(11, 4), nn.Parameter(torch.randn(1, 6, 4))
+            self.conv, self.up = nn.Conv1d(4, 6, 3, groups=2), nn.ConvTranspose1d(6, 8, 3)
+            self.mixed, self.single = nn.Parameter(torch.randn(8, 10)), nn.Linear(10, 1)
+            self.low, self.high = nn.Parameter(torch.randn(2, 10)), nn.Parameter(torch.randn(12, 2))
+            self.classes, self.unused = nn.Linear(12, 3), nn.Linear(12, 5)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids) + self.places
+            x = self.up(self.conv(x.mT)).mT @ self.mixed
+            x = nn.functional.linear(x * self.single(x).sigmoid(), self.high @ self.low)
+            return self.classes(x.relu())
+
+    found = axes.widths(Network().eval(), torch.randint(0, 11, (2, 6)))
+    assert {width.tensor: (width.axis, width.size) for width in found} == {
+        "words.weight": (1, 4),
+        "places": (2, 4),
+        "conv.weight": (0, 6),
+        "up.weight": (1, 8),
+        "mixed": (1, 10),
+        "low": (0, 2),
+        "high": (0, 12),
+    }
+
+
+def test_a_family_that_fails_is_a_row_with_its_error() -> None:
+    def broken() -> tuple[nn.Module, Tensor]:
+        raise KeyError("no such model")
+
+    row = zoo.examined(Family("broken", "none", broken))
+    assert (row.error, row.stage, row.counts) == ("KeyError: 'no such model'", "build", False)
+
+
+def test_two_thirds_of_a_width_are_not_half_of_it() -> None:
+    small = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 5), nn.Linear(5, 2))
+    counted = [axes.Width("0.weight", 0, 12), axes.Width("1.weight", 0, 10), axes.Width("2.weight", 0, 3)]
+    assert zoo.reached(counted, small) == set(counted[1:])
+
+
+@pytest.mark.parametrize("name", ["LlamaConfig", "ViTConfig", "LlavaConfig", "DeepseekV3Config"])
+def test_configurations_are_made_tiny_with_all_their_parts(name: str) -> None:
+    config = tiny_config(getattr(transformers, name))
+    sizes = [value for key, value in fields(config).items() if key.endswith(("hidden_size", "intermediate_size"))]
+    assert sizes
+    assert max(sizes) <= 64

@@ -1,0 +1,146 @@
+"""Every type of model of Transformers whose configuration can be made tiny."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.families import Family, Made
+from benchmarks.families.axes import called, floats
+from benchmarks.families.tiny import fields, tiny_config
+
+TASKS = (
+    "CAUSAL_LM",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SEQUENCE_CLASSIFICATION",
+    "IMAGE_CLASSIFICATION",
+    "AUDIO_CLASSIFICATION",
+    "VIDEO_CLASSIFICATION",
+    "MASKED_LM",
+    "SEMANTIC_SEGMENTATION",
+    "OBJECT_DETECTION",
+    "CTC",
+    "SPEECH_SEQ_2_SEQ",
+    "IMAGE_TEXT_TO_TEXT",
+    "DEPTH_ESTIMATION",
+    "TIME_SERIES_PREDICTION",
+)
+"""Of a type with several models, the first of these is taken, or else the one without a head."""
+
+MOST_PARAMS = 3_000_000
+
+
+def listed() -> list[Family]:
+    """One family for each type."""
+    types = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING_NAMES
+    return [Family(f"hf_{name}", "transformers", partial(made, name)) for name in types]
+
+
+def made(name: str) -> Made:
+    """The model of a type, and inputs that it runs on.
+
+    Raises:
+        ValueError: it cannot be made tiny, or runs on no inputs that are known here.
+    """
+    torch.manual_seed(0)
+    auto = importlib.import_module("transformers.models.auto.configuration_auto")
+    config = tiny_config(auto.CONFIG_MAPPING[name])
+    model = _model(name, config)
+    if sum(p.numel() for p in model.parameters()) > MOST_PARAMS:
+        raise ValueError(f"it has {sum(p.numel() for p in model.parameters())} parameters")
+    model.eval()
+    failures = []
+    for inputs in _inputs(model, config):
+        try:
+            with torch.no_grad():
+                outputs = called(model, inputs)
+        except Exception as error:  # of other inputs than it takes
+            failures.append(f"{sorted(inputs)}: {type(error).__name__}: {error}"[:200])
+            continue
+        if floats(outputs):
+            return model, inputs
+    raise ValueError("; ".join(failures))
+
+
+def _model(name: str, config: Any) -> nn.Module:
+    """The first task's model, without weights where it is too large."""
+    modeling = importlib.import_module("transformers.models.auto.modeling_auto")
+    transformers = importlib.import_module("transformers")
+    mappings = [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in TASKS]
+    errors = []
+    for mapping in [*mappings, "MODEL_MAPPING_NAMES"]:
+        names = getattr(modeling, mapping).get(name)
+        if names is None:
+            continue
+        if isinstance(names, tuple):
+            names = names[0]
+        kind = getattr(transformers, names)
+        try:
+            with torch.device("meta"):
+                count = sum(p.numel() for p in kind(config).parameters())
+        except Exception:  # not every model can be made without data
+            count = 0
+        if count > MOST_PARAMS:
+            raise ValueError(f"{names} has {count} parameters")
+        try:
+            model: nn.Module = kind(config)
+            return model
+        except Exception as error:  # the next may do
+            errors.append(f"{names}: {type(error).__name__}: {error}"[:200])
+    raise ValueError("; ".join(errors) or "there is no model")
+
+
+def _inputs(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
+    """What the model may take, the likeliest first."""
+    main = getattr(model, "main_input_name", "input_ids")
+    known = fields(config)
+    ids = torch.randint(5, 90, (2, 8))
+    size = known.get("image_size") or 32
+    if isinstance(size, (tuple, list)):
+        size = size[0]
+    channels = known.get("num_channels") or 3
+    pictures = torch.randn(2, channels if isinstance(channels, int) else 3, int(size), int(size))
+    mels = known.get("num_mel_bins") or known.get("feature_size") or known.get("input_feat_per_channel") or 16
+    options: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
+        "input_ids": lambda: [
+            {"input_ids": ids},
+            {"input_ids": ids, "decoder_input_ids": ids[:, :5]},
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+            {"input_ids": ids, "pixel_values": pictures},
+            {"input_ids": ids, "bbox": torch.randint(0, 9, (2, 8, 4)).sort(-1).values},
+            {"input_ids": torch.randint(5, 90, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.long)},
+        ],
+        "pixel_values": lambda: [
+            {"pixel_values": pictures},
+            {"pixel_values": pictures, "input_ids": ids},
+            {"pixel_values": torch.randn(2, 3, 64, 64)},
+            {"pixel_values": pictures, "decoder_input_ids": ids},
+            {"pixel_values": torch.randn(2, 2, 3, int(size), int(size))},
+        ],
+        "pixel_values_videos": lambda: [{"pixel_values_videos": torch.randn(2, 2, 3, int(size), int(size))}],
+        "input_values": lambda: [
+            {"input_values": torch.randn(2, 800)},
+            {"input_values": torch.randn(2, 1, 800)},
+            {"input_values": torch.randn(2, known.get("max_length") or 64, mels)},
+            {"input_values": torch.randn(2, 800), "decoder_input_ids": ids},
+        ],
+        "input_features": lambda: [
+            {"input_features": torch.randn(2, 40, mels)},
+            {"input_features": torch.randn(2, mels, 128)},
+            {"input_features": torch.randn(2, 40, mels), "decoder_input_ids": ids},
+            {"input_features": torch.randn(2, mels, 128), "decoder_input_ids": ids},
+        ],
+        "past_values": lambda: [
+            {"past_values": torch.randn(2, known.get("context_length") or 64, known.get("num_input_channels") or 1)},
+            {"past_values": torch.randn(2, known.get("context_length") or 64)},
+        ],
+    }
+    order = [main, *[key for key in options if key != main]]
+    for key in order:
+        if key in options:
+            yield from options[key]()

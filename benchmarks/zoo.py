@@ -1,0 +1,407 @@
+"""How much of a network can be reached? All sites of all families of networks cut in half at once.
+
+Families of Transformers, timm, torchvision and hand-written networks in tiny random configurations. In each, every site
+that channels can be taken from loses half of them, all in one plan. The result is proven, compared with the simulated
+network on inputs of other shapes, saved and loaded. A width is an output axis of a weight of two or more dimensions,
+without those of the model's own outputs; they are counted without the finder. It is reached where half of it went.
+
+    python -m benchmarks zoo                    # a row for each family; it goes on where it was stopped
+    python -m benchmarks zoo --family llama     # one family, with the reasons in full
+    python -m benchmarks zoo --quick            # a few families
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import signal
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import shallower as sh
+from benchmarks.families import Family, families
+from benchmarks.families.axes import Width, called, floats, widths
+from benchmarks.record import markdown, write_json
+from shallower.core.inputs import Inputs
+from shallower.errors import PlanError, ShallowerError
+from shallower.finding.kinds import SiteKind
+from shallower.saving.vision import repair_torchvision
+
+KINDS: tuple[SiteKind, ...] = ("hidden", "heads", "followed", "stream")
+MOST_SECONDS = 90
+MOST_PARAMS = 60_000_000
+CLOSE = 1e-4
+FLOOR = 0.95
+QUICK = ("bert", "llama", "cifar_resnet", "hand_unet", "hand_qkv_packed", "hand_moe_tensors", "tv_fpn")
+
+
+@dataclass
+class Row:
+    """What was found for one family.
+
+    Attributes:
+        name, group: of the family.
+        widths, reached: how many there are, and how many were cut in half.
+        remaining: share of the parameters that is left.
+        find, apply: seconds.
+        closed: reason -> how many widths.
+        error: what went wrong, "" where nothing did: the type and what it says.
+        stage: during what: "build" where the network could not be made, which is no fault of the surgery.
+        planned: whether the error is a `ShallowerError`.
+        refused: what the proof refused of the whole plan, while parts of it were proven.
+        shapes: how many inputs of other shapes were compared.
+    """
+
+    name: str
+    group: str
+    widths: int = 0
+    reached: int = 0
+    remaining: float = 1.0
+    find: float = 0.0
+    apply: float = 0.0
+    closed: dict[str, int] = field(default_factory=dict)
+    open_axes: list[str] = field(default_factory=list)
+    error: str = ""
+    stage: str = ""
+    planned: bool = False
+    refused: str = ""
+    shapes: int = 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a family of the zoo: it could be made and run."""
+        return self.stage != "build" and self.widths > 0
+
+
+# ------------------------------------------------------------------------------------------------------- one family
+
+
+def examined(family: Family) -> Row:
+    """Everything that is measured of one family; errors are kept in the row."""
+    row = Row(family.name, family.group, stage="build")
+    try:
+        with _at_most(MOST_SECONDS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _examine(family, row)
+    except Exception as error:  # one family must not end the others
+        row.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        row.planned = isinstance(error, ShallowerError)
+    return row
+
+
+def _examine(family: Family, row: Row) -> None:
+    model, inputs = family.build()
+    if sum(p.numel() for p in model.parameters()) > MOST_PARAMS:
+        raise MemoryError("it is not tiny")
+    counted = widths(model, inputs)
+    row.widths = len(counted)
+    row.stage = "find"
+    started = time.perf_counter()
+    sites = sh.find_sites(model, inputs, kinds=KINDS)
+    row.find = time.perf_counter() - started
+    row.closed, row.open_axes = _reasons(counted, (), sites.skipped)
+    row.stage = "apply"
+    started = time.perf_counter()
+    entries, small, refused = proven_together(model, inputs, together(sites))
+    row.apply = time.perf_counter() - started
+    row.refused = refused
+    params = [sum(p.numel() for p in each.parameters()) for each in (small, model)]
+    row.remaining = params[0] / max(1, params[1])
+    cut = reached(counted, small)
+    row.reached = len(cut)
+    row.closed, row.open_axes = _reasons(counted, cut, sites.skipped)
+    if not entries:
+        row.stage = ""
+        return
+    row.stage = "other shapes"
+    row.shapes = compared(model, small, sh.Plan(tuple(entries)), inputs)
+    row.stage = "save"
+    with tempfile.TemporaryDirectory() as folder:
+        sh.save(small, Path(folder) / "out")
+        row.stage = "load"
+        again = sh.load(Path(folder) / "out", model=family.build()[0]).eval()
+    with torch.no_grad():
+        for here, there in zip(floats(called(small, inputs)), floats(called(again, inputs)), strict=True):
+            if not torch.equal(here, there) and not torch.equal(here.isnan(), there.isnan()):
+                raise ArithmeticError("the loaded network gives other numbers")
+    row.stage = ""
+
+
+def together(sites: Iterable[sh.Site]) -> list[sh.Entry]:
+    """Half of every site, the followed ones first, without those that cut what another has cut."""
+    ordered = sorted(sites, key=lambda site: not site.followed)
+    entries: list[sh.Entry] = []
+    for site in ordered:
+        if site.width < 2 or site.bridge.not_narrow is not None:
+            continue
+        entry = narrowed(site)
+        try:
+            sh.Plan((*entries, entry))
+        except PlanError:
+            continue
+        entries.append(entry)
+    return entries
+
+
+def narrowed(site: sh.Site, seed: int = 0) -> sh.Entry:
+    """Half of a site's channels, drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(site.width, generator=generator)
+    return sh.Entry.narrow(site, order[: (site.width + 1) // 2].sort().values)
+
+
+def proven_together(
+    model: nn.Module, inputs: Inputs, entries: Sequence[sh.Entry]
+) -> tuple[list[sh.Entry], nn.Module, str]:
+    """The entries that can be applied together, the result, and why not all of them can: "" where they can."""
+    if not entries:
+        return [], model, ""
+    try:
+        return list(entries), sh.apply(model, sh.Plan(tuple(entries)), inputs), ""
+    except ShallowerError as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if len(entries) == 1:
+        return [], model, reason
+    half = len(entries) // 2
+    first, small, _ = proven_together(model, inputs, entries[:half])
+    second, other, _ = proven_together(model, inputs, entries[half:])
+    try:
+        both = [*first, *second]
+        return both, sh.apply(model, sh.Plan(tuple(both)), inputs), reason
+    except ShallowerError:
+        if len(first) >= len(second):
+            return first, small, reason
+        return second, other, reason
+
+
+def compared(model: nn.Module, small: nn.Module, plan: sh.Plan, inputs: Inputs) -> int:
+    """On how many inputs of other shapes the network and the simulated one agree.
+
+    Raises:
+        ArithmeticError: they do not.
+    """
+    simulated = sh.simulate(model, plan)
+    count = 0
+    for other in other_inputs(inputs):
+        with torch.no_grad():
+            try:
+                called(model, other)
+            except Exception:  # the network itself does not take this shape
+                continue
+            expected, given = floats(called(simulated, other)), floats(called(small, other))
+        for one, two in zip(expected, given, strict=True):
+            difference = float((one - two).nan_to_num().abs().max() / one.nan_to_num().abs().max().clamp(min=1e-6))
+            if difference > CLOSE:
+                raise ArithmeticError(f"on inputs of another shape the result differs by {difference:.1e}")
+        count += 1
+    return count
+
+
+def other_inputs(inputs: Inputs) -> Iterator[Inputs]:
+    """The inputs with another batch size, and with another length or resolution."""
+    tensors = (
+        [inputs] if isinstance(inputs, Tensor) else list(inputs.values() if isinstance(inputs, Mapping) else inputs)
+    )
+    batch = next((t.shape[0] for t in tensors if isinstance(t, Tensor) and t.dim() > 0), 0)
+
+    def larger(tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor) or tensor.dim() == 0 or tensor.shape[0] != batch:
+            return tensor
+        return torch.cat((tensor, tensor.flip(0)[:1]))
+
+    def longer(tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor) or tensor.dim() < 2:
+            return tensor
+        if tensor.dim() >= 4:
+            return torch.cat((tensor, tensor.flip(-1)), -1)
+        if tensor.dim() == 3 and tensor.shape[1] <= 16:
+            return torch.cat((tensor, tensor.flip(1)[:, :2]), 1)
+        return torch.cat((tensor, tensor.flip(-1)[..., : max(1, tensor.shape[-1] // 4)]), -1)
+
+    for change in (larger, longer):
+        if isinstance(inputs, Tensor):
+            yield change(inputs)
+        elif isinstance(inputs, Mapping):
+            yield {key: change(value) for key, value in inputs.items()}
+        else:
+            yield tuple(change(value) for value in inputs)
+
+
+def reached(counted: Iterable[Width], small: nn.Module) -> set[Width]:
+    """The widths half of which went. Where one axis holds several odd widths, a little more than half is left."""
+    left = dict(small.named_parameters())
+    found = set()
+    for width in counted:
+        parameter = left.get(width.tensor)
+        if parameter is None:
+            found.add(width)
+            continue
+        now = parameter.shape[width.axis] if width.axis < parameter.dim() else 0
+        if now <= max((width.size + 1) // 2, 0.6 * width.size):
+            found.add(width)
+    return found
+
+
+def _reasons(
+    counted: Sequence[Width], cut: Iterable[Width], skipped: Mapping[str, str]
+) -> tuple[dict[str, int], list[str]]:
+    """Why the widths that were not reached were not, as far as the finder says; and which these are."""
+    reasons: Counter[str] = Counter()
+    found = []
+    for width in counted:
+        if width in set(cut):
+            continue
+        module = width.tensor.rpartition(".")[0]
+        reason = skipped.get(module, "")
+        while not reason and module:
+            module = module.rpartition(".")[0]
+            reason = skipped.get(module, "")
+        found.append(f"{width.tensor}[{width.axis}] of {width.size}: {reason[:160]}")
+        reasons[general(reason) or "nothing is said"] += 1
+    return dict(reasons.most_common()), found
+
+
+def general(reason: str) -> str:
+    """A reason without the names and numbers of one network."""
+    reason = re.sub(r"(in|of|at) (?:[\w]+\.)+\w+", r"\1 a layer", reason)
+    reason = re.sub(r"` in \w+", "` in a layer", reason)
+    return re.sub(r"\d+", "N", reason)[:160]
+
+
+@contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    """Ends what runs longer."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"it takes more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# --------------------------------------------------------------------------------------------------------- all of them
+
+
+def run(data: Path, quick: bool, cache: Path, only: str = "") -> dict[str, Any]:
+    """Examine every family, or those whose names begin with `only`; the rows of this code are kept in the cache."""
+    del data
+    repair_torchvision()
+    chosen = families()
+    if only:
+        chosen = [family for family in chosen if family.name.startswith(only)]
+    elif quick:
+        chosen = [family for family in chosen if family.name in QUICK]
+    path = cache / f"rows-{_digest()}.json"
+    done: dict[str, Any] = {}
+    if path.exists() and not only:
+        done = json.loads(path.read_text())
+    for family in tqdm(chosen, "families", disable=None):
+        if family.name not in done:
+            done[family.name] = asdict(examined(family))
+            if not only:
+                write_json(path, done)
+    return {"code": _digest(), "rows": [done[family.name] for family in chosen]}
+
+
+def _digest() -> str:
+    """Of the library's code: rows of another are measured anew."""
+    whole = hashlib.sha256()
+    folder = Path(sh.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        whole.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return whole.hexdigest()[:12]
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """A row for each group, the families that are not reached well, and the reasons."""
+    rows = [Row(**row) for row in found["rows"]]
+    counted = [row for row in rows if row.counts]
+    return "\n\n".join(part for part in (_totals(counted), _short(counted), _why(counted), _not_made(rows)) if part)
+
+
+def _share(rows: Sequence[Row]) -> str:
+    return f"{100 * sum(row.reached for row in rows) / max(1, sum(row.widths for row in rows)):.1f} %"
+
+
+def _totals(rows: Sequence[Row]) -> str:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    lines = []
+    for name, own in [*groups.items(), ("all", list(rows))]:
+        remaining = sum(row.remaining for row in own) / max(1, len(own))
+        wrong = [row for row in own if row.error]
+        lines.append(
+            [
+                name,
+                str(len(own)),
+                str(sum(row.widths for row in own)),
+                _share(own),
+                str(sum(row.reached >= FLOOR * row.widths for row in own)),
+                f"{100 * remaining:.0f} %",
+                f"{sum(row.find for row in own) / max(1, len(own)):.1f}",
+                f"{sum(row.apply for row in own) / max(1, len(own)):.1f}",
+                str(sum(bool(row.refused) for row in own)),
+                str(len(wrong)),
+                str(sum(not row.planned for row in wrong)),
+            ]
+        )
+    header = ["families", "number", "widths", "reached", "95 % reached", "params left", "find (s)", "apply (s)"]
+    return markdown([*header, "plans refused in part", "errors", "of these no `ShallowerError`"], lines)
+
+
+def _short(rows: Sequence[Row]) -> str:
+    """Every family of which less than the floor is reached, or that ends in an error."""
+    lines = []
+    for row in sorted(rows, key=lambda row: (row.reached / row.widths, row.name)):
+        if row.reached >= FLOOR * row.widths and not row.error and not row.refused:
+            continue
+        why = row.error or row.refused or next(iter(row.closed), "")
+        where = f" ({row.stage})" if row.stage else ""
+        lines.append([f"{row.name}", f"{row.reached} of {row.widths}", _cell(f"{why}{where}")])
+    if not lines:
+        return ""
+    return "Families of which less is reached, or that end in an error:\n\n" + markdown(
+        ["family", "reached", "most frequent reason"], lines
+    )
+
+
+def _why(rows: Sequence[Row]) -> str:
+    reasons: Counter[str] = Counter()
+    families_of: Counter[str] = Counter()
+    for row in rows:
+        reasons.update(row.closed)
+        families_of.update(row.closed.keys())
+    if not reasons:
+        return ""
+    lines = [[_cell(why), str(families_of[why]), str(count)] for why, count in reasons.most_common(20)]
+    return "What stays closed, and why:\n\n" + markdown(["reason", "families", "widths"], lines)
+
+
+def _not_made(rows: Sequence[Row]) -> str:
+    missing = [row.name for row in rows if not row.counts]
+    if not missing:
+        return ""
+    return f"{len(missing)} more could not be made tiny or run, and do not count: {', '.join(missing)}."
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/")[:150]
