@@ -67,7 +67,7 @@ def only_expressible(model: nn.Module, sites: Sites) -> Sites:
 
 def _inexpressible(model: nn.Module, sites: Sites) -> set[str]:
     """Names of sites that have another size in the stock class than after surgery, if all of these are narrowed."""
-    trial = _without_weights(model)
+    trial = detached_copy(model, weightless(model.parameters()))
     todo = steps([stand_in(site, site.width // 2) for site in sites if site.width > 1])
     for step in todo:
         operate(trial, step)
@@ -106,11 +106,3 @@ def _stock_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _layer_shapes(model: nn.Module, prefix: str) -> dict[str, Size]:
     return {prefix + name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
-
-
-def _without_weights(model: nn.Module) -> nn.Module:
-    """A detached copy on the meta device."""
-    empty = weightless(model.parameters())
-    for buffer in model.buffers():
-        empty[id(buffer)] = buffer.detach().to("meta")
-    return detached_copy(model, empty)
