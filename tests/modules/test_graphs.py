@@ -69,13 +69,30 @@ def test_what_cannot_be_followed_is_refused_with_the_reason() -> None:
     assert "the forward of Loops cannot be traced" in refusal.reason
 
 
-def test_a_forward_that_writes_into_a_buffer_is_refused_and_has_not_written() -> None:
+def test_what_a_forward_writes_into_its_buffers_is_in_the_graphs_and_was_not_written() -> None:
     class Counting(Net):
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
             self.n += 1
-            return F.relu(self.fc(x))
+            self.seen.mul_(0.9).add_(x.mean(0), alpha=0.1)
+            return F.relu(self.fc(x)) / self.n
 
     module = Counting()
+    module.register_buffer("n", torch.zeros(1))
+    module.register_buffer("seen", torch.zeros(3))
+    names = [name for name, _ in tensor_steps(forwards(module).graphs[1])]
+    assert names == ["add", "mul", "mean", "add", "self.fc", "relu", "div"]
+    assert module.n == 0
+    assert not module.seen.any()
+    assert steps_of(frame_of(module, torch.ones(2, 3))) == names
+
+
+def test_a_forward_that_puts_another_tensor_in_the_place_of_a_buffer_is_refused() -> None:
+    class Replacing(Net):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            self.n = self.n + 1
+            return F.relu(self.fc(x))
+
+    module = Replacing()
     module.register_buffer("n", torch.zeros(1))
     refusal = forwards_of(module)
     assert isinstance(refusal, Refusal)

@@ -226,6 +226,42 @@ def test_what_cannot_be_rewritten_says_why_and_is_left_alone(model: nn.Module, p
     assert vars(model) == state
 
 
+class Counts(nn.Module):
+    """Counts its calls and keeps a running mean, as a quantiser or a router does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.calls: Tensor
+        self.mean: Tensor
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        h = F.relu(self.fc(x))
+        if self.training:
+            self.mean.mul_(0.5).add_(h.detach().mean(0), alpha=0.5)
+        return self.out(h - self.mean)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_new_forward_writes_into_buffers_as_the_old_one_does(training: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Counts().train(training), torch.randn(3, 4)
+    other = copy.deepcopy(model)
+    externalise(other, RELU)
+    for _ in range(2):
+        torch.testing.assert_close(other(x), model(x))
+    assert other.calls == model.calls == 2
+    torch.testing.assert_close(other.mean, model.mean)
+    assert other.mean.any() == training
+    saved = other.state_dict()
+    other.load_state_dict({**saved, "calls": torch.tensor(7)})
+    other(x)
+    assert other.calls == 8
+
+
 def test_several_places_of_nested_calls_do_not_overlap() -> None:
     model = Network()
     externalise(model, CHAIN)

@@ -98,13 +98,48 @@ class Held:
         return given is self.default or (isinstance(given, (bool, int, float, str)) and bool(given == self.default))
 
 
-class _Tracer(fx.Tracer):
-    """Traces one module's own forward, all optional arguments held at their defaults but the `free` ones."""
+class _Written(fx.Proxy):
+    """A buffer that the forward writes into, which the graph does too, instead of the trace."""
 
-    def __init__(self, free: frozenset[str]) -> None:
+    def __iadd__(self, other: Any) -> _Written:
+        self.add_(other)
+        return self
+
+    def __isub__(self, other: Any) -> _Written:
+        self.sub_(other)
+        return self
+
+    def __imul__(self, other: Any) -> _Written:
+        self.mul_(other)
+        return self
+
+    def __itruediv__(self, other: Any) -> _Written:
+        self.div_(other)
+        return self
+
+
+class _Tracer(fx.Tracer):
+    """Traces one module's own forward, all optional arguments held at their defaults but the `free` ones.
+
+    Attributes:
+        held: parameters that have their default value.
+        buffers: those of the module that stand in the graph by their names, as far as the forward has read them;
+            what is made of others alone is constant.
+    """
+
+    def __init__(self, free: frozenset[str], written: frozenset[str] = frozenset()) -> None:
         super().__init__()
         self.free = free
+        self.written = written
         self.held: list[Held] = []
+        self.buffers: dict[str, _Written] = {}
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if attr in self.written and isinstance(attr_val, Tensor) and self.root._buffers.get(attr) is attr_val:
+            if attr not in self.buffers:
+                self.buffers[attr] = _Written(self.create_node("get_attr", attr, (), {}), self)
+            return self.buffers[attr]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, *_: Any) -> bool:
         return True
@@ -184,12 +219,25 @@ def forwards_of(owner: nn.Module) -> Forwards | Refusal:
 
 
 def _graph(owner: nn.Module, training: bool, free: frozenset[str]) -> tuple[fx.Graph, list[Held]] | Refusal:
+    """The graph of a forward in one mode, and the parameters that are held in it; or why there is none."""
+    written: frozenset[str] = frozenset()
+    while True:
+        found = _trace(owner, training, _Tracer(free, written))
+        if not isinstance(found, frozenset) or found <= written:
+            break
+        written |= found
+    if isinstance(found, frozenset):
+        return _sets_attributes(owner, min(found))
+    return found
+
+
+def _trace(owner: nn.Module, training: bool, tracer: _Tracer) -> tuple[fx.Graph, list[Held]] | frozenset[str] | Refusal:
+    """The same, by one trace; or the names of the buffers that it has written into, which the graph does not."""
     # Tracing runs the forward, which may change what the module holds, and the mode is to be chosen: done on a copy.
     root = copy.copy(owner)
     buffers = cloned(owner._buffers)
     vars(root).update(training=training, _buffers=dict(buffers))
     before = dict(vars(root))
-    tracer = _Tracer(free)
     kind = type(owner).__name__
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -199,14 +247,19 @@ def _graph(owner: nn.Module, training: bool, free: frozenset[str]) -> tuple[fx.G
         message = str(error).strip().split("\n")[0]
         return Refusal(f"the forward of {kind} cannot be traced ({type(error).__name__}: {message})")
     changed = [key for key, value in vars(root).items() if before.get(key, before) is not value]
-    changed += [name for name, value in root._buffers.items() if value is not buffers.get(name) or _is_written(value)]
+    changed += root._buffers.keys() - buffers.keys()
     if changed:
-        return Refusal(f"the forward of {kind} sets attributes or makes tensors of its own ({changed[0]})")
-    return graph, tracer.held
+        return _sets_attributes(owner, changed[0])
+    written = set()
+    for name, clone in buffers.items():
+        now: Any = root._buffers.get(name)
+        if (now is not clone and now is not tracer.buffers.get(name)) or (clone is not None and clone._version > 0):
+            written.add(name)
+    return frozenset(written) or (graph, tracer.held)
 
 
-def _is_written(clone: Tensor | None) -> bool:
-    return clone is not None and clone._version > 0
+def _sets_attributes(owner: nn.Module, name: str) -> Refusal:
+    return Refusal(f"the forward of {type(owner).__name__} sets attributes or makes tensors of its own ({name})")
 
 
 def _operations(graph: fx.Graph) -> list[tuple[str, Any]]:
