@@ -84,3 +84,13 @@ def test_groups_share_no_layer_and_are_connected(ends: list[tuple[int, int]]) ->
             assert touching
             reached |= {m.name for s in touching for m in s.maps}
             waiting = [s for s in waiting if s not in touching]
+
+
+def test_the_table_says_what_channels_may_become_and_how_much_the_layers_hold() -> None:
+    table = str(three())
+    assert "keep drop linear" in table
+    # three sites of two layers, each 8 x 8 and a bias
+    assert three().params_held == 6 * 72
+    shared = Sites((site("a", up="x", down="y"), site("b", up="y", down="z")), params=1000)
+    assert shared.params_held == 3 * 72
+    assert "their layers hold 216 params (22%)" in str(shared)

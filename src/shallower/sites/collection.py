@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import prod
 from typing import overload
 
 from shallower.core.text import amount, listing, table
@@ -136,12 +137,28 @@ class Sites(Sequence[Site]):
             raise error(nothing)
         return usable.only(usable, refused)
 
+    @property
+    def params_held(self) -> int:
+        """Parameters of all layers that some site can make smaller, each counted once."""
+        held = {m.name: m.params for site in self.ordered for m in site.maps}
+        followed: dict[str, int] = {}
+        for site in self.ordered:
+            for slot in site.tensors.values():
+                if slot.trained and slot.module not in held:
+                    followed[slot.tensor] = prod(slot.shape)
+        return sum(held.values()) + sum(followed.values())
+
     def __str__(self) -> str:
-        """A table: site, kind, activation, width, params and MACs now and if collapsed; then what was skipped."""
-        header = ("site", "kind", "f", "width", "params", "collapsed", "MACs", "collapsed", "")
+        """A table: site, kind, activation, width, what its channels may become, params and MACs now and if collapsed.
+
+        Then how much of the model the sites' layers hold, and what was skipped.
+        """
+        header = ("site", "kind", "f", "width", "fates", "params", "collapsed", "MACs", "collapsed", "")
         lines = [f"{len(self)} sites; the model has {amount(self.params)} params and {amount(self.macs)} MACs"]
         if self.ordered:
-            lines.append(table(header, list(map(_row, self.ordered)), right=(3, 4, 5, 6, 7)))
+            lines.append(table(header, list(map(_row, self.ordered)), right=(3, 5, 6, 7, 8)))
+            share = self.params_held / max(1, self.params)
+            lines.append(f"their layers hold {amount(self.params_held)} params ({share:.0%})")
         if self.skipped:
             lines.append("skipped:")
             lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
@@ -157,7 +174,18 @@ def _row(site: Site) -> tuple[str, ...]:
     times = ""
     if site.calls > 1:
         times = f"x{site.calls}"
-    return (site.name, site.kind, site.activation_name, str(site.width or ""), *params, *macs, times)
+    width = str(site.width or "")
+    return (site.name, site.kind, site.activation_name, width, _fates(site), *params, *macs, times)
+
+
+def _fates(site: Site) -> str:
+    """What the site's channels may become."""
+    fates: list[str] = []
+    if site.bridge.not_narrow is None:
+        fates += ["keep", "drop"]
+    if site.bridge.not_linear is None:
+        fates.append("linear")
+    return " ".join(fates)
 
 
 def _amount_below(count: int, limit: int) -> str:
