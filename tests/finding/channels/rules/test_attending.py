@@ -1,6 +1,7 @@
 """Attention as one operation."""
 
 import pytest
+import torch
 from torch.nn import functional as F
 
 from tests.finding.channels.commuting import Usage
@@ -29,6 +30,21 @@ def by_hand(x, w, b, o, p, count=2):
     """The same, of weights that have lost heads."""
     q, k, v = F.linear(x, w, b).transpose(0, 1).chunk(3, -1)
     return F.linear(attend(q, k, v, count), o, p).transpose(0, 1)
+
+
+def with_extra(x, w, o, k, v, count=2):
+    """A position of its own that all attend to, with learned keys and values."""
+    made = F.multi_head_attention_forward(
+        x, x, x, x.shape[-1], count, w, None, k, v, False, 0.0, o, None, training=False, need_weights=False
+    )
+    return made[0]
+
+
+def with_extra_by_hand(x, w, o, k, v, count=2):
+    """The same by hand."""
+    queries, keys, values = F.linear(x, w).transpose(0, 1).chunk(3, -1)
+    keys, values = (torch.cat([t, extra.expand(t.shape[0], -1, -1)], 1) for t, extra in ((keys, k), (values, v)))
+    return F.linear(attend(queries, keys, values, count), o).transpose(0, 1)
 
 
 def separate(q, k, v, a, b, c, o, count=2):
@@ -103,6 +119,13 @@ USAGES = [
         "q0 k0 v0|q1 k1 v1|q2|q3 k3|v3",
     ),
     Usage("the function of a layer", layer, "x:4,2,6 w:18,6 b:18 o:6,6 p:6", "x1|x2 w1|w0 b0 o1|o0 p0", again=by_hand),
+    Usage(
+        "learned keys",
+        with_extra,
+        "x:4,2,6 w:18,6 o:6,6 k:1,1,6 v:1,1,6",
+        "x1|x2 w1|w0 o1 k2 v2|o0",
+        again=with_extra_by_hand,
+    ),
     Usage(
         "queries and keys of other widths",
         separate,

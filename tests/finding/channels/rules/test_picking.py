@@ -35,6 +35,8 @@ USAGES = [
     Usage("rows in a table", lambda x, i: x[i], "x:5,6 i:int5:3,2", "x1"),
     Usage("columns by number", lambda x, i: x[:, i], "x:4,5,6 i:int5:3", "x0|x2"),
     Usage("numbers in a list", lambda x: x[:, [0, 2]], "x:4,5,6", "x0|x2"),
+    Usage("lists in a list", lambda x: x[:, [[0, 2], [1, 1]]], "x:4,5,6", "x0|x2"),
+    Usage("a list of masks", lambda x: x[:, [True, False, True, False]], "x:3,4,6", "x0|x2"),
     Usage("neighbours in a list", lambda x: x[:, [-2, -1]], "x:4,5,6", "x0|x1|x2"),
     Usage(
         "one key and one value head behind the queries",

@@ -53,23 +53,40 @@ def _close_features(call: Call, heads: Axes, features: Layout, made: Layout) -> 
 @rule("multi_head_attention_forward")
 def layer(f: Following, call: Call) -> list[Axes]:
     """The function behind `nn.MultiheadAttention`, with q, k and v in one weight or in three."""
-    query, key, value = tensor(call, 0, "query"), tensor(call, 1, "key"), tensor(call, 2, "value")
-    count = integer(call, 4, "num_heads")
-    packed, weight = optional(call, 5, "in_proj_weight"), tensor(call, 11, "out_proj_weight")
-    rows, columns = f.axes(weight)
-    heads, features = divide(columns, count, columns.size // count)
-    separate = [
-        optional(call, 18 + i, name) for i, name in enumerate(("q_proj_weight", "k_proj_weight", "v_proj_weight"))
-    ]
-    sides = _projections(f, packed, separate)
-    for source, (made, read) in zip((query, key, value), sides, strict=True):
-        *batch, channels = f.axes(source)
-        f.broadcast(f.axes(query)[1:-1], batch[1:])
+    rows, columns = f.axes(tensor(call, 11, "out_proj_weight"))
+    sources = [tensor(call, 0, "query"), tensor(call, 1, "key"), tensor(call, 2, "value")]
+    _, *batch, _ = f.axes(sources[0])
+    for source, (made, read) in zip(sources, _projections(f, call), strict=True):
+        positions, *own, channels = f.axes(source)
+        close(positions, POSITIONS)
+        f.broadcast(batch, own)
         f.contract(call, channels, read)
         tie(made, columns)
-    for mask in (optional(call, 14, "key_padding_mask"), optional(call, 16, "attn_mask")):
-        if mask is not None:
-            f.close_axes(mask, POSITIONS)
+    _tie_vectors(f, call, columns)
+    count = integer(call, 4, "num_heads")
+    heads, features = divide(columns, count, columns.size // count)
+    close(features, FEATURES)
+    f.mark(heads, "attended")
+    f.contracted.append((columns, call))
+    f.write(call, rows, optional(call, 12, "out_proj_bias"))
+    return _results(f, call, sources[0], rows)
+
+
+def _projections(f: Following, call: Call) -> list[tuple[Layout, Layout]]:
+    """Rows and columns of the maps to q, k and v."""
+    packed = optional(call, 5, "in_proj_weight")
+    if packed is not None:
+        made, read = f.axes(packed)
+        return [(part, read) for part in parts_of(made, [made.size // 3] * 3)]
+    found: list[tuple[Layout, Layout]] = []
+    for place, name in enumerate(("q_proj_weight", "k_proj_weight", "v_proj_weight"), 18):
+        made, read = f.axes(tensor(call, place, name))
+        found.append((made, read))
+    return found
+
+
+def _tie_vectors(f: Following, call: Call, columns: Layout) -> None:
+    """Biases, for each of the three maps and for a position that all attend to; masks are of positions."""
     bias = optional(call, 6, "in_proj_bias")
     if bias is not None:
         for part in parts_of(f.axes(bias)[0], [columns.size] * 3):
@@ -77,33 +94,14 @@ def layer(f: Following, call: Call) -> list[Axes]:
     for extra in (optional(call, 7, "bias_k"), optional(call, 8, "bias_v")):
         if extra is not None:
             tie(f.axes(extra)[-1], columns)
-    close(features, FEATURES)
-    f.mark(heads, "attended")
-    f.contracted.append((columns, call))
-    f.write(call, rows, optional(call, 12, "out_proj_bias"))
-    return _results(f, call, query, key, value, rows)
+    for mask in (optional(call, 14, "key_padding_mask"), optional(call, 16, "attn_mask")):
+        if mask is not None:
+            f.close_axes(mask, POSITIONS)
 
 
-def _projections(f: Following, packed: Value | None, separate: list[Value | None]) -> list[tuple[Layout, Layout]]:
-    """Rows and columns of the maps to q, k and v."""
-    found: list[tuple[Layout, Layout]] = []
-    if packed is not None:
-        made, read = f.axes(packed)
-        for part in parts_of(made, [made.size // 3] * 3):
-            found.append((part, read))
-    else:
-        for weight in separate:
-            if weight is not None:
-                made, read = f.axes(weight)
-                found.append((made, read))
-    return found
-
-
-def _results(f: Following, call: Call, query: Value, key: Value, value: Value, rows: Layout) -> list[Axes]:
+def _results(f: Following, call: Call, query: Value, rows: Layout) -> list[Axes]:
     """(positions, batch, channels), and the weights (batch, positions, positions), by heads or averaged over them."""
     *batch, _ = f.axes(query)
-    for axis in (batch[0], f.axes(key)[0], f.axes(value)[0]):
-        close(axis, POSITIONS)
     found: list[Axes] = [[*batch, rows]]
     if len(call.outputs) > 1:
         shape = call.outputs[1].shape

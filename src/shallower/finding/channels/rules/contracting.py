@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import Layout, close, divide, fixed, tie, within
-from shallower.finding.channels.rules.arguments import given, integer, optional, tensor
+from shallower.finding.channels.rules.arguments import given, integer, optional, tensor, values
 from shallower.recording.tracing import Call, Value
 
 
@@ -133,31 +133,32 @@ def outer_product(f: Following, call: Call) -> Axes:
 @rule("einsum")
 def einsum(f: Following, call: Call) -> Axes:
     """Letters on both sides pass, the others are added up."""
-    equation, operands = given(call, 0, "equation"), list(call.args[1:])
-    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
-        operands = list(operands[0])
-    if not isinstance(equation, str) or not all(isinstance(value, Value) for value in operands):
+    equation, operands = given(call, 0, "equation"), _operands(call)
+    if not isinstance(equation, str):
         raise UnknownUseError
-    left, _, right = equation.replace(" ", "").partition("->")
+    left, arrow, right = equation.replace(" ", "").partition("->")
     letters: dict[str, Layout] = {}
     seen: list[str] = []
     for term, value in zip(left.split(","), operands, strict=True):
-        spelled = _spelled(term, len(value.shape))
-        seen += spelled
-        for letter, axis in zip(spelled, f.axes(value), strict=True):
-            if letter not in letters or letters[letter].size == 1:
-                letters[letter] = axis
-            elif axis.size > 1:
-                tie(letters[letter], axis)
-    if "->" not in equation:
+        for letter, axis in zip(_spelled(term, len(value.shape)), f.axes(value), strict=True):
+            seen.append(letter)
+            (letters[letter],) = f.broadcast([axis], [letters.get(letter, axis)])
+    if not arrow:
         right = _implied(left, seen)
-    out = _spelled(right, len(call.outputs[0].shape))
+    made = _spelled(right, len(call.outputs[0].shape))
     for letter, axis in letters.items():
-        if letter not in out:
+        if letter not in made:
             f.contracted.append((axis, call))
         elif seen.count(letter) == 1:
             f.written.append((axis, call))
-    return [letters[letter] for letter in out]
+    return [letters[letter] for letter in made]
+
+
+def _operands(call: Call) -> list[Value]:
+    """Tensors one by one, or in a list."""
+    if isinstance(call.args[1], (tuple, list)):
+        return values(call, 1)
+    return [tensor(call, place) for place in range(1, len(call.args))]
 
 
 def _spelled(term: str, dims: int) -> list[str]:

@@ -86,7 +86,7 @@ def stretch(layout: Layout, start: int, length: int) -> Layout:
 
 def take_at(f: Following, call: Call, layout: Layout, index: Any) -> None:
     """A position by number: the first and the last are where they are, whatever else goes."""
-    if index not in (0, -1) or layout.size < 2 or not is_open(layout):
+    if not isinstance(index, int) or index not in (0, -1) or layout.size < 2 or not is_open(layout):
         close(layout, f"{f.title(call)} takes positions of it by number")
     elif index == 0:
         split(layout, 1)

@@ -89,7 +89,9 @@ def _is_tensor(item: Any) -> bool:
 
 def _is_stretch(item: Any) -> bool:
     """Whether it is a list of numbers that follow each other, like a slice."""
-    return isinstance(item, list) and bool(item) and item == list(range(item[0], item[0] + len(item)))
+    if not isinstance(item, list) or not item or type(item[0]) is not int:
+        return False
+    return item == list(range(item[0], item[0] + len(item)))
 
 
 def _has_mask(items: list[Any], dims: int, made: int) -> bool:
@@ -118,25 +120,36 @@ def _walk(f: Following, call: Call, axes: Axes, items: list[Any], masked: bool) 
     for item in [*items, Ellipsis]:
         count = rest if item is Ellipsis else _width(item, masked)
         own, left = left[:count], left[count:]
-        if item is None:
-            found.append(fixed(1, ONE))
-        elif item is Ellipsis:
+        if item is Ellipsis:
             found += own
             rest = 0
-        elif isinstance(item, slice):
-            found.append(_sliced(f, call, own[0], item))
-        elif _is_stretch(item):
-            found.append(stretch(own[0], item[0] % own[0].size, len(item)))
-            close(found[-1], f"{f.title(call)} takes positions of it by number")
-        elif isinstance(item, int):
-            take_at(f, call, own[0], item)
+        elif _is_tensor(item):
+            places.append(len(found))
+            _close_picked(f, call, own, item)
         else:
-            for axis in own:
-                close(axis, f"{f.title(call)} takes positions of it by number")
-            if isinstance(item, Value):
-                f.close_axes(item, PICKED)
-            places += [len(found)] * _is_tensor(item)
+            found += _taken(f, call, own, item)
     return found, places
+
+
+def _close_picked(f: Following, call: Call, own: Axes, item: Any) -> None:
+    for axis in own:
+        close(axis, f"{f.title(call)} takes positions of it by number")
+    if isinstance(item, Value):
+        f.close_axes(item, PICKED)
+
+
+def _taken(f: Following, call: Call, own: Axes, item: Any) -> Axes:
+    """What one item of an index leaves of the axis that it takes."""
+    if item is None:
+        return [fixed(1, ONE)]
+    if isinstance(item, slice):
+        return [_sliced(f, call, own[0], item)]
+    if isinstance(item, list):
+        part = stretch(own[0], item[0] % own[0].size, len(item))
+        close(part, f"{f.title(call)} takes positions of it by number")
+        return [part]
+    take_at(f, call, own[0], item)
+    return []
 
 
 def _sliced(f: Following, call: Call, layout: Layout, which: slice) -> Layout:
