@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
+import pkgutil
 import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -61,36 +64,87 @@ def test_the_site_builds_without_a_warning_and_without_a_network(tmp_path: Path)
         assert name in reference
 
 
-def examples_of(thing: object) -> list[str]:
-    """The indented code of a docstring, before its sections."""
-    text = re.split(r"^\w+:$", inspect.getdoc(thing) or "", maxsplit=1, flags=re.MULTILINE)[0]
-    return [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", f"{text}\n", re.MULTILINE)]
+def examples_in(text: str) -> Iterator[str]:
+    """The code in a docstring, before its sections: paragraphs that are indented, or that are nothing but code."""
+    before = re.split(r"^\w+:$", text, maxsplit=1, flags=re.MULTILINE)[0]
+    for paragraph in re.split(r"\n\s*\n", before):
+        code = textwrap.dedent(paragraph).strip("\n")
+        if re.search(r"\w\(", code) and (paragraph.startswith("    ") or is_python(code)):
+            yield code
 
 
-def documented() -> Iterator[tuple[str, object]]:
-    """Everything public, and the public methods of it, by name."""
+def is_python(code: str) -> bool:
+    try:
+        ast.parse(code)
+    except SyntaxError:
+        return False
+    return True
+
+
+def examples() -> Iterator[tuple[ModuleType, str, str]]:
+    """Every example of the package: its module, what it is of, and its code."""
+    for found in pkgutil.walk_packages(sh.__path__, "shallower."):
+        module = importlib.import_module(found.name)
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                for code in examples_in(ast.get_docstring(node) or ""):
+                    yield module, f"{found.name}.{getattr(node, 'name', '')}", code
+
+
+def public_examples() -> Iterator[tuple[str, str]]:
+    """The examples of everything public, and of the public methods of it."""
     for name in sh.__all__:
         thing = getattr(sh, name)
-        yield name, thing
-        for key, part in vars(thing).items() if isinstance(thing, type) else ():
-            if not key.startswith("_"):
-                yield f"{name}.{key}", getattr(part, "__func__", part)
+        parts = {name: thing}
+        if isinstance(thing, type):
+            for key, part in vars(thing).items():
+                if not key.startswith("_"):
+                    parts[f"{name}.{key}"] = getattr(part, "__func__", part)
+        for title, part in parts.items():
+            for code in examples_in(inspect.getdoc(part) or ""):
+                yield title, code
 
 
-def test_examples_say_where_their_names_come_from() -> None:
+def test_public_examples_say_where_their_names_come_from() -> None:
     bare = {}
-    for name, thing in documented():
-        for example in examples_of(thing):
-            try:
-                nodes = list(ast.walk(ast.parse(example)))
-            except SyntaxError:  # a formula
-                continue
-            named, imported = set(), set()
-            for node in nodes:
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-                    named.add(node.id)
-                elif isinstance(node, ast.alias):
-                    imported.add(node.name)
-            if (named - imported) & set(sh.__all__):
-                bare[name] = example
+    for title, code in public_examples():
+        named, imported = set(), set()
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                named.add(node.id)
+            elif isinstance(node, ast.alias):
+                imported.add(node.name)
+        if (named - imported) & set(sh.__all__):
+            bare[title] = code
     assert bare == {}
+
+
+def test_examples_are_python_and_call_what_there_is_with_parameters_that_it_has() -> None:
+    wrong = []
+    for module, title, code in examples():
+        if not is_python(code):
+            wrong.append(f"{title}: no Python: {code}")
+            continue
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "sh" and not hasattr(sh, node.attr):
+                wrong.append(f"{title}: there is no sh.{node.attr}")
+            if isinstance(node, ast.Call) and (called := own(module, node.func)) is not None:
+                try:
+                    inspect.signature(called).bind_partial(
+                        *node.args, **{k.arg: k.value for k in node.keywords if k.arg}
+                    )
+                except TypeError as error:
+                    wrong.append(f"{title}: {ast.unparse(node)}: {error}")
+    assert wrong == []
+
+
+def own(module: ModuleType, called: ast.expr) -> Callable[..., object] | None:
+    """What of this library an example calls, by its name in the module or in `sh`."""
+    found: object = None
+    if isinstance(called, ast.Name):
+        found = vars(module).get(called.id)
+    elif isinstance(called, ast.Attribute) and ast.unparse(called.value) == "sh":
+        found = getattr(sh, called.attr, None)
+    if callable(found) and str(getattr(found, "__module__", "")).startswith("shallower"):
+        return found
+    return None

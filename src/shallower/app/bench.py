@@ -1,7 +1,8 @@
 """How fast a result is beside the model it was made of, over batch sizes and threads.
 
-    before, after = pair(Path("small"))
-    print(bench(before, after, batches=[1, 8], threads=[1, 2]))
+    original, small = pair(Path("small"))
+    examples = [example_of(original, Path("small"), batch=rows, length=32) for rows in (1, 8)]
+    print(bench_table(bench(original.model, small, examples, threads=[1, 2])))
 
 Everything is one run: at each setting the two models are timed in turn, and ratios are taken within a round.
 """
