@@ -33,11 +33,15 @@ from tqdm import tqdm
 
 import shallower as sh
 from benchmarks.families import Family, families
-from benchmarks.families.axes import Width, called, floats, widths
+from benchmarks.families.axes import Width, called, numbers, widths
 from benchmarks.record import markdown, write_json
 from shallower.core.inputs import Inputs
 from shallower.errors import PlanError, ShallowerError
+from shallower.finding.channels.following import Following
+from shallower.finding.channels.layout import ONE, runs
+from shallower.finding.channels.spaces import followed_sites
 from shallower.finding.kinds import SiteKind
+from shallower.recording.tracing import trace_forward
 from shallower.saving.vision import repair_torchvision
 
 KINDS: tuple[SiteKind, ...] = ("hidden", "heads", "followed", "stream")
@@ -45,6 +49,7 @@ MOST_SECONDS = 90
 MOST_PARAMS = 60_000_000
 CLOSE = 1e-4
 FLOOR = 0.95
+SILENT = "nothing is said"
 QUICK = ("bert", "llama", "cifar_resnet", "hand_unet", "hand_qkv_packed", "hand_moe_tensors", "tv_fpn")
 
 
@@ -58,6 +63,7 @@ class Row:
         remaining: share of the parameters that is left.
         find, apply: seconds.
         closed: reason -> how many widths.
+        left: the widths that were not reached, each with the reason.
         error: what went wrong, "" where nothing did: the type and what it says.
         stage: during what: "build" where the network could not be made, which is no fault of the surgery.
         planned: whether the error is a `ShallowerError`.
@@ -73,12 +79,17 @@ class Row:
     find: float = 0.0
     apply: float = 0.0
     closed: dict[str, int] = field(default_factory=dict)
-    open_axes: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
     error: str = ""
     stage: str = ""
     planned: bool = False
     refused: str = ""
     shapes: int = 0
+
+    def note(self, left: list[str]) -> None:
+        """Keep what was not reached, and count the reasons."""
+        self.left = left
+        self.closed = dict(Counter(general(line.partition(": ")[2]) for line in left).most_common())
 
     @property
     def counts(self) -> bool:
@@ -112,17 +123,18 @@ def _examine(family: Family, row: Row) -> None:
     started = time.perf_counter()
     sites = sh.find_sites(model, inputs, kinds=KINDS)
     row.find = time.perf_counter() - started
-    row.closed, row.open_axes = _reasons(counted, (), sites.skipped)
+    said = reasons(model, inputs, sites)
+    row.note(unreached(counted, (), said))
     row.stage = "apply"
     started = time.perf_counter()
-    entries, small, refused = proven_together(model, inputs, together(sites))
+    entries, small, refused = proven_together(model, inputs, together(model, sites))
     row.apply = time.perf_counter() - started
     row.refused = refused
     params = [sum(p.numel() for p in each.parameters()) for each in (small, model)]
     row.remaining = params[0] / max(1, params[1])
     cut = reached(counted, small)
     row.reached = len(cut)
-    row.closed, row.open_axes = _reasons(counted, cut, sites.skipped)
+    row.note(unreached(counted, cut, said))
     if not entries:
         row.stage = ""
         return
@@ -134,33 +146,45 @@ def _examine(family: Family, row: Row) -> None:
         row.stage = "load"
         again = sh.load(Path(folder) / "out", model=family.build()[0]).eval()
     with torch.no_grad():
-        for here, there in zip(floats(called(small, inputs)), floats(called(again, inputs)), strict=True):
+        for here, there in zip(numbers(small, inputs), numbers(again, inputs), strict=True):
             if not torch.equal(here, there) and not torch.equal(here.isnan(), there.isnan()):
                 raise ArithmeticError("the loaded network gives other numbers")
     row.stage = ""
 
 
-def together(sites: Iterable[sh.Site]) -> list[sh.Entry]:
+def together(model: nn.Module, sites: Iterable[sh.Site]) -> list[sh.Entry]:
     """Half of every site, the followed ones first, without those that cut what another has cut."""
     ordered = sorted(sites, key=lambda site: not site.followed)
+    usable = [site for site in ordered if site.width > 1 and site.bridge.not_narrow is None]
+    wanted = [narrowed(model, site) for site in usable]
+    if _fits(wanted):
+        return wanted
     entries: list[sh.Entry] = []
-    for site in ordered:
-        if site.width < 2 or site.bridge.not_narrow is not None:
-            continue
-        entry = narrowed(site)
-        try:
-            sh.Plan((*entries, entry))
-        except PlanError:
-            continue
-        entries.append(entry)
+    for entry in wanted:
+        if _fits([*entries, entry]):
+            entries.append(entry)
     return entries
 
 
-def narrowed(site: sh.Site, seed: int = 0) -> sh.Entry:
+def _fits(entries: Sequence[sh.Entry]) -> bool:
+    """Whether no two of them cut the same."""
+    try:
+        sh.Plan(tuple(entries))
+    except PlanError:
+        return False
+    return True
+
+
+def narrowed(model: Any, site: sh.Site, seed: int = 0) -> sh.Entry:
     """Half of a site's channels, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(site.width, generator=generator)
-    return sh.Entry.narrow(site, order[: (site.width + 1) // 2].sort().values)
+    kept = torch.randperm(site.width, generator=generator)[: (site.width + 1) // 2].sort().values
+    if not site.norm_after:
+        return sh.Entry.narrow(site, kept)
+    # what a BatchNorm makes zero, so that a padded convolution may read it
+    norm = model.get_submodule(site.norm_after)
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return sh.Entry.narrow(site, kept, (norm.running_mean - norm.bias / scale).detach().double())
 
 
 def proven_together(
@@ -201,7 +225,7 @@ def compared(model: nn.Module, small: nn.Module, plan: sh.Plan, inputs: Inputs) 
                 called(model, other)
             except Exception:  # the network itself does not take this shape
                 continue
-            expected, given = floats(called(simulated, other)), floats(called(small, other))
+            expected, given = numbers(simulated, other), numbers(small, other)
         for one, two in zip(expected, given, strict=True):
             difference = float((one - two).nan_to_num().abs().max() / one.nan_to_num().abs().max().clamp(min=1e-6))
             if difference > CLOSE:
@@ -255,29 +279,38 @@ def reached(counted: Iterable[Width], small: nn.Module) -> set[Width]:
     return found
 
 
-def _reasons(
-    counted: Sequence[Width], cut: Iterable[Width], skipped: Mapping[str, str]
-) -> tuple[dict[str, int], list[str]]:
-    """Why the widths that were not reached were not, as far as the finder says; and which these are."""
-    reasons: Counter[str] = Counter()
+def unreached(counted: Iterable[Width], cut: Iterable[Width], said: Mapping[str, str]) -> list[str]:
+    """The widths that were not reached, each with the reason."""
+    done = set(cut)
     found = []
     for width in counted:
-        if width in set(cut):
-            continue
-        module = width.tensor.rpartition(".")[0]
-        reason = skipped.get(module, "")
-        while not reason and module:
-            module = module.rpartition(".")[0]
-            reason = skipped.get(module, "")
-        found.append(f"{width.tensor}[{width.axis}] of {width.size}: {reason[:160]}")
-        reasons[general(reason) or "nothing is said"] += 1
-    return dict(reasons.most_common()), found
+        if width not in done:
+            reason = said.get(f"{width.tensor}[{width.axis}]", "")
+            found.append(f"{width.tensor}[{width.axis}] of {width.size}: {reason[:200] or SILENT}")
+    return found
+
+
+def reasons(model: nn.Module, inputs: Inputs, sites: sh.Sites) -> dict[str, str]:
+    """Of every axis of every weight, why its channels stay: what was followed says it, or else what was skipped."""
+    f = Following(trace_forward(model, inputs))
+    spaces, _ = followed_sites(f, [site for site in sites if not site.followed])
+    refused = {each.run: sites.skipped.get(each.site.name, "") for each in spaces}
+    names = {module: name for name, module in model.named_modules()}
+    found = {}
+    for (module, attribute), value in f.trace.weights.items():
+        for axis, layout in enumerate(f.axes(value)):
+            inside = dict.fromkeys(runs(layout))
+            said = [run.closed or refused.get(run, "") for run in inside if run.closed != ONE]
+            said.append(sites.skipped.get(names[module], ""))
+            text = next((reason for reason in said if reason), "")
+            found[f"{names[module]}.{attribute}".lstrip(".") + f"[{axis}]"] = text
+    return found
 
 
 def general(reason: str) -> str:
     """A reason without the names and numbers of one network."""
-    reason = re.sub(r"(in|of|at) (?:[\w]+\.)+\w+", r"\1 a layer", reason)
-    reason = re.sub(r"` in \w+", "` in a layer", reason)
+    reason = re.sub(r"(in|of|at|by|weight) (?:\w+\.)+\w+", r"\1 a layer", reason)
+    reason = re.sub(r"` in (?!a layer)\w+", "` in a layer", reason)
     return re.sub(r"\d+", "N", reason)[:160]
 
 

@@ -44,6 +44,13 @@ def called(model: nn.Module, inputs: Inputs) -> Any:
     return model(*inputs)
 
 
+def numbers(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The tensors of numbers that a model returns; what it draws at random is the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return floats(called(model, inputs))
+
+
 def floats(outputs: Any) -> list[Tensor]:
     """The tensors of numbers among what a model returns."""
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -140,13 +147,13 @@ def _may_be_output(width: Width, shapes: Iterable[Sequence[int]]) -> bool:
 @torch.no_grad()
 def _is_output(model: nn.Module, inputs: Inputs, width: Width) -> bool:
     """Whether its first and its last channel change different positions of an output."""
-    before = floats(called(model, inputs))
+    before = numbers(model, inputs)
     parameter = model.get_parameter(width.tensor)
     changed = []
     for position in (0, width.size - 1):
         kept = parameter.detach().clone()
         parameter.select(width.axis, position).mul_(1.5).add_(0.1)
-        after = floats(called(model, inputs))
+        after = numbers(model, inputs)
         parameter.copy_(kept)
         changed.append([_places(a, b) for a, b in zip(before, after, strict=True)])
     for first, last in zip(*changed, strict=True):

@@ -12,18 +12,32 @@ from typing import Any
 
 WORDS = 99
 
-SIZES: tuple[tuple[int, str], ...] = (
+VARIANTS: tuple[dict[str, int], ...] = (
+    {"hidden": 32, "heads": 4, "kv heads": 2, "head": 8},
+    {"hidden": 32, "heads": 4, "kv heads": 4, "head": 8},
+    {"hidden": 32, "heads": 8, "kv heads": 4, "head": 8},
+    {"hidden": 256, "heads": 2, "kv heads": 2, "head": 128},
+)
+"""Sizes that have to fit together in one way or another."""
+
+SIZES: tuple[tuple[int | str, str], ...] = (
     (WORDS, "(vocab|vocabulary)_?size num_embeddings n_words num_tokens"),
     (64, "codebook_size"),
-    (8, "hidden_size_per_head head_dim d_kv attention_head_size attn_head_size key_dim value_dim d_head kv_channels"),
-    (8, "qk_nope_head_dim v_head_dim head_size global_head_dim"),
     (4, "qk_rope_head_dim rotary_dim"),
+    (
+        "head",
+        "hidden_size_per_head head_dim d_kv attention_head_size attn_head_size key_dim value_dim d_head kv_channels",
+    ),
+    ("head", "qk_nope_head_dim v_head_dim head_size global_head_dim"),
     (16, "kv_lora_rank q_lora_rank o_lora_rank lora_rank hidden_size_per_layer_input"),
     (24, "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size moe_ffn_hidden_size"),
     (40, "ffn_dim ffn_size intermediate_size intermediate_dim d_ff hidden_dim n_inner dim_feedforward"),
     (40, "ffn_hidden_size feed_forward_size"),
-    (2, "num_key_value_heads num_kv_heads n_head_kv num_k_v_heads multi_query_group_num num_global_key_value_heads"),
-    (4, "num_attention_heads num_heads n_heads? attention_heads nhead num_query_heads"),
+    (
+        "kv heads",
+        "num_key_value_heads num_kv_heads n_head_kv num_k_v_heads multi_query_group_num num_global_key_value_heads",
+    ),
+    ("heads", "num_attention_heads num_heads n_heads? attention_heads nhead num_query_heads"),
     (2, "num_hidden_layers num_layers n_layers? encoder_layers decoder_layers depth num_blocks num_hidden_groups"),
     (2, "num_experts_per_tok num_experts_per_token moe_topk top_k_experts moe_top_k moe_k num_selected_experts"),
     (1, "n_group topk_group num_expert_group n_shared_experts num_shared_experts moe_num_shared_experts"),
@@ -39,9 +53,12 @@ SIZES: tuple[tuple[int, str], ...] = (
     (4, "state_size ssm_state_size mamba_d_state n_groups time_step_rank mamba_dt_rank"),
     (6, "num_queries num_latents num_query_tokens n_queries"),
     (16, "classifier_proj_size proj_size projection_dim projector_dim projection_size output_proj_dim"),
-    (32, "hidden_size d_model n_embd embed_dim dim embedding_size emb_dim hidden_channels d_embed n_embed"),
-    (32, "embedding_dim model_dim decoder_hidden_size fpn_hidden_size mask_feature_size feature_dim d_inner width"),
-    (32, "lru_width stem_hidden_channels conv_stem_hidden_size"),
+    ("hidden", "hidden_size d_model n_embd embed_dim dim embedding_size emb_dim hidden_channels d_embed n_embed"),
+    (
+        "hidden",
+        "embedding_dim model_dim decoder_hidden_size fpn_hidden_size mask_feature_size feature_dim d_inner width",
+    ),
+    ("hidden", "lru_width stem_hidden_channels conv_stem_hidden_size"),
 )
 """What a whole number becomes, by the name of its field or the end of it; the first that fits is taken."""
 
@@ -61,12 +78,12 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types
 MARKS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "cls_token_id": 1}
 
 
-def tiny_config(kind: type[Any]) -> Any:
+def tiny_config(kind: type[Any], sizes: Mapping[str, int] = VARIANTS[0]) -> Any:
     """A configuration of this class, with its parts, as small as the names of its fields let one guess."""
-    return _shrunk(kind())
+    return _shrunk(kind(), sizes)
 
 
-def _shrunk(config: Any) -> Any:
+def _shrunk(config: Any, sizes: Mapping[str, int]) -> Any:
     kind = type(config)
     known = set(inspect.signature(kind.__init__).parameters)
     for parent in kind.__mro__:
@@ -75,9 +92,9 @@ def _shrunk(config: Any) -> Any:
     given: dict[str, Any] = {"num_labels": 7}
     for name, value in vars(config).items():
         if name in parts and hasattr(value, "to_dict"):
-            given[name] = _shrunk(value)
+            given[name] = _shrunk(value, sizes)
         elif name in known and not name.startswith("_"):
-            small = shrunk_value(name, value)
+            small = shrunk_value(name, value, sizes)
             if small is not None:
                 given[name] = small
     _fit_together(config, given, known)
@@ -104,18 +121,19 @@ def _fit_together(config: Any, given: dict[str, Any], known: set[str]) -> None:
         given["rope_parameters"] = {**rope, "mrope_section": [2, 1, 1]}
 
 
-def shrunk_value(name: str, value: Any) -> Any:
+def shrunk_value(name: str, value: Any, sizes: Mapping[str, int]) -> Any:
     """What a field becomes; None where it stays."""
     if isinstance(value, bool) or not value:
         return None
     if isinstance(value, int):
         for size, endings in SIZES:
             if _ends(name, endings):
-                return min(value, size)
+                return min(value, sizes[size] if isinstance(size, str) else size)
     if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
         for size_at, endings in LISTS:
             if _ends(name, endings):
-                return type(value)(size_at(i) for i in range(len(value)))
+                # the channels of an image stay
+                return type(value)(size if size <= 3 else size_at(i) for i, size in enumerate(value))
     return None
 
 
