@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -43,6 +44,7 @@ from shallower.finding.channels.spaces import followed_sites
 from shallower.finding.kinds import SiteKind
 from shallower.recording.tracing import trace_forward
 from shallower.saving.vision import repair_torchvision
+from shallower.surgery.paths import affine
 
 KINDS: tuple[SiteKind, ...] = ("hidden", "heads", "followed", "stream")
 MOST_SECONDS = 90
@@ -175,16 +177,15 @@ def _fits(entries: Sequence[sh.Entry]) -> bool:
     return True
 
 
-def narrowed(model: Any, site: sh.Site, seed: int = 0) -> sh.Entry:
+def narrowed(model: nn.Module, site: sh.Site, seed: int = 0) -> sh.Entry:
     """Half of a site's channels, drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     kept = torch.randperm(site.width, generator=generator)[: (site.width + 1) // 2].sort().values
     if not site.norm_after:
         return sh.Entry.narrow(site, kept)
     # what a BatchNorm makes zero, so that a padded convolution may read it
-    norm = model.get_submodule(site.norm_after)
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return sh.Entry.narrow(site, kept, (norm.running_mean - norm.bias / scale).detach().double())
+    scale, shift = affine(model, site.norm_after) or (torch.ones(1), torch.zeros(1))
+    return sh.Entry.narrow(site, kept, -shift.double() / scale.double())
 
 
 def proven_together(
@@ -348,10 +349,25 @@ def run(data: Path, quick: bool, cache: Path, only: str = "") -> dict[str, Any]:
         done = json.loads(path.read_text())
     for family in tqdm(chosen, "families", disable=None):
         if family.name not in done:
-            done[family.name] = asdict(examined(family))
+            row = examined(family)
+            tqdm.write(line(row), sys.stderr)
+            done[family.name] = asdict(row)
             if not only:
                 write_json(path, done)
-    return {"code": _digest(), "rows": [done[family.name] for family in chosen]}
+    rows = [done[family.name] for family in chosen]
+    if not only:
+        # thousands of lines that the reasons sum up; the cache holds them
+        rows = [{**row, "left": []} for row in rows]
+    return {"code": _digest(), "rows": rows}
+
+
+def line(row: Row) -> str:
+    """What was found for one family, in a line."""
+    if not row.counts:
+        return f"{row.name}: not made: {row.error}"
+    why = row.error or row.refused or next(iter(row.closed), "")
+    found = f"{row.reached} of {row.widths} widths, {100 * row.remaining:.0f} % of the parameters are left"
+    return f"{row.name}: {found}, {row.find:.1f} and {row.apply:.1f} s{'; ' * bool(why)}{why[:120]}"
 
 
 def _digest() -> str:
@@ -367,7 +383,8 @@ def table(found: Mapping[str, Any]) -> str:
     """A row for each group, the families that are not reached well, and the reasons."""
     rows = [Row(**row) for row in found["rows"]]
     counted = [row for row in rows if row.counts]
-    return "\n\n".join(part for part in (_totals(counted), _short(counted), _why(counted), _not_made(rows)) if part)
+    parts = [_totals(counted), _short(counted), _why(counted), _in_full(counted), _not_made(rows)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _share(rows: Sequence[Row]) -> str:
@@ -427,6 +444,11 @@ def _why(rows: Sequence[Row]) -> str:
         return ""
     lines = [[_cell(why), str(families_of[why]), str(count)] for why, count in reasons.most_common(20)]
     return "What stays closed, and why:\n\n" + markdown(["reason", "families", "widths"], lines)
+
+
+def _in_full(rows: Sequence[Row]) -> str:
+    lines = [f"    {row.name}: {left}" for row in rows for left in row.left]
+    return "\n".join(lines)
 
 
 def _not_made(rows: Sequence[Row]) -> str:

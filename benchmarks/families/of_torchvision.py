@@ -29,7 +29,6 @@ PICTURES: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("regnet_x_400mf", 32, {}),
     ("regnet_y_400mf", 32, {}),
     ("efficientnet_b0", 32, {}),
-    ("efficientnet_v2_s", 32, {}),
     ("convnext_tiny", 32, {}),
 )
 VIDEOS = ("r3d_18", "mc3_18", "r2plus1d_18")
