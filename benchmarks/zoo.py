@@ -63,7 +63,7 @@ class Row:
         name, group: of the family.
         widths, reached: how many there are, and how many were cut in half.
         remaining: share of the parameters that is left.
-        find, apply: seconds.
+        find, apply: seconds of the CPU.
         closed: reason -> how many widths.
         left: the widths that were not reached, each with the reason.
         error: what went wrong, "" where nothing did: the type and what it says.
@@ -122,15 +122,15 @@ def _examine(family: Family, row: Row) -> None:
     counted = widths(model, inputs)
     row.widths = len(counted)
     row.stage = "find"
-    started = time.perf_counter()
+    started = time.process_time()
     sites = sh.find_sites(model, inputs, kinds=KINDS)
-    row.find = time.perf_counter() - started
+    row.find = time.process_time() - started
     said = reasons(model, inputs, sites)
     row.note(unreached(counted, (), said))
     row.stage = "apply"
-    started = time.perf_counter()
+    started = time.process_time()
     entries, small, refused = proven_together(model, inputs, together(model, sites))
-    row.apply = time.perf_counter() - started
+    row.apply = time.process_time() - started
     row.refused = refused
     params = [sum(p.numel() for p in each.parameters()) for each in (small, model)]
     row.remaining = params[0] / max(1, params[1])
@@ -317,18 +317,18 @@ def general(reason: str) -> str:
 
 @contextmanager
 def _at_most(seconds: int) -> Iterator[None]:
-    """Ends what runs longer."""
+    """Ends what computes longer."""
 
     def end(_number: int, _frame: FrameType | None) -> None:
         raise TimeoutError(f"it takes more than {seconds} seconds")
 
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 # --------------------------------------------------------------------------------------------------------- all of them
@@ -414,7 +414,7 @@ def _totals(rows: Sequence[Row]) -> str:
                 str(sum(not row.planned for row in wrong)),
             ]
         )
-    header = ["families", "number", "widths", "reached", "95 % reached", "params left", "find (s)", "apply (s)"]
+    header = ["families", "number", "widths", "reached", "95 % reached", "params left", "find (CPU s)", "apply (CPU s)"]
     return markdown([*header, "plans refused in part", "errors", "of these no `ShallowerError`"], lines)
 
 
