@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shallower.core.codec import Bounds, decode, encode
+from shallower.core.codec import Bounds, decode, encode, field_names, known_fields
 from shallower.errors import CheckpointError, PlanError
 
 Name = Annotated[str, Bounds(1, 8)]
@@ -155,3 +155,10 @@ def test_types_of_ones_own_are_written_and_read_by_functions() -> None:
     assert data == {"maps": ["3.maps.0", "3.maps.1"], "bias": None}
     fit = decode(Fit, data, at="x", error=PlanError, special={Tensor: lambda name, _: tensors[name]})
     assert [t.tolist() for t in fit.maps] == [[1, 1], [0]]
+
+
+def test_fields_of_another_version_are_taken_by_their_names_of_today() -> None:
+    data = {"radius": 2.0, "name": "a", "breadth": 3, "side": None}
+    assert known_fields(Circle, data, {}) == {"radius": 2.0}
+    assert known_fields(Square, data, {"breadth": "side"}) == {"side": 3}
+    assert field_names(Square) == {"side", "names", "shape"}

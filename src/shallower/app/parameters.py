@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
+from shallower.core.codec import field_names
 from shallower.core.options import Options, choices_of, hints_of, kinds_of
 from shallower.errors import ShallowerError
 
@@ -161,8 +162,7 @@ def _chosen(
         BadParameter: an option of another variant was given.
     """
     name = _plain_default(values[choice])
-    own = {field.name for field in dataclasses.fields(variants[name])}
-    given = given_options(context) - own
+    given = given_options(context) - field_names(variants[name])
     for other, kind in variants.items():
         for field in dataclasses.fields(kind):
             if field.name in given:

@@ -11,12 +11,12 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from shallower.app import quality as qualities
-from shallower.core.codec import Bounds, decode
+from shallower.core.codec import Bounds, decode, field_names, known_fields
 from shallower.core.files import read_json
 from shallower.core.text import amount, table
 from shallower.errors import CheckpointError, ShallowerError
@@ -394,12 +394,12 @@ def _upgraded_record(data: Any) -> Any:
     """The content of result.json in today's form, where it is of schema 1 or 2, or of none."""
     if not isinstance(data, dict) or data.get("schema", 1) not in (1, 2):
         return data
-    found = _known(data, Record)
-    others = data.keys() - {f.name for f in fields(Record)}
+    found = known_fields(Record, data, _RENAMED)
+    others = data.keys() - field_names(Record)
     found |= {"schema": 3, "details": {key: data[key] for key in others}}
     for side in ("dense", "small"):
         if isinstance(found.get(side), dict):
-            found[side] = _known(found[side], Measured)
+            found[side] = known_fields(Measured, found[side], _RENAMED)
     sizes = str(found.get("example", "")).split(" x ")
     found["example"] = list(map(int, filter(str.isdecimal, sizes)))
     if isinstance(found.get("sites"), dict):
@@ -410,7 +410,7 @@ def _upgraded_record(data: Any) -> Any:
 def _upgraded_site(name: str, site: Any) -> Any:
     if not isinstance(site, dict):
         return site
-    return {"error": noted_error(str(site.get("note"))), **_known(site, SiteRow), "name": name}
+    return {"error": noted_error(str(site.get("note"))), **known_fields(SiteRow, site, _RENAMED), "name": name}
 
 
 def _upgraded_curve(data: Any) -> Any:
@@ -422,13 +422,6 @@ def _upgraded_curve(data: Any) -> Any:
     points = []
     for point in data:
         if isinstance(point, dict):
-            point = _known(point, CurvePoint)
+            point = known_fields(CurvePoint, point, _RENAMED)
         points.append(point)
     return {"schema": 2, "name": "", "points": points}
-
-
-def _known(data: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """What there is for the fields of a dataclass, under today's names."""
-    names = {f.name for f in fields(kind)}
-    renamed = {_RENAMED.get(key, key): value for key, value in data.items()}
-    return {key: value for key, value in renamed.items() if key in names and value is not None}

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from shallower.core.memory import free_bytes
+from shallower.core.tensors import bytes_of
 from shallower.core.trees import mapped, tensors
 from shallower.core.watching import After, Before, copied, watching
 from shallower.errors import SiteError
 from shallower.modules.offloading import held_bytes
-from shallower.sites import Site
+from shallower.sites import Site, by_name
 
 _LEAST_ROOM_FOR_BLOCKS = 1 << 28
 """Bytes of finished blocks that two networks may always keep; of larger models as much as their weights take."""
@@ -123,7 +124,7 @@ class FinishedBlocks:
         self.on = True
         self.reached = True
         if most is None:
-            weights = sum(p.nbytes for p in model.parameters())
+            weights = bytes_of(model.parameters())
             most = max(_LEAST_ROOM_FOR_BLOCKS, held_bytes(model), min(weights, free_bytes() // 2)) // 2
         self._most = most
         self._given: dict[int, dict[str, Any]] = {}
@@ -178,7 +179,7 @@ class FinishedBlocks:
             old = {name: mapped(_nothing, value) for name, value in given.items()}
             self._given[batch] = _outermost(old | seen)
             self._at[batch] = to
-            self._bytes[batch] = sum(t.nbytes for t in tensors(seen[to]))
+            self._bytes[batch] = bytes_of(tensors(seen[to]))
         if to != self._at.get(batch) or sum(self._bytes.values()) > self._most:
             for kept in (self._given, self._at, self._bytes):
                 kept.pop(batch, None)
@@ -249,7 +250,7 @@ def _smallest_around(site: Site, blocks: Sequence[str]) -> list[str]:
     """The smallest block that the whole site is in, or else its maps: before these nothing of the site runs."""
     whole = [name for name in blocks if all(_within(m.name, name) for m in site.maps)]
     if not whole:
-        return [m.name for m in site.maps]
+        return list(by_name(site.maps))
     return [max(whole, key=len)]
 
 

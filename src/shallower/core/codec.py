@@ -100,6 +100,30 @@ def decode(
         raise error(str(mismatch)) from None
 
 
+def field_names(cls: Any) -> frozenset[str]:
+    """The names of a dataclass's fields."""
+    return frozenset(f.name for f in fields(cls))
+
+
+def known_fields(cls: Any, data: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """What data of another version have for the fields of a dataclass; the rest, and what is null, is left out.
+
+        known_fields(Cost, {"memory": 4, "colour": "red"}, {"memory": "size"})      # {"size": 4}
+
+    Args:
+        cls: the dataclass.
+        data: plain data.
+        renamed: fields that had another name, by that name.
+    """
+    names = field_names(cls)
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        name = renamed.get(key, key)
+        if name in names and value is not None:
+            found[name] = value
+    return found
+
+
 class _MismatchError(Exception):
     def __init__(self, at: str, data: Any, expected: str) -> None:
         super().__init__(f"{at}: {_shown(data)} is not {expected}")

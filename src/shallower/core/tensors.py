@@ -18,6 +18,11 @@ def are_finite(given: Iterable[Tensor]) -> bool:
     return all(bool(t.isfinite().all()) for t in given)
 
 
+def bytes_of(given: Iterable[Tensor]) -> int:
+    """Bytes that the numbers of these tensors take, all together."""
+    return sum(t.numel() * t.element_size() for t in given)
+
+
 def content(tensor: Tensor) -> memoryview:
     """The numbers of a tensor as bytes in logical order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)

@@ -1,7 +1,7 @@
 """Models whose weights are on disk: as plain models whose weights are mapped from their files.
 
     model = AutoModelForCausalLM.from_pretrained(directory, device_map={"": "disk"}, offload_folder="offload")
-    plain = mapped(model)
+    plain = with_mapped_weights(model)
 
 Accelerate leaves the parameters of an offloaded model on the meta device, with hooks that load one layer at a time
 while the model runs. Here each parameter becomes a view of its file instead, so that whatever reads weights works as
@@ -14,12 +14,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from shallower.core.tensors import bytes_of
 from shallower.errors import ModelError
 
 M = TypeVar("M", bound=nn.Module)
@@ -81,7 +83,7 @@ def with_mapped_weights(model: M) -> M:
 
 def shared_weights(model: nn.Module) -> dict[int, Any]:
     """A memo for `copy.deepcopy` with which copies share the weights that are mapped from files."""
-    return {id(p): _shared(p, p.detach()) for p in model.parameters() if is_mapped(p)}
+    return lent(filter(is_mapped, model.parameters()))
 
 
 def lent(parameters: Iterable[nn.Parameter]) -> dict[int, Any]:
@@ -117,7 +119,7 @@ def own_weights(module: nn.Module) -> None:
 
 def held_bytes(model: nn.Module) -> int:
     """Bytes of the parameters that are in memory for good."""
-    return sum(p.nbytes for p in model.parameters() if not is_mapped(p))
+    return bytes_of(filterfalse(is_mapped, model.parameters()))
 
 
 def _shared(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
@@ -132,8 +134,7 @@ def _weights_of(module: nn.Module) -> Iterator[Mapping[str, Tensor]]:
     for each in getattr(hook, "hooks", (hook,)):
         weights = getattr(each, "weights_map", None)
         if getattr(each, "offload", False) and weights is not None:
-            names = [name for name, _ in (*module._parameters.items(), *module._buffers.items())]
-            yield _Named(weights, names)
+            yield _Named(weights, [*module._parameters, *module._buffers])
 
 
 class _Named(Mapping[str, Tensor]):

@@ -13,11 +13,11 @@ import io
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from shallower.core.codec import Bounds, decode
+from shallower.core.codec import Bounds, decode, known_fields
 from shallower.core.files import atomic, read_json, write_json, write_text
 from shallower.core.text import amount, table
 from shallower.errors import MethodError, TargetError
@@ -285,10 +285,8 @@ class StoredPoint:
 
 def _point(data: Any, at: str) -> Point:
     """The point that `Point.to_json` described; other keys are passed over."""
-    known = {f.name for f in fields(StoredPoint)}
     if isinstance(data, Mapping):
-        data = {_EARLIER_NAMES.get(key, key): value for key, value in data.items()}
-        data = {key: value for key, value in data.items() if key in known}
+        data = known_fields(StoredPoint, data, _EARLIER_NAMES)
     stored = decode(StoredPoint, data, at=at, error=MethodError)
     cost = Cost(stored.params, stored.macs, stored.size, stored.latency, stored.kv)
     return Point(stored.label, stored.widths, stored.score, cost, stored.spread)

@@ -132,7 +132,8 @@ class Plan:
         """
         by_site = {step.entry.site.name: step for step in self.steps}
         for group in overlapping(step.entry.site for step in self.steps):
-            done = [by_site[site.name] for site in group]
+            names = Sites(tuple(group)).names
+            done = list(map(by_site.__getitem__, names))
             forms = [step.form for step in done]
             (params_before, macs_before), (params, macs) = totals(forms)
             decided = all(map(_is_decided, done))
@@ -140,7 +141,7 @@ class Plan:
             if decided or cheaper or all(f.kind == "narrower" for f in forms):
                 continue
             warnings.warn(
-                f"{listing([site.name for site in group])}: the plan leaves {amount(params)} parameters and "
+                f"{listing(names)}: the plan leaves {amount(params)} parameters and "
                 f"{amount(macs)} MACs, before it was {amount(params_before)} and {amount(macs_before)}: exact, but not "
                 "smaller. Collapsing pays only where the hidden width is larger than what goes in and out",
                 CostWarning,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shallower.errors import MethodError
 from shallower.finding.kinds import find_sites
 from shallower.measuring.timing import Ratio
-from shallower.methods.tlc.choosing import choose_forms, surely_fastest
+from shallower.methods.tlc.choosing import Rival, choose_forms, surely_fastest
 from shallower.planning.entries import Entry
 from shallower.planning.forms import form_of
 from shallower.planning.plan import Plan
@@ -138,6 +138,7 @@ def test_a_site_through_a_pooling_is_left_to_the_surgery() -> None:
 
 
 SAME, CHEAPER, DEARER = (100, 100), (80, 90), (120, 90)
+AS_IT_IS = Rival(SAME, Ratio(1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -156,14 +157,14 @@ SAME, CHEAPER, DEARER = (100, 100), (80, 90), (120, 90)
 def test_a_form_is_taken_where_it_is_surely_faster_or_cheaper_and_not_surely_slower(
     cost: tuple[int, int], time: Ratio, taken: bool
 ) -> None:
-    assert surely_fastest([SAME, cost], [Ratio(1, 1, 1), time], [False, False]) == taken
+    assert surely_fastest([AS_IT_IS, Rival(cost, time)]) == taken
 
 
 def test_what_may_be_as_fast_and_is_exact_comes_before_what_is_fitted() -> None:
-    times = [Ratio(1, 1, 1), Ratio(0.5, 0.45, 0.55), Ratio(0.51, 0.46, 0.56)]
-    assert surely_fastest([SAME, CHEAPER, CHEAPER], times, [False, True, False]) == 2
+    fitted, exact = Rival(CHEAPER, Ratio(0.5, 0.45, 0.55), fitted=True), Rival(CHEAPER, Ratio(0.51, 0.46, 0.56))
+    assert surely_fastest([AS_IT_IS, fitted, exact]) == 2
 
 
 def test_what_is_fitted_is_taken_where_it_is_surely_faster() -> None:
-    times = [Ratio(1, 1, 1), Ratio(0.5, 0.45, 0.55), Ratio(0.8, 0.75, 0.85)]
-    assert surely_fastest([SAME, CHEAPER, CHEAPER], times, [False, True, False]) == 1
+    fitted, exact = Rival(CHEAPER, Ratio(0.5, 0.45, 0.55), fitted=True), Rival(CHEAPER, Ratio(0.8, 0.75, 0.85))
+    assert surely_fastest([AS_IT_IS, fitted, exact]) == 1

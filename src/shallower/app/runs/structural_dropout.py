@@ -119,7 +119,7 @@ def at_point(model: nn.Module, sites: Sites, point: Point, example: Inputs) -> t
     copied = detached_copy(model).eval()
     method = StructuralDropout(copied, sites, sort=None)
     try:
-        unknown = set(point.widths) ^ {site.name for site in method.sites}
+        unknown = set(point.widths) ^ set(method.sites.names)
         if unknown:
             raise MethodError(f"the curve and the model do not fit: they differ at {', '.join(sorted(unknown))}")
         plan = method.plan(point)

@@ -10,13 +10,14 @@ target is a latency, the cost is what was measured on this machine (latencies.py
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from shallower.core.codec import field_names
 from shallower.core.failures import failing
 from shallower.core.inputs import Inputs, InputsOf, model_device
 from shallower.core.modes import without_inference_mode
@@ -138,9 +139,8 @@ def narrowable(sites: Sites) -> Sites:
 
 
 def _refuse_misplaced(misplaced: dict[str, object]) -> None:
-    known = {field.name for field in fields(SqueezeOptions)}
     for name in misplaced:
-        if name in known:
+        if name in field_names(SqueezeOptions):
             raise TypeError(f"squeeze() takes {name} among its options: options=sh.SqueezeOptions({name}=...)")
         raise TypeError(f"squeeze() got an unexpected keyword argument {name!r}")
 

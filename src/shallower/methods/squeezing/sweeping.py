@@ -41,7 +41,7 @@ from shallower.planning.entries import Entry
 from shallower.planning.forms import Step, steps
 from shallower.planning.forms.steps import made_by
 from shallower.planning.plan import Plan
-from shallower.sites import Site, overlapping
+from shallower.sites import Site, by_name, overlapping
 from shallower.surgery.operating import operate
 
 _PLENTY = 4
@@ -278,7 +278,7 @@ class Sweep:
         What a later site is to be fitted to must not be a linear path itself.
         """
         made = set(chain.from_iterable(map(made_by, later)))
-        if made & {m.name for m in site.consumers} or not may_have_path(site):
+        if made & by_name(site.consumers).keys() or not may_have_path(site):
             return 0
         return self.calibration.options.path_multiple
 
@@ -302,4 +302,4 @@ def _fitted_numbers(entry: Entry) -> int:
 def _untouched(site: Site, entries: Sequence[Entry]) -> bool:
     """Whether no map of the site was fitted as the consumer of an earlier site: such rows are not fitted again."""
     fitted = {m.name for entry in entries for m in entry.site.consumers}
-    return not fitted & {m.name for m in site.maps}
+    return not fitted & by_name(site.maps).keys()

@@ -7,9 +7,10 @@ are, and the entry's note says what was found.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -107,33 +108,38 @@ def _decided(tried: Tried, error: float) -> list[Entry]:
     plain = tried.variants[0]
     near = [variant for variant in tried.variants if tried.errors.get(variant.label, 0.0) <= error]
     against = tried.against(plain.label)
-    best = surely_fastest(
-        [variant.cost for variant in near],
-        [against[variant.label] for variant in near],
-        [variant.fitted for variant in near],
-    )
+    best = surely_fastest([Rival(variant.cost, against[variant.label], variant.fitted) for variant in near])
     note = _choice_note(near[best], tried, error)
     return [replace(entry, note=note) for entry in near[best].entries]
 
 
-def surely_fastest(costs: Sequence[tuple[int, int]], times: Sequence[Ratio], fitted: Sequence[bool]) -> int:
-    """Which of several forms to take: the fastest, as far as the noise lets one say; 0 where it does not.
+class Rival(NamedTuple):
+    """What is known of a form.
 
-    Args:
-        costs: MACs and parameters of each.
-        times: each one's, as part of the first one's.
-        fitted: which are not exact.
+    Attributes:
+        cost: MACs and parameters.
+        time: as part of the first form's.
+        fitted: it is not exact.
     """
 
-    def is_allowed(form: int) -> bool:
-        if any(a > b for a, b in zip(costs[form], costs[0], strict=True)):
-            return times[form].high < 1 - _EXPENSIVE
-        return times[form].is_faster or (costs[form] != costs[0] and not times[form].is_slower)
+    cost: tuple[int, int]
+    time: Ratio
+    fitted: bool = False
 
-    allowed = [0, *filter(is_allowed, range(1, len(costs)))]
-    fastest = min(times[form].median for form in allowed)
-    alike = [form for form in allowed if times[form].low <= fastest + _ALIKE]
-    return min(alike, key=lambda form: (fitted[form], costs[form]))
+
+def surely_fastest(rivals: Sequence[Rival]) -> int:
+    """Which of several forms to take: the fastest, as far as the noise lets one say; 0 where it does not."""
+    plain = rivals[0]
+
+    def is_allowed(rival: Rival) -> bool:
+        if any(map(operator.gt, rival.cost, plain.cost)):
+            return rival.time.high < 1 - _EXPENSIVE
+        return rival.time.is_faster or (rival.cost != plain.cost and not rival.time.is_slower)
+
+    allowed = [plain, *filter(is_allowed, rivals[1:])]
+    fastest = min(rival.time.median for rival in allowed)
+    alike = [rival for rival in allowed if rival.time.low <= fastest + _ALIKE]
+    return rivals.index(min(alike, key=lambda rival: (rival.fitted, rival.cost)))
 
 
 def _choice_note(chosen: Variant, tried: Tried, limit: float) -> str:

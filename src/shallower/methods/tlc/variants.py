@@ -13,7 +13,7 @@ from shallower.errors import PlanError
 from shallower.planning.entries import Becomes, Entry, Fate
 from shallower.planning.forms import steps
 from shallower.planning.forms.constants import inexact
-from shallower.sites import LinearMap, Site
+from shallower.sites import LinearMap, Site, by_name
 
 _MOST_TOGETHER = 4
 """Overlapping sites for which all combinations of forms are tried."""
@@ -102,7 +102,7 @@ def is_exact(entries: Sequence[Entry]) -> bool:
             producer = maps[cast("LinearMap", site.producer).name]
             if form.kind == "merged" and any(inexact(step.entry, producer, maps[c.name]) for c in site.consumers):
                 return False
-            maps |= {m.name: m for m in form.maps}
+            maps |= by_name(form.maps)
     except PlanError:
         return False
     return True
