@@ -89,9 +89,51 @@ def test_sums_maps_and_marks_are_kept():
     assert [call.name for _, call in f.contracted] == ["linear"] * 3 + ["sum"]
 
 
-def test_a_result_of_which_only_the_shape_is_used_closes_nothing():
+def test_what_nobody_looks_at_runs_too_and_is_followed():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.pool, self.out = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.into(x)
+            self.pool(x).tanh()
+            return self.out(x)
+
+    net = Pooled()
+    f = follow(net, torch.rand(2, 3))
+    read = [f.axes(f.trace.weights[layer, "weight"])[1] for layer in (net.pool, net.out)]
+    assert read[0] is read[1]
+    assert is_open(read[0])
+
+
+def test_a_result_of_which_only_the_shape_is_used_closes_one_channel():
     def function(x, w):
         positions = F.linear(x, w)[:, 0]
         return F.linear(x, w) * torch.ones(positions.shape[0], 1)
 
     Usage("a shape", function, "x:2,3 w:6,3", "x0|x1 w1|w0").check()
+
+
+@pytest.mark.parametrize("error", [AssertionError, IndexError, KeyError, TypeError, ValueError])
+def test_a_rule_that_fails_is_no_rule(error):
+    @rule("sin")
+    def failing(_f, _call):
+        raise error
+
+    assert Usage("failing", lambda x: torch.sin(x), "x:2,6", "").check().reasons["x1"].startswith("it is not known")
+
+
+def test_a_product_of_two_results_marks_what_it_adds_up():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(3, 6), nn.Linear(3, 6)
+
+        def forward(self, x):
+            return self.q(x) @ self.k(x).T
+
+    net = Attending()
+    f = follow(net, torch.rand(2, 3))
+    (run,) = runs(f.axes(f.trace.weights[net.q, "weight"])[0])
+    assert run.marks == {"inner"}

@@ -20,6 +20,10 @@ RULES: dict[str, Rule] = {}
 """The rule of each operation, by the canonical name of the function."""
 
 
+UNFORESEEN = (AssertionError, IndexError, KeyError, TypeError, ValueError)
+"""What a rule raises at a use that nobody thought of, which is an unknown one, too."""
+
+
 class UnknownUseError(Exception):
     """A rule does not know this use of its operation; the message says why, "" where nothing is to be said."""
 
@@ -67,7 +71,7 @@ class Following:
         self.sums: list[Layout] = []
         self.averages: list[tuple[Layout, Call]] = []
         self._axes: dict[Value, Axes] = {}
-        for call in _needed(trace):
+        for call in trace.calls:
             if call.outputs:
                 self._follow(call)
         for value in list(self._axes):
@@ -100,6 +104,8 @@ class Following:
                     return
             except UnknownUseError as error:
                 reason = str(error)
+            except UNFORESEEN:
+                pass
         self._without_rule(call, reason)
 
     def _take(self, call: Call, found: Axes | list[Axes]) -> bool:
@@ -129,9 +135,15 @@ class Following:
             self._axes[value] = [fixed(size, reason) for size in value.shape]
 
     def contract(self, call: Call, channels: Layout, columns: Layout) -> None:
-        """A linear map adds up channels, each with its column."""
+        """A linear map adds up channels, each with its column; that of two results marks them "inner"."""
         tie(channels, columns)
-        self.contracted.append((columns, call))
+        self.add_up(call, columns)
+
+    def add_up(self, call: Call, channels: Layout) -> None:
+        """A product adds up channels; where both factors depend on the inputs, they are marked "inner"."""
+        self.contracted.append((channels, call))
+        if sum(value.fed for value in call.inputs) > 1:
+            self.mark(channels, "inner")
 
     def write(self, call: Call, rows: Layout, bias: Value | None) -> None:
         """A linear map gives channels, each with its row and its bias."""
@@ -164,17 +176,6 @@ class Following:
             run.marks.add(what)
         if what == "averaged":
             self.averages.append((layout, self._now))
-
-
-def _needed(trace: Trace) -> list[Call]:
-    """The calls whose results are looked at: of some only the shape was."""
-    found: list[Call] = []
-    needed: set[Value] = set()
-    for call in reversed(trace.calls):
-        if call.inplace or not call.outputs or any(value.output or value in needed for value in call.outputs):
-            found.append(call)
-            needed.update(call.inputs)
-    return found[::-1]
 
 
 def _new(value: Value, size: int) -> Layout:

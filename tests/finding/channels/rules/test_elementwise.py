@@ -12,6 +12,8 @@ USAGES = [
     Usage("another type", lambda x: x.to(torch.float32).double().contiguous(), "x:2,6", "x0|x1"),
     Usage("another tensor's type", lambda x, y: x.type_as(y), "x:2,6 y:5", "x0|x1|y0"),
     Usage("dropout", lambda x: F.dropout(x, 0.5, training=False), "x:2,6", "x0|x1"),
+    Usage("dropout that stays on", lambda x: F.dropout(x, 0.5), "x:2,6", ""),
+    Usage("noise", lambda x: x + torch.randn_like(x), "x:2,6", ""),
     Usage("zeros like it", lambda x: torch.zeros_like(x), "x:2,6", "x0|x1"),
     Usage("a product with a number", lambda x: 2 * x / 3 - 1, "x:2,6", "x0|x1"),
     Usage("a sum", lambda x, y: x + y, "x:2,6 y:2,6", "x0 y0|x1 y1"),

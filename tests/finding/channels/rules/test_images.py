@@ -40,7 +40,7 @@ USAGES = [
     ),
     Usage("pixel shuffle", lambda x: F.pixel_shuffle(x, 2), "x:3,12,2,2", "x0|x1"),
     Usage("pixel unshuffle", lambda x: F.pixel_unshuffle(x, 2), "x:3,6,4,4", "x0|x1"),
-    Usage("channel shuffle", lambda x, g=2: F.channel_shuffle(x, g), "x:3,6,2,2", "x0|x1|x1|x2|x3"),
+    Usage("channel shuffle", lambda x, g=2: F.channel_shuffle(x, g), "x:3,6,2,2", "x0|x1|x2|x3"),
     Usage("patches", lambda x: F.unfold(x, 2), "x:3,6,3,3", "x0|x1"),
     Usage("stretches from the end", lambda x: x.unfold(dimension=-2, size=2, step=1), "x:3,4,6", "x0|x2"),
     Usage("regions", lambda x, b: roi_align(x, b), "x:3,6,4,4 b:int2:3,5", "x1"),

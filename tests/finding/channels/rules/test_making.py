@@ -11,6 +11,7 @@ USAGES = [
     Usage("ones of its kind", lambda x, n=6: torch.cat([x, x.new_ones(x.shape[0], n)], 1), "x:2,6", "x0|x1|out1"),
     Usage("arange", lambda x: x * torch.arange(x.shape[1]), "x:2,6", "x0"),
     Usage("arange of rows", lambda x: x * torch.arange(x.shape[0])[:, None], "x:2,6", "x1"),
+    Usage("random numbers", lambda x: x + 0 * torch.randn(x.shape[1]), "x:2,6", "x0"),
     Usage("eye", lambda x: x @ torch.eye(x.shape[1], dtype=x.dtype), "x:2,6", "x0"),
     Usage("one number", lambda x: x * torch.tensor(2.0), "x:2,6", "x0|x1"),
     Usage("one_hot", lambda i: F.one_hot(i, 4), "i:int4:2,3", "i0|i1"),

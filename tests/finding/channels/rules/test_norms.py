@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from shallower.finding.channels.following import Following
+from shallower.finding.channels.layout import runs
+from shallower.recording.tracing import trace_forward
 from tests.finding.channels.commuting import Usage
 
 USAGES = [
@@ -26,7 +30,7 @@ USAGES = [
     Usage(
         "rms norm by hand", lambda x, w: w * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)), "x:2,6 w:6", "x0|x1 w0"
     ),
-    Usage("group norm", lambda x, w, b, g=3: F.group_norm(x, g, w, b), "x:2,6,4 w:6 b:6", "x0|x1 w0 b0|x1 w0 b0|x2"),
+    Usage("group norm", lambda x, w, b, g=3: F.group_norm(x, g, w, b), "x:2,6,4 w:6 b:6", "x0|x1 w0 b0|x2"),
     Usage("one group", lambda x, w, b: F.group_norm(x, 1, w, b), "x:2,6,4 w:6 b:6", "x0|x1 w0 b0|x2"),
     Usage("normalize", lambda x: F.normalize(x, dim=-1), "x:2,6", "x0|x1"),
     Usage("weight norm", lambda v, g: torch._weight_norm(v, g, 0), "v:4,6,3 g:4,1,1", "v0 g0|v1|v2"),
@@ -56,3 +60,18 @@ USAGES = [
 @pytest.mark.parametrize("usage", USAGES, ids=lambda usage: usage.name)
 def test_cutting_commutes(usage: Usage):
     usage.check()
+
+
+def test_whole_groups_of_a_layer_can_go():
+    net = nn.Sequential(nn.Conv1d(2, 6, 1), nn.GroupNorm(3, 6), nn.Conv1d(6, 1, 1))
+    f = Following(trace_forward(net, (torch.rand(2, 2, 5),)))
+    groups, members = runs(f.axes(f.trace.weights[net[1], "weight"])[0])
+    assert (groups.size, groups.closed, groups.marks) == (3, "", set())
+    assert (members.size, members.marks) == (2, {"averaged"})
+
+
+def test_groups_whose_number_does_not_follow_stay():
+    net = nn.Sequential(nn.Conv1d(2, 6, 1), nn.GroupNorm(3, 6, affine=False), nn.Conv1d(6, 1, 1))
+    f = Following(trace_forward(net, (torch.rand(2, 2, 5),)))
+    groups, _ = runs(f.axes(f.trace.weights[net[0], "weight"])[0])
+    assert groups.closed == "`group_norm` in 1 has a number of groups that does not follow"

@@ -148,7 +148,7 @@ def einsum(f: Following, call: Call) -> Axes:
     made = _spelled(right, len(call.outputs[0].shape))
     for letter, axis in letters.items():
         if letter not in made:
-            f.contracted.append((axis, call))
+            f.add_up(call, axis)
         elif seen.count(letter) == 1:
             f.written.append((axis, call))
     return [letters[letter] for letter in made]
@@ -259,7 +259,7 @@ def likeness(f: Following, call: Call) -> Axes:
     axes = f.broadcast(f.axes(tensor(call, 0, "x1")), f.axes(tensor(call, 1, "x2")))
     dim = integer(call, 2, "dim", 1) if call.name == "cosine_similarity" else -1
     axis = axes[dim]
-    f.contracted.append((axis, call))
+    f.add_up(call, axis)
     if len(call.outputs[0].shape) == len(axes):
         axes[dim] = fixed(1, "a single position")
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import close, divide, fixed, tie
 from shallower.finding.channels.rules.arguments import integer, tensor
+from shallower.finding.pointwise import DROPOUT, stays_on
 from shallower.recording.tracing import Call
 
 ALONE = """
@@ -19,9 +20,7 @@ ALONE = """
     trunc fix frac neg positive logit nan_to_num isnan isinf isfinite signbit logical_not bitwise_not invert angle conj
     conj_physical resolve_conj real imag get.real get.imag deg2rad rad2deg digamma lgamma i0 special_i0 sinc
     contiguous to float half bfloat16 double int long short bool byte cpu cuda type type_as clone detach alias get.data
-    lift_fresh requires_grad pin_memory fill zero uniform normal bernoulli exponential trunc_normal
-    zeros_like ones_like empty_like full_like rand_like randn_like randint_like
-    dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d native_dropout
+    lift_fresh requires_grad pin_memory fill zero zeros_like ones_like empty_like full_like
     fake_quantize_per_tensor_affine set.data isin bucketize
 """
 TOGETHER = """
@@ -53,6 +52,20 @@ def together(f: Following, call: Call) -> Axes:
     if call.name == "add" and sum(value.fed and value.shape == output.shape for value in call.inputs) > 1:
         f.sums += axes
     return axes
+
+
+@rule(" ".join(DROPOUT))
+def dropped(f: Following, call: Call) -> Axes:
+    """Nothing is dropped in eval mode; where something is, it is other numbers that go of fewer channels."""
+    if stays_on(call):
+        raise UnknownUseError(f"{f.title(call)} drops channels at random even in eval mode")
+    return f.axes(call.inputs[0])
+
+
+@rule("rand_like randn_like randint_like uniform normal bernoulli exponential trunc_normal cauchy log_normal geometric")
+def noise(f: Following, call: Call) -> Axes:
+    """Random numbers are others where there are fewer."""
+    raise UnknownUseError(f"{f.title(call)} makes random numbers even in eval mode")
 
 
 @rule("prelu")

@@ -103,6 +103,7 @@ def shuffled(f: Following, call: Call) -> Axes:
     """(g, n) channels -> (n, g)."""
     axes, groups = f.axes(tensor(call, 0, "input")), integer(call, 1, "groups")
     outer, inner = divide(axes[1], groups, axes[1].size // groups)
+    close(outer, f"{f.title(call)} has a number of groups that does not follow")
     axes[1] = within([inner, outer])
     return axes
 

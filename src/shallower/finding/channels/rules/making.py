@@ -12,7 +12,7 @@ from shallower.finding.channels.rules.arguments import integer
 from shallower.recording.tracing import Call
 
 
-@rule("zeros ones empty full rand randn new_zeros new_ones new_empty new_full")
+@rule("zeros ones empty full new_zeros new_ones new_empty new_full")
 def equal(_: Following, call: Call) -> Axes:
     """Numbers that are all alike; whether their count follows is found by trying."""
     axes: Axes = []
@@ -23,6 +23,7 @@ def equal(_: Following, call: Call) -> Axes:
 
 @rule(
     """
+    rand randn
     arange linspace logspace eye tensor as_tensor scalar_tensor new_tensor asarray from_numpy randint randperm
     hann_window hamming_window blackman_window bartlett_window kaiser_window tril_indices triu_indices vander
     """

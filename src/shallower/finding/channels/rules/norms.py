@@ -7,7 +7,7 @@ F.layer_norm(x, (width,), weight, bias)             # likewise with the last; th
 from __future__ import annotations
 
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
-from shallower.finding.channels.layout import Layout, divide, tie
+from shallower.finding.channels.layout import Layout, close, divide, tie
 from shallower.finding.channels.rules.arguments import given, integer, integers, optional, tensor
 from shallower.recording.tracing import Call
 
@@ -62,7 +62,9 @@ def group_norm(f: Following, call: Call) -> Axes:
     values = tensor(call, 0, "input")
     axes, groups = f.axes(values), integer(call, 1, "num_groups")
     _tie_vectors(f, call, axes[1], ("weight", "bias"), first=2)
-    _, each = divide(axes[1], groups, axes[1].size // groups)
+    outer, each = divide(axes[1], groups, axes[1].size // groups)
+    if vars(call.frame.module).get("num_groups") != groups or optional(call, 2, "weight") is None:
+        close(outer, f"{f.title(call)} has a number of groups that does not follow")
     _averaged(f, [each, *axes[2:]])
     return f.axes(values)
 
