@@ -90,6 +90,8 @@ class Row:
 
     def note(self, left: list[str]) -> None:
         """Keep what was not reached, and count the reasons."""
+        if self.refused:
+            left = [line.replace(SILENT, "the surgery of a part of the plan was refused") for line in left]
         self.left = left
         self.closed = dict(Counter(general(line.partition(": ")[2]) for line in left).most_common())
 
@@ -110,7 +112,7 @@ def examined(family: Family) -> Row:
             warnings.simplefilter("ignore")
             _examine(family, row)
     except Exception as error:  # one family must not end the others
-        row.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        row.error = in_short(error)
         row.planned = isinstance(error, ShallowerError)
     return row
 
@@ -197,7 +199,7 @@ def proven_together(
     try:
         return list(entries), sh.apply(model, sh.Plan(tuple(entries)), inputs), ""
     except ShallowerError as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = in_short(error)
     if len(entries) == 1:
         return [], model, reason
     half = len(entries) // 2
@@ -210,6 +212,14 @@ def proven_together(
         if len(first) >= len(second):
             return first, small, reason
         return second, other, reason
+
+
+def in_short(error: Exception) -> str:
+    """The type of an error and what it says, on one line: where that is long, how it begins and how it ends."""
+    text = " ".join(str(error).split())
+    if len(text) > 400:
+        text = f"{text[:150]} ... {text[-240:]}"
+    return f"{type(error).__name__}: {text}"
 
 
 def compared(model: nn.Module, small: nn.Module, plan: sh.Plan, inputs: Inputs) -> int:
@@ -301,7 +311,8 @@ def reasons(model: nn.Module, inputs: Inputs, sites: sh.Sites) -> dict[str, str]
     for (module, attribute), value in f.trace.weights.items():
         for axis, layout in enumerate(f.axes(value)):
             inside = dict.fromkeys(runs(layout))
-            said = [run.closed or refused.get(run, "") for run in inside if run.closed != ONE]
+            said = [refused.get(run, "") for run in inside]
+            said += [run.closed for run in inside if run.closed != ONE]
             said.append(sites.skipped.get(names[module], ""))
             text = next((reason for reason in said if reason), "")
             found[f"{names[module]}.{attribute}".lstrip(".") + f"[{axis}]"] = text
