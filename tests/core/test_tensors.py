@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch._subclasses import FakeTensorMode
 
-from shallower.core.tensors import are_finite, bytes_of, content, has_no_numbers
+from shallower.core.tensors import are_finite, content, has_no_numbers, nbytes_of
 
 
 def test_meta_and_fake_tensors_hold_no_numbers() -> None:
@@ -31,5 +31,5 @@ def test_the_content_does_not_depend_on_the_layout() -> None:
 
 
 def test_bytes_are_those_of_the_numbers_in_their_types() -> None:
-    assert bytes_of([torch.zeros(3, 2), torch.zeros(5, dtype=torch.bool), torch.zeros(0)]) == 24 + 5
-    assert bytes_of([torch.zeros(1).expand(4)]) == 16
+    assert nbytes_of([torch.zeros(3, 2), torch.zeros(5, dtype=torch.bool), torch.zeros(0)]) == 24 + 5
+    assert nbytes_of([torch.zeros(1).expand(4)]) == 16

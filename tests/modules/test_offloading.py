@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from shallower.errors import ModelError
 from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import squeeze
-from shallower.modules.offloading import held_bytes, is_mapped, is_offloaded, with_mapped_weights
+from shallower.modules.offloading import held_bytes, is_mapped, is_offloaded, weightless, with_mapped_weights
 from shallower.saving.checkpoint import load, save
 from shallower.surgery.applying import apply
 
@@ -127,3 +128,12 @@ def test_a_weight_that_is_gone_is_an_error_that_names_it(tmp_path: Path) -> None
     vars(module)["_hf_hook"].offload = False
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         with_mapped_weights(offloaded)
+
+
+def test_copies_without_weights_have_the_same_parameters_and_buffers_on_the_meta_device() -> None:
+    norm = nn.BatchNorm1d(3)
+    norm.bias.requires_grad_(False)
+    empty = copy.deepcopy(norm, weightless([*norm.parameters(), *norm.buffers()]))
+    assert all(t.is_meta for t in (*empty.parameters(), *empty.buffers()))
+    assert [p.requires_grad for p in empty.parameters()] == [True, False]
+    assert empty.state_dict().keys() == norm.state_dict().keys()

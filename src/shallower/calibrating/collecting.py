@@ -26,7 +26,7 @@ from shallower.core.inputs import InputsOf, MaskOf, default_inputs_of, model_dev
 from shallower.core.memory import give_back
 from shallower.core.modes import evaluating
 from shallower.core.processes import gathered, raised_anywhere, summed_over_processes
-from shallower.core.tensors import bytes_of
+from shallower.core.tensors import nbytes_of
 from shallower.errors import FitError, Refusal, SiteError
 from shallower.sites import Site
 
@@ -101,7 +101,7 @@ def _sites_that_fit(recorder: Recorder, sites: list[Site], most: int) -> list[Si
     """The first of the sites, as many as their outputs fit into so many bytes; at least one."""
     for i, site in enumerate(sites):
         for m in site.consumers:
-            most -= bytes_of(recorder.outputs.get(m.name, ()))
+            most -= nbytes_of(recorder.outputs.get(m.name, ()))
         if most < 0:
             return sites[: max(1, i)]
     return sites

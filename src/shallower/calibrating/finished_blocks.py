@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from shallower.core.memory import free_bytes
-from shallower.core.tensors import bytes_of
+from shallower.core.tensors import nbytes_of
 from shallower.core.trees import mapped, tensors
 from shallower.core.watching import After, Before, copied, watching
 from shallower.errors import SiteError
@@ -124,7 +124,7 @@ class FinishedBlocks:
         self.on = True
         self.reached = True
         if most is None:
-            weights = bytes_of(model.parameters())
+            weights = nbytes_of(model.parameters())
             most = max(_LEAST_ROOM_FOR_BLOCKS, held_bytes(model), min(weights, free_bytes() // 2)) // 2
         self._most = most
         self._given: dict[int, dict[str, Any]] = {}
@@ -179,7 +179,7 @@ class FinishedBlocks:
             old = {name: mapped(_nothing, value) for name, value in given.items()}
             self._given[batch] = _outermost(old | seen)
             self._at[batch] = to
-            self._bytes[batch] = bytes_of(tensors(seen[to]))
+            self._bytes[batch] = nbytes_of(tensors(seen[to]))
         if to != self._at.get(batch) or sum(self._bytes.values()) > self._most:
             for kept in (self._given, self._at, self._bytes):
                 kept.pop(batch, None)

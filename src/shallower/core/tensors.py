@@ -18,7 +18,7 @@ def are_finite(given: Iterable[Tensor]) -> bool:
     return all(bool(t.isfinite().all()) for t in given)
 
 
-def bytes_of(given: Iterable[Tensor]) -> int:
+def nbytes_of(given: Iterable[Tensor]) -> int:
     """Bytes that the numbers of these tensors take, all together."""
     return sum(t.numel() * t.element_size() for t in given)
 

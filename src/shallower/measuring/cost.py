@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shallower.core.failures import failing
 from shallower.core.inputs import Inputs, call, model_device
 from shallower.core.modes import evaluating
-from shallower.core.tensors import bytes_of
+from shallower.core.tensors import nbytes_of
 from shallower.core.trees import tensors
 from shallower.errors import ModelError
 from shallower.planning.costs import Cost
@@ -53,7 +53,7 @@ def count_params(model: nn.Module) -> int:
 
 def size_of(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers; one that is at several places counts once."""
-    return bytes_of((*model.parameters(), *model.buffers()))
+    return nbytes_of((*model.parameters(), *model.buffers()))
 
 
 def count_macs(model: nn.Module, example_inputs: Inputs) -> int:

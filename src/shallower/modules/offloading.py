@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from shallower.core.tensors import bytes_of
+from shallower.core.tensors import nbytes_of
 from shallower.errors import ModelError
 
 M = TypeVar("M", bound=nn.Module)
@@ -94,14 +94,17 @@ def lent(parameters: Iterable[nn.Parameter]) -> dict[int, Any]:
     return {id(p): _shared(p, p.detach()) for p in parameters}
 
 
-def weightless(parameters: Iterable[nn.Parameter]) -> dict[int, Any]:
-    """A memo for `copy.deepcopy` with which copies have the given parameters on the meta device.
+def weightless(weights: Iterable[Tensor]) -> dict[int, Any]:
+    """A memo for `copy.deepcopy` with which copies have the given parameters and buffers on the meta device.
 
     skeleton = copy.deepcopy(model, weightless(model.parameters()))
     """
     memo: dict[int, Any] = {}
-    for p in parameters:
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    for t in weights:
+        empty = torch.empty_like(t, device="meta")
+        if isinstance(t, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=t.requires_grad)
+        memo[id(t)] = empty
     return memo
 
 
@@ -119,7 +122,7 @@ def own_weights(module: nn.Module) -> None:
 
 def held_bytes(model: nn.Module) -> int:
     """Bytes of the parameters that are in memory for good."""
-    return bytes_of(filterfalse(is_mapped, model.parameters()))
+    return nbytes_of(filterfalse(is_mapped, model.parameters()))
 
 
 def _shared(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:

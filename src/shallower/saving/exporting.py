@@ -28,7 +28,7 @@ from shallower.core.failures import failing
 from shallower.core.files import folder_beside
 from shallower.core.inputs import Inputs, call
 from shallower.core.modes import evaluating
-from shallower.core.tensors import bytes_of, has_no_numbers
+from shallower.core.tensors import has_no_numbers, nbytes_of
 from shallower.core.trees import cloned, tensors, to_device
 from shallower.errors import ExportError
 from shallower.modules.attachment import detached_copy
@@ -250,7 +250,7 @@ def _open_dimensions(
 def _write_onnx(
     program: ExportedProgram, opened: Dimensions, outputs: Any, path: Path, opset: int | None
 ) -> Callable[[], Runner]:
-    size = bytes_of(program.state_dict.values())
+    size = nbytes_of(program.state_dict.values())
     with failing(ExportError, f"{path.name}: this model cannot be written as ONNX"):
         written = torch.onnx.export(program, output_names=_output_names(outputs), opset_version=opset, verbose=False)
         assert written is not None

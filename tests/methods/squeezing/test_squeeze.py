@@ -245,7 +245,7 @@ def test_impossible_requests_are_errors_that_tell_what_to_do() -> None:
         squeeze(model, sites, rows_of(), "params:10M")
     with pytest.raises(TargetError, match="needs a model that returns its KV cache"):
         squeeze(model, sites, rows_of(), "kv:50%")
-    with pytest.raises(TargetError, match="none of the 1 sites takes anything from it"):
+    with pytest.raises(TargetError, match="none of the 2 sites takes anything from it"):
         squeeze(model, dataclasses.replace(sites, kv=64), rows_of(), "kv:50%")
     with pytest.raises(MethodError, match="score="):
         squeeze(model, sites, rows_of(), "drop:1%")

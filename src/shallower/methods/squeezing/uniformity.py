@@ -67,7 +67,7 @@ def only_expressible(model: nn.Module, sites: Sites) -> Sites:
 
 def _inexpressible(model: nn.Module, sites: Sites) -> set[str]:
     """Names of sites that have another size in the stock class than after surgery, if all of these are narrowed."""
-    trial = detached_copy(model, weightless(model.parameters()))
+    trial = detached_copy(model, weightless([*model.parameters(), *model.buffers()]))
     todo = steps([stand_in(site, site.width // 2) for site in sites if site.width > 1])
     for step in todo:
         operate(trial, step)
