@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from benchmarks.record import markdown
 from shallower.errors import ShallowerError
-from shallower.finding.kinds import find_sites
+from shallower.finding.kinds import SiteKind, find_sites
 from shallower.modules.attachment import detached_copy
 from shallower.modules.edits import Edit, Weights, perform
 from shallower.planning.entries import Entry, Fate
@@ -36,7 +36,10 @@ from shallower.surgery.padding import move_padding
 from shallower.surgery.proof import proven
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("linear", "gated", "packed", "convolution", "padding", "heads")
+KINDS = ("linear", "gated", "packed", "convolution", "padding", "heads", "followed")
+SITES: dict[str, tuple[SiteKind, ...]] = {"heads": ("hidden", "heads"), "followed": ("followed", "stream")}
+"""Which kinds of sites are looked for in a network, where they are not hidden ones alone."""
+
 OPERATIONS = ("row", "column", "shift", "left out", "twice")
 
 
@@ -76,6 +79,25 @@ class _Attention(nn.Module):
         q, k, v = (t.reshape(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in made)
         z = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         y: Tensor = self.o(z.reshape(*x.shape[:2], -1))
+        return y
+
+
+class _Excited(nn.Module):
+    """A residual block with squeeze and excitation, between two maps of its stream, and a norm over the channels."""
+
+    def __init__(self, d: int, n: int, bias: bool, norm: bool) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Conv2d(3, d, 1), nn.Linear(d, 3)
+        self.expand, self.project = nn.Conv2d(d, n, 1, bias=bias), nn.Conv2d(n, d, 1, bias=bias)
+        self.depthwise, self.norm = nn.Conv2d(n, n, 3, padding=1, groups=n), nn.BatchNorm2d(n)
+        self.reduce, self.excite = nn.Conv2d(n, 2, 1), nn.Conv2d(2, n, 1)
+        self.last = nn.LayerNorm(d) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        h = F.silu(self.norm(self.depthwise(F.silu(self.expand(x)))))
+        scale = self.excite(F.relu(self.reduce(h.mean((2, 3), keepdim=True)))).sigmoid()
+        y: Tensor = self.out(self.last((x + self.project(h * scale)).mean((2, 3))))
         return y
 
 
@@ -123,7 +145,7 @@ def case(kind: str, dtype: torch.dtype, seed: int) -> Case:
     model, x = model.to(dtype).eval(), x.to(dtype)
     if kind == "padding" and choose.share() < 0.5:
         model = move_padding(model, find_sites(model, x))
-    sites = find_sites(model, x, kinds=("hidden", "heads") if kind == "heads" else "hidden")
+    sites = find_sites(model, x, kinds=SITES.get(kind, "hidden"))
     return Case(model, x, tuple(steps([_entry(site, choose) for site in sites])))
 
 
@@ -143,6 +165,8 @@ def _network(kind: str, choose: _Random) -> tuple[nn.Module, Tensor]:
     if kind == "packed":
         both, down = nn.Conv2d(d, 2 * n, 1, bias=bias), nn.Conv2d(n, d, 3, padding=1, bias=bias)
         return _Packed(both, down, norm, 1), torch.randn(2, d, 4, 4)
+    if kind == "followed":
+        return _Excited(2 * d, n, bias, norm), torch.randn(2, 3, 5, 5)
     if kind == "heads":
         return _Attention(2 * d, n, norm), torch.randn(2, 3, 2 * d)
     padding = 1 if kind == "padding" else 0
@@ -156,6 +180,9 @@ def _network(kind: str, choose: _Random) -> tuple[nn.Module, Tensor]:
 def _entry(site: Site, choose: _Random) -> Entry:
     """Random fates, with slopes, constants, slopes of the activation or fitted maps."""
     n = site.width
+    if site.followed:
+        staying = [c for c in range(n) if choose.share() < 0.6]
+        return Entry.narrow(site, staying or [0])
     mixes: list[tuple[Fate, ...]] = [
         (Fate.KEEP, Fate.DROP),
         (Fate.KEEP, Fate.LINEAR, Fate.DROP),
@@ -216,7 +243,7 @@ class Mutation:
         if self.operation != "left out":
             edits[self.index] = self._altered(edit)
         elif isinstance(edit, Weights):
-            edits[self.index] = Weights(edit.name, {key: torch.zeros_like(t) for key, t in edit.tensors.items()})
+            edits[self.index] = replace(edit, tensors={key: torch.zeros_like(t) for key, t in edit.tensors.items()})
         else:
             del edits[self.index]
         return edits
@@ -229,7 +256,7 @@ class Mutation:
         else:
             line = numbers.select(0 if self.operation == "row" else 1, self.at)
             line.mul_(self.size)
-        return Weights(edit.name, {**edit.tensors, self.tensor: numbers})
+        return replace(edit, tensors={**edit.tensors, self.tensor: numbers})
 
 
 def mutations(case: Case, dtype: torch.dtype, choose: _Random, count: int) -> Iterator[Mutation]:

@@ -15,6 +15,7 @@ from shallower.surgery.blocks import block_by_block
 from shallower.surgery.observing import Pass
 from shallower.surgery.operating import edits_of_step
 from shallower.surgery.proof import proven
+from tests.followed import Stages, drawn
 from tests.modules.test_heads import ByHand
 from tests.networks import Gated
 
@@ -68,3 +69,10 @@ def test_sites_that_overlap_are_one_block() -> None:
     todo = steps([Entry.collapse(site) for site in find_sites(model, x) if site.name.startswith("0.")])
     small = block_by_block(model, todo, Pass(x), edits_of_step)
     assert [type(m) for m in small[0][:4]] == [nn.Identity] * 4
+
+
+def test_a_stream_is_one_block() -> None:
+    model, x = drawn(Stages(), torch.bfloat16), torch.randn(2, 3, 8, 8).bfloat16()
+    todo = steps([Entry.narrow(site, range(3)) for site in find_sites(model, x, kinds="stream")])
+    small = block_by_block(model, todo, Pass(x), edits_of_step)
+    torch.testing.assert_close(small.state_dict(), proven(model, todo, x).state_dict(), rtol=0, atol=0)

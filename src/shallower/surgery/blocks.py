@@ -88,6 +88,7 @@ def _is_around(outer: str, inner: str) -> bool:
 def _part_of(model: nn.Module, site: Site) -> str:
     """The smallest part that holds all modules of a site and can be called."""
     places = [*map(Place, (*by_name(site.maps), *site.bridge.norms)), *site.bridge.activations, *site.dropouts]
+    places += [Place(module) for module in {slot.module for slot in site.slots}]
     if site.heads is not None:
         places.append(Place(site.heads.module, (("forward", 0),)))
     if site.residual is not None:
