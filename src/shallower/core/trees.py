@@ -148,11 +148,20 @@ def _with_items(value: list[Any], changed: Sequence[Any]) -> list[Any]:
     return other
 
 
+def _has(value: Any, name: str) -> bool:
+    """Whether an attribute can be read; a property may raise anything."""
+    try:
+        getattr(value, name)
+    except Exception:
+        return False
+    return True
+
+
 def _taken_from_object(value: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]] | None:
     """The attributes of an object that may hold tensors: all fields of a dataclass, else tensors and collections."""
     fields = getattr(value, "__dict__", None)
     if is_dataclass(value):
-        names = [name for name in value.__dataclass_fields__ if hasattr(value, name)]
+        names = [name for name in value.__dataclass_fields__ if _has(value, name)]
     elif isinstance(fields, dict):
         names = [name for name, item in fields.items() if isinstance(item, (Tensor, tuple, list, Mapping))]
     else:

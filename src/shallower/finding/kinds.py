@@ -111,7 +111,7 @@ def _with_followed(model: nn.Module, inputs: Inputs, graph: Graph, sites: Sites,
     spaces, reasons = followed_sites(f, sites)
     found, refused = that_follow(model, inputs, f, [each for each in spaces if each.site.kind in asked])
     reached = {slot.module for _, site in found for slot in site.slots if slot.side == "rows"}
-    skipped = {**reasons, **sites.skipped}
+    skipped = {**sites.skipped, **reasons}
     for name in list(skipped):
         if name in reached or (name in sites.skipped and any(layer.startswith(f"{name}.") for layer in reached)):
             del skipped[name]

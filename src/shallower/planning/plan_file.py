@@ -23,6 +23,7 @@ from shallower.planning.entries import MOST_NOTE, Becomes, Entry, Family, Fate
 from shallower.planning.fits import Fit
 from shallower.sites import Heads, Site
 from shallower.sites.parts import MOST_CHANNELS
+from shallower.sites.slots import hold
 
 SCHEMA = "shallower.plan"
 VERSION = 5
@@ -31,6 +32,7 @@ _EARLIER = (1, 2, 3, 4)
 
 _MOST_PLAN_BYTES = 1 << 28
 _MOST_ENTRIES = 20_000
+_MOST_POSITIONS = 1 << 26
 
 _TYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -243,12 +245,20 @@ def _sha256(tensor: Tensor) -> str:
     return hashlib.sha256(content(tensor)).hexdigest()
 
 
+def _slots_fit(site: Site) -> bool:
+    """Whether a followed site's channels lie where its slots and norms say, in tensors of some size."""
+    lengths = sum(slot.shape[slot.axis] for slot in site.slots if slot.axis < len(slot.shape))
+    places = all(slot.holds(site.width) for slot in site.slots)
+    norms = all(hold(norm.spans, site.width, norm.size) for norm in site.averages)
+    return lengths <= _MOST_POSITIONS and places and norms
+
+
 def _check_widths(site: Site, what: str) -> None:
     """Check that a site's maps are of the sizes that its width says."""
     if site.kind == "heads" or site.heads is not None:
         fitting = site.heads is not None and _heads_fit(site, site.heads)
     elif site.followed:
-        fitting = site.producer is None and not site.consumers and all(slot.holds(site.width) for slot in site.slots)
+        fitting = site.producer is None and not site.consumers and _slots_fit(site)
     elif site.producer is None:
         fitting = site.width == 0 and not site.consumers and site.gate is None
     else:

@@ -42,6 +42,18 @@ def positions_of(spans: Iterable[Span], channels: Tensor) -> Tensor:
     return torch.cat(found).sort().values
 
 
+def hold(spans: Iterable[Span], width: int, size: int) -> bool:
+    """Whether that many channels lie within `size` positions, each position once."""
+    used = 0
+    for span in spans:
+        last = span.start + (span.repeats - 1) * span.stride + width * span.block
+        apart = span.repeats == 1 or span.stride >= width * span.block
+        if last > size or not apart:
+            return False
+        used += span.repeats * width * span.block
+    return 0 < used <= size
+
+
 @dataclass(frozen=True)
 class Average:
     """A module that takes an average over the channels: a norm.
@@ -98,16 +110,7 @@ class Slot:
 
     def holds(self, width: int) -> bool:
         """Whether that many channels lie within the axis, each position once."""
-        if self.axis >= len(self.shape) or not self.spans or width < 1:
-            return False
-        size, used = self.shape[self.axis], 0
-        for span in self.spans:
-            last = span.start + (span.repeats - 1) * span.stride + width * span.block
-            apart = span.repeats == 1 or span.stride >= width * span.block
-            if last > size or not apart:
-                return False
-            used += span.repeats * width * span.block
-        return used <= size
+        return self.axis < len(self.shape) and hold(self.spans, width, self.shape[self.axis])
 
     def positions(self, channels: Tensor) -> Tensor:
         """The positions along the axis that these channels have, (m,) int64, ascending."""

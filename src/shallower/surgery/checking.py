@@ -21,6 +21,7 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
         PlanError: a layer is missing, or of another kind or size, or the plan depends on weights and was made for
             others.
     """
+    names = {name for name, _ in model.named_modules()}
     for entry in plan.entries:
         site = entry.site
         parts = parts_of(model, [site])
@@ -28,6 +29,9 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
             check_shape(site.name, parts[m.name], m)
         for slot in site.slots:
             check_tensor(site.name, parts[slot.module], slot)
+        for norm in site.averages:
+            if norm.module not in names:
+                raise PlanError(f"{site.name}: the model has no module `{norm.module}`, a norm over its channels")
     if plan.fingerprint:
         found = fingerprint(model, plan.sites)
         if found and found != plan.fingerprint:

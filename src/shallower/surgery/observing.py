@@ -176,6 +176,8 @@ def compared(
     check_runs(taps, expected, found)
     usual = expected if nudged is None else nudged
     for tap, y, z, around in zip(taps, expected.taps, found.taps, usual.taps, strict=True):
+        if tap.loose and [t.shape for t in y] != [t.shape for t in z]:
+            continue
         difference = _first_difference(tap.site, tap.name, y, z, around, allowed)
         if difference is not None:
             return difference

@@ -89,8 +89,9 @@ def _in_shapes(model: M, todo: Sequence[Step], run: Pass, edits_of: EditsOf) -> 
         return small
     found = after_surgery(small, todo, run, taps)
     check_runs(taps, expected, found)
-    for y, z in zip(expected.taps, found.taps, strict=True):
-        check_shapes(y, z)
+    for tap, y, z in zip(taps, expected.taps, found.taps, strict=True):
+        if not tap.loose:
+            check_shapes(y, z)
     check_shapes(expected.outputs, found.outputs)
     return small
 

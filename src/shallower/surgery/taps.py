@@ -10,7 +10,7 @@ is gone at an activation place. Where a consumer is changed by a later step itse
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,14 @@ class Tap:
         place: where the module is.
         dim: dimension of the output that holds its channels.
         common: the channels to compare; None for all.
+        loose: whether other dimensions of the output may be narrower after surgery, where it is not compared.
     """
 
     site: Site
     place: Place
     dim: int = -1
     common: TapChannels | None = None
+    loose: bool = False
 
     @property
     def name(self) -> str:
@@ -75,7 +77,8 @@ class Tap:
 def taps_of(todo: Sequence[Step]) -> list[Tap]:
     """Where to compare what these steps make."""
     roles = _roles(todo)
-    return [tap for step in todo for tap in _taps_of_step(step, roles)]
+    loose = any(step.entry.site.followed for step in todo)
+    return [replace(tap, loose=loose) for step in todo for tap in _taps_of_step(step, roles)]
 
 
 def _taps_of_step(step: Step, roles: Mapping[str, TapChannels | None]) -> Iterator[Tap]:

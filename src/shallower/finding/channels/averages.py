@@ -29,7 +29,25 @@ def averages_of(f: Following) -> dict[Run, tuple[Average, ...]]:
                 outside.add(run)
             else:
                 found.setdefault(run, {})[norm.module] = norm
+    _refuse_shared(f, found, outside, known)
     return {run: tuple(norms.values()) for run, norms in found.items() if run not in outside}
+
+
+def _refuse_shared(
+    f: Following, found: dict[Run, dict[str, Average]], outside: set[Run], known: dict[Frame, Value | None]
+) -> None:
+    """Leave out the runs under a norm that is called on other channels, too: it computes on all of those."""
+    calls: dict[str, list[Frame]] = {}
+    for frame in f.trace.frames:
+        calls.setdefault(frame.name or "", []).append(frame)
+    for run, norms in found.items():
+        for name in norms:
+            for frame in calls[name]:
+                if frame not in known:
+                    known[frame] = _source(frame)
+                source = known[frame]
+                if source is None or not any(run in set(runs(axis)) for axis in f.axes(source)):
+                    outside.add(run)
 
 
 def _norm_around(f: Following, call: Call, run: Run, known: dict[Frame, Value | None]) -> Average | None:

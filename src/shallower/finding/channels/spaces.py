@@ -14,11 +14,14 @@ from torch import nn
 from shallower.finding.channels.averages import averages_of
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.layout import Run, divide, resolved, runs, spans
+from shallower.finding.channels.unread import Unread
 from shallower.finding.channels.weights import WeightUse, uses_of
+from shallower.finding.channels.zeros import close_sums
 from shallower.recording.tracing import Value
 from shallower.sites import Follower, Site, Slot
 from shallower.sites import Span as SlotSpan
 
+ENTANGLED = "its channels are multiplied with each other"
 AVERAGED = "an average is taken over its channels outside of a norm, which over fewer is another one"
 
 
@@ -64,12 +67,14 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
     Returns:
         The spaces, and name -> reason for layers no axis of which can be cut.
     """
+    close_sums(f)
     spaces, closed = _gathered(f)
     _add_followers(f, spaces)
     covered = set(_sides(known))
     streams = _streams(f, spaces.values())
     products = _products(f)
     averages = averages_of(f)
+    unread = Unread(f.trace)
     found: list[Found] = []
     taken = {site.name for site in known}
     for space in sorted(spaces.values(), key=lambda space: space.position):
@@ -78,9 +83,14 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
         if any((slot.module, slot.side) in covered for slot in space.slots):
             continue
         own = averages.get(space.run)
+        reason = unread.reason(space.slots)
         if own is None and "averaged" in space.run.marks:
+            reason = AVERAGED
+        if not all(slot.holds(space.run.size) for slot in space.slots):
+            reason = ENTANGLED
+        if reason:
             for slot in space.slots:
-                closed.setdefault(slot.module, AVERAGED)
+                closed.setdefault(slot.module, reason)
             continue
         kind = _kind(space, streams)
         name = _name(space, kind, taken)

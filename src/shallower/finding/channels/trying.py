@@ -19,7 +19,7 @@ from shallower.core.failures import is_out_of_memory
 from shallower.core.inputs import Inputs
 from shallower.errors import ShallowerError
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.layout import Run, runs, size_of
+from shallower.finding.channels.layout import Run, divide, runs, size_of
 from shallower.finding.channels.spaces import Found
 from shallower.modules.attachment import copied
 from shallower.modules.edits import Attribute, Sized, perform
@@ -27,13 +27,27 @@ from shallower.modules.offloading import weightless
 from shallower.recording.tracing import Call, StoppedError, Trace, trace_forward
 from shallower.sites import Follower, Site
 
-COMPUTING = {"add", "sub", "mul", "div", "pow", "tensor", "full", "masked_fill", "clamp"}
-"""Functions whose whole numbers are no sizes."""
+SIZED = {
+    "view", "reshape", "unflatten", "expand", "broadcast_to", "repeat", "tile", "split", "split_with_sizes",
+    "tensor_split", "unsafe_split", "getitem", "setitem", "narrow", "zeros", "ones", "empty", "rand", "randn",
+    "new_zeros", "new_ones", "new_empty", "layer_norm", "rms_norm", "pad", "multi_head_attention_forward", "slice",
+    "as_strided", "constant_pad_nd",
+}  # fmt: skip
+"""Functions to which forwards give sizes as whole numbers. To others they give numbers to compute with."""
+
+GROUPED = {"group_norm": 1, "conv1d": 6, "conv2d": 6, "conv3d": 6, "channel_shuffle": 1}
+"""Functions that divide axis 1 into a number of groups, and where among their arguments that stands."""
+
+FOLLOWING_TENSORS = {
+    "in_features", "out_features", "in_channels", "out_channels", "num_features", "num_channels", "embedding_dim",
+    "num_embeddings", "nx", "nf",
+}  # fmt: skip
+"""Sizes that layers hold beside their tensors and that follow these."""
 
 MOST_TRIALS = 100
 
-MOST_FRAMES = 2
-"""Modules around a call that may hold its numbers: the one whose forward makes it, and the one that calls that."""
+MOST_FRAMES = 3
+"""Modules around a call that may hold its numbers: the one whose forward makes it, and those that call that."""
 
 DOES_NOT_FOLLOW = "the forward does not follow fewer channels"
 
@@ -79,7 +93,7 @@ class _Trial:
         while left and self._trials < MOST_TRIALS:
             at = self._difference(list(left.values()))
             if at is None:
-                return left
+                return self._one_by_one(left)
             if self._with_data is None:
                 # a forward that looks at numbers does not run without them, even with nothing cut
                 self._with_data = False
@@ -95,6 +109,23 @@ class _Trial:
             if left == before:
                 self._leave_out(left, met[0], at)
         return {}
+
+    def _one_by_one(self, left: dict[str, Site]) -> dict[str, Site]:
+        """Those that can be cut without the others, too: every second site loses one channel, then the others do.
+
+        Where a forward divides one width by another, both cut in half go unnoticed.
+        """
+        names = list(left)
+        for chosen in (names[::2], names[1::2]):
+            while chosen:
+                at = self._difference([left[name] for name in chosen], one=True)
+                if at is None:
+                    break
+                met = [name for name in self._met(at, left) if name in chosen] or chosen[:1]
+                for name in met:
+                    self._leave_out(left, name, min(at, len(self.f.trace.calls) - 1))
+                    chosen.remove(name)
+        return left
 
     def _settle_alone(self, left: dict[str, Site], name: str, at: int) -> None:
         """Find the numbers that have to fall with one site, for all that are alike; leave it out where none do."""
@@ -157,7 +188,8 @@ class _Trial:
         for module, numbers in _numbers_at(self.f.trace.calls[at], site.width):
             new: list[Follower] = []
             for attribute, value in vars(self.model.get_submodule(module)).items():
-                if type(value) is int and value in numbers and (module, attribute) not in held:
+                own = type(value) is int and attribute not in FOLLOWING_TENSORS
+                if own and value in numbers and (module, attribute) not in held:
                     new.append(Follower(module, attribute, value // site.width))
             yield from ([each] for each in new)
             if len(new) > 1:
@@ -182,16 +214,21 @@ class _Trial:
 
     # ------------------------------------------------------------------------------------------------- passes
 
-    def _difference(self, sites: Sequence[Site]) -> int | None:
-        """The first call of a pass with these sites cut in half that is not what the layouts say; None where all are.
+    def _difference(self, sites: Sequence[Site], *, one: bool = False) -> int | None:
+        """The first call of a pass with these sites cut that is not what the layouts say; None where all are.
+
+        Each is cut in half, or loses one channel.
 
         Numbers that are computed with must be the same, too: a scale of 1 / sqrt(width) would not be.
         """
         self._trials += 1
-        trace, whole = self._passed(sites)
-        fewer = {self.found[site.name]: half_of(site) for site in sites}
+        kept = {site.name: site.width - 1 if one else half_of(site) for site in sites}
+        trace, whole = self._passed(sites, kept)
+        fewer = {self.found[site.name]: kept[site.name] for site in sites}
         for i, (before, after) in enumerate(zip(self.f.trace.calls, trace.calls, strict=False)):
             if before.name != after.name or _scalars(before) != _scalars(after):
+                return i
+            if _groups_of(after) != self._groups(before, fewer):
                 return i
             for value, now in zip(before.outputs, after.outputs, strict=False):
                 if now.shape != tuple(size_of(axis, fewer) for axis in self.f.axes(value)):
@@ -200,12 +237,20 @@ class _Trial:
             return None
         return len(trace.calls)
 
-    def _passed(self, sites: Sequence[Site]) -> tuple[Trace, bool]:
+    def _groups(self, call: Call, fewer: Mapping[Run, int]) -> int | None:
+        """Into how many groups a call has to divide its channels when some runs have fewer."""
+        groups = _groups_of(call)
+        if groups is None or groups == 1:
+            return groups
+        channels = self.f.axes(call.inputs[0])[1]
+        return size_of(divide(channels, groups, channels.size // groups)[0], fewer)
+
+    def _passed(self, sites: Sequence[Site], kept: Mapping[str, int]) -> tuple[Trace, bool]:
         """A pass of a copy with these sites cut, as far as it goes, and whether it goes to the end."""
         memo = {} if self._with_data else weightless(self.model.parameters())
         trial = copied(self.model, memo)
         try:
-            for edit in _halved(trial, sites):
+            for edit in _shortened(trial, sites, kept):
                 perform(trial, edit)
                 if self._with_data and isinstance(edit, Sized):
                     getattr(trial.get_submodule(edit.name), edit.attribute).detach().zero_()
@@ -214,7 +259,9 @@ class _Trial:
             if stopped.__cause__ is not None and is_out_of_memory(stopped.__cause__):
                 raise
             return stopped.trace, False
-        except ShallowerError:
+        except (ShallowerError, RuntimeError, ValueError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
             return Trace(trial, self.f.trace.root), False
 
 
@@ -233,7 +280,7 @@ def _numbers_at(call: Call, width: int) -> Iterator[tuple[str, set[int]]]:
     if not given:
         return
     factors = {v for n in given for v in range(width, n + 1, width) if n % v == 0} - given
-    near = [f for f in call.frame.ancestors() if not type(f.module).__module__.startswith("torch.nn")][:MOST_FRAMES]
+    near = list(call.frame.ancestors())[:MOST_FRAMES]
     for numbers in (given, factors):
         for frame in near:
             if frame.name is not None:
@@ -253,12 +300,22 @@ def _whole_numbers(given: object) -> Iterator[int]:
 
 
 def _scalars(call: Call) -> list[float]:
-    """The numbers that a call computes with: not sizes."""
+    """The numbers that a call computes with: not sizes, and not how many groups there are."""
     found: list[float] = []
+    groups = _groups_of(call)
     for item in tree_leaves((call.args, dict(call.kwargs))):
-        if type(item) is float or (type(item) is int and call.name in COMPUTING):
+        if type(item) is float or (type(item) is int and call.name not in SIZED and item != groups):
             found.append(item)
     return found
+
+
+def _groups_of(call: Call) -> int | None:
+    """Into how many groups a call divides its channels."""
+    at = GROUPED.get(call.name)
+    if at is None:
+        return None
+    groups = call.kwargs.get("num_groups", call.kwargs.get("groups", call.args[at] if len(call.args) > at else 1))
+    return groups if type(groups) is int else None
 
 
 def _shape(site: Site) -> tuple[object, ...]:
@@ -271,12 +328,12 @@ def half_of(site: Site) -> int:
     return (site.width + 1) // 2
 
 
-def _halved(model: nn.Module, sites: Sequence[Site]) -> Iterator[Attribute | Sized]:
-    """The edits that leave the first half of each site's channels, without numbers."""
+def _shortened(model: nn.Module, sites: Sequence[Site], kept: Mapping[str, int]) -> Iterator[Attribute | Sized]:
+    """The edits that leave the first channels of each site, without numbers."""
     left: dict[str, dict[int, Tensor]] = {}
     fewer: dict[tuple[str, str], int] = {}
     for site in sites:
-        gone = torch.arange(half_of(site), site.width)
+        gone = torch.arange(kept[site.name], site.width)
         for f in site.followers:
             fewer[f.module, f.attribute] = fewer.get((f.module, f.attribute), 0) + f.each * len(gone)
         for slot in site.slots:

@@ -18,6 +18,8 @@ COLUMNS_FIRST = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "grouped_mm"}
 """Maps whose weight is (..., inputs, outputs), where it is the second factor."""
 
+TURNING = {"t", "get.T", "get.mT", "transpose", "swapaxes", "swapdims", "adjoint"}
+
 MOST_STEPS = 200
 
 
@@ -30,12 +32,14 @@ class WeightUse:
         calls: in order of execution.
         multiplied: how often each number is multiplied in all of them together.
         output: dimension of its module's output that holds the rows; 0 where the module is no plain linear layer.
+        turned: whether the maps read the parameter transposed.
     """
 
     dims: int
     calls: list[Call] = field(default_factory=list)
     multiplied: int = 0
     output: Literal[-1, 0, 1] = 0
+    turned: bool = False
 
     def side(self, axis: int) -> Literal["", "rows", "columns"]:
         """What an axis of the parameter is in these maps."""
@@ -47,6 +51,8 @@ class WeightUse:
             rows, columns = 1, 0
         elif name in PRODUCTS:
             rows, columns = self.dims - 1, self.dims - 2
+        if self.turned and self.dims == 2:
+            axis = 1 - axis
         if axis == rows:
             return "rows"
         return "columns" if axis == columns else ""
@@ -57,9 +63,9 @@ def uses_of(weight: Value) -> WeightUse:
     use = WeightUse(len(weight.shape))
     if len(weight.shape) < 2:
         return use
-    waiting, seen = [weight], {weight}
+    waiting, seen = [(weight, False)], {weight}
     while waiting and len(seen) < MOST_STEPS:
-        value = waiting.pop(0)
+        value, turned = waiting.pop(0)
         for call in value.readers:
             if not call.outputs or call in use.calls:
                 continue
@@ -67,8 +73,9 @@ def uses_of(weight: Value) -> WeightUse:
                 use.calls.append(call)
                 use.multiplied += _multiplied(value, call) * value.elements // max(1, weight.elements)
                 use.output = _output_dim(weight, call)
+                use.turned = turned
             elif not call.outputs[0].fed:
-                waiting += [made for made in call.outputs if made not in seen]
+                waiting += [(made, turned != (call.name in TURNING)) for made in call.outputs if made not in seen]
                 seen.update(call.outputs)
     return use
 

@@ -42,6 +42,7 @@ class TensorsLeft:
     """The tensors of a model's followed sites as the entries so far have left them."""
 
     def __init__(self) -> None:
+        self._found: dict[str, tuple[int, ...]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._left: dict[tuple[str, int], Tensor] = {}
 
@@ -65,6 +66,8 @@ class TensorsLeft:
                 )
             if not slot.holds(entry.site.width):
                 raise PlanError(f"{entry.site.name}: its {entry.site.width} channels do not lie in `{slot.tensor}`")
+            if self._found.setdefault(slot.tensor, slot.shape) != slot.shape:
+                raise PlanError(f"{entry.site.name}: another entry of the plan gives `{slot.tensor}` another shape")
             slots.setdefault(slot.tensor, []).append(slot)
         cuts = [self._cut(entry, own, maps.get(own[0].module)) for own in slots.values()]
         for own in slots.values():

@@ -1,0 +1,54 @@
+"""Weights that a pass did not read: experts without tokens, branches not taken, heads that only train.
+
+They may read the channels of a space in another pass, which a cut would break.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from shallower.recording.tracing import Trace
+from shallower.sites import Slot
+
+
+class Unread:
+    """The weights of a model that one pass did not read.
+
+    unread = Unread(trace)
+    unread.reason(site.slots)       # "" where none of them can read these channels
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        names = {module: name for name, module in trace.model.named_modules()}
+        for (module, attribute), value in trace.weights.items():
+            if not value.readers and len(value.shape) > 1:
+                self._shapes[f"{names[module]}.{attribute}".lstrip(".")] = value.shape
+
+    def reason(self, slots: Sequence[Slot]) -> str:
+        """Why channels that stand in these slots cannot be cut, "" where they can.
+
+        A weight may read them that lies in the smallest module around all slots, and has an axis as long as one of
+        theirs.
+        """
+        if not self._shapes:
+            return ""
+        around = _common([slot.module for slot in slots])
+        lengths = {slot.shape[slot.axis] for slot in slots if slot.side}
+        for name, shape in self._shapes.items():
+            inside = not around or name.startswith(f"{around}.")
+            if inside and (lengths & set(shape) or prod(shape) in lengths):
+                return f"`{name}` is not used on the example inputs, and may read the same channels on others"
+        return ""
+
+
+def _common(names: Sequence[str]) -> str:
+    """The smallest module that holds all of these."""
+    parts = [name.split(".") for name in names]
+    common: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)

@@ -1,0 +1,99 @@
+"""Which channels are zero where the weights that make them are zero.
+
+A sum over channels without weights (a length, q k^T) is the same over fewer channels only where those that go
+would add zeros: a cut leaves them out, simulation sets their weights to zero.
+"""
+
+from __future__ import annotations
+
+from shallower.finding.channels.following import Following
+from shallower.finding.channels.layout import Run, close, runs
+from shallower.recording.tracing import Call, Value
+
+LINEAR = {
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "addmm",
+    "baddbmm", "matmul", "mm", "bmm", "einsum", "bilinear", "grouped_mm", "embedding",
+}  # fmt: skip
+"""Maps whose results are zero where their rows, or the channels that pass, are."""
+
+KEEPS_ZERO = {
+    "relu", "relu6", "gelu", "silu", "tanh", "hardswish", "leaky_relu", "elu", "selu", "celu", "mish", "softsign",
+    "erf", "abs", "square", "neg", "sin", "atan", "sign", "sqrt", "tanhshrink", "softshrink", "hardshrink", "expm1",
+    "log1p", "prelu", "round", "floor", "ceil", "trunc", "positive", "sum", "mean", "cumsum", "batch_norm",
+    "layer_norm", "rms_norm", "group_norm", "instance_norm", "normalize", "max_pool1d", "max_pool2d", "max_pool3d",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
+    "interpolate", "cat", "concat", "concatenate", "stack", "split", "chunk", "unbind", "getitem", "select",
+    "narrow", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "t", "get.T", "get.mT",
+    "movedim", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "repeat_interleave", "contiguous", "to",
+    "type_as", "float", "half", "bfloat16", "double", "type", "clone", "detach", "dropout", "dropout1d",
+    "dropout2d", "dropout3d", "flip", "roll", "pad", "index_select", "gather", "masked_fill", "view_as",
+    "reshape_as", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold", "fold", "alias", "requires_grad",
+    "view_as_real", "view_as_complex",
+}  # fmt: skip
+"""Functions of zero that are zero, in what their first arguments' channels become."""
+
+SUMS = {"add", "sub", "lerp", "maximum", "minimum", "where", "addcmul"}
+"""Zero where all that they read is."""
+
+REASON = "adds up channels that are not zero when their weights are"
+
+
+def close_sums(f: Following) -> None:
+    """Close the channels that are added up without weights and may not be zero."""
+    known: dict[tuple[Value, Run], bool] = {}
+    for layout, call in list(f.contracted):
+        if any(value.origin == "parameter" or not value.fed for value in call.inputs if value.shape):
+            continue
+        for run in set(runs(layout)):
+            holding = [value for value in call.inputs if _holds(f, value, run)]
+            if not run.closed and not any(_is_zero(f, value, run, known) for value in holding):
+                close(run, f"{f.title(call)} {REASON}")
+
+
+def _holds(f: Following, value: Value, run: Run) -> bool:
+    return any(run in set(runs(axis)) for axis in f.axes(value))
+
+
+def _is_zero(f: Following, value: Value, run: Run, known: dict[tuple[Value, Run], bool]) -> bool:
+    """Whether the channels of a run are zero in a value when all parameters are zero there."""
+    waiting = [(value, False)]
+    while waiting:
+        current, done = waiting.pop()
+        if (current, run) in known:
+            continue
+        sources = _sources(f, current, run)
+        if not done and sources:
+            waiting.append((current, True))
+            waiting += [(source, False) for source in sources if (source, run) not in known]
+            continue
+        known[current, run] = _follows(current, sources, [known.get((source, run), False) for source in sources])
+    return known[value, run]
+
+
+def _sources(f: Following, value: Value, run: Run) -> list[Value]:
+    """What a value's channels of a run are made of."""
+    call = value.call
+    if call is None or value.origin in ("parameter", "buffer"):
+        return []
+    return [source for source in call.inputs if _holds(f, source, run)]
+
+
+def _follows(value: Value, sources: list[Value], zeros: list[bool]) -> bool:
+    """Whether a value is zero, from whether each of its sources is."""
+    call, count = value.call, len(sources)
+    if call is None:
+        return value.origin in ("parameter", "buffer")
+    if count == 0:
+        return False
+    if call.name in LINEAR or call.name == "mul":
+        return any(zeros)
+    if call.name in SUMS:
+        # a number or a tensor without these channels that is added is not zero
+        return all(zeros) and count == len(call.inputs) and not _adds_number(call)
+    if call.name == "div":
+        return all(zeros) and count == 1 and call.inputs[0] in sources
+    return call.name in KEEPS_ZERO and all(zeros)
+
+
+def _adds_number(call: Call) -> bool:
+    return any(isinstance(item, (int, float)) and item != 0 for item in call.args)
