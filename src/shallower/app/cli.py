@@ -150,10 +150,11 @@ def inspect(
     from shallower.app.bench import example_of
     from shallower.finding.kinds import find_sites, kinds_of
 
+    chosen = kinds_of(kinds)
     with _speaking(as_json):
         loaded = _loaded(model, meta)
         example = example_of(loaded, Path(model), batch=batch, length=length, shape=shape)
-        sites = find_sites(loaded.model, example, kinds=kinds_of(kinds))
+        sites = find_sites(loaded.model, example, kinds=chosen)
     _tell(str(sites), _sites_json(sites), as_json)
     if not len(sites):
         raise SiteError(f"{model} has no site that can be squeezed")

@@ -93,7 +93,11 @@ def kinds_of(text: str) -> Collection[SiteKind]:
 def _wanted(kinds: Collection[str] | str) -> set[str]:
     if kinds == "all":
         return set(KINDS)
-    chosen = {kinds} if isinstance(kinds, str) else set(kinds)
+    if isinstance(kinds, str):
+        kinds = [kinds]
+    if not isinstance(kinds, Collection):
+        raise SiteError(f'kinds are some of {listing(list(KINDS))}, or "all", not a {type(kinds).__name__}')
+    chosen = set(kinds)
     unknown = sorted(map(str, chosen - set(KINDS)))
     if unknown:
         raise SiteError(f'there is no kind of site {unknown[0]!r:.80}; kinds are {listing(list(KINDS))}, or "all"')
@@ -102,7 +106,7 @@ def _wanted(kinds: Collection[str] | str) -> set[str]:
 
 def _with_followed(model: nn.Module, inputs: Inputs, graph: Graph, sites: Sites, wanted: set[str]) -> Sites:
     """The sites and, between them, those whose channels were followed through whatever stands between linear maps."""
-    asked = {kind for kind in wanted if kind == "stream"}
+    asked = wanted & {"stream"}
     if "followed" in wanted:
         asked |= {"hidden", "attention"}
     if not asked:

@@ -197,6 +197,12 @@ class Entry:
         Raises:
             PlanError: `kept` is neither, or the site does not allow this.
         """
+        if not isinstance(site, Site):
+            raise PlanError(f"an entry is of a site, not of a {type(site).__name__}; sites are found by find_sites")
+        if site.kind == "activation":
+            raise PlanError(
+                f"{site.name}: an activation without a width of its own is not narrowed; it goes by collapse"
+            )
         n = site.width
         fates = torch.full((n,), int(Fate.DROP), dtype=torch.int8)
         fates[_indices(site, kept)] = int(Fate.KEEP)

@@ -58,7 +58,12 @@ class Plan:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.entries, Entry) or not isinstance(self.entries, Iterable):
+            raise PlanError(f"a plan is of a row of entries, not of a {type(self.entries).__name__}: Plan((entry,))")
         object.__setattr__(self, "entries", tuple(self.entries))
+        for entry in self.entries:
+            if not isinstance(entry, Entry):
+                raise PlanError(f"a plan is of entries, not of a {type(entry).__name__}: Entry.narrow(site, kept)")
         for name, count in Counter(self.sites.names).items():
             if count > 1:
                 raise PlanError(f"{name}: the plan has {count} entries for this site")

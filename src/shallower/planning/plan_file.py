@@ -152,6 +152,8 @@ def from_json(data: object, tensors: Mapping[str, Tensor]) -> Contents:
     if stored.fingerprint.strip("0123456789abcdef") or len(stored.fingerprint) not in (0, 64):
         raise PlanError("the plan's fingerprint is not a SHA-256 in hexadecimal digits")
     made = tuple(_entry(entry, f"plan.entries[{i}]") for i, entry in enumerate(stored.entries))
+    if sum(slot.shape[slot.axis] for entry in made for slot in entry.site.slots) > _MOST_POSITIONS:
+        raise PlanError("plan: the tensors that its sites name are too large together")
     if left := sorted(set(tensors) - named):
         raise PlanError(f"the plan does not name the tensor {left[0]!r}")
     return Contents(made, stored.fingerprint, stored.method, stored.left_out, stored.saves)
@@ -248,6 +250,8 @@ def _sha256(tensor: Tensor) -> str:
 def _slots_fit(site: Site) -> bool:
     """Whether a followed site's channels lie where its slots and norms say, in tensors of some size."""
     lengths = sum(slot.shape[slot.axis] for slot in site.slots if slot.axis < len(slot.shape))
+    if len({(slot.tensor, slot.axis) for slot in site.slots}) < len(site.slots):
+        return False
     places = all(slot.holds(site.width) for slot in site.slots)
     norms = all(hold(norm.spans, site.width, norm.size) for norm in site.averages)
     return lengths <= _MOST_POSITIONS and places and norms

@@ -125,9 +125,9 @@ class Site:
     between: tuple[Between, ...] = ()
     residual: Residual | None = None
     heads: Heads | None = None
-    slots: tuple[Slot, ...] = ()
-    followers: tuple[Follower, ...] = ()
-    averages: tuple[Average, ...] = ()
+    slots: Annotated[tuple[Slot, ...], Bounds(0, 20_000)] = ()
+    followers: Annotated[tuple[Follower, ...], Bounds(0, 4_000)] = ()
+    averages: Annotated[tuple[Average, ...], Bounds(0, 4_000)] = ()
     products_each: Macs = 0
 
     @cached_property
@@ -325,6 +325,8 @@ def _not_narrow(site: Site) -> Refusal | None:
 
 
 def _not_refitted(site: Site) -> Refusal | None:
+    if site.followed:
+        return Refusal("no method chooses channels that are cut wherever they stand; a plan by hand can (Entry.narrow)")
     if site.producer is None:
         return Refusal("it has no producer with a hidden width")
     if site.flattened:

@@ -16,10 +16,14 @@ from torch import Tensor
 from shallower.core.codec import Bounds
 from shallower.sites.parts import Channels, Count, Macs, Name
 
+MOST_SPANS = 1024
+
 
 @dataclass(frozen=True)
 class Span:
     """Positions that the channels of a site have along an axis.
+
+        sh.Span(start=0, repeats=1, stride=0, block=64)         # heads of 64 features side by side
 
     Channel c has start + i * stride + c * block + j, for every i below `repeats` and j below `block`: several
     positions side by side where an image was flattened or a channel is a head, several stretches where the axis holds
@@ -58,6 +62,8 @@ def hold(spans: Iterable[Span], width: int, size: int) -> bool:
 class Average:
     """A module that takes an average over the channels: a norm.
 
+        [norm.module for norm in site.averages]
+
     After a cut its average is that of the channels that stay; simulation computes it so on the whole network.
 
     Attributes:
@@ -70,12 +76,14 @@ class Average:
     module: Name
     dim: Annotated[int, Bounds(-8, -1)]
     size: Channels
-    spans: tuple[Span, ...]
+    spans: Annotated[tuple[Span, ...], Bounds(1, MOST_SPANS)]
 
 
 @dataclass(frozen=True)
 class Slot:
     """An axis of a parameter or buffer in which the channels of a site stand.
+
+        [(slot.tensor, slot.axis) for slot in site.slots if slot.side == "rows"]        # what writes the channels
 
     Attributes:
         tensor: dotted name.
@@ -90,9 +98,9 @@ class Slot:
     """
 
     tensor: Name
-    shape: tuple[Channels, ...]
+    shape: Annotated[tuple[Channels, ...], Bounds(1, 16)]
     axis: Count
-    spans: tuple[Span, ...]
+    spans: Annotated[tuple[Span, ...], Bounds(1, MOST_SPANS)]
     side: Literal["", "rows", "columns"] = ""
     trained: bool = True
     uses: Macs = 0
@@ -120,6 +128,8 @@ class Slot:
 @dataclass(frozen=True)
 class Follower:
     """A whole number that a module holds and that falls with the channels: its heads or groups.
+
+        [(follower.module, follower.attribute) for follower in site.followers]
 
     Attributes:
         module: dotted name.

@@ -21,6 +21,10 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
         PlanError: a layer is missing, or of another kind or size, or the plan depends on weights and was made for
             others.
     """
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"a plan is applied to a torch.nn.Module, not to a {type(model).__name__}")
+    if not isinstance(plan, Plan):
+        raise PlanError(f"what is applied is a Plan, not a {type(plan).__name__}; Plan.load reads one from its folder")
     names = {name for name, _ in model.named_modules()}
     for entry in plan.entries:
         site = entry.site
@@ -29,9 +33,13 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
             check_shape(site.name, parts[m.name], m)
         for slot in site.slots:
             check_tensor(site.name, parts[slot.module], slot)
-        for norm in site.averages:
-            if norm.module not in names:
-                raise PlanError(f"{site.name}: the model has no module `{norm.module}`, a norm over its channels")
+        held = [norm.module for norm in site.averages] + [follower.module for follower in site.followers]
+        for name in held:
+            if name not in names:
+                raise PlanError(f"{site.name}: the model has no module `{name}`, which belongs to the site")
+        for follower in site.followers:
+            if type(vars(model.get_submodule(follower.module)).get(follower.attribute)) is not int:
+                raise PlanError(f"{site.name}: `{follower.module}` has no whole number {follower.attribute!r:.80}")
     if plan.fingerprint:
         found = fingerprint(model, plan.sites)
         if found and found != plan.fingerprint:

@@ -28,7 +28,7 @@ class Run:
     Attributes:
         size: how many; at least 1.
         closed: why they cannot be cut; "" where they can. The only channel of a run cannot.
-        marks: what operations say of them: "averaged", "summed", "attended", ...
+        marks: what operations say of them: "averaged", "attended", ...
         becomes: the layout that has taken its place: another run, or its parts.
     """
 

@@ -210,14 +210,13 @@ def _products(f: Following) -> dict[Run, int]:
     """For each run, the MACs that one channel has in products of two computed tensors."""
     found: dict[Run, int] = {}
     for call in f.trace.calls:
-        if not all(value.fed for value in call.inputs[:2]) or len(call.inputs) < 2:
+        if len(call.inputs) < 2 or not all(value.fed for value in call.inputs[:2]):
             continue
         if call.name in ("matmul", "bmm"):
             macs = call.outputs[0].elements * call.inputs[0].shape[-1]
         elif call.name == "scaled_dot_product_attention" and len(call.inputs) > 2:
-            query, key, value = call.inputs[:3]
-            macs = query.elements * key.shape[-2] + call.outputs[0].elements * key.shape[-2]
-            del value
+            query, key = call.inputs[:2]
+            macs = (query.elements + call.outputs[0].elements) * key.shape[-2]
         else:
             continue
         for run in dict.fromkeys(run for axis in f.axes(call.outputs[0]) for run in runs(axis)):

@@ -108,6 +108,8 @@ class _Trial:
                 self._settle_alone(left, name, at)
             if left == before:
                 self._leave_out(left, met[0], at)
+        for name in left:
+            self.why[name] = f"it was not tried alone: the search was given up after {MOST_TRIALS} trials"
         return {}
 
     def _one_by_one(self, left: dict[str, Site]) -> dict[str, Site]:

@@ -6,8 +6,10 @@ would add zeros: a cut leaves them out, simulation sets their weights to zero.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.layout import Run, close, runs
+from shallower.finding.channels.layout import Layout, Run, close, runs
 from shallower.recording.tracing import Call, Value
 
 LINEAR = {
@@ -32,6 +34,12 @@ KEEPS_ZERO = {
 }  # fmt: skip
 """Functions of zero that are zero, in what their first arguments' channels become."""
 
+LENGTHS = {
+    "normalize", "norm", "vector_norm", "linalg_vector_norm", "cdist", "cosine_similarity", "pairwise_distance",
+    "count_nonzero", "dist",
+}  # fmt: skip
+"""Functions that add up channels of one or two computed tensors."""
+
 SUMS = {"add", "sub", "lerp", "maximum", "minimum", "where", "addcmul"}
 """Zero where all that they read is."""
 
@@ -41,13 +49,23 @@ REASON = "adds up channels that are not zero when their weights are"
 def close_sums(f: Following) -> None:
     """Close the channels that are added up without weights and may not be zero."""
     known: dict[tuple[Value, Run], bool] = {}
-    for layout, call in list(f.contracted):
+    for layout, call in (*f.contracted, *_lengths(f)):
         if any(value.origin == "parameter" or not value.fed for value in call.inputs if value.shape):
             continue
         for run in set(runs(layout)):
             holding = [value for value in call.inputs if _holds(f, value, run)]
             if not run.closed and not any(_is_zero(f, value, run, known) for value in holding):
                 close(run, f"{f.title(call)} {REASON}")
+
+
+def _lengths(f: Following) -> Iterator[tuple[Layout, Call]]:
+    """The channels that functions without a rule of sums add up all the same."""
+    for call in f.trace.calls:
+        if call.name not in LENGTHS or not call.outputs:
+            continue
+        for value in call.inputs:
+            for axis in f.axes(value):
+                yield axis, call
 
 
 def _holds(f: Following, value: Value, run: Run) -> bool:
@@ -91,7 +109,8 @@ def _follows(value: Value, sources: list[Value], zeros: list[bool]) -> bool:
         # a number or a tensor without these channels that is added is not zero
         return all(zeros) and count == len(call.inputs) and not _adds_number(call)
     if call.name == "div":
-        return all(zeros) and count == 1 and call.inputs[0] in sources
+        turned = str(getattr(call.function, "__name__", "")).startswith("__r")  # a number divided by the channels
+        return all(zeros) and count == 1 and call.inputs[0] in sources and not turned
     return call.name in KEEPS_ZERO and all(zeros)
 
 

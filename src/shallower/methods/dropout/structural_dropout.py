@@ -466,7 +466,7 @@ class StructuralDropout(Method):
 def _refusal(site: Site) -> Refusal | None:
     """Why a site cannot be narrowed."""
     if site.followed:
-        return Refusal("it is narrowed by a plan, wherever its channels stand; widths are trained of named layers only")
+        return Refusal("its channels are cut wherever they stand; only widths of named layers can be trained")
     if site.bridge.not_narrow is None and site.width == 1:
         return Refusal("it has one channel")
     return site.bridge.not_narrow

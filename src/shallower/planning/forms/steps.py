@@ -108,6 +108,8 @@ class StepWalk:
         form = self._form(entry, prefer, first)
         for m in form.maps:
             self.maps[m.name] = m
+        if form.kind not in ("narrower", "partial"):
+            self.gone.update(place.module for place in entry.site.bridge.activations if not place.calls)
         if form.kind == "merged" and first is not None:
             for m in form.consumers:
                 self.reads[m.name] = first
