@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from torch import nn
 
 from shallower.errors import PlanError
 from shallower.modules.layers import check_shape, check_tensor
 from shallower.modules.site_parts import fingerprint, parts_of
 from shallower.planning.plan import Plan
+from shallower.sites import Site
 
 
 def check_fits(model: nn.Module, plan: Plan) -> None:
@@ -25,7 +28,7 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
         raise PlanError(f"a plan is applied to a torch.nn.Module, not to a {type(model).__name__}")
     if not isinstance(plan, Plan):
         raise PlanError(f"what is applied is a Plan, not a {type(plan).__name__}; Plan.load reads one from its folder")
-    names = {name for name, _ in model.named_modules()}
+    names = dict(model.named_modules())
     for entry in plan.entries:
         site = entry.site
         parts = parts_of(model, [site])
@@ -33,11 +36,10 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
             check_shape(site.name, parts[m.name], m)
         for slot in site.slots:
             check_tensor(site.name, parts[slot.module], slot)
-        held = [norm.module for norm in site.averages] + [follower.module for follower in site.followers]
-        for name in held:
-            if name not in names:
-                raise PlanError(f"{site.name}: the model has no module `{name}`, which belongs to the site")
+        for norm in site.averages:
+            _check_held(site, norm.module, names)
         for follower in site.followers:
+            _check_held(site, follower.module, names)
             if type(vars(model.get_submodule(follower.module)).get(follower.attribute)) is not int:
                 raise PlanError(f"{site.name}: `{follower.module}` has no whole number {follower.attribute!r:.80}")
     if plan.fingerprint:
@@ -47,3 +49,8 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
                 "the plan was made for other weights than the model has at these sites (their fingerprints differ). "
                 "Load the weights it was made for, or make the plan again"
             )
+
+
+def _check_held(site: Site, name: str, names: Container[str]) -> None:
+    if name not in names:
+        raise PlanError(f"{site.name}: the model has no module `{name}`, which belongs to the site")

@@ -65,9 +65,14 @@ def that_follow(
     """
     trial = _Trial(model, inputs, f, {each.site.name: each.run for each in found})
     settled = trial.settled([each.site for each in found])
-    kept = [(each.position, settled[each.site.name]) for each in found if each.site.name in settled]
-    skipped = [each.site.name for each in found if each.site.name not in settled]
-    return kept, {name: trial.why.get(name, DOES_NOT_FOLLOW) for name in skipped}
+    kept: list[tuple[int, Site]] = []
+    skipped: dict[str, str] = {}
+    for each in found:
+        if each.site.name in settled:
+            kept.append((each.position, settled[each.site.name]))
+        else:
+            skipped[each.site.name] = trial.why.get(each.site.name, DOES_NOT_FOLLOW)
+    return kept, skipped
 
 
 class _Trial:

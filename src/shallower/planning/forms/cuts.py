@@ -69,9 +69,11 @@ class TensorsLeft:
             if self._found.setdefault(slot.tensor, slot.shape) != slot.shape:
                 raise PlanError(f"{entry.site.name}: another entry of the plan gives `{slot.tensor}` another shape")
             slots.setdefault(slot.tensor, []).append(slot)
-        cuts = [self._cut(entry, own, maps.get(own[0].module)) for own in slots.values()]
+        cuts: list[TensorCut] = []
         for own in slots.values():
-            cuts += self._added_bias(entry, own, maps.get(own[0].module), slots)
+            m = maps.get(own[0].module)
+            cuts.append(self._cut(entry, own, m))
+            cuts += self._added_bias(entry, own, m, slots)
         return tuple(cuts)
 
     def _cut(self, entry: Entry, slots: list[Slot], m: LinearMap | None) -> TensorCut:
