@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -369,7 +370,7 @@ def run(data: Path, quick: bool, cache: Path, only: str = "") -> dict[str, Any]:
     if not only:
         # thousands of lines that the reasons sum up; the cache holds them
         rows = [{**row, "left": []} for row in rows]
-    return {"code": _digest(), "rows": rows}
+    return {"code": _digest(), "commit": _commit(), "rows": rows}
 
 
 def line(row: Row) -> str:
@@ -390,11 +391,18 @@ def _digest() -> str:
     return whole.hexdigest()[:12]
 
 
+def _commit() -> str:
+    """The commit of this checkout, "" where it is none."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def table(found: Mapping[str, Any]) -> str:
     """A row for each group, the families that are not reached well, and the reasons."""
     rows = [Row(**row) for row in found["rows"]]
     counted = [row for row in rows if row.counts]
-    parts = [_totals(counted), _short(counted), _why(counted), _in_full(counted), _not_made(rows)]
+    measured = f"Measured at commit {found['commit']}." if found.get("commit") else ""
+    parts = [measured, _totals(counted), _short(counted), _why(counted), _in_full(counted), _not_made(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -463,10 +471,10 @@ def _in_full(rows: Sequence[Row]) -> str:
 
 
 def _not_made(rows: Sequence[Row]) -> str:
-    missing = [row.name for row in rows if not row.counts]
+    missing = sum(not row.counts for row in rows)
     if not missing:
         return ""
-    return f"{len(missing)} more could not be made tiny or run, and do not count: {', '.join(missing)}."
+    return f"{missing} more could not be made tiny, or run on no inputs known here; they do not count."
 
 
 def _cell(text: str) -> str:
