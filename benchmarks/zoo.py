@@ -402,6 +402,8 @@ def table(found: Mapping[str, Any]) -> str:
     rows = [Row(**row) for row in found["rows"]]
     counted = [row for row in rows if row.counts]
     measured = f"Measured at commit {found['commit']}." if found.get("commit") else ""
+    if found.get("not_run"):
+        measured += f" {found['not_run']} of the families were not run."
     parts = [measured, _totals(counted), _short(counted), _why(counted), _in_full(counted), _not_made(rows)]
     return "\n\n".join(part for part in parts if part)
 
