@@ -71,3 +71,30 @@ def test_scores_over_features_that_are_linear_are_exact() -> None:
     assert site.width == 6
     plan = sh.Plan((sh.Entry.narrow(site, [1, 2]),))
     torch.testing.assert_close(sh.apply(model, plan, x)(x + 1), sh.simulate(model, plan)(x + 1))
+
+
+def test_distances_need_both_sides_to_be_zero() -> None:
+    class Distances(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.centres = nn.Linear(4, 6), nn.Linear(3, 3), nn.Parameter(torch.randn(3, 6))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.b(torch.cdist(self.a(x) + t, self.centres))
+
+    sites = find_sites(drawn(Distances()), (torch.randn(5, 4), torch.tensor(0.0)), kinds="followed")
+    assert REASON in sites.skipped["a"]
+
+
+def test_a_weight_that_is_computed_has_to_be_zero_too() -> None:
+    class Mixed(nn.Module):
+        def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.f = f
+            self.a, self.mix = nn.Linear(4, 6), nn.Parameter(torch.randn(6, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x).cos() @ self.f(self.mix)
+
+    assert len(find_sites(drawn(Mixed(torch.tanh)), torch.randn(5, 4), kinds="followed")) == 1
+    assert REASON in find_sites(drawn(Mixed(torch.sigmoid)), torch.randn(5, 4), kinds="followed").skipped["a"]

@@ -30,7 +30,7 @@ KEEPS_ZERO = {
     "type_as", "float", "half", "bfloat16", "double", "type", "clone", "detach", "dropout", "dropout1d",
     "dropout2d", "dropout3d", "flip", "roll", "pad", "index_select", "gather", "masked_fill", "view_as",
     "reshape_as", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold", "fold", "alias", "requires_grad",
-    "view_as_real", "view_as_complex",
+    "view_as_real", "view_as_complex", "weight_norm",
 }  # fmt: skip
 """Functions of zero that are zero, in what their first arguments' channels become."""
 
@@ -50,11 +50,18 @@ def close_sums(f: Following) -> None:
     """Close the channels that are added up without weights and may not be zero."""
     known: dict[tuple[Value, Run], bool] = {}
     for layout, call in (*f.contracted, *_lengths(f)):
-        if any(value.origin == "parameter" or not value.fed for value in call.inputs if value.shape):
-            continue
         for run in set(runs(layout)):
-            holding = [value for value in call.inputs if _holds(f, value, run)]
-            if not run.closed and not any(_is_zero(f, value, run, known) for value in holding):
+            if run.closed:
+                continue
+            zeros: list[bool] = []
+            for value in call.inputs:
+                if _holds(f, value, run):
+                    zeros.append(_is_zero(f, value, run, known))
+            # a product is zero where one factor is, a distance where both are
+            right = any(zeros)
+            if call.name in LENGTHS:
+                right = all(zeros)
+            if zeros and not right:
                 close(run, f"{f.title(call)} {REASON}")
 
 
