@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shallower.errors import ForwardError, SurgeryError
 from shallower.finding.kinds import find_sites
+from shallower.planning.entries import Entry
+from shallower.planning.plan import Plan
 from shallower.sites import Place
+from shallower.surgery.applying import apply
 from shallower.surgery.observing import Observed, Pass, compared, observed, relative_error
 from shallower.surgery.taps import Tap
 
@@ -76,3 +79,18 @@ def test_equal_infinities_do_not_differ_and_complex_numbers_are_compared() -> No
     assert relative_error(y, torch.tensor([1.0, 2.0, math.nan])) == math.inf
     z = torch.tensor([1 + 1j])
     assert relative_error(z, z + 1j) > 0.5
+
+
+def test_a_layer_inside_vmap_is_refused_with_the_remedy() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(lambda row: self.b(torch.relu(self.a(row))))(x)
+
+    model, x = Mapped().eval(), torch.randn(5, 4)
+    for site in find_sites(model, x, kinds=("hidden", "followed")):
+        with pytest.raises(SurgeryError, match=r"torch\.vmap"):
+            apply(model, Plan((Entry.narrow(site, range(site.width // 2)),)), x)

@@ -132,6 +132,11 @@ def observed(model: nn.Module, run: Pass, taps: Sequence[Tap], *, after: bool) -
 
 def _output_to(tap: Tap, seen: list[Tensor], after: bool) -> Any:
     def keep(_: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> None:
+        if torch._C._functorch.is_functorch_wrapped_tensor(output):
+            raise SurgeryError(
+                f"{tap.site.name}: `{tap.name}` runs inside torch.vmap or another transform of torch.func, where it "
+                f'cannot be compared. Exclude the site: sites.select(lambda s: s.name != "{tap.site.name}")'
+            )
         seen.append(tap.read(output, after=after))
 
     return keep
