@@ -114,13 +114,13 @@ def _with_followed(model: nn.Module, inputs: Inputs, graph: Graph, sites: Sites,
     f = Following(graph.trace)
     spaces, reasons = followed_sites(f, sites)
     found, refused = that_follow(model, inputs, f, [each for each in spaces if each.site.kind in asked])
-    reached = {slot.module for _, site in found for slot in site.slots if slot.side == "rows"}
+    reached = {slot.module for site in found for slot in site.slots if slot.side == "rows"}
     skipped = {**sites.skipped, **reasons}
     for name in list(skipped):
         if name in reached or (name in sites.skipped and any(layer.startswith(f"{name}.") for layer in reached)):
             del skipped[name]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    everything = [*sites, *(site for _, site in found)]
+    everything = [*sites, *found]
     everything.sort(key=lambda site: order.get(_first_layer(site), 0))
     return replace(sites, ordered=tuple(everything), skipped=skipped | refused)
 

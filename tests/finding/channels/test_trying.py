@@ -17,7 +17,7 @@ from shallower.sites import Site
 def tried(model: nn.Module, x: Tensor) -> tuple[list[Site], dict[str, str]]:
     f = Following(trace_forward(model, x))
     found, skipped = that_follow(model, x, f, followed_sites(f, ())[0])
-    return [site for _, site in found], skipped
+    return found, skipped
 
 
 class Split(nn.Module):

@@ -10,7 +10,6 @@ from shallower.finding.channels.layout import Run, runs, spans
 from shallower.finding.channels.weights import COLUMNS_FIRST, PRODUCTS, ROWS_FIRST
 from shallower.recording.tracing import Call, Frame, Value
 from shallower.sites import Average
-from shallower.sites import Span as SlotSpan
 
 LINEAR_MAPS = ROWS_FIRST | COLUMNS_FIRST | PRODUCTS
 
@@ -67,8 +66,7 @@ def _norm_around(f: Following, call: Call, run: Run, known: dict[Frame, Value | 
         own = spans(axes[dims[0]], run)
         if own != spans(f.axes(frame.outputs[0])[dims[0]], run):
             continue
-        places = tuple(SlotSpan(s.start, s.repeats, s.stride, s.block) for s in own)
-        return Average(frame.name, dims[0] - len(axes), axes[dims[0]].size, places)
+        return Average(frame.name, dims[0] - len(axes), axes[dims[0]].size, tuple(own))
     return None
 
 

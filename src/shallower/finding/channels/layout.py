@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+from shallower.sites import Span
+
 ONE = "a single position"
 MISMATCH = "its channels are rearranged in a way that no cut follows"
 MOST_PIECES = 64
@@ -342,19 +344,6 @@ def reshaped(axes: Sequence[Layout], shape: tuple[int, ...]) -> list[Layout]:
         first, current = divide(current, size, current.size // size)
         found.append(first)
     return found
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where the channels of a run stand along an axis.
-
-    Channel c has the positions start + i * stride + c * block + j, for i below `repeats` and j below `block`.
-    """
-
-    start: int
-    repeats: int
-    stride: int
-    block: int
 
 
 def spans(layout: Layout, run: Run) -> list[Span]:

@@ -18,8 +18,7 @@ from shallower.finding.channels.unread import Unread
 from shallower.finding.channels.weights import WeightUse, uses_of
 from shallower.finding.channels.zeros import close_sums
 from shallower.recording.tracing import Value
-from shallower.sites import Follower, Site, Slot
-from shallower.sites import Span as SlotSpan
+from shallower.sites import Follower, Site, Slot, Span
 
 ENTANGLED = "its channels are multiplied with each other"
 AVERAGED = "an average is taken over its channels outside of a norm, which over fewer is another one"
@@ -131,15 +130,14 @@ def _gathered(f: Following) -> tuple[dict[Run, _Space], dict[str, str]]:
                     if use.side(axis) == "rows" and run.closed:
                         closed.setdefault(names[module], run.closed)
                     continue
-                own = [SlotSpan(s.start, s.repeats, s.stride, s.block) for s in spans(layout, run)]
                 space = spaces.setdefault(run, _Space(run))
-                space.slots.append(_slot(name, value, axis, own, use))
+                space.slots.append(_slot(name, value, axis, spans(layout, run), use))
                 if use.calls:
                     space.position = min(space.position, order[use.calls[0]])
     return spaces, closed
 
 
-def _slot(name: str, value: Value, axis: int, own: list[SlotSpan], use: WeightUse) -> Slot:
+def _slot(name: str, value: Value, axis: int, own: list[Span], use: WeightUse) -> Slot:
     side = use.side(axis)
     return Slot(name, value.shape, axis, tuple(own), side, value.origin == "parameter", use.multiplied, use.output)
 

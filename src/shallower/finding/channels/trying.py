@@ -54,7 +54,7 @@ DOES_NOT_FOLLOW = "the forward does not follow fewer channels"
 
 def that_follow(
     model: nn.Module, inputs: Inputs, f: Following, found: Sequence[Found]
-) -> tuple[list[tuple[int, Site]], dict[str, str]]:
+) -> tuple[list[Site], dict[str, str]]:
     """The sites that can be cut, with the numbers that fall with them, and why the others cannot.
 
     Args:
@@ -65,11 +65,11 @@ def that_follow(
     """
     trial = _Trial(model, inputs, f, {each.site.name: each.run for each in found})
     settled = trial.settled([each.site for each in found])
-    kept: list[tuple[int, Site]] = []
+    kept: list[Site] = []
     skipped: dict[str, str] = {}
     for each in found:
         if each.site.name in settled:
-            kept.append((each.position, settled[each.site.name]))
+            kept.append(settled[each.site.name])
         else:
             skipped[each.site.name] = trial.why.get(each.site.name, DOES_NOT_FOLLOW)
     return kept, skipped
@@ -101,7 +101,6 @@ class _Trial:
                 return self._one_by_one(left)
             if self._with_data is None:
                 # a forward that looks at numbers does not run without them, even with nothing cut
-                self._with_data = False
                 self._with_data = self._difference([]) is not None
                 if self._with_data:
                     continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from shallower.finding.matching import common_prefix
 from shallower.recording.tracing import Trace
 from shallower.sites import Slot
 
@@ -34,21 +35,10 @@ class Unread:
         """
         if not self._shapes:
             return ""
-        around = _common([slot.module for slot in slots])
+        around = common_prefix([slot.tensor for slot in slots])
         lengths = {slot.shape[slot.axis] for slot in slots if slot.side}
         for name, shape in self._shapes.items():
             inside = not around or name.startswith(f"{around}.")
             if inside and (lengths & set(shape) or prod(shape) in lengths):
                 return f"`{name}` is not used on the example inputs, and may read the same channels on others"
         return ""
-
-
-def _common(names: Sequence[str]) -> str:
-    """The smallest module that holds all of these."""
-    parts = [name.split(".") for name in names]
-    common: list[str] = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return ".".join(common)

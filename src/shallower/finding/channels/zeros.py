@@ -28,11 +28,14 @@ KEEPS_ZERO = {
     "narrow", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "t", "get.T", "get.mT",
     "movedim", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "repeat_interleave", "contiguous", "to",
     "type_as", "float", "half", "bfloat16", "double", "type", "clone", "detach", "dropout", "dropout1d",
-    "dropout2d", "dropout3d", "flip", "roll", "pad", "index_select", "gather", "masked_fill", "view_as",
+    "dropout2d", "dropout3d", "flip", "roll", "index_select", "gather", "view_as",
     "reshape_as", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "unfold", "fold", "alias", "requires_grad",
     "view_as_real", "view_as_complex", "weight_norm",
 }  # fmt: skip
 """Functions of zero that are zero, in what their first arguments' channels become."""
+
+FILLS = {"pad", "masked_fill"}
+"""Zero where what is put in, or around, is."""
 
 LENGTHS = {
     "normalize", "norm", "vector_norm", "linalg_vector_norm", "cdist", "cosine_similarity", "pairwise_distance",
@@ -118,8 +121,13 @@ def _follows(value: Value, sources: list[Value], zeros: list[bool]) -> bool:
     if call.name == "div":
         turned = str(getattr(call.function, "__name__", "")).startswith("__r")  # a number divided by the channels
         return all(zeros) and count == 1 and call.inputs[0] in sources and not turned
+    if call.name in FILLS:
+        filled = sources[0] is call.inputs[0] and zeros[0]
+        return filled and not _adds_number(call) and not any(isinstance(item, Value) for item in call.args[2:])
     return call.name in KEEPS_ZERO and all(zeros)
 
 
 def _adds_number(call: Call) -> bool:
-    return any(isinstance(item, (int, float)) and item != 0 for item in call.args)
+    """Whether a number other than 0 goes in."""
+    given = (*call.args, *call.kwargs.values())
+    return any(isinstance(item, (int, float)) and item != 0 for item in given)
