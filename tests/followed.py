@@ -104,6 +104,21 @@ class Scaled(nn.Module):
         return self.b((h / h.shape[-2] ** 0.5).squeeze(-1))
 
 
+class Recurrent(nn.Module):
+    """Recurrent layers of all kinds: both ways, one upon the other, with a projected state, step by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.lstm = nn.Linear(5, 6), nn.LSTM(6, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(8, 6, batch_first=True, bias=False)
+        self.projected, self.cell = nn.LSTM(6, 8, proj_size=4, batch_first=True), nn.LSTMCell(4, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.projected(self.gru(self.lstm(self.stem(x).tanh())[0])[0])
+        return self.head(self.cell(x.mean(1))[0])
+
+
 def drawn(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model in eval mode with all its numbers drawn at random, those of norms too."""
     generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ from shallower.errors import PlanError
 from shallower.modules.layers import (
     bias_of,
     check_shape,
+    count_anew,
     is_the_map,
     kind_of,
     normal_after,
@@ -129,3 +130,23 @@ def test_what_a_batchnorm_says_of_its_output() -> None:
     plain = normal_after(nn.BatchNorm1d(2, affine=False))
     assert plain is not None
     assert plain[1].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_a_recurrent_layer_runs_on_tensors_of_other_sizes() -> None:
+    layer = nn.LSTM(6, 8, bidirectional=True, proj_size=4)
+    made = nn.LSTM(5, 7, bidirectional=True, proj_size=3)
+    for name, parameter in made.named_parameters():
+        layer._parameters[name] = parameter
+        count_anew(layer)
+    assert (layer.input_size, layer.hidden_size, layer.proj_size) == (5, 7, 3)
+    x = torch.randn(3, 2, 5)
+    assert torch.equal(layer(x)[0], made(x)[0])
+
+
+def test_a_recurrent_cell_counts_its_channels_anew() -> None:
+    cell = nn.GRUCell(6, 8)
+    for name, parameter in nn.GRUCell(5, 7).named_parameters():
+        cell._parameters[name] = parameter
+    count_anew(cell)
+    assert (cell.input_size, cell.hidden_size) == (5, 7)

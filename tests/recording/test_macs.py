@@ -23,3 +23,12 @@ def test_a_linear_layer_and_a_convolution() -> None:
         nn.Linear(6, 7)(torch.randn(3, 6))
         nn.Conv2d(2, 4, 3)(torch.randn(1, 2, 6, 6))
     assert counter.get_total_flops() // 2 == 3 * 6 * 7 + 16 * 9 * 2 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_recurrent_layers_count_every_step_and_direction(dtype: torch.dtype) -> None:
+    layer = nn.LSTM(6, 3, num_layers=2, bidirectional=True, dtype=dtype)
+    weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() == 2)
+    with mac_counter() as counter, torch.no_grad():
+        layer(torch.randn(5, 2, 6, dtype=dtype))
+    assert counter.get_total_flops() // 2 == 5 * 2 * weights

@@ -119,6 +119,8 @@ def _taken_apart(value: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]]
         return value, type(value)
     if type(value) is dict:
         return list(value.values()), lambda changed: dict(zip(value, changed, strict=True))
+    if isinstance(value, tuple) and hasattr(value, "_make"):  # past a `__new__` of its own, as of packed sequences
+        return value, type(value)._make
     # one level only: what is inside is taken apart in its turn
     items, spec = _pytree.tree_flatten(value, is_leaf=lambda item: item is not value)
     if len(items) != 1 or items[0] is not value:
@@ -128,7 +130,7 @@ def _taken_apart(value: Any) -> tuple[Sequence[Any], Callable[[list[Any]], Any]]
     if isinstance(value, list):
         return list(value), lambda changed: _with_items(value, changed)
     if isinstance(value, tuple):
-        return list(value), lambda changed: getattr(type(value), "_make", type(value))(changed)
+        return list(value), type(value)
     return _taken_from_object(value)
 
 

@@ -6,6 +6,7 @@ Weights are given in the logical orientation, (d_out, d_in) and for a convolutio
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import cast
 
 import torch
@@ -241,6 +242,8 @@ def is_the_map(module: nn.Module, m: LinearMap) -> bool:
 
 def count_anew(module: nn.Module) -> None:
     """Set the sizes that a layer holds beside its tensors to what these have now: `in_features`, `num_channels`, ..."""
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        _count_recurrent(module)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return
@@ -265,3 +268,40 @@ def count_anew(module: nn.Module) -> None:
     for name, size in sizes.items():
         if name in vars(module):
             setattr(module, name, size)
+
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+"""How many rows a channel of the state has in the weights of a recurrent layer, by its mode."""
+
+
+def _count_recurrent(module: nn.RNNBase | nn.RNNCellBase) -> None:
+    """Set the sizes of a recurrent layer, and the list of weights that it hands on."""
+    if isinstance(module, nn.RNNCellBase):
+        module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
+        return
+    weights = [getattr(module, name) for name in module._flat_weights_names]
+    module.input_size, module.hidden_size = weights[0].shape[1], weights[0].shape[0] // GATES[module.mode]
+    if module.proj_size:
+        module.proj_size = weights[1].shape[1]
+    module._flat_weights = weights
+    module._flat_weight_refs = [weakref.ref(weight) for weight in weights]
+    if _shapes_fit(module):
+        module.flatten_parameters()
+
+
+def _shapes_fit(module: nn.RNNBase) -> bool:
+    """Whether all weights of a recurrent layer have its sizes by now: cuDNN wants them side by side."""
+    if module.proj_size >= module.hidden_size:  # which torch does not make
+        return False
+    fresh = nn.RNNBase(
+        module.mode,
+        module.input_size,
+        module.hidden_size,
+        module.num_layers,
+        module.bias,
+        bidirectional=module.bidirectional,
+        proj_size=module.proj_size,
+        device="meta",
+    )
+    shapes = [weight.shape for weight in fresh.parameters()]
+    return shapes == [weight.shape for weight in module.parameters()]

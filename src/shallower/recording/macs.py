@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -9,13 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def mac_counter() -> FlopCounterMode:
-    """A `FlopCounterMode` that also knows the attention kernel of the CPU; its total is twice the MACs.
+    """A `FlopCounterMode` that also knows the kernels of the CPU for attention and LSTMs; its total is twice the MACs.
 
     It counts the model as a whole: the stock counter's bookkeeping by module puts gradient hooks on what modules are
     given, which fails where that is a parameter and gradients are off (DeBERTa).
     """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops})
+    known = {kernel: _attention_flops, torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=known)
     vars(counter)["mod_tracker"] = _WholeModel()
     return counter
 
@@ -34,3 +36,8 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     """Of softmax(Q K^T) V from the shapes (batch, heads, length, channels); keys and values may have fewer heads."""
     batch, heads, queries, channels = query
     return int(2 * batch * heads * queries * key[2] * (channels + value[3]))
+
+
+def _recurrent_flops(steps: Any, inputs: Any, states: Any, *_: Any, **__: Any) -> int:
+    """Of one direction of a recurrent layer from the shapes (steps, batch, channels) and of two weights."""
+    return int(2 * steps[0] * steps[1] * (prod(inputs) + prod(states)))

@@ -49,6 +49,25 @@ def test_sides(model: nn.Module, shape: tuple[int, ...], sides: dict[str, int], 
     assert (use.multiplied, use.output) == (multiplied, output)
 
 
+@pytest.mark.parametrize(
+    ("layer", "weights"),
+    [
+        (nn.LSTM(4, 6, 2, bidirectional=True), ("weight_ih_l0", "weight_hh_l1_reverse")),
+        (nn.GRU(4, 6), ("weight_ih_l0", "weight_hh_l0")),
+        pytest.param(
+            nn.LSTM(4, 6, proj_size=3),
+            ("weight_ih_l0", "weight_hr_l0"),
+            marks=pytest.mark.filterwarnings("ignore:LSTM with projections"),
+        ),
+    ],
+)
+def test_weights_of_recurrent_layers(layer: nn.Module, weights: tuple[str, ...]) -> None:
+    trace = trace_forward(layer, torch.randn(5, 2, 4))
+    for weight in weights:
+        use = uses_of(trace.weights[layer, weight])
+        assert (use.side(0), use.side(1), use.multiplied) == ("rows", "columns", 10)
+
+
 def test_what_is_no_weight_has_no_sides() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     trace = trace_forward(model, torch.randn(2, 4))

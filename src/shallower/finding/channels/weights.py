@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from shallower.recording.tracing import Call, Value
 
@@ -17,6 +18,11 @@ COLUMNS_FIRST = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 
 PRODUCTS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "grouped_mm"}
 """Maps whose weight is (..., inputs, outputs), where it is the second factor."""
+
+RECURRENT = {
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+}  # fmt: skip
+"""Layers whose weights are (outputs, inputs), each behind the input and the state."""
 
 TURNING = {"t", "get.T", "get.mT", "transpose", "swapaxes", "swapdims", "adjoint"}
 
@@ -83,6 +89,8 @@ def uses_of(weight: Value) -> WeightUse:
 def _is_weight_of(value: Value, call: Call) -> bool:
     if call.name in ROWS_FIRST | COLUMNS_FIRST:
         return len(call.inputs) > 1 and call.inputs[1] is value
+    if call.name in RECURRENT:
+        return value in tree_leaves(call.args[2:])
     return call.name in PRODUCTS and value in call.inputs[1:] and value is not call.inputs[0] and len(value.shape) > 1
 
 
@@ -90,6 +98,8 @@ def _multiplied(weight: Value, call: Call) -> int:
     """How often a call multiplies each number of its weight."""
     if call.name in COLUMNS_FIRST:
         return call.inputs[0].elements // weight.shape[0]
+    if call.name in RECURRENT:
+        return call.inputs[0].elements // call.inputs[0].shape[-1]
     if call.name in PRODUCTS:
         batch = 1
         for size in weight.shape[:-2]:

@@ -5,6 +5,9 @@ nn.LSTM(8, 16)(x)           # rows (4 gates, 16) of both weights, the columns of
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import Layout, cat, close, fixed, tie, within
 from shallower.finding.channels.rules.arguments import given, integer, optional, tensor, values
@@ -21,57 +24,103 @@ def _gates(call: Call) -> int:
 
 @rule("lstm gru rnn_tanh rnn_relu")
 def layers(f: Following, call: Call) -> list[Axes]:
-    """Several layers, in one direction or in both; (steps, batch, channels) or the batch in front."""
-    if isinstance(given(call, 2), Value):
-        raise UnknownUseError(f"{f.title(call)} reads packed sequences, which are not followed yet")
+    """Several layers, in one direction or in both; (steps, batch, channels), the batch in front, or packed."""
+    packed = not isinstance(given(call, 3), bool)
     axes = f.axes(tensor(call, 0))
-    weights, biases, count = values(call, 2), bool(call.args[3]), integer(call, 4, "num_layers")
-    directions = 1 + bool(call.args[7])
+    weights, biases, count = values(call, 2 + packed), bool(call.args[3 + packed]), integer(call, 4 + packed, "layers")
+    directions = 1 + bool(call.args[7 + packed])
     each = len(weights) // (count * directions)
-    if each != 2 + 2 * biases:
-        raise UnknownUseError(f"{f.title(call)} projects its state, which is not followed yet")
-    close(axes[bool(call.args[8])], STEPS)
-    states: list[Layout] = []
+    if each not in (2 + 2 * biases, 3 + 2 * biases):
+        raise UnknownUseError
+    batch = _batch(call, axes, packed)
+    groups = [weights[i : i + each] for i in range(0, len(weights), each)]
+    cells: list[_Cell] = []
     features = axes[-1]
-    for i in range(count):
-        made: list[Layout] = []
-        for j in range(directions):
-            first = (i * directions + j) * each
-            made.append(_cell(f, call, features, weights[first : first + each]))
-        states += made
-        features = cat(made)
-    _tie_states(f, call, axes[not call.args[8]], states)
-    return [[*axes[:-1], features], *(_state(value, axes, call, states) for value in call.outputs[1:])]
+    for i in range(0, len(groups), directions):
+        made = [_cell(f, call, features, own, biases) for own in groups[i : i + directions]]
+        cells += made
+        features = cat([cell.given for cell in made])
+    _tie_states(f, given(call, 1 + packed), batch, cells)
+    ends: list[Axes] = []
+    for value, state in zip(call.outputs[1:], (cells[0].given, cells[0].kept), strict=False):
+        ends.append([fixed(value.shape[0], LAYERS), batch, state])
+    return [[*axes[:-1], features], *ends]
 
 
-def _cell(f: Following, call: Call, features: Layout, weights: list[Value]) -> Layout:
-    """The channels of one layer in one direction."""
+@dataclass(frozen=True)
+class _Cell:
+    """One layer in one direction.
+
+    Attributes:
+        kept: the channels of its cell, one for each gate of a kind.
+        given: what it gives and reads again: the same, or a projection of them.
+    """
+
+    kept: Layout
+    given: Layout
+
+
+def _batch(call: Call, axes: Axes, packed: bool) -> Layout:
+    """The rows of the batch; those of packed sequences are in one axis with the steps."""
+    if packed:
+        close(axes[0], STEPS)
+        return fixed(call.outputs[1].shape[1], STEPS)
+    close(axes[bool(call.args[8])], STEPS)
+    return axes[not call.args[8]]
+
+
+def _cell(f: Following, call: Call, features: Layout, weights: list[Value], biases: bool) -> _Cell:
+    """The channels of one layer in one direction; weights of the input, of the state, biases, a projection."""
     rows, columns = f.axes(weights[0])
     state_rows, state = f.axes(weights[1])
     f.contract(call, features, columns)
-    gates = within([fixed(_gates(call), "gates of a recurrent layer"), state])
-    for made in (rows, state_rows, *(f.axes(bias)[0] for bias in weights[2:])):
-        tie(gates, made)
-    f.written.append((state, call))
+    kept = state
+    if len(weights) > 2 + 2 * biases:
+        made, kept = f.axes(weights[-1])
+        tie(state, made)
+        f.contracted.append((kept, call))
+    gates = within([fixed(_gates(call), "gates of a recurrent layer"), kept])
+    for own in (rows, state_rows, *(f.axes(bias)[0] for bias in weights[2 : 2 + 2 * biases])):
+        tie(gates, own)
+    f.written.append((kept, call))
     f.contracted.append((state, call))
-    return state
+    return _Cell(kept, state)
 
 
-def _tie_states(f: Following, call: Call, batch: Layout, states: list[Layout]) -> None:
+def _tie_states(f: Following, given_states: Any, batch: Layout, cells: list[_Cell]) -> None:
     """All layers and directions start from one tensor, so that they have one width."""
-    given_states = given(call, 1)
-    for start in given_states if isinstance(given_states, (tuple, list)) else [given_states]:
-        if isinstance(start, Value):
-            numbers, rows, channels = f.axes(start)
-            close(numbers, LAYERS)
-            tie(rows, batch)
-            for state in states:
-                tie(channels, state)
+    starts = given_states if isinstance(given_states, (tuple, list)) else [given_states]
+    for i, start in enumerate(starts):
+        numbers, rows, channels = f.axes(start)
+        close(numbers, LAYERS)
+        tie(rows, batch)
+        for cell in cells:
+            tie(channels, cell.kept if i else cell.given)
 
 
-def _state(value: Value, axes: Axes, call: Call, states: list[Layout]) -> Axes:
-    """(layers, batch, channels) at the end."""
-    return [fixed(value.shape[0], LAYERS), axes[not call.args[8]], states[0]]
+@rule("pack_padded_sequence")
+def packed(f: Following, call: Call) -> list[Axes]:
+    """(steps, batch, channels) -> (steps of all, channels), and how many of the batch are left at each step."""
+    *positions, features = f.axes(tensor(call, 0))
+    for axis in positions[:2]:
+        close(axis, STEPS)
+    return _only_last(call, features)
+
+
+@rule("pad_packed_sequence")
+def unpacked(f: Following, call: Call) -> list[Axes]:
+    """(steps of all, channels) -> (steps, batch, channels), and how long each is."""
+    steps, *_, features = f.axes(tensor(call, 0))
+    close(steps, STEPS)
+    return _only_last(call, features)
+
+
+def _only_last(call: Call, features: Layout) -> list[Axes]:
+    found: list[Axes] = []
+    for value in call.outputs:
+        found.append([fixed(size, STEPS) for size in value.shape])
+    found[0][-1] = features
+    return found
 
 
 @rule("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell")
@@ -83,7 +132,7 @@ def cell(f: Following, call: Call) -> list[Axes]:
         bias = optional(call, place, name)
         if bias is not None:
             weights.append(bias)
-    state = _cell(f, call, axes[-1], weights)
+    state = _cell(f, call, axes[-1], weights, biases=len(weights) > 2).kept
     given_states = given(call, 1, "hx")
     for start in given_states if isinstance(given_states, (tuple, list)) else [given_states]:
         f.broadcast([*axes[:-1], state], f.axes(start))
