@@ -3,6 +3,11 @@
 from .calibrating.augmenting import augment_tokens as augment_tokens
 from .calibrating.augmenting import varied as varied
 from .calibrating.recalibration import recalibrate as recalibrate
+from .certifying.certificate import Certificate as Certificate
+from .certifying.certificate import Estimate as Estimate
+from .certifying.certificate import Greedy as Greedy
+from .certifying.certificate import GreedyAgreement as GreedyAgreement
+from .certifying.certify import certify as certify
 from .core.inputs import Inputs as Inputs
 from .errors import CheckpointError as CheckpointError
 from .errors import DataError as DataError

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from shallower.app.compression import compress, cost_after, cost_of, preview, site_rows
 from shallower.app.runs.layer_collapse import LayerCollapseRun
@@ -26,6 +28,36 @@ def test_a_result_meets_its_target_and_both_models_are_judged() -> None:
     assert 0 <= small.score <= 1
     assert small.latency is not None
     assert small.latency > 0
+
+
+def test_a_result_is_certified_on_test_rows() -> None:
+    given = work("params:60%")
+    result = compress(given, SqueezeRun(samples=96))
+    certificate = result.certificate
+    assert certificate is not None
+    assert (certificate.rows, certificate.left_out, result.uncertified) == (40, 0, "")
+    assert len(result.outcome.plan.seen) == 96
+    x = torch.cat([x for x, _ in given.batches.test])
+    with torch.no_grad():
+        differ = given.model(x).argmax(1) != result.model(x).argmax(1)
+    assert certificate.changed == int(differ.sum())
+
+
+def test_without_enough_test_rows_there_is_no_certificate() -> None:
+    given = work("params:60%")
+    few = DataLoader(TensorDataset(*given.batches.test.dataset[:10]), 40)
+    for test, reason in ((given.batches.validation, "no test rows"), (few, "10 test rows are too few")):
+        result = compress(replace(given, batches=replace(given.batches, test=test)), SqueezeRun(samples=96))
+        assert result.certificate is None
+        assert reason in result.uncertified
+
+
+def test_a_sample_of_the_test_rows_is_the_same_in_every_call() -> None:
+    given = work()
+    first = torch.cat([x for x, _ in given.test_sample(30)])
+    assert len(first) == 30
+    assert torch.equal(first, torch.cat([x for x, _ in given.test_sample(30)]))
+    assert len(given.test_sample(10**6).dataset) == 40  # type: ignore[arg-type]
 
 
 def test_a_preview_changes_nothing() -> None:

@@ -48,6 +48,18 @@ def test_each_original_stands_once_before_what_was_made_of_it(tmp_path: Path) ->
     assert lines[2].split()[-2:] == ["-70%", "1.25x"]
 
 
+def test_certificates_are_compared_where_there_are_some(tmp_path: Path) -> None:
+    divergence = {"value": 0.01, "low": 0.005, "high": 0.02}
+    certificate = {"rows": 436, "divergence": divergence, "changed": 7, "bound": 0.0299438}
+    numbers = {**result("one", 0.89, 500), "certificate": certificate}
+    folders = [folder(tmp_path / "a", numbers), folder(tmp_path / "b", result("one", 0.87, 300))]
+    records = {path.name: read_record(path) for path in folders}
+    header, _, first, second = comparison(records).splitlines()
+    assert "other answers" in header
+    assert "1.61 %, at most 2.99 %" in first
+    assert second.split()[-2:] == ["-70%", "1.25x"]
+
+
 def test_different_machines_are_told(tmp_path: Path) -> None:
     numbers = result("one", 0.89, 500)
     records = {}

@@ -16,14 +16,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from shallower.app.batching import TaskBatches
 from shallower.app.results import CurvePoint, Measured, SiteRow, Verdict
 from shallower.app.tasks import Likeness, Task
+from shallower.certifying.certificate import Certificate
+from shallower.certifying.certify import certify
 from shallower.core.inputs import Inputs, model_device
 from shallower.core.trees import to_device
-from shallower.errors import SiteError, TargetError
+from shallower.errors import DataError, SiteError, TargetError
 from shallower.measuring.cost import cost_of
 from shallower.measuring.measurement import compare
 from shallower.modules.attachment import detached_copy
@@ -34,6 +38,8 @@ from shallower.planning.targets import Target
 from shallower.sites import Sites
 from shallower.training import Checkpoint, Recipe, train
 
+_FEWEST_CERTIFIED, _MOST_CERTIFIED = 20, 2000
+"""Rows on which a result is certified: where there are fewer, the bound says nothing."""
 _KEEP_EVERY = 200
 """Steps of a training after which its state is kept."""
 
@@ -104,6 +110,13 @@ class Work:
         size = self.batches.train.batch_size or 1
         return min(-(-rows // size) * size, self.batches.counts["train"] or 0)
 
+    def test_sample(self, rows: int) -> DataLoader[Any]:
+        """At most so many rows of the test set, drawn at random; the same in every call."""
+        test: Any = self.batches.test
+        order = torch.randperm(len(test.dataset), generator=torch.Generator().manual_seed(self.recipe.seed))
+        drawn = order[:rows].sort().values.tolist()
+        return DataLoader(Subset(test.dataset, drawn), batch_size=test.batch_size, collate_fn=test.collate_fn)
+
     def kept(self, name: str) -> Path | None:
         """The checkpoint of that name, where there is a folder for them."""
         return self.checkpoints and self.checkpoints / name
@@ -167,11 +180,15 @@ class Result:
         outcome: the smaller model, and how the method made it.
         verdict: the original beside it.
         task: has the score.
+        certificate: how often answers change, on test rows; None where there is none.
+        uncertified: why there is none.
     """
 
     outcome: Outcome
     verdict: Verdict
     task: Task
+    certificate: Certificate | None = None
+    uncertified: str = ""
 
     @property
     def model(self) -> nn.Module:
@@ -209,7 +226,8 @@ def compress(work: Work, method: MethodRun) -> Result:
         base = None
     verdict = judge(dense, outcome.model, work.batches, task, base)
     _check_target(work.goal, verdict, outcome)
-    return Result(outcome, verdict, task)
+    certificate, uncertified = _certified(work, dense, outcome)
+    return Result(outcome, verdict, task, certificate, uncertified)
 
 
 def preview(work: Work, method: MethodRun) -> tuple[Plan, Cost, Cost]:
@@ -327,6 +345,21 @@ def _judged(work: Work) -> tuple[nn.Module, float | None, Work]:
             "allow less, or train the model first (--dense-epochs)"
         )
     return dense, base, replace(work, floor=floor)
+
+
+def _certified(work: Work, dense: nn.Module, outcome: Outcome) -> tuple[Certificate | None, str]:
+    """The certificate of a result, or why there is none."""
+    count = work.batches.counts["test"]
+    if count is None:
+        return None, "the data has no test rows, and choices were made on all others"
+    if count < _FEWEST_CERTIFIED:
+        return None, f"{count} test rows are too few, at least {_FEWEST_CERTIFIED} are needed"
+    rows = work.test_sample(_MOST_CERTIFIED)
+    try:
+        found = certify(dense, outcome.model, rows, seen=outcome.plan, logits=work.logits, seed=work.recipe.seed)
+    except DataError as error:
+        return None, str(error)
+    return found, ""
 
 
 def _check_target(target: Target | None, verdict: Verdict, outcome: Outcome) -> None:

@@ -246,7 +246,9 @@ def record_of(
     shape: tuple[int, ...] = ()
     for first in islice(tensors(batches.example), 1):
         shape = tuple(first.shape)
-    verdict = result.verdict
+    verdict, details = result.verdict, dict(result.outcome.details)
+    if result.uncertified:
+        details["uncertified"] = result.uncertified
     return Record(
         dict(options),
         result.task.quality,
@@ -267,7 +269,8 @@ def record_of(
         },
         seconds=seconds,
         warnings=tuple(warnings),
-        details=result.outcome.details,
+        details=details,
+        certificate=result.certificate,
     )
 
 
@@ -431,10 +434,14 @@ def _text(job: Job, loaded: LoadedModel, work: Work, result: Result) -> str:
     made = str(outcome.plan)
     if not len(outcome.plan):
         made = points_table(task.quality, outcome.points)
+    certified = f"not certified: {result.uncertified}"
+    if result.certificate is not None:
+        certified = str(result.certificate)
     lines = [
         made,
         "",
         verdict_table(task.quality, result.verdict.rows(task.quality, "dense", outcome.note)),
+        certified,
         *work.remarks,
         f"saved in {output}; load it with shallower.load({output!r}{again})",
     ]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from shallower.app import quality as qualities
+from shallower.certifying.certificate import Certificate
 from shallower.core.codec import Bounds, decode, field_names, known_fields
 from shallower.core.files import read_json
 from shallower.core.text import amount, table
@@ -226,6 +227,7 @@ class Record:
         seconds: that it took.
         warnings: what the reader should know before anything else.
         details: what only some methods write.
+        certificate: how often answers change, on test rows; None where that was not counted.
     """
 
     schema: Literal[3] = field(default=3, init=False)
@@ -242,6 +244,7 @@ class Record:
     seconds: Seconds | None = None
     warnings: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
         """Refuse an example that nobody can have had.
@@ -334,16 +337,22 @@ def read_points(directory: Path, error: type[ShallowerError] = CheckpointError) 
 def comparison(records: Mapping[str, Record]) -> str:
     """One table of several results by their names, each original model once, before what was made of it."""
     rows: list[tuple[str, ...]] = []
+    certified = any(record.certificate for record in records.values())
     original = ""
     for name, record in sorted(records.items(), key=lambda pair: _original(pair[1])):
         dense, small, quality = record.dense, record.small, record.quality
         if original != _original(record):
             original = _original(record)
-            rows.append((record.model or "the original", "", *_scored(quality, dense), "", ""))
-        change = _percent(small.params, dense.params)
-        rows.append((f"  {name}", record.method, *_scored(quality, small), change, str(record.verdict)))
-    header = ("model", "method", "score", "", "params", "MACs", "size", "change", "speed")
-    text = _speed_table(header, rows, (2, 4, 5, 6, 7, 8))
+            rows.append((record.model or "the original", "", *_scored(quality, dense), "", "", ""))
+        change, answers = _percent(small.params, dense.params), ""
+        if record.certificate is not None:
+            answers = record.certificate.short
+        rows.append((f"  {name}", record.method, *_scored(quality, small), change, answers, str(record.verdict)))
+    header = ["model", "method", "score", "", "params", "MACs", "size", "change", "other answers", "speed"]
+    if not certified:
+        header.pop(-2)
+        rows = [(*row[:-2], row[-1]) for row in rows]
+    text = _speed_table(header, rows, range(4, len(header)))
     machines = {json.dumps(record.machine, sort_keys=True) for record in records.values()}
     if len(machines) > 1:
         text += "\nmeasured on different machines or with other versions: compare the speeds with care"

@@ -23,6 +23,7 @@ from shallower.core.failures import failing
 from shallower.core.files import read_tensors, temporary_folder, write_tensors
 from shallower.core.inputs import Inputs, InputsOf, MaskOf, default_inputs_of, default_mask_of
 from shallower.core.memory import free_bytes
+from shallower.core.processes import gathered
 from shallower.core.tensors import content
 from shallower.core.trees import cloned, mapped, rows_of, tensors, to_device
 from shallower.errors import DataError, SiteError
@@ -139,6 +140,13 @@ class Batches:
         for index in range(len(self)):
             yield self[index]
 
+    def seen(self) -> tuple[str, ...]:
+        """Digests of the rows of all processes, each once, in alphabetical order."""
+        own: set[str] = set()
+        for batch in self:
+            own.update(row_digests(batch))
+        return tuple(sorted(set().union(*gathered(own))))
+
     def _spilled(self, number: int, batch: Batch) -> _Spilled:
         if self._folder is None:
             self._folder = temporary_folder(self, error=DataError)
@@ -185,6 +193,29 @@ class _Spilled:
 
         batch: Batch = mapped(filled, self.stubs)
         return batch
+
+
+def row_digests(batch: Batch) -> list[str]:
+    """Of each row a hash of what counts in it, the same whatever it is padded to and whatever stands beside it.
+
+        row_digests(Batch({"input_ids": ids, "attention_mask": mask}, mask))
+
+    64 bits: rows are told apart, and nobody is kept from making two that are equal.
+    """
+    rows, mask = batch.rows, batch.mask
+    digests = [hashlib.blake2b(digest_size=8) for _ in range(rows)]
+    for tensor in tensors(batch.inputs):
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            tensor = tensor.to_dense()
+        for index, digest in enumerate(digests):
+            row = tensor
+            if tensor.dim() and len(tensor) == rows:
+                row = tensor[index]
+                if mask is not None and mask.shape == tensor.shape[: mask.dim()]:
+                    row = row[mask[index].bool()]
+            digest.update(f"{tensor.dtype} {row.numel()}\n".encode())
+            digest.update(content(row))
+    return [digest.hexdigest() for digest in digests]
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -47,6 +47,7 @@ class Plan:
             weights (a plain collapse).
         method: which method made it, for people.
         left_out: name -> reason of the sites that were given and stay as they are, for people.
+        seen: digests of the rows that it was calibrated on, so that nothing is certified on them.
 
     Raises:
         PlanError: entries contradict one another.
@@ -56,6 +57,7 @@ class Plan:
     fingerprint: str = ""
     method: str = ""
     left_out: Mapping[str, str] = field(default_factory=dict)
+    seen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.entries, Entry) or not isinstance(self.entries, Iterable):
@@ -222,11 +224,11 @@ class Plan:
     @property
     def _contents(self) -> plan_file.Contents:
         saves = plan_file.Saves(self.params_saved, self.macs_saved)
-        return plan_file.Contents(self.entries, self.fingerprint, self.method, dict(self.left_out), saves)
+        return plan_file.Contents(self.entries, self.fingerprint, self.method, dict(self.left_out), saves, self.seen)
 
     @classmethod
     def _of(cls, contents: plan_file.Contents) -> Plan:
-        plan = cls(contents.entries, contents.fingerprint, contents.method, contents.left_out)
+        plan = cls(contents.entries, contents.fingerprint, contents.method, contents.left_out, contents.seen)
         if contents.saves != plan_file.Saves(plan.params_saved, plan.macs_saved):
             raise PlanError(
                 f"the plan says that it saves {contents.saves.params} params and {contents.saves.macs} MACs, and its "

@@ -33,6 +33,7 @@ _EARLIER = (1, 2, 3, 4)
 _MOST_PLAN_BYTES = 1 << 28
 _MOST_ENTRIES = 20_000
 _MOST_POSITIONS = 1 << 26
+_MOST_SEEN = 1 << 20
 
 _TYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -61,6 +62,7 @@ class Contents:
     method: str = ""
     left_out: Mapping[str, str] = field(default_factory=dict)
     saves: Saves = Saves(0, 0)
+    seen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +103,7 @@ class StoredPlan:
     saves: Saves
     entries: tuple[StoredEntry, ...]
     left_out: Mapping[Annotated[str, Bounds(0, 1000)], Annotated[str, Bounds(0, 2000)]] = field(default_factory=dict)
+    seen: Annotated[tuple[Annotated[str, Bounds(16, 16)], ...], Bounds(0, _MOST_SEEN)] = ()
 
 
 def to_json(contents: Contents) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -121,6 +124,7 @@ def to_json(contents: Contents) -> tuple[dict[str, Any], dict[str, Tensor]]:
         contents.saves,
         tuple(map(_stored, contents.entries)),
         contents.left_out,
+        contents.seen,
     )
     return encode(stored, special={Tensor: write}), tensors
 
@@ -156,7 +160,7 @@ def from_json(data: object, tensors: Mapping[str, Tensor]) -> Contents:
         raise PlanError("plan: the tensors that its sites name are too large together")
     if left := sorted(set(tensors) - named):
         raise PlanError(f"the plan does not name the tensor {left[0]!r}")
-    return Contents(made, stored.fingerprint, stored.method, stored.left_out, stored.saves)
+    return Contents(made, stored.fingerprint, stored.method, stored.left_out, stored.saves, stored.seen)
 
 
 def save_contents(contents: Contents, directory: Path) -> None:

@@ -42,6 +42,14 @@ def test_csv_with_text_labels_is_read_and_a_tenth_is_held_out(tmp_path: Path) ->
     assert {row["text"] for row in rows.train}.isdisjoint(row["text"] for row in rows.validation)
 
 
+def test_half_of_a_large_validation_part_becomes_the_test_part(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", REVIEWS)
+    write(tmp_path / "validation.csv", "text,label\n" + "".join(f"other {i},good\n" for i in range(200)))
+    rows = read_rows(str(tmp_path), "text-classification")
+    assert (len(rows.train), len(rows.validation), len(rows.test)) == (20, 100, 100)  # type: ignore[arg-type]
+    assert {row["text"] for row in rows.test}.isdisjoint(row["text"] for row in rows.validation)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -11,7 +11,7 @@ from torch import nn
 
 import shallower as sh
 from shallower.app.report.card import write_card
-from tests.app.report.test_page import saved
+from tests.app.report.test_page import CERTIFICATE, saved
 
 
 def test_a_result_gets_a_card_with_its_numbers(tmp_path: Path) -> None:
@@ -22,6 +22,13 @@ def test_a_result_gets_a_card_with_its_numbers(tmp_path: Path) -> None:
     assert "`models/tiny-bert` made smaller by calibrated squeezing" in text
     assert "Measured on 300 test rows" in text
     assert "sh.load('small'" in text
+
+
+def test_a_certificate_stands_under_the_numbers(tmp_path: Path) -> None:
+    text = write_card(saved(tmp_path, certificate=CERTIFICATE)).read_text()
+    assert "Of 300 rows 4 get another answer than from the original: 1.33 %, and with 95% confidence" in text
+    assert text.index("Of 300 rows") < text.index("## How to load it")
+    assert "Both models on 300 test rows" in text
 
 
 def test_the_base_model_is_named_as_the_hub_does(tmp_path: Path) -> None:

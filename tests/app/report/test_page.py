@@ -49,6 +49,12 @@ RESULT: dict[str, Any] = {
     "rows": {"train": 2000, "validation": 200, "test": 300},
     "machine": {"processor": "a CPU", "threads": 1, "torch": "2.13.0", "python": "3.11", "shallower": "0.1.0"},
 }
+CERTIFICATE = {
+    "rows": 300,
+    "changed": 4,
+    "bound": 0.0303,
+    "divergence": {"value": 0.01, "low": 0.005, "high": 0.02},
+}
 POINTS = [
     {"label": "width 24", "score": 0.80, "params": 400, "macs": 1500, "size": 1600, "latency": 0.009},
     {"label": "width 48", **SMALL, "chosen": True},
@@ -69,6 +75,15 @@ def text_of(page: Path) -> str:
     """What a reader sees of it, without markup, styles and scripts."""
     body = page.read_text().partition("<body>")[2].partition("<script")[0]
     return " ".join(re.sub(r"<[^>]*>", " ", body).split())
+
+
+def test_a_certificate_has_a_section_of_its_own(tmp_path: Path) -> None:
+    text = text_of(write_report(saved(tmp_path, certificate=CERTIFICATE)))
+    assert "How often the answer changes Of 300 rows 4 get another answer" in text
+    (tmp_path / "without").mkdir()
+    text = text_of(write_report(saved(tmp_path / "without", details={"uncertified": "5 test rows are too few"})))
+    assert "How often the answer changes" not in text
+    assert "Not certified: 5 test rows are too few." in text
 
 
 def test_the_page_answers_in_order(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ _PAIRS = (
 )
 _TEXTS = ("text", "sentence", "content", "review", "document", "comment", "tweet")
 _MOST_CLASSES = 100_000
+_ENOUGH = 200
+"""Rows of a validation part of which one half may be the test part, where the data has none."""
 _UNNAMED = re.compile(r"LABEL_\d+")
 """What Transformers calls a class that nobody named."""
 
@@ -105,7 +107,8 @@ class Rows:
     Attributes:
         train: to train and calibrate on; a sequence of rows, each a mapping from column to value.
         validation: to choose on.
-        test: to report on; None where the data has no labelled test part.
+        test: to report and to certify on; half of a large validation part where the data has no labelled test part,
+            None where that is small.
         columns: what is read of each row.
         labels: the classes; None where the task or the data has none.
         remarks: what people should know of the data.
@@ -180,6 +183,8 @@ def read_rows(
         _check_columns(parts[name], f"{source} ({name})", columns)
     if "validation" not in parts:
         parts["train"], parts["validation"] = _split_rows(parts["train"], source, options.held_out, seed)
+    if "test" not in parts and len(parts["validation"]) >= _ENOUGH:
+        parts["validation"], parts["test"] = _split_rows(parts["validation"], source, 0.5, seed)
     if options.limit is not None:
         for name, part in parts.items():
             parts[name] = _sampled_rows(part, options.limit, seed)
@@ -187,7 +192,7 @@ def read_rows(
 
 
 def _split_rows(part: Any, source: str, held_out: float, seed: int) -> tuple[Any, Any]:
-    """Rows to train on, and rows held out for validation, drawn at random."""
+    """A part of the rows and what is held out of it, drawn at random."""
     if len(part) < 2:
         raise DataError(f"{source}: one row is too few to train on some and validate on others")
     order = np.random.default_rng(seed).permutation(len(part))

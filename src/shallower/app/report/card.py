@@ -66,6 +66,9 @@ def card(report: Report) -> str:
     target = ""
     if record.target:
         target = f" (target `{record.target}`)"
+    answers = ""
+    if record.certificate is not None:
+        answers = "\n" + " ".join(record.certificate.sentences) + "\n"
     notes = "".join(f"\n> {warning}\n" for warning in record.warnings)
     return f"""{_front_matter(report)}
 # {title(report)}
@@ -75,7 +78,7 @@ def card(report: Report) -> str:
 | | before | after |
 |---|---:|---:|
 {table}
-
+{answers}
 ## How to load it
 
 {code}

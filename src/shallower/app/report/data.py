@@ -13,6 +13,7 @@ from shallower.app import quality as qualities
 from shallower.app.options import METHODS
 from shallower.app.report.stock import read_object, stock_class
 from shallower.app.results import CURVE, CurvePoint, Measured, Record, SiteRow, Speed, read_points, read_record
+from shallower.certifying.certificate import Certificate
 from shallower.errors import ReportError
 
 _PICK = "shallower pick {directory} --target {target} --output {output}"
@@ -160,6 +161,10 @@ def _measured(record: Record) -> list[tuple[str, str]]:
     found = []
     if record.rows:
         found.append((f"Quality ({record.quality})", _quality_measured(record)))
+    if record.certificate is not None:
+        found.append(("Changed answers", _answers_counted(record.certificate)))
+    elif record.details.get("uncertified"):
+        found.append(("Changed answers", f"Not certified: {record.details['uncertified']}."))
     if record.speed is not None:
         found.append(("Latency", _latency_measured(record, record.speed)))
     found += [
@@ -196,6 +201,15 @@ def _quality_measured(record: Record) -> str:
     if not isinstance(calibrated, int) or record.options.get("heal") or record.options.get("dense_epochs"):
         where = f"{where} {used:,} {rows} were trained on."
     return where
+
+
+def _answers_counted(certificate: Certificate) -> str:
+    text = f"Both models on {certificate.rows:,} test rows, on which nothing was calibrated, trained or chosen"
+    if certificate.kind == "answers":
+        text += "; the bound is one-sided (Clopper-Pearson) and counts rows"
+        if certificate.tokens is not None:
+            text += ", one position of each drawn at random"
+    return f"{text}. Intervals hold 95 % of bootstrap samples of the rows."
 
 
 def _latency_measured(record: Record, speed: Speed) -> str:

@@ -119,7 +119,7 @@ def squeeze(
                 raise
             raise cause from error
         sweep.warn_of_shortage(plan)
-        return plan
+        return replace(plan, seen=calibration.batches.seen())
 
 
 def _detached(model: nn.Module) -> nn.Module:

@@ -1,0 +1,1 @@
+"""How often a smaller model answers otherwise than the original, with a bound."""
