@@ -104,6 +104,23 @@ class Scaled(nn.Module):
         return self.b((h / h.shape[-2] ** 0.5).squeeze(-1))
 
 
+class Encoding(nn.Module):
+    """PyTorch's own encoder, and its attention to what has other widths, with keys of its own, by steps first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.key, self.value = nn.Linear(5, 12), nn.Linear(5, 6), nn.Linear(5, 8)
+        layer = nn.TransformerEncoderLayer(12, 4, 10, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.cross = nn.MultiheadAttention(12, 3, kdim=6, vdim=8, add_bias_kv=True, add_zero_attn=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.encoder(self.stem(x)).transpose(0, 1)
+        y, _ = self.cross(h, self.key(x).transpose(0, 1), self.value(x).transpose(0, 1))
+        return self.head(h + y)
+
+
 class Recurrent(nn.Module):
     """Recurrent layers of all kinds: both ways, one upon the other, with a projected state, step by step."""
 

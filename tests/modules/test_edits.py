@@ -155,6 +155,7 @@ MAP = {"edit": "map", "name": "0", "kind": "linear", "d_in": 6, "d_out": 3, "bia
         ([{"edit": "attribute", "name": "0", "attribute": "forward", "value": 1}], "does not fit the model"),
         ([{"edit": "attribute", "name": "0", "attribute": "training", "value": 1}], "does not fit the model"),
         ([{"edit": "norm", "name": "0", "channels": 3}], "does not fit the model"),
+        ([{"edit": "attention", "name": "0"}], "does not fit the model"),
         ([{"edit": "externalise", "module": "", "calls": [["relu", 99]]}], "does not fit the model"),
         ([{"edit": "externalise", "module": "nowhere", "calls": [["relu", 0]]}], "does not fit the model"),
         ([{"edit": "slope", "name": "1", "width": 0, "family": "prelu", "target": "one", "channels_first": False,

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 import shallower as sh
 from shallower.finding.kinds import find_sites
 from shallower.measuring.cost import cost_of
+from shallower.modules.attention import DenseAttention
 from shallower.planning.costs import cost_after
 from shallower.sites import Site, Span
 from shallower.surgery.cutting import edits_of_cut
 from shallower.surgery.proof import proven
-from tests.followed import Attending, Excited, Grouped, Joined, Recurrent, Stages, drawn
+from tests.followed import Attending, Encoding, Excited, Grouped, Joined, Recurrent, Stages, drawn
 
 CASES = [
     pytest.param(Excited, (2, 6, 5, 5), id="excited"),
@@ -25,6 +26,7 @@ CASES = [
     pytest.param(Joined, (2, 3, 6, 6), id="joined"),
     pytest.param(Grouped, (2, 3, 5, 5), id="grouped"),
     pytest.param(Attending, (2, 5, 8), id="attending"),
+    pytest.param(Encoding, (2, 6, 5), id="encoding"),
     pytest.param(
         Recurrent, (2, 5, 5), id="recurrent", marks=pytest.mark.filterwarnings("ignore:LSTM with projections")
     ),
@@ -76,6 +78,34 @@ def test_the_result_is_saved_and_loaded_to_the_last_bit(
     sh.save(small, tmp_path / "out")
     again = sh.load(tmp_path / "out", model=make())
     assert torch.equal(again.eval()(x), small(x))
+
+
+def test_heads_and_the_stream_of_an_encoder_are_cut_independently() -> None:
+    model, x = drawn(Encoding()), torch.randn(2, 6, 5)
+    sites = find_sites(model, x, kinds="all")
+    stream = next(site for site in sites if site.kind == "stream")
+    heads = sites["encoder.layers.1.self_attn"]
+    for chosen in ((stream,), (heads,), (stream, heads)):
+        small = sh.apply(model, sh.Plan(tuple(map(narrowed, chosen))), x)
+        attention, untouched = small.encoder.layers[1].self_attn, small.encoder.layers[0].self_attn
+        assert isinstance(attention, DenseAttention)
+        assert isinstance(untouched, DenseAttention) == (stream in chosen)
+        assert attention.embed_dim == (6 if stream in chosen else 12)
+        assert attention.num_heads == (2 if heads in chosen else 4)
+        assert attention.in_proj_weight.shape == (9 * attention.num_heads, attention.embed_dim)
+
+
+def test_an_encoder_that_was_cut_takes_padded_batches() -> None:
+    layer = nn.TransformerEncoderLayer(12, 4, 10, batch_first=True)
+    model = drawn(nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(12, 3)))
+    x, padding = torch.randn(2, 6, 12), torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    heads = find_sites(model, x, kinds="all")["0.layers.0.self_attn"]
+    plan = sh.Plan((narrowed(heads),))
+    small, simulated = sh.apply(model, plan, x), sh.simulate(model, plan)
+    expected = simulated[0](x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        y = small[0](x, src_key_padding_mask=padding)
+    torch.testing.assert_close(y, expected)
 
 
 def test_a_plan_is_saved_and_applied_elsewhere(tmp_path: Path) -> None:

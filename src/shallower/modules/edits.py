@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import CheckpointError, OutOfMemoryError, PlanError, ShallowerError
 from shallower.modules.activations import Family, Operand, PartialActivation, SlopeActivation, Target, Twice
+from shallower.modules.attention import is_stock, make_dense
 from shallower.modules.layers import count_anew, kind_of, resized, resized_norm, weight_of
 from shallower.modules.offloading import own_weights
 from shallower.modules.records import forget, note, noted
@@ -251,6 +252,24 @@ class Sized:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """An `nn.MultiheadAttention` becomes one whose heads may have another width together than what it reads."""
+
+    name: Owner
+    edit: Literal["attention"] = field(default="attention", init=False, repr=False)
+
+    def perform(self, model: nn.Module) -> None:
+        """Change the layer, and let encoders around it keep to plain tensors."""
+        module = model.get_submodule(self.name)
+        if not isinstance(module, nn.MultiheadAttention) or not is_stock(module):
+            raise PlanError(f"`{self.name}` is a {type(module).__name__}, not an nn.MultiheadAttention")
+        make_dense(module)
+        for encoder in model.modules():
+            if isinstance(encoder, nn.TransformerEncoder) and module in set(encoder.modules()):
+                encoder.use_nested_tensor = False
+
+
+@dataclass(frozen=True)
 class Partial:
     """An activation becomes a `PartialActivation` around itself."""
 
@@ -347,6 +366,7 @@ StructuralEdit = (
     | Padding
     | Attribute
     | Sized
+    | Dense
     | Partial
     | Slope
     | Activation

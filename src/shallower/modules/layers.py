@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from shallower.errors import PlanError
+from shallower.modules.attention import DenseAttention, count_attention_anew
 from shallower.sites import LinearMap, Slot
 
 
@@ -244,6 +245,8 @@ def count_anew(module: nn.Module) -> None:
     """Set the sizes that a layer holds beside its tensors to what these have now: `in_features`, `num_channels`, ..."""
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         _count_recurrent(module)
+    if isinstance(module, DenseAttention):
+        count_attention_anew(module)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return
@@ -270,7 +273,7 @@ def count_anew(module: nn.Module) -> None:
             setattr(module, name, size)
 
 
-GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+ROWS_EACH = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 """How many rows a channel of the state has in the weights of a recurrent layer, by its mode."""
 
 
@@ -280,7 +283,7 @@ def _count_recurrent(module: nn.RNNBase | nn.RNNCellBase) -> None:
         module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
         return
     weights = [getattr(module, name) for name in module._flat_weights_names]
-    module.input_size, module.hidden_size = weights[0].shape[1], weights[0].shape[0] // GATES[module.mode]
+    module.input_size, module.hidden_size = weights[0].shape[1], weights[0].shape[0] // ROWS_EACH[module.mode]
     if module.proj_size:
         module.proj_size = weights[1].shape[1]
     module._flat_weights = weights

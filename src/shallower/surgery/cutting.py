@@ -6,6 +6,7 @@ from torch import nn
 
 from shallower.errors import PlanError
 from shallower.modules.edits import Attribute, Edit, Sized, Weights
+from shallower.modules.preparing import ready_for_cuts
 from shallower.planning.entries import Entry
 from shallower.planning.forms import Form
 
@@ -21,7 +22,7 @@ def edits_of_cut(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
     Raises:
         PlanError: a tensor has another shape than the plan expects.
     """
-    edits: list[Edit] = []
+    edits: list[Edit] = [*ready_for_cuts(model, (cut.tensor for cut in form.cuts))]
     for follower in entry.site.followers:
         module = model.get_submodule(follower.module)
         fewer = getattr(module, follower.attribute) - follower.each * len(entry.dropped)

@@ -68,6 +68,21 @@ def test_weights_of_recurrent_layers(layer: nn.Module, weights: tuple[str, ...])
         assert (use.side(0), use.side(1), use.multiplied) == ("rows", "columns", 10)
 
 
+def test_weights_of_attention() -> None:
+    layer = nn.MultiheadAttention(4, 2, kdim=3, vdim=5)
+    trace = trace_forward(layer, (torch.randn(6, 2, 4), torch.randn(7, 2, 3), torch.randn(7, 2, 5)))
+    times = {"q_proj_weight": 12, "k_proj_weight": 14, "v_proj_weight": 14}
+    for (_, name), value in trace.weights.items():
+        use = uses_of(value)
+        if name == "weight":
+            times[name] = 12
+        if len(value.shape) == 2:
+            assert (use.side(0), use.side(1), use.multiplied) == ("rows", "columns", times[name])
+    packed = nn.MultiheadAttention(4, 2)
+    trace = trace_forward(packed, (torch.randn(6, 2, 4), *[torch.randn(9, 2, 4)] * 2))
+    assert uses_of(trace.weights[packed, "in_proj_weight"]).multiplied == 16
+
+
 def test_what_is_no_weight_has_no_sides() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     trace = trace_forward(model, torch.randn(2, 4))

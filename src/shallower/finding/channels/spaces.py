@@ -13,9 +13,9 @@ from torch import nn
 
 from shallower.finding.channels.averages import averages_of
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.layout import Run, divide, resolved, runs, spans
+from shallower.finding.channels.layout import Layout, Run, divide, resolved, runs, spans
 from shallower.finding.channels.unread import Unread
-from shallower.finding.channels.weights import WeightUse, uses_of
+from shallower.finding.channels.weights import ATTENTION, WeightUse, attended_products, uses_of
 from shallower.finding.channels.zeros import close_sums
 from shallower.recording.tracing import Value
 from shallower.sites import Follower, Site, Slot, Span
@@ -158,21 +158,28 @@ def _sides(known: Iterable[Site]) -> Iterator[tuple[str, str]]:
 
 
 def _add_followers(f: Following, spaces: dict[Run, _Space]) -> None:
-    """The numbers of groups of convolutions and norms, which fall with the channels that are whole groups."""
+    """The numbers of groups and heads that layers hold, which fall with the channels that are whole ones."""
     names = {module: name for name, module in f.trace.model.named_modules()}
+    for module, attribute, channels in _counted(f):
+        count = vars(module).get(attribute)
+        if not isinstance(count, int) or count < 2 or channels.size % count:
+            continue
+        outer = resolved(divide(channels, count, channels.size // count)[0])
+        for run in dict.fromkeys(runs(outer)):
+            if run in spaces:
+                each = sum(s.repeats * s.block for s in spans(outer, run))
+                spaces[run].followers.append(Follower(names[module], attribute, each))
+
+
+def _counted(f: Following) -> Iterator[tuple[nn.Module, str, Layout]]:
+    """Layers with numbers of their own, what they call these, and the channels that are divided."""
     for (module, attribute), value in f.trace.weights.items():
-        for count in ("groups", "num_groups"):
-            groups = vars(module).get(count)
-            if attribute != "weight" or not isinstance(groups, int) or groups < 2:
-                continue
-            rows = f.axes(value)[0]
-            if isinstance(module, nn.modules.conv._ConvTransposeNd) or rows.size % groups:
-                continue
-            outer = resolved(divide(rows, groups, rows.size // groups)[0])
-            for run in dict.fromkeys(runs(outer)):
-                if run in spaces:
-                    each = sum(s.repeats * s.block for s in spans(outer, run))
-                    spaces[run].followers.append(Follower(names[module], count, each))
+        if attribute == "weight" and not isinstance(module, nn.modules.conv._ConvTransposeNd):
+            for count in ("groups", "num_groups"):
+                yield module, count, f.axes(value)[0]
+    for module in f.trace.model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            yield module, "num_heads", f.axes(f.trace.weights[module.out_proj, "weight"])[1]
 
 
 def _streams(f: Following, spaces: Iterable[_Space]) -> set[Run]:
@@ -208,16 +215,18 @@ def _products(f: Following) -> dict[Run, int]:
     """For each run, the MACs that one channel has in products of two computed tensors."""
     found: dict[Run, int] = {}
     for call in f.trace.calls:
-        if len(call.inputs) < 2 or not all(value.fed for value in call.inputs[:2]):
-            continue
-        if call.name in ("matmul", "bmm"):
+        two = len(call.inputs) > 1 and all(value.fed for value in call.inputs[:2])
+        axes = f.axes(call.outputs[0]) if two else []
+        if two and call.name in ("matmul", "bmm"):
             macs = call.outputs[0].elements * call.inputs[0].shape[-1]
-        elif call.name == "scaled_dot_product_attention" and len(call.inputs) > 2:
+        elif two and call.name == "scaled_dot_product_attention" and len(call.inputs) > 2:
             query, key = call.inputs[:2]
             macs = (query.elements + call.outputs[0].elements) * key.shape[-2]
+        elif call.name == ATTENTION:
+            macs, axes = attended_products(call), f.axes(call.args[11])[1:]
         else:
             continue
-        for run in dict.fromkeys(run for axis in f.axes(call.outputs[0]) for run in runs(axis)):
+        for run in dict.fromkeys(run for axis in axes for run in runs(axis)):
             if not run.closed and run.size > 1:
                 found[run] = found.get(run, 0) + macs // run.size
     return found

@@ -22,8 +22,9 @@ from shallower.finding.channels.following import Following
 from shallower.finding.channels.layout import Run, divide, runs, size_of
 from shallower.finding.channels.spaces import Found
 from shallower.modules.attachment import copied
-from shallower.modules.edits import Attribute, Sized, perform
+from shallower.modules.edits import Attribute, Sized, StructuralEdit, perform
 from shallower.modules.offloading import weightless
+from shallower.modules.preparing import ready_for_cuts
 from shallower.recording.tracing import Call, StoppedError, Trace, trace_forward
 from shallower.sites import Follower, Site
 
@@ -334,7 +335,7 @@ def half_of(site: Site) -> int:
     return (site.width + 1) // 2
 
 
-def _shortened(model: nn.Module, sites: Sequence[Site], kept: Mapping[str, int]) -> Iterator[Attribute | Sized]:
+def _shortened(model: nn.Module, sites: Sequence[Site], kept: Mapping[str, int]) -> Iterator[StructuralEdit]:
     """The edits that leave the first channels of each site, without numbers."""
     left: dict[str, dict[int, Tensor]] = {}
     fewer: dict[tuple[str, str], int] = {}
@@ -346,6 +347,7 @@ def _shortened(model: nn.Module, sites: Sequence[Site], kept: Mapping[str, int])
             axes = left.setdefault(slot.tensor, {})
             staying = axes.setdefault(slot.axis, torch.ones(slot.shape[slot.axis], dtype=torch.bool))
             staying[slot.positions(gone)] = False
+    yield from ready_for_cuts(model, left)
     for (module, attribute), count in fewer.items():
         yield Attribute(module, attribute, getattr(model.get_submodule(module), attribute) - count)
     for name, axes in left.items():

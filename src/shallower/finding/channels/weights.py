@@ -24,6 +24,9 @@ RECURRENT = {
 }  # fmt: skip
 """Layers whose weights are (outputs, inputs), each behind the input and the state."""
 
+ATTENTION = "multi_head_attention_forward"
+"""A layer whose weights are (outputs, inputs), among its many arguments."""
+
 TURNING = {"t", "get.T", "get.mT", "transpose", "swapaxes", "swapdims", "adjoint"}
 
 MOST_STEPS = 200
@@ -77,7 +80,7 @@ def uses_of(weight: Value) -> WeightUse:
                 continue
             if _is_weight_of(value, call):
                 use.calls.append(call)
-                use.multiplied += _multiplied(value, call) * value.elements // max(1, weight.elements)
+                use.multiplied += _times_in(value, call) * value.elements // max(1, weight.elements)
                 use.output = _output_dim(weight, call)
                 use.turned = turned
             elif not call.outputs[0].fed:
@@ -89,15 +92,19 @@ def uses_of(weight: Value) -> WeightUse:
 def _is_weight_of(value: Value, call: Call) -> bool:
     if call.name in ROWS_FIRST | COLUMNS_FIRST:
         return len(call.inputs) > 1 and call.inputs[1] is value
+    if call.name == ATTENTION:
+        return len(value.shape) == 2 and value not in call.args[:3]
     if call.name in RECURRENT:
         return value in tree_leaves(call.args[2:])
     return call.name in PRODUCTS and value in call.inputs[1:] and value is not call.inputs[0] and len(value.shape) > 1
 
 
-def _multiplied(weight: Value, call: Call) -> int:
+def _times_in(weight: Value, call: Call) -> int:
     """How often a call multiplies each number of its weight."""
     if call.name in COLUMNS_FIRST:
         return call.inputs[0].elements // weight.shape[0]
+    if call.name == ATTENTION:
+        return _attended(weight, call)
     if call.name in RECURRENT:
         return call.inputs[0].elements // call.inputs[0].shape[-1]
     if call.name in PRODUCTS:
@@ -106,6 +113,24 @@ def _multiplied(weight: Value, call: Call) -> int:
             batch *= size
         return call.outputs[0].elements // (batch * weight.shape[-1])
     return call.outputs[0].elements // weight.shape[0]
+
+
+def _attended(weight: Value, call: Call) -> int:
+    """How many positions a weight of attention is multiplied with; the packed one for queries, keys and values."""
+    positions: list[int] = [source.elements // source.shape[-1] for source in call.args[:3]]
+    if weight is call.args[5]:
+        return sum(positions) // 3
+    if weight is call.kwargs.get("k_proj_weight"):
+        return positions[1]
+    return positions[2] if weight is call.kwargs.get("v_proj_weight") else positions[0]
+
+
+def attended_products(call: Call) -> int:
+    """The MACs of both products of queries, keys and values in a layer of attention."""
+    query, key = call.args[:2]
+    keys = key.shape[0] + (call.args[7] is not None) + bool(call.args[9])
+    width = call.args[11].shape[1]
+    return int(2 * query.elements // query.shape[-1] * keys * width)
 
 
 def _output_dim(weight: Value, call: Call) -> Literal[-1, 0, 1]:

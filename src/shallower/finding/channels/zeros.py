@@ -15,6 +15,7 @@ from shallower.recording.tracing import Call, Value
 LINEAR = {
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "addmm",
     "baddbmm", "matmul", "mm", "bmm", "einsum", "bilinear", "grouped_mm", "embedding",
+    "multi_head_attention_forward",
 }  # fmt: skip
 """Maps whose results are zero where their rows, or the channels that pass, are."""
 

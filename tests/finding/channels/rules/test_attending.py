@@ -62,6 +62,21 @@ def separate_by_hand(q, k, v, a, b, c, o, count=2):
     return F.linear(attend(q, k, v, count), o).transpose(0, 1)
 
 
+def with_masks(x, w, o, m, count=2):
+    """A mask for each head, and the weights of each."""
+    return F.multi_head_attention_forward(
+        x, x, x, x.shape[-1], count, w, None, None, None, False, 0.0, o, None, training=False, attn_mask=m,
+        average_attn_weights=False,
+    )  # fmt: skip
+
+
+def with_masks_by_hand(x, w, o, m, count=2):
+    """The same by hand."""
+    q, k, v = (heads(t, count) for t in F.linear(x, w).transpose(0, 1).chunk(3, -1))
+    weights = (q @ k.mT / 3**0.5 + m.unflatten(0, (-1, count))).softmax(-1)
+    return F.linear((weights @ v).transpose(1, 2).flatten(2), o).transpose(0, 1), weights
+
+
 USAGES = [
     Usage(
         "heads",
@@ -120,6 +135,13 @@ USAGES = [
     ),
     Usage("the function of a layer", layer, "x:4,2,6 w:18,6 b:18 o:6,6 p:6", "x1|x2 w1|w0 b0 o1|o0 p0", again=by_hand),
     Usage(
+        "masks and weights of heads",
+        with_masks,
+        "x:4,3,6 w:18,6 o:6,6 m:6,4,4",
+        "x1 m0|x2 w1|w0 o1 m0|o0",
+        again=with_masks_by_hand,
+    ),
+    Usage(
         "learned keys",
         with_extra,
         "x:4,2,6 w:18,6 o:6,6 k:1,1,6 v:1,1,6",
@@ -144,3 +166,22 @@ def test_cutting_commutes(usage: Usage):
 def test_the_features_of_a_head_stay():
     found = USAGES[0].check()
     assert found.reasons["q3"] == "the features of a head stay; heads can be cut"
+
+
+def test_heads_stay_where_the_average_of_their_weights_is_read():
+    usage = Usage(
+        "an average of heads",
+        lambda x, w, o: F.multi_head_attention_forward(
+            x, x, x, 6, 2, w, None, None, None, False, 0.0, o, None, training=False
+        ),
+        "x:4,3,6 w:18,6 o:6,6",
+        "x1|x2 w1|o0",
+        again=lambda x, w, o: _average_by_hand(x, w, o),
+    )
+    assert usage.check().reasons["o1"] == "`multi_head_attention_forward` in Holder gives an average over its heads"
+
+
+def _average_by_hand(x, w, o):
+    q, k, v = (heads(t, 2) for t in F.linear(x, w).transpose(0, 1).chunk(3, -1))
+    weights = (q @ k.mT / 3**0.5).softmax(-1)
+    return F.linear((weights @ v).transpose(1, 2).flatten(2), o).transpose(0, 1), weights.mean(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from shallower.finding.channels.following import Axes, Following, rule
 from shallower.finding.channels.layout import Layout, close, divide, fixed, is_open, parts_of, tie, within
 from shallower.finding.channels.rules.arguments import given, integer, optional, tensor
-from shallower.recording.tracing import Call, Value
+from shallower.recording.tracing import Call
 
 FEATURES = "the features of a head stay; heads can be cut"
 POSITIONS = "positions attend to each other"
@@ -69,7 +69,8 @@ def layer(f: Following, call: Call) -> list[Axes]:
     f.mark(heads, "attended")
     f.contracted.append((columns, call))
     f.write(call, rows, optional(call, 12, "out_proj_bias"))
-    return _results(f, call, sources[0], rows)
+    _tie_masks(f, call, batch, heads)
+    return _results(f, call, [*f.axes(sources[0])[:-1], rows], heads)
 
 
 def _projections(f: Following, call: Call) -> list[tuple[Layout, Layout]]:
@@ -94,17 +95,27 @@ def _tie_vectors(f: Following, call: Call, columns: Layout) -> None:
     for extra in (optional(call, 7, "bias_k"), optional(call, 8, "bias_v")):
         if extra is not None:
             tie(f.axes(extra)[-1], columns)
+
+
+def _tie_masks(f: Following, call: Call, batch: Axes, heads: Layout) -> None:
+    """Masks are of positions; (batch heads, positions, positions) where each head has its own."""
     for mask in (optional(call, 14, "key_padding_mask"), optional(call, 16, "attn_mask")):
+        if mask is not None and len(mask.shape) == 3:
+            tie(f.axes(mask)[0], within([*batch, heads]))
         if mask is not None:
-            f.close_axes(mask, POSITIONS)
+            for axis in f.axes(mask)[-2:]:
+                close(axis, POSITIONS)
 
 
-def _results(f: Following, call: Call, query: Value, rows: Layout) -> list[Axes]:
+def _results(f: Following, call: Call, made: Axes, heads: Layout) -> list[Axes]:
     """(positions, batch, channels), and the weights (batch, positions, positions), by heads or averaged over them."""
-    *batch, _ = f.axes(query)
-    found: list[Axes] = [[*batch, rows]]
-    if len(call.outputs) > 1:
-        shape = call.outputs[1].shape
-        weights: Axes = [*batch[1:], *(fixed(size, "attention weights") for size in shape[len(batch) - 1 :])]
-        found.append(weights)
+    found: list[Axes] = [made]
+    for value in call.outputs[1:]:
+        batch = made[1:-1]
+        if len(value.shape) == len(batch) + 3:
+            batch = [*batch, heads]
+        elif value.readers or value.output:
+            close(heads, f"{f.title(call)} gives an average over its heads")
+        positions = value.shape[len(batch) :]
+        found.append([*batch, *(fixed(size, POSITIONS) for size in positions)])
     return found

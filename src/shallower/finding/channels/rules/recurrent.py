@@ -99,7 +99,7 @@ def _tie_states(f: Following, given_states: Any, batch: Layout, cells: list[_Cel
 
 
 @rule("pack_padded_sequence")
-def packed(f: Following, call: Call) -> list[Axes]:
+def packing(f: Following, call: Call) -> list[Axes]:
     """(steps, batch, channels) -> (steps of all, channels), and how many of the batch are left at each step."""
     *positions, features = f.axes(tensor(call, 0))
     for axis in positions[:2]:
@@ -108,7 +108,7 @@ def packed(f: Following, call: Call) -> list[Axes]:
 
 
 @rule("pad_packed_sequence")
-def unpacked(f: Following, call: Call) -> list[Axes]:
+def unpacking(f: Following, call: Call) -> list[Axes]:
     """(steps of all, channels) -> (steps, batch, channels), and how long each is."""
     steps, *_, features = f.axes(tensor(call, 0))
     close(steps, STEPS)
