@@ -47,7 +47,7 @@ from shallower.recording.tracing import trace_forward
 from shallower.saving.vision import repair_torchvision
 from shallower.surgery.paths import affine
 
-KINDS: tuple[SiteKind, ...] = ("hidden", "heads", "followed", "stream")
+KINDS: tuple[SiteKind, ...] = ("hidden", "heads", "followed", "stream", "experts")
 MOST_SECONDS = 90
 MOST_PARAMS = 60_000_000
 CLOSE = 1e-4

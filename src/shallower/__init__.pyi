@@ -69,6 +69,7 @@ from .sites.parts import Place as Place
 from .sites.parts import Residual as Residual
 from .sites.site import Site as Site
 from .sites.slots import Average as Average
+from .sites.slots import Choice as Choice
 from .sites.slots import Follower as Follower
 from .sites.slots import Slot as Slot
 from .sites.slots import Span as Span

@@ -78,7 +78,7 @@ app = typer.Typer(
     "Exit codes: 0 success, 1 error (one line on stderr), 2 wrong usage, 3 target not met, 130 interrupted.",
 )
 
-_KINDS_HELP = "Which sites: hidden, heads, followed, stream, activation; several with commas, or all."
+_KINDS_HELP = "Which sites: hidden, heads, followed, stream, experts, activation; several with commas, or all."
 _MODEL_HELP = "A directory, a hub name, timm:NAME, torchvision:NAME or package.module:factory."
 
 
@@ -145,6 +145,7 @@ def inspect(
       shallower inspect timm:vit_tiny_patch16_224 --batch 8
       shallower inspect meta-llama/Llama-2-7b-hf --meta --length 512
       shallower inspect torchvision:resnet18 --kinds hidden,stream
+      shallower inspect my_project.nets:make_mixture --kinds experts
       shallower inspect my_project.nets:make_net --shape 3,32,32
     """
     from shallower.app.bench import example_of

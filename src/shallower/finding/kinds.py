@@ -23,7 +23,7 @@ from shallower.modules.offloading import with_mapped_weights
 from shallower.recording.tracing import trace_forward
 from shallower.sites import Site, Sites
 
-SiteKind = Literal["hidden", "heads", "followed", "stream", "activation"]
+SiteKind = Literal["hidden", "heads", "followed", "stream", "experts", "activation"]
 """What to look for:
 
 hidden      channels between linear maps with an activation: feed-forward, gated, classifier, convolution
@@ -31,6 +31,7 @@ heads       attention heads
 followed    other hidden channels and heads, followed through whatever stands between linear maps (squeeze and
             excitation, concatenation, reshapes); for keep and drop only
 stream      the coupled channels of a stage: what its blocks read and add to; for keep and drop only
+experts     the experts of a mixture, of which a router chooses; for keep and drop only
 activation  activations without a width of their own, which can only become linear
 """
 
@@ -106,7 +107,7 @@ def _wanted(kinds: Collection[str] | str) -> set[str]:
 
 def _with_followed(model: nn.Module, inputs: Inputs, graph: Graph, sites: Sites, wanted: set[str]) -> Sites:
     """The sites and, between them, those whose channels were followed through whatever stands between linear maps."""
-    asked = wanted & {"stream"}
+    asked = wanted & {"stream", "experts"}
     if "followed" in wanted:
         asked |= {"hidden", "attention"}
     if not asked:

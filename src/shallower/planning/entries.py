@@ -136,6 +136,8 @@ class Entry:
     def _check_followed(self) -> None:
         if len(self.kept) == 0:
             raise PlanError(f"{self.site.name}: a site that is cut wherever its channels stand keeps at least one")
+        if len(self.kept) < self.site.least:
+            raise PlanError(f"{self.site.name}: {self.site.least} are chosen of what is kept; keep at least as many")
         if self.fit is not None or self.alphas is not None or self.shifts_dropped:
             raise PlanError(f"{self.site.name}: its dropped channels become zeros, and nothing in it can be fitted")
 

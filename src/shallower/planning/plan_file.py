@@ -258,7 +258,8 @@ def _slots_fit(site: Site) -> bool:
         return False
     places = all(slot.holds(site.width) for slot in site.slots)
     norms = all(hold(norm.spans, site.width, norm.size) for norm in site.averages)
-    return lengths <= _MOST_POSITIONS and places and norms
+    choices = all(hold(choice.spans, site.width, choice.size) for choice in site.choices)
+    return lengths <= _MOST_POSITIONS and places and norms and choices
 
 
 def _check_widths(site: Site, what: str) -> None:

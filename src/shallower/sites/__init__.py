@@ -4,12 +4,13 @@ from shallower.sites.bridge import Bridge, Stage
 from shallower.sites.collection import Sites, overlapping
 from shallower.sites.parts import Between, HeadRows, Heads, LinearMap, Place, Residual, Tally, by_name, tally
 from shallower.sites.site import Kind, Site
-from shallower.sites.slots import Average, Follower, Slot, Span
+from shallower.sites.slots import Average, Choice, Follower, Slot, Span
 
 __all__ = [
     "Average",
     "Between",
     "Bridge",
+    "Choice",
     "Follower",
     "HeadRows",
     "Heads",

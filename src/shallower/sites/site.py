@@ -20,7 +20,7 @@ from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import Refusal, SiteError
 from shallower.sites.bridge import Bridge, Gate, Stage
 from shallower.sites.parts import Between, Count, Heads, LinearMap, Macs, Name, Place, Residual, tally
-from shallower.sites.slots import Average, Follower, Slot
+from shallower.sites.slots import Average, Choice, Follower, Slot
 
 Text = Annotated[str, Bounds(0, 2000)]
 
@@ -35,6 +35,7 @@ Kind = Literal[
     "hidden",
     "attention",
     "stream",
+    "experts",
 ]
 """What a site is in the network:
 
@@ -48,6 +49,7 @@ heads         attention heads; one channel per head or per key-value group
 hidden        channels between linear maps that were followed through whatever stands between; for keep and drop only
 attention     heads or key-value groups that were followed in the same way
 stream        the coupled channels of a stage: what its blocks read and add to
+experts       the experts of a mixture; one channel per expert
 """
 
 
@@ -95,6 +97,7 @@ class Site:
             has no producer and no consumers by name.
         followers: whole numbers that fall with the channels.
         averages: norms over the channels.
+        choices: calls that choose among the channels.
         products_each: MACs of each channel in products of two computed tensors, on the example inputs.
     """
 
@@ -128,6 +131,7 @@ class Site:
     slots: Annotated[tuple[Slot, ...], Bounds(0, 20_000)] = ()
     followers: Annotated[tuple[Follower, ...], Bounds(0, 4_000)] = ()
     averages: Annotated[tuple[Average, ...], Bounds(0, 4_000)] = ()
+    choices: Annotated[tuple[Choice, ...], Bounds(0, 4_000)] = ()
     products_each: Macs = 0
 
     @cached_property
@@ -184,6 +188,15 @@ class Site:
     def tensors(self) -> dict[str, Slot]:
         """The tensors in which a followed site stands, each with one of its slots."""
         return {slot.tensor: slot for slot in self.slots}
+
+    @property
+    def least(self) -> int:
+        """How many channels must stay: a top-2 needs two experts."""
+        found = 1
+        for choice in self.choices:
+            each = max(1, sum(span.repeats * span.block for span in choice.spans))
+            found = max(found, -(-choice.least // each))
+        return found
 
     @property
     def params(self) -> int:

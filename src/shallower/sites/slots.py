@@ -80,6 +80,33 @@ class Average:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A call that chooses among the channels or divides shares among them: top-k or softmax over the experts.
+
+        [choice.function for choice in site.choices]
+
+    A channel that is dropped is never chosen: simulation lets the call read minus infinity there.
+
+    Attributes:
+        module: dotted name of a module during whose forward the call is made; "" for the model.
+        function: canonical name of what is called.
+        ordinal: how many calls of that name come before it in this forward, made by the module or those it calls.
+        dim: dimension that holds the channels in what the call reads, counted from its end.
+        size: of that dimension.
+        spans: where the channels stand along it.
+        least: how many positions must remain along it.
+    """
+
+    module: Name
+    function: Name
+    ordinal: Count
+    dim: Annotated[int, Bounds(-8, -1)]
+    size: Channels
+    spans: Annotated[tuple[Span, ...], Bounds(1, MOST_SPANS)]
+    least: Channels = 1
+
+
+@dataclass(frozen=True)
 class Slot:
     """An axis of a parameter or buffer in which the channels of a site stand.
 

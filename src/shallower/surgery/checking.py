@@ -38,6 +38,8 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
             check_tensor(site.name, parts[slot.module], slot)
         for norm in site.averages:
             _check_held(site, norm.module, names)
+        for choice in site.choices:
+            _check_held(site, choice.module, names)
         for follower in site.followers:
             _check_held(site, follower.module, names)
             if type(vars(model.get_submodule(follower.module)).get(follower.attribute)) is not int:

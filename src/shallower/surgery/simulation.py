@@ -26,6 +26,7 @@ from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
 from shallower.sites import LinearMap, Site, by_name
 from shallower.surgery.checking import check_fits
+from shallower.surgery.choosing import forbid_choices
 from shallower.surgery.zeroing import impose_cuts
 
 M = TypeVar("M", bound=nn.Module)
@@ -67,7 +68,9 @@ def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
         copied.set_submodule(name, fated(entry, f).train(f.training))
         if entry.fold_skip and entry.site.residual is not None:
             externalise(copied, entry.site.residual.place)
-    impose_cuts(copied, [entry for entry in entries if entry.site.followed])
+    followed = [entry for entry in entries if entry.site.followed]
+    impose_cuts(copied, followed)
+    forbid_choices(copied, followed)
     for entry in entries:
         site, fit = entry.site, entry.fit
         if site.producer is None:

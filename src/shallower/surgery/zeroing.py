@@ -31,11 +31,11 @@ def impose_cuts(model: nn.Module, entries: Iterable[Entry]) -> None:
         for entry in given:
             for slot in entry.site.slots:
                 tensor = getattr(model.get_submodule(slot.module), slot.attribute)
-                gone = _gone(entry, slot.spans, slot.shape[slot.axis]).nonzero().flatten()
+                gone = gone_along(entry, slot.spans, slot.shape[slot.axis]).nonzero().flatten()
                 tensor.index_fill_(slot.axis, gone.to(tensor.device), 0)
 
 
-def _gone(entry: Entry, spans: Iterable[Span], size: int) -> Tensor:
+def gone_along(entry: Entry, spans: Iterable[Span], size: int) -> Tensor:
     """Which positions along an axis a site's dropped channels have, (size,) bool.
 
     Asked of each position, not of each channel: (p - start) // stride and (p - start) % stride // block give its
@@ -61,7 +61,7 @@ def _norms(entries: Iterable[Entry]) -> dict[str, tuple[int, Tensor]]:
     found: dict[str, tuple[int, Tensor]] = {}
     for entry in entries:
         for norm in entry.site.averages:
-            gone = _gone(entry, norm.spans, norm.size)
+            gone = gone_along(entry, norm.spans, norm.size)
             if norm.module in found:
                 gone |= ~found[norm.module][1]
             found[norm.module] = (norm.dim, ~gone)

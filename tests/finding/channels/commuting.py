@@ -50,16 +50,16 @@ class Followed:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def open_runs(self) -> dict[Run, str]:
-        """Each open run with the axes that it stands in, as text."""
+        """Each open run with the axes that it stands in, as text; not those among which is chosen (test_routing)."""
         found: dict[Run, list[str]] = {}
         for name, axes in self.inputs.items():
             for i, axis in enumerate(axes):
                 for run in dict.fromkeys(runs(axis)):
-                    if not run.closed:
+                    if not run.closed and "chosen" not in run.marks:
                         found.setdefault(run, []).append(f"{name}{i}")
         for i, axis in enumerate(itertools.chain(*self.outputs)):
             for run in dict.fromkeys(runs(axis)):
-                if not run.closed and run not in found:
+                if not run.closed and "chosen" not in run.marks and run not in found:
                     found[run] = [f"out{i}"]
         return {run: " ".join(places) for run, places in found.items()}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from shallower.finding.channels.layout import ONE, Layout, Run, close, fixed, resolved, runs, tie
+from shallower.finding.channels.numbers import carry_numbers
 from shallower.recording.tracing import Call, Trace, Value
 
 Axes = list[Layout]
@@ -62,6 +63,9 @@ class Following:
         written, contracted: the calls that give channels of a layout as linear maps, and those that add them up.
         sums: layouts that are the sum of two values which depend on the inputs.
         averages: layouts over which a call takes an average.
+        choices: what a call chooses among, which of its input's dimensions that is, and how many it needs.
+        numbers: values that are numbers of channels, and of which.
+        unchosen: values that are zero at channels of a layout that are never chosen.
     """
 
     def __init__(self, trace: Trace, returned: str = "the model returns it") -> None:
@@ -70,10 +74,14 @@ class Following:
         self.contracted: list[tuple[Layout, Call]] = []
         self.sums: list[Layout] = []
         self.averages: list[tuple[Layout, Call]] = []
+        self.choices: list[tuple[Layout, Call, int, int]] = []
+        self.numbers: dict[Value, Layout] = {}
+        self.unchosen: dict[Value, Layout] = {}
         self._axes: dict[Value, Axes] = {}
         for call in trace.calls:
             if call.outputs:
                 self._follow(call)
+            carry_numbers(self, call)
         for value in list(self._axes):
             if value.output and returned:
                 self.close_axes(value, returned)
@@ -89,6 +97,8 @@ class Following:
         """No channel of a value may be cut."""
         for axis in self.axes(value):
             close(axis, reason)
+        if value in self.numbers:
+            close(self.numbers[value], reason)
 
     def title(self, call: Call) -> str:
         """A call, for people."""

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import nn
 
 from shallower.finding.channels.averages import averages_of
+from shallower.finding.channels.choices import choices_in
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.layout import Layout, Run, divide, resolved, runs, spans
 from shallower.finding.channels.unread import Unread
@@ -72,9 +73,10 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
     covered = set(_sides(known))
     streams = _streams(f, spaces.values())
     products = _products(f)
-    averages = averages_of(f)
+    averages, choices = averages_of(f), choices_in(f)
     unread = Unread(f.trace)
     found: list[Found] = []
+    refused: dict[str, str] = {}
     taken = {site.name for site in known}
     for space in sorted(spaces.values(), key=lambda space: space.position):
         if not any(slot.side for slot in space.slots):
@@ -85,11 +87,15 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
         reason = unread.reason(space.slots)
         if own is None and "averaged" in space.run.marks:
             reason = AVERAGED
+        if "chosen" in space.run.marks:
+            reason = reason or choices.refusal(space.run, space.slots)
         if not all(slot.holds(space.run.size) for slot in space.slots):
             reason = ENTANGLED
         if reason:
             for slot in space.slots:
                 closed.setdefault(slot.module, reason)
+                if slot.side == "rows":
+                    refused.setdefault(slot.module, reason)
             continue
         kind = _kind(space, streams)
         name = _name(space, kind, taken)
@@ -104,11 +110,12 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
             slots=tuple(space.slots),
             followers=tuple(space.followers),
             averages=own or (),
+            choices=choices.of(space.run),
             products_each=products.get(space.run, 0),
         )
         found.append(Found(space.position, site, space.run))
     reached = {slot.module for each in found for slot in each.site.slots}
-    return found, {name: reason for name, reason in closed.items() if name not in reached}
+    return found, {name: reason for name, reason in closed.items() if name not in reached} | refused
 
 
 def _gathered(f: Following) -> tuple[dict[Run, _Space], dict[str, str]]:
@@ -232,7 +239,9 @@ def _products(f: Following) -> dict[Run, int]:
     return found
 
 
-def _kind(space: _Space, streams: set[Run]) -> Literal["hidden", "attention", "stream"]:
+def _kind(space: _Space, streams: set[Run]) -> Literal["hidden", "attention", "stream", "experts"]:
+    if "chosen" in space.run.marks:
+        return "experts"
     if "attended" in space.run.marks:
         return "attention"
     if space.run in streams:

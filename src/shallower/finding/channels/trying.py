@@ -32,7 +32,7 @@ SIZED = {
     "view", "reshape", "unflatten", "expand", "broadcast_to", "repeat", "tile", "split", "split_with_sizes",
     "tensor_split", "unsafe_split", "getitem", "setitem", "narrow", "zeros", "ones", "empty", "rand", "randn",
     "new_zeros", "new_ones", "new_empty", "layer_norm", "rms_norm", "pad", "multi_head_attention_forward", "slice",
-    "as_strided", "constant_pad_nd",
+    "as_strided", "constant_pad_nd", "histc", "bincount", "one_hot",
 }  # fmt: skip
 """Functions to which forwards give sizes as whole numbers. To others they give numbers to compute with."""
 
@@ -118,7 +118,7 @@ class _Trial:
         return {}
 
     def _one_by_one(self, left: dict[str, Site]) -> dict[str, Site]:
-        """Those that can be cut without the others, too: every second site loses one channel, then the others do.
+        """Those that can be cut without the others, too: every second site loses a few channels, then the others do.
 
         Where a forward divides one width by another, both cut in half go unnoticed.
         """
@@ -224,12 +224,12 @@ class _Trial:
     def _difference(self, sites: Sequence[Site], *, one: bool = False) -> int | None:
         """The first call of a pass with these sites cut that is not what the layouts say; None where all are.
 
-        Each is cut in half, or loses one channel.
+        Each is cut in half, or loses a few channels.
 
         Numbers that are computed with must be the same, too: a scale of 1 / sqrt(width) would not be.
         """
         self._trials += 1
-        kept = {site.name: site.width - 1 if one else half_of(site) for site in sites}
+        kept = {site.name: few_less(site) if one else half_of(site) for site in sites}
         trace, whole = self._passed(sites, kept)
         fewer = {self.found[site.name]: kept[site.name] for site in sites}
         for i, (before, after) in enumerate(zip(self.f.trace.calls, trace.calls, strict=False)):
@@ -332,7 +332,13 @@ def _shape(site: Site) -> tuple[object, ...]:
 
 def half_of(site: Site) -> int:
     """How many channels a trial leaves."""
-    return (site.width + 1) // 2
+    return max((site.width + 1) // 2, site.least)
+
+
+def few_less(site: Site) -> int:
+    """How many channels a trial leaves that takes few: as few as products by experts take, which count in 16 bytes."""
+    lost = 8 if site.width > 16 else 4 if site.width > 8 else 1
+    return max(site.width - lost, site.least)
 
 
 def _shortened(model: nn.Module, sites: Sequence[Site], kept: Mapping[str, int]) -> Iterator[StructuralEdit]:

@@ -22,7 +22,7 @@ LINEAR = {
 KEEPS_ZERO = {
     "relu", "relu6", "gelu", "silu", "tanh", "hardswish", "leaky_relu", "elu", "selu", "celu", "mish", "softsign",
     "erf", "abs", "square", "neg", "sin", "atan", "sign", "sqrt", "tanhshrink", "softshrink", "hardshrink", "expm1",
-    "log1p", "prelu", "round", "floor", "ceil", "trunc", "positive", "sum", "mean", "cumsum", "batch_norm",
+    "log1p", "prelu", "round", "floor", "ceil", "trunc", "positive", "sum", "mean", "batch_norm",
     "layer_norm", "rms_norm", "group_norm", "instance_norm", "normalize", "max_pool1d", "max_pool2d", "max_pool3d",
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d",
     "interpolate", "cat", "concat", "concatenate", "stack", "split", "chunk", "unbind", "getitem", "select",
@@ -89,6 +89,9 @@ def _is_zero(f: Following, value: Value, run: Run, known: dict[tuple[Value, Run]
     while waiting:
         current, done = waiting.pop()
         if (current, run) in known:
+            continue
+        if current in f.unchosen and run in set(runs(f.unchosen[current])):
+            known[current, run] = True
             continue
         sources = _sources(f, current, run)
         if not done and sources:

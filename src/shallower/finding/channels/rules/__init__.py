@@ -12,6 +12,7 @@ from shallower.finding.channels.rules import (
     recurrent,
     reducing,
     refusing,
+    routing,
     shaping,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "recurrent",
     "reducing",
     "refusing",
+    "routing",
     "shaping",
 ]

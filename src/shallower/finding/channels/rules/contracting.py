@@ -239,7 +239,10 @@ def grouped_product(f: Following, call: Call) -> Axes:
     if len(rows) != 2 or len(columns) != 3:
         raise UnknownUseError
     close(rows[0], f"{f.title(call)} divides it among experts")
-    close(columns[0], f"{f.title(call)} tells its experts apart by number")
+    ends = optional(call, 2, "offs")
+    if ends is None:
+        raise UnknownUseError
+    tie(columns[0], f.axes(ends)[0])
     f.contract(call, rows[1], columns[1])
     f.write(call, columns[2], optional(call, 3, "bias"))
     return [rows[0], columns[2]]

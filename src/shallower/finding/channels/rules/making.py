@@ -38,13 +38,6 @@ def numbered(f: Following, call: Call) -> Axes:
     return axes
 
 
-@rule("one_hot")
-def one_hot(f: Following, call: Call) -> Axes:
-    """A vector for each number."""
-    count = call.outputs[0].shape[-1]
-    return [*f.axes(call.inputs[0]), fixed(count, f"{f.title(call)} makes a vector for each number")]
-
-
 @rule("meshgrid")
 def grids(f: Following, call: Call) -> list[Axes]:
     """Vectors as coordinates: each has an axis in all results."""

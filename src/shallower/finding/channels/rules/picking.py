@@ -11,11 +11,14 @@ from typing import Any
 
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import ONE, Layout, close, divide, fixed, is_open, tie
+from shallower.finding.channels.numbers import close_positions, is_blank, named
 from shallower.finding.channels.rules.arguments import given, integer, tensor
 from shallower.finding.channels.rules.parting import stretch, take_at
 from shallower.recording.tracing import Call, Value
 
 PICKED = "positions that are picked by number"
+TAKES = {"index_select", "gather", "take_along_dim"}
+"""Functions that give the positions that they pick, one for each number."""
 
 
 @rule("getitem")
@@ -132,10 +135,11 @@ def _walk(f: Following, call: Call, axes: Axes, items: list[Any], masked: bool) 
 
 
 def _close_picked(f: Following, call: Call, own: Axes, item: Any) -> None:
-    for axis in own:
-        close(axis, f"{f.title(call)} takes positions of it by number")
+    if not (len(own) == 1 and isinstance(item, Value) and named(f, own[0], item)):
+        for axis in own:
+            close(axis, f"{f.title(call)} takes positions of it by number")
     if isinstance(item, Value):
-        f.close_axes(item, PICKED)
+        close_positions(f, item)
 
 
 def _taken(f: Following, call: Call, own: Axes, item: Any) -> Axes:
@@ -185,15 +189,19 @@ def by_number(f: Following, call: Call) -> Axes:
     for value in call.inputs[1:]:
         own = f.axes(value)
         if len(own) != len(axes):
-            f.close_axes(value, PICKED)
+            close_positions(f, value)
             continue
         close(own[dim], PICKED)
         for i, axis in enumerate(own):
             if i != dim:
                 _together(f, call, axes[i], axis)
-    close(axes[dim], f"{f.title(call)} takes positions of it by number")
+    index = next((value for value in call.inputs[1:] if value in f.numbers), None)
+    if index is None or not named(f, axes[dim], index):
+        close(axes[dim], f"{f.title(call)} takes positions of it by number")
+    elif call.name in ("scatter", "scatter_add", "index_add") and is_blank(f, call.inputs[0]):
+        f.unchosen[call.outputs[0]] = axes[dim]
     for i, size in enumerate(shape):
-        if axes[i].size != size:
+        if axes[i].size != size or (i == dim and call.name in TAKES):
             axes[i] = fixed(size, PICKED)
     return axes
 

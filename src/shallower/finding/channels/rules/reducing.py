@@ -11,8 +11,10 @@ from shallower.finding.channels.layout import ONE, close, fixed
 from shallower.finding.channels.rules.arguments import dimensions, given, integer, integers
 from shallower.recording.tracing import Call
 
+COMPARES = "compares its channels with each other"
 
-def _without(call: Call, axes: Axes, dims: list[int]) -> list[Axes]:
+
+def without(call: Call, axes: Axes, dims: list[int]) -> list[Axes]:
     """The axes that are left, each where it was where the result has as many."""
     kept = len(call.outputs[0].shape) == len(axes)
     found: Axes = []
@@ -31,7 +33,7 @@ def summed(f: Following, call: Call) -> list[Axes]:
     dims = dimensions(call, len(axes))
     for dim in dims:
         f.contracted.append((axes[dim], call))
-    return _without(call, axes, dims)
+    return without(call, axes, dims)
 
 
 @rule("mean var std var_mean std_mean nanmean")
@@ -41,7 +43,7 @@ def averaged(f: Following, call: Call) -> list[Axes]:
     dims = dimensions(call, len(axes))
     for dim in dims:
         f.mark(axes[dim], "averaged")
-    return _without(call, axes, dims)
+    return without(call, axes, dims)
 
 
 @rule("norm vector_norm linalg_vector_norm linalg_norm norm_except_dim")
@@ -51,10 +53,10 @@ def length(f: Following, call: Call) -> list[Axes]:
     if given(call, 1, "p", "ord") not in (None, 1, 2, 1.0, 2.0, "fro") or call.name == "norm_except_dim":
         raise UnknownUseError
     dims = dimensions(call, len(axes), 2)
-    return _without(call, axes, dims)
+    return without(call, axes, dims)
 
 
-@rule("max min amax amin argmax argmin prod any all median nanmedian logsumexp mode aminmax kthvalue")
+@rule("min amin argmin prod any all median nanmedian mode aminmax kthvalue")
 def extreme(f: Following, call: Call) -> Axes | list[Axes]:
     """Two tensors elementwise, or the extreme of an axis, which a zero may be."""
     if len(call.inputs) == 2:
@@ -62,40 +64,28 @@ def extreme(f: Following, call: Call) -> Axes | list[Axes]:
     axes = f.axes(call.inputs[0])
     dims = dimensions(call, len(axes), 2 if call.name == "kthvalue" else 1)
     for dim in dims:
-        close(axes[dim], f"{f.title(call)} compares its channels with each other")
-    return _without(call, axes, dims)
+        close(axes[dim], f"{f.title(call)} {COMPARES}")
+    return without(call, axes, dims)
 
 
-@rule("softmax log_softmax softmin gumbel_softmax cumsum cumprod sort argsort logcumsumexp cummax cummin")
+@rule("softmin gumbel_softmax cumprod argsort logcumsumexp cummax cummin")
 def along(f: Following, call: Call) -> list[Axes]:
     """Positions of one axis depend on each other: it stays as it is, the others pass."""
     axes = f.axes(call.inputs[0])
     place = 4 if call.name == "gumbel_softmax" else 1
     dim = given(call, place, "dim")
     if dim is None:
-        dim = _usual_axis(call, len(axes))
+        dim = usual_axis(call, len(axes))
     (dim,) = integers(dim)
-    close(axes[dim], f"{f.title(call)} compares its channels with each other")
-    if "softmax" in call.name and dim in (-1, len(axes) - 1):
-        for axis in axes[:-1]:
-            f.mark(axis, "attended")
+    close(axes[dim], f"{f.title(call)} {COMPARES}")
     return [list(axes) for _ in call.outputs]
 
 
-def _usual_axis(call: Call, count: int) -> int:
+def usual_axis(call: Call, count: int) -> int:
+    """The dimension that is meant where a call gives none."""
     if call.name in ("softmax", "log_softmax", "softmin"):
         return 0 if count in (0, 1, 3) else 1
     return -1
-
-
-@rule("topk")
-def best(f: Following, call: Call) -> list[Axes]:
-    """The largest of one axis."""
-    axes = f.axes(call.inputs[0])
-    dim = integer(call, 2, "dim", -1)
-    close(axes[dim], f"{f.title(call)} compares its channels with each other")
-    axes[dim] = fixed(call.outputs[0].shape[dim], "the largest")
-    return [list(axes) for _ in call.outputs]
 
 
 @rule("diff")
