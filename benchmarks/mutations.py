@@ -180,7 +180,7 @@ def _network(kind: str, choose: _Random) -> tuple[nn.Module, Tensor]:
 def _entry(site: Site, choose: _Random) -> Entry:
     """Random fates, with slopes, constants, slopes of the activation or fitted maps."""
     n = site.width
-    if site.followed:
+    if site.followed and not site.consumers:
         staying = [c for c in range(n) if choose.share() < 0.6]
         return Entry.narrow(site, staying or [0])
     mixes: list[tuple[Fate, ...]] = [
@@ -189,17 +189,17 @@ def _entry(site: Site, choose: _Random) -> Entry:
         (Fate.LINEAR,),
         (Fate.LINEAR, Fate.DROP),
     ]
-    if site.bridge.not_linear is not None or site.heads is not None:
+    if site.bridge.not_linear is not None or site.followed:
         mixes = mixes[:1]
     mix = choose.one_of(mixes)
     fates = torch.tensor([int(choose.one_of(mix)) for _ in range(n)])
     fates[choose.number(0, n - 1)] = int(mix[0])
     offsets = choose.normal(n)
-    if site.heads is not None or any(c.padding != (0, 0) for c in site.consumers):
+    if site.followed or any(c.padding != (0, 0) for c in site.consumers):
         offsets = torch.zeros(n, dtype=torch.float64)
     kept = int((fates == Fate.KEEP).sum())
     alphas = None
-    if kept and site.heads is None and choose.share() < 0.3:
+    if kept and not site.followed and choose.share() < 0.3:
         alphas = choose.normal(choose.one_of([1, n])).abs()
     fit = None
     if kept and choose.share() < 0.3:

@@ -63,7 +63,6 @@ from .sites.bridge import Bridge as Bridge
 from .sites.bridge import Stage as Stage
 from .sites.collection import Sites as Sites
 from .sites.parts import Between as Between
-from .sites.parts import Heads as Heads
 from .sites.parts import LinearMap as LinearMap
 from .sites.parts import Place as Place
 from .sites.parts import Residual as Residual

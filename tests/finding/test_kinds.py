@@ -43,8 +43,8 @@ def test_whole_groups_go_and_their_number_follows() -> None:
 
 
 def test_numbers_that_count_heads_are_found_by_trying() -> None:
-    site = find_sites(Attending(), torch.randn(2, 5, 8), kinds="followed")[0]
-    assert (site.kind, site.width) == ("attention", 2)
+    site = find_sites(Attending(), torch.randn(2, 5, 8), kinds="heads")[0]
+    assert (site.kind, site.width) == ("heads", 2)
     assert {(f.attribute, f.each) for f in site.followers} == {("num_heads", 2), ("num_groups", 1)}
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from shallower.sites import Heads, LinearMap, Place, Tally, by_name, tally
+from shallower.sites import LinearMap, Place, Tally, by_name, tally
 
 
 def test_a_place_is_a_module_or_a_call() -> None:
@@ -48,10 +48,3 @@ def test_a_convolution_has_the_parameters_and_products_that_pytorch_gives_it(
     assert m.params == sum(p.numel() for p in conv.parameters())
     assert m.macs == positions * conv.weight.numel()
     assert m.taps == kernel[0] * kernel[1]
-
-
-def test_a_group_of_queries_owns_their_columns_and_a_packed_map_counts_once() -> None:
-    qkv = LinearMap("qkv", "linear", 8, 32, True, 4)
-    heads = Heads("attn", qkv, qkv, qkv, 4, 4, 2, "blocks", (0, 8, 8), (16, 4, 4), (24, 4, 4))
-    assert heads.block == 8
-    assert heads.maps == (qkv,)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shallower.errors import SiteError
-from shallower.sites import Between, Heads, LinearMap, Place, Residual, Site, Sites
+from shallower.sites import Between, LinearMap, Place, Residual, Site, Sites
 
 
 def linear(name: str, d_in: int, d_out: int, positions: int = 10) -> LinearMap:
@@ -67,14 +67,6 @@ def test_an_activation_that_is_used_elsewhere_costs_the_site_nothing() -> None:
     assert site(activation_params=32, activation_shared=True).params == site().params
 
 
-def test_packed_projections_of_heads_count_once() -> None:
-    qkv, out = linear("qkv", 8, 24), linear("out", 8, 8)
-    heads = Heads("attn", qkv, qkv, qkv, 4, 4, 1, "blocks", (0, 4, 4), (8, 4, 4), (16, 4, 4), (("num_heads", 1),))
-    attention = site(kind="heads", width=2, producer=None, consumers=(out,), activation=None, heads=heads)
-    assert [m.name for m in attention.maps] == ["qkv", "out"]
-    assert attention.params == 8 * 24 + 24 + 8 * 8 + 8
-
-
 def test_a_convolution_costs_its_taps_and_groups() -> None:
     conv = LinearMap("conv", "conv2d", 8, 16, False, 100, kernel=(3, 3), groups=2)
     assert conv.params == 4 * 16 * 9
@@ -110,22 +102,6 @@ site_values = st.builds(
     residual=st.none()
     | st.builds(
         Residual, place=place_values, branch=st.integers(0, 1), norm=st.text(max_size=5), source=st.text(max_size=5)
-    ),
-    heads=st.none()
-    | st.builds(
-        Heads,
-        module=st.text(max_size=5),
-        query=maps,
-        key=maps,
-        value=maps,
-        head_dim=st.integers(1, 9),
-        value_dim=st.integers(1, 9),
-        queries_per_group=st.integers(1, 4),
-        packed=st.sampled_from(["", "blocks", "heads"]),
-        query_rows=st.tuples(*[st.integers(0, 9)] * 3),
-        key_rows=st.tuples(*[st.integers(0, 9)] * 3),
-        value_rows=st.tuples(*[st.integers(0, 9)] * 3),
-        counts=st.lists(st.tuples(st.text(max_size=5), st.integers(1, 9)), max_size=2).map(tuple),
     ),
 )
 

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from benchmarks.mutations import Mutation
 from shallower.errors import SurgeryError
 from shallower.finding.kinds import find_sites
+from shallower.modules.edits import Weights
 from shallower.planning.entries import Entry
 from shallower.planning.forms import Step, steps
 from shallower.surgery.blocks import block_by_block
 from shallower.surgery.observing import Pass
 from shallower.surgery.operating import edits_of_step
 from shallower.surgery.proof import proven
+from tests.finding.test_heads import ByHand
 from tests.followed import Stages, drawn
-from tests.modules.test_heads import ByHand
 from tests.networks import Gated
 
 pytestmark = pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
@@ -57,7 +58,9 @@ def test_the_result_is_that_of_the_proof_as_a_whole() -> None:
 @pytest.mark.parametrize("i", range(4))
 def test_wrong_surgery_on_any_block_is_refused(i: int) -> None:
     model, x, todo = squeezed()
-    wrong = Mutation(todo[i], "row", 1, "weight", 0, 1.5)
+    edits = edits_of_step(todo[i], model)
+    first = next(j for j, edit in enumerate(edits) if isinstance(edit, Weights) and "weight" in edit.tensors)
+    wrong = Mutation(todo[i], "row", first, "weight", 0, 1.5)
     with pytest.raises(SurgeryError, match="differs from the simulated one"):
         block_by_block(model, todo, Pass(x), wrong.edits_of)
 

@@ -42,7 +42,7 @@ def narrowed(site: Site, seed: int = 0) -> sh.Entry:
 
 def everything(model: nn.Module, x: Tensor) -> sh.Plan:
     """Half of every followed site and of every other that can be narrowed."""
-    sites = find_sites(model, x, kinds=("hidden", "followed", "stream"))
+    sites = find_sites(model, x, kinds=("hidden", "heads", "followed", "stream"))
     return sh.Plan(tuple(narrowed(site) for site in sites if site.bridge.not_narrow is None))
 
 

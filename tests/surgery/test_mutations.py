@@ -7,6 +7,8 @@ import torch
 
 from benchmarks.mutations import DTYPES, KINDS, Mutation, case, trial
 from shallower.errors import SurgeryError
+from shallower.modules.edits import Weights
+from shallower.surgery.operating import edits_of_step
 from shallower.surgery.proof import proven
 
 pytestmark = pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
@@ -29,6 +31,7 @@ def test_surgery_as_it_is_passes(kind: str, dtype: torch.dtype) -> None:
 
 def test_a_weight_that_is_not_set_is_seen_although_only_heads_are_taken_away() -> None:
     made = case("heads", torch.bfloat16, seed=5)
-    edits = made.todo[0], "left out"
+    edits = edits_of_step(made.todo[0], made.model)
+    first = next(j for j, edit in enumerate(edits) if isinstance(edit, Weights))
     with pytest.raises(SurgeryError, match="differs from the simulated one"):
-        proven(made.model, made.todo, made.x, Mutation(*edits, index=1).edits_of)
+        proven(made.model, made.todo, made.x, Mutation(made.todo[0], "left out", first).edits_of)

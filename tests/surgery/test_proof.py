@@ -18,7 +18,7 @@ from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
 from shallower.surgery.operating import edits_of_step
 from shallower.surgery.proof import proven
-from tests.modules.test_heads import ByHand
+from tests.finding.test_heads import ByHand
 
 pytestmark = pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
 
@@ -33,8 +33,11 @@ def test_rows_of_the_wrong_heads_are_refused(dtype: torch.dtype) -> None:
     def shifted(step: Step, now: nn.Module) -> list[Edit]:
         wrong = steps([Entry.narrow(step.entry.site, torch.tensor([1, 3]))])[0]
         edits, others = edits_of_step(step, now), edits_of_step(wrong, now)
-        rows = {other.name: other for other in others if isinstance(other, Weights) and other.name != "0.o"}
-        return [rows.get(edit.name, edit) if isinstance(edit, Weights) else edit for edit in edits]
+        rows = {(other.name, *other.tensors): other for other in others if isinstance(other, Weights)}
+        return [
+            rows[(edit.name, *edit.tensors)] if isinstance(edit, Weights) and edit.name != "0.o" else edit
+            for edit in edits
+        ]
 
     proven(model, todo, x)
     with pytest.raises(SurgeryError, match="differs from the simulated one"):

@@ -11,12 +11,10 @@ from torch import nn
 from shallower.core.inputs import Inputs, arguments_in
 from shallower.core.text import listing
 from shallower.errors import SiteError
-from shallower.finding.attention import head_sites
 from shallower.finding.channels import rules as rules  # registers them
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.spaces import followed_sites
 from shallower.finding.channels.trying import that_follow
-from shallower.finding.counting import with_counts
 from shallower.finding.graph import Graph
 from shallower.finding.matching import Matcher
 from shallower.modules.offloading import with_mapped_weights
@@ -27,9 +25,9 @@ SiteKind = Literal["hidden", "heads", "followed", "stream", "experts", "activati
 """What to look for:
 
 hidden      channels between linear maps with an activation: feed-forward, gated, classifier, convolution
-heads       attention heads
-followed    other hidden channels and heads, followed through whatever stands between linear maps (squeeze and
-            excitation, concatenation, reshapes); for keep and drop only
+heads       attention heads, or key-value groups with their query heads
+followed    other hidden channels, followed through whatever stands between linear maps (squeeze and excitation,
+            concatenation, reshapes); for keep and drop only
 stream      the coupled channels of a stage: what its blocks read and add to; for keep and drop only
 experts     the experts of a mixture, of which a router chooses; for keep and drop only
 activation  activations without a width of their own, which can only become linear
@@ -62,13 +60,7 @@ def find_sites(
     wanted = _wanted(kinds)
     model = with_mapped_weights(model)
     graph = Graph(trace_forward(model, example_inputs))
-    heads: list[tuple[int, Site]] = []
-    skipped: dict[str, str] = {}
-    if "heads" in wanted:
-        heads, skipped = head_sites(graph)
-        heads, refused = with_counts(model, example_inputs, heads)
-        skipped |= refused
-    sites = Matcher(graph).sites(places="activation" in wanted, heads=heads, skipped=skipped)
+    sites = Matcher(graph).sites(places="activation" in wanted)
     sites = _with_followed(model, example_inputs, graph, sites, wanted)
     chosen = sites.select(lambda site: site.followed or _kind_of(site) in wanted)
     return replace(chosen, arguments=arguments_in(example_inputs))
@@ -76,8 +68,8 @@ def find_sites(
 
 def _kind_of(site: Site) -> SiteKind:
     """Which of the kinds to look for a site is that was not followed."""
-    if site.kind in ("heads", "activation"):
-        return site.kind
+    if site.kind == "activation":
+        return "activation"
     return "hidden"
 
 
@@ -107,9 +99,9 @@ def _wanted(kinds: Collection[str] | str) -> set[str]:
 
 def _with_followed(model: nn.Module, inputs: Inputs, graph: Graph, sites: Sites, wanted: set[str]) -> Sites:
     """The sites and, between them, those whose channels were followed through whatever stands between linear maps."""
-    asked = wanted & {"stream", "experts"}
+    asked = wanted & {"heads", "stream", "experts"}
     if "followed" in wanted:
-        asked |= {"hidden", "attention"}
+        asked.add("hidden")
     if not asked:
         return sites
     f = Following(graph.trace)

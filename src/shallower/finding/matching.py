@@ -6,7 +6,7 @@ a gated site, the two) that feeds it. What is found this way either passes every
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,8 +40,8 @@ class Matcher:
         self.walk = Walk(graph)
         self.placing = Placing(graph)
 
-    def sites(self, *, places: bool, heads: Sequence[tuple[int, Site]], skipped: Mapping[str, str]) -> Sites:
-        """All sites and what was skipped; those of attention heads, with their positions, were found before."""
+    def sites(self, *, places: bool) -> Sites:
+        """All sites and what was skipped."""
         usable: dict[tuple[nn.Module, ...], list[Found]] = {}
         refused: list[tuple[Found, str]] = []
         for found in self.walk.candidates():
@@ -66,11 +66,10 @@ class Matcher:
         built = with_residuals(self.graph, self.placing, built)
         refused.sort(key=lambda item: self.graph.position(item[0].chain[0]))
         items, reasons = self.named(built, refused)
-        reasons |= {name: reason for name, reason in skipped.items() if name not in reasons}
         if places:
             covered = {call for group, site in built if not site.pooled for found in group for call in found.chain}
             items += self.places(covered, reasons)
-        items = sorted([*items, *heads], key=lambda item: item[0])
+        items.sort(key=lambda item: item[0])
         model = self.graph.trace.model
         return Sites(
             tuple(site for _, site in items),

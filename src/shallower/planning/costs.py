@@ -81,16 +81,16 @@ def _cut_bytes(cut: TensorCut, model: nn.Module) -> int:
 def kv_saved(step: Step, model: nn.Module) -> int:
     """Bytes of the KV cache for each token that a step saves: a key and a value of each head that goes."""
     site = step.entry.site
-    if site.heads is None:
+    if not site.cached_each:
         return 0
-    gone = site.width - len(step.entry.kept)
-    return site.calls * gone * (site.heads.head_dim + site.heads.value_dim) * _bytes_each(step, model)
+    return len(step.entry.dropped) * site.cached_each * _bytes_each(step, model)
 
 
 def _bytes_each(step: Step, model: nn.Module) -> int:
     """Bytes of one number of a site's weights."""
-    maps = step.entry.site.maps
-    names = [m.name for m in maps] or [place.module for place in step.entry.site.bridge.activations]
+    site = step.entry.site
+    names = [m.name for m in site.maps] or [slot.module for slot in site.slots]
+    names += [place.module for place in site.bridge.activations]
     for name in names:
         for weight in model.get_submodule(name).parameters():
             if weight.is_floating_point():

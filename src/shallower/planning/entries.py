@@ -118,28 +118,22 @@ class Entry:
             raise PlanError(f"{site.name}: only a site without kept channels takes another form, or folds a skip in")
         if self.fold_skip and site.residual is None:
             raise PlanError(f"{site.name}: there is no sum right around the site whose skip could be folded in")
-        if site.kind == "heads" or bridge.has("depthwise"):
-            what = "depthwise convolutions between"
-            if site.kind == "heads":
-                what = "attention heads"
+        if site.followed or bridge.has("depthwise"):
+            what = "with depthwise convolutions between"
+            if site.followed:
+                what = "that is cut wherever its channels stand"
             if kept == 0:
-                raise PlanError(f"{site.name}: a site of {what} keeps at least one channel")
+                raise PlanError(f"{site.name}: a site {what} keeps at least one channel")
+            if kept < site.least:
+                raise PlanError(f"{site.name}: {site.least} are chosen of what is kept; keep at least as many")
             if self.alphas is not None:
-                raise PlanError(f"{site.name}: a site of {what} takes no slopes")
-        if site.followed:
-            self._check_followed()
-        if site.kind == "heads" and bool(self.offsets.ne(0).any()):
-            raise PlanError(f"{site.name}: a dropped head becomes zeros; correct the consumer's bias instead (a fit)")
+                raise PlanError(f"{site.name}: a site {what} takes no slopes")
+        if site.followed and self.shifts_dropped:
+            raise PlanError(
+                f"{site.name}: its dropped channels become zeros; correct the consumer's bias instead (a fit)"
+            )
         if self.fit is None and not bridge.norm_after and kept:
             self._check_border()
-
-    def _check_followed(self) -> None:
-        if len(self.kept) == 0:
-            raise PlanError(f"{self.site.name}: a site that is cut wherever its channels stand keeps at least one")
-        if len(self.kept) < self.site.least:
-            raise PlanError(f"{self.site.name}: {self.site.least} are chosen of what is kept; keep at least as many")
-        if self.fit is not None or self.alphas is not None or self.shifts_dropped:
-            raise PlanError(f"{self.site.name}: its dropped channels become zeros, and nothing in it can be fitted")
 
     def _check_border(self) -> None:
         """Refuse a constant in front of zero padding: along the border the consumer would read zeros instead."""

@@ -80,6 +80,8 @@ def checked(site: Site, fit: Fit, kept: int) -> Fit:
     """
     if site.kind == "activation":
         raise PlanError(f"{site.name}: an activation place has no maps to fit")
+    if not site.consumers:
+        raise PlanError(f"{site.name}: no plain linear layer reads its channels alone, so that nothing can be fitted")
     consumers = tuple(fit.consumers)
     if not consumers and kept == 0:
         consumers = tuple(torch.zeros(c.d_out, 0, *_window(c)) for c in site.consumers)

@@ -5,6 +5,7 @@ The reader trusts nothing: every key, type, bound, shape and hash is checked, an
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,13 +22,13 @@ from shallower.core.tensors import content
 from shallower.errors import PlanError
 from shallower.planning.entries import MOST_NOTE, Becomes, Entry, Family, Fate
 from shallower.planning.fits import Fit
-from shallower.sites import Heads, Site
+from shallower.sites import Site
 from shallower.sites.parts import MOST_CHANNELS
 from shallower.sites.slots import hold
 
 SCHEMA = "shallower.plan"
-VERSION = 5
-_EARLIER = (1, 2, 3, 4)
+VERSION = 6
+_EARLIER = (1, 2, 3, 4, 5)
 """The versions before, whose plans are read too: they had fewer fields."""
 
 _MOST_PLAN_BYTES = 1 << 28
@@ -142,6 +143,8 @@ def from_json(data: object, tensors: Mapping[str, Tensor]) -> Contents:
             f"the plan has version {data.get('version')!r:.20} of the format and this is version {VERSION}; "
             "read it with the release of Shallower that wrote it"
         )
+    if data["version"] in _EARLIER:
+        data = _without_heads(data)
     entries = data.get("entries")
     if isinstance(entries, list) and len(entries) > _MOST_ENTRIES:
         raise PlanError(f"plan.entries: {len(entries)} entries are more than any model has sites ({_MOST_ENTRIES})")
@@ -161,6 +164,24 @@ def from_json(data: object, tensors: Mapping[str, Tensor]) -> Contents:
     if left := sorted(set(tensors) - named):
         raise PlanError(f"the plan does not name the tensor {left[0]!r}")
     return Contents(made, stored.fingerprint, stored.method, stored.left_out, stored.saves, stored.seen)
+
+
+def _without_heads(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An earlier version's plan without the projections of attention heads, which it named for other sites as null.
+
+    Raises:
+        PlanError: it names some.
+    """
+    data = copy.deepcopy(dict(data))
+    entries = data.get("entries")
+    for i, entry in enumerate(entries if isinstance(entries, list) else ()):
+        site = entry.get("site") if isinstance(entry, dict) else None
+        if isinstance(site, dict) and site.pop("heads", None) is not None:
+            raise PlanError(
+                f"plan.entries[{i}]: attention heads are described otherwise since version {VERSION} of the format; "
+                'find the sites again with kinds="heads" and make the plan anew'
+            )
+    return data
 
 
 def save_contents(contents: Contents, directory: Path) -> None:
@@ -252,7 +273,10 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def _slots_fit(site: Site) -> bool:
-    """Whether a followed site's channels lie where its slots and norms say, in tensors of some size."""
+    """Whether a followed site's channels lie where its slots and norms say, and in all columns of its consumers."""
+    read = {slot.tensor for slot in site.slots if slot.side == "columns"}
+    if any(c.d_in != site.width * site.block or f"{c.name}.weight" not in read for c in site.consumers):
+        return False
     lengths = sum(slot.shape[slot.axis] for slot in site.slots if slot.axis < len(slot.shape))
     if len({(slot.tensor, slot.axis) for slot in site.slots}) < len(site.slots):
         return False
@@ -264,10 +288,8 @@ def _slots_fit(site: Site) -> bool:
 
 def _check_widths(site: Site, what: str) -> None:
     """Check that a site's maps are of the sizes that its width says."""
-    if site.kind == "heads" or site.heads is not None:
-        fitting = site.heads is not None and _heads_fit(site, site.heads)
-    elif site.followed:
-        fitting = site.producer is None and not site.consumers and _slots_fit(site)
+    if site.followed or site.kind in ("hidden", "heads", "stream"):
+        fitting = site.followed and site.producer is None and site.gate is None and _slots_fit(site)
     elif site.producer is None:
         fitting = site.width == 0 and not site.consumers and site.gate is None
     else:
@@ -289,11 +311,3 @@ def _maps_fit(site: Site) -> bool:
         return False
     read = all(c.d_in == width * site.bridge.block for c in site.consumers)
     return read and all((m.d_in, m.d_out, m.groups) == (width,) * 3 for m in site.bridge.depthwise)
-
-
-def _heads_fit(site: Site, heads: Heads) -> bool:
-    if site.producer is not None or site.gate is not None or site.width == 0 or len(site.consumers) != 1:
-        return False
-    rows = ((heads.query, heads.query_rows), (heads.key, heads.key_rows), (heads.value, heads.value_rows))
-    ends = all(start + step * (site.width - 1) + length <= m.d_out for m, (start, step, length) in rows)
-    return ends and site.kind == "heads" and site.consumers[0].d_in == site.width * heads.block

@@ -12,17 +12,23 @@ from shallower.core.trees import tensors
 
 def kv_of(output: Any) -> int | None:
     """Bytes for each token of the KV cache that a forward pass returns; None where it returns none."""
+    total = 0
+    for tensor in cached(output):
+        total += tensor.numel() * tensor.element_size() // (tensor.shape[0] * tensor.shape[2])
+    return total or None
+
+
+def cached(output: Any) -> Iterator[Tensor]:
+    """Keys and values of the KV cache that a forward pass returns, each (batch, heads, tokens, channels)."""
     cache = getattr(output, "past_key_values", None)
     cache = getattr(cache, "self_attention_cache", cache)
     layers = getattr(cache, "layers", cache)
     if not isinstance(layers, Iterable):
-        return None
-    total = 0
+        return
     for layer in layers:
-        for tensor in _keys_and_values(layer):  # (batch, heads, tokens, channels)
+        for tensor in _keys_and_values(layer):
             if tensor.dim() == 4 and tensor.numel():
-                total += tensor.numel() * tensor.element_size() // (tensor.shape[0] * tensor.shape[2])
-    return total or None
+                yield tensor
 
 
 def _keys_and_values(layer: Any) -> Iterator[Tensor]:

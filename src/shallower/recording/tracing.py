@@ -28,7 +28,7 @@ from shallower.core.modes import evaluating
 from shallower.core.outputs import without_heads
 from shallower.core.trees import mapped, tensors, to_device
 from shallower.errors import ForwardError, SiteError
-from shallower.recording.caches import kv_of
+from shallower.recording.caches import cached, kv_of
 from shallower.recording.holders import check_copyable
 from shallower.recording.macs import mac_counter
 
@@ -154,6 +154,7 @@ class Trace:
         buffers: likewise of each buffer.
         macs: multiply-accumulate operations of the pass.
         kv: bytes for each token of the KV cache that it returned; None where it returned none.
+        cached: the keys and values of that cache, each (batch, heads, tokens, channels).
     """
 
     model: nn.Module
@@ -164,6 +165,7 @@ class Trace:
     buffers: dict[tuple[nn.Module, str], Value] = field(default_factory=dict)
     macs: int = 0
     kv: int | None = None
+    cached: list[Value] = field(default_factory=list)
 
 
 EXTERNALISED = "_shallower_externalised"
@@ -472,6 +474,7 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
         for tensor in tensors(without_heads(output)):
             recorder.value(tensor).output = True
         trace.macs, trace.kv = counter.get_total_flops() // 2, kv_of(output)
+        trace.cached = [recorder.value(tensor) for tensor in cached(output)]
         trace.root = trace.frames[0]
         trace.root.parent = None
     return trace

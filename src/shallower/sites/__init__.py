@@ -2,7 +2,7 @@
 
 from shallower.sites.bridge import Bridge, Stage
 from shallower.sites.collection import Sites, overlapping
-from shallower.sites.parts import Between, HeadRows, Heads, LinearMap, Place, Residual, Tally, by_name, tally
+from shallower.sites.parts import Between, LinearMap, Place, Residual, Tally, by_name, tally
 from shallower.sites.site import Kind, Site
 from shallower.sites.slots import Average, Choice, Follower, Slot, Span
 
@@ -12,8 +12,6 @@ __all__ = [
     "Bridge",
     "Choice",
     "Follower",
-    "HeadRows",
-    "Heads",
     "Kind",
     "LinearMap",
     "Place",

@@ -1,4 +1,4 @@
-"""What a site consists of, by name: places, linear maps, sums, depthwise convolutions, attention projections."""
+"""What a site consists of, by name: places, linear maps, sums, depthwise convolutions."""
 
 from __future__ import annotations
 
@@ -174,53 +174,3 @@ class Between:
     activation_name: Name = ""
     norm_after: Name = ""
     activation_params: Count = 0
-
-
-HeadRows = tuple[Count, Count, Count]
-"""(start, step, length): channel g of a site has the rows start + g * step, ..., start + g * step + length - 1."""
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What a site of attention heads consists of beside its consumer, the output projection.
-
-    A channel of the site is a key-value group: one key head, one value head and the query heads that share them.
-
-    Attributes:
-        module: dotted name of the module whose forward computes the attention.
-        query, key, value: the projections; one and the same map where they are packed.
-        head_dim: features of a query or key head.
-        value_dim: features of a value head.
-        queries_per_group: query heads for each key-value head.
-        packed: "" with three maps; "blocks" where one map gives all queries, then all keys, then all values; "heads"
-            where it gives query, key and value of each channel together.
-        query_rows, key_rows, value_rows: which rows of their maps a channel has.
-        counts: integer attributes of `module` that have to change with the number of channels, each with its value
-            for one channel: (("num_heads", 1), ("split_size", 64)).
-        products: MACs of one channel's products with the sequence (queries with keys, weights with values) on the
-            example inputs, all calls together.
-    """
-
-    module: Name
-    query: LinearMap
-    key: LinearMap
-    value: LinearMap
-    head_dim: Channels
-    value_dim: Channels
-    queries_per_group: Channels
-    packed: Literal["", "blocks", "heads"]
-    query_rows: HeadRows
-    key_rows: HeadRows
-    value_rows: HeadRows
-    counts: tuple[tuple[Name, Count], ...] = ()
-    products: Macs = 0
-
-    @property
-    def block(self) -> int:
-        """Columns of the output projection that one channel has."""
-        return self.queries_per_group * self.value_dim
-
-    @property
-    def maps(self) -> tuple[LinearMap, ...]:
-        """The projections, each once."""
-        return tuple(by_name((self.query, self.key, self.value)).values())

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import Refusal, SiteError
 from shallower.sites.bridge import Bridge, Gate, Stage
-from shallower.sites.parts import Between, Count, Heads, LinearMap, Macs, Name, Place, Residual, tally
+from shallower.sites.parts import Between, Count, LinearMap, Macs, Name, Place, Residual, tally
 from shallower.sites.slots import Average, Choice, Follower, Slot
 
 Text = Annotated[str, Bounds(0, 2000)]
@@ -33,7 +33,6 @@ Kind = Literal[
     "activation",
     "heads",
     "hidden",
-    "attention",
     "stream",
     "experts",
 ]
@@ -45,9 +44,8 @@ head          linear maps of a classifier or pooler
 position MLP  maps positions, not features, and runs on few of them (Swin-V2's relative positions)
 convolution   the producer or a consumer is a convolution that is not a 1x1 feed-forward block
 activation    an activation without a hidden width of its own (after a residual sum, or with several readers)
-heads         attention heads; one channel per head or per key-value group
+heads         attention heads; one channel per head or per key-value group; for keep and drop only
 hidden        channels between linear maps that were followed through whatever stands between; for keep and drop only
-attention     heads or key-value groups that were followed in the same way
 stream        the coupled channels of a stage: what its blocks read and add to
 experts       the experts of a mixture; one channel per expert
 """
@@ -62,9 +60,10 @@ class Site:
         kind: see `Kind`.
         width: hidden channels n. For `kind="heads"`, heads or key-value groups; for `kind="activation"`, 0.
         producer: the map into the hidden tensor (the "up" projection of a gated site); None for `kind="activation"` and
-            `kind="heads"`.
-        consumers: the maps that read the hidden tensor, in order of execution; nothing else reads it.
-        activation: where f is; None for `kind="heads"`.
+            where the channels were followed.
+        consumers: the maps that read the hidden tensor, in order of execution; nothing else reads it. Where channels
+            were followed, those that can be fitted: plain linear layers that read them and nothing else, or none.
+        activation: where f is; None where the channels were followed.
         activation_name: what f is, for people: "gelu", "relu", "silu".
         gate: the gate's producer in a gated site with separate maps.
         packed: in a gated site whose producer gives gate and up in one tensor, which half comes first.
@@ -92,13 +91,12 @@ class Site:
         between: depthwise convolutions between the activation and the consumers, in order. Such a long site overlaps
             the two short ones that the convolution divides it into: it is for keep and drop, those are for linear.
         residual: the sum that closes right around the site, where there is one that can be taken away.
-        heads: the projections, for `kind="heads"`.
-        slots: every axis of a parameter or buffer in which the channels stand, where they were followed; such a site
-            has no producer and no consumers by name.
+        slots: every axis of a parameter or buffer in which the channels stand, where they were followed.
         followers: whole numbers that fall with the channels.
         averages: norms over the channels.
         choices: calls that choose among the channels.
         products_each: MACs of each channel in products of two computed tensors, on the example inputs.
+        cached_each: numbers that the KV cache holds of each channel for one token, all calls together.
     """
 
     name: Name
@@ -127,12 +125,12 @@ class Site:
     not_narrow: Text = ""
     between: tuple[Between, ...] = ()
     residual: Residual | None = None
-    heads: Heads | None = None
     slots: Annotated[tuple[Slot, ...], Bounds(0, 20_000)] = ()
     followers: Annotated[tuple[Follower, ...], Bounds(0, 4_000)] = ()
     averages: Annotated[tuple[Average, ...], Bounds(0, 4_000)] = ()
     choices: Annotated[tuple[Choice, ...], Bounds(0, 4_000)] = ()
     products_each: Macs = 0
+    cached_each: Count = 0
 
     @cached_property
     def bridge(self) -> Bridge:
@@ -163,8 +161,8 @@ class Site:
     @property
     def block(self) -> int:
         """Columns of a consumer that one channel has: those of a head, or the pixels of a flattened image."""
-        if self.heads is not None:
-            return self.heads.block
+        if self.followed and self.consumers:
+            return self.consumers[0].d_in // self.width
         if not self.flattened:
             return 1
         height, width = self.consumers[0].size
@@ -172,12 +170,9 @@ class Site:
 
     @cached_property
     def maps(self) -> tuple[LinearMap, ...]:
-        """All linear maps of the site: gate and producer (or query, key and value), those between, consumers."""
+        """All linear maps of the site: gate and producer, those between, consumers."""
         # in the order in which they run: those that make the hidden tensor first
-        made: tuple[LinearMap | None, ...] = (self.gate, self.producer)
-        if self.heads is not None:
-            made = self.heads.maps
-        return (*filter(None, made), *(b.map for b in self.between), *self.consumers)
+        return (*filter(None, (self.gate, self.producer)), *(b.map for b in self.between), *self.consumers)
 
     @property
     def followed(self) -> bool:
@@ -201,8 +196,9 @@ class Site:
     @property
     def params(self) -> int:
         """Weights, biases and BatchNorm scales and shifts of the site's maps, and the activation's own, now."""
-        followed = sum(prod(slot.shape) for slot in self.tensors.values() if slot.trained)
-        return tally(self.maps).params + self.bridge.params + followed
+        if self.followed:
+            return sum(prod(slot.shape) for slot in self.tensors.values() if slot.trained)
+        return tally(self.maps).params + self.bridge.params
 
     @property
     def norms(self) -> int:
@@ -212,16 +208,14 @@ class Site:
     @property
     def products(self) -> int:
         """MACs of attention's products with the sequence; 0 for other sites."""
-        each = self.products_each
-        if self.heads is not None:
-            each += self.heads.products
-        return self.width * each
+        return self.width * self.products_each
 
     @property
     def macs(self) -> int:
         """Multiply-accumulate operations of the site on the example inputs, now."""
-        followed = sum(prod(slot.shape) * slot.uses for slot in self.tensors.values())
-        return tally(self.maps).macs + followed + self.products
+        if self.followed:
+            return sum(prod(slot.shape) * slot.uses for slot in self.tensors.values()) + self.products
+        return tally(self.maps).macs
 
     @property
     def params_collapsed(self) -> int:
@@ -312,10 +306,10 @@ def _not_merged(site: Site) -> Refusal | None:
 def _not_linear(site: Site) -> Refusal | None:
     if site.not_linear:
         return Refusal(site.not_linear)
-    if site.followed:
-        return Refusal("its channels are kept or dropped; what stands between them cannot become linear")
     if site.kind == "heads":
         return Refusal("an attention head is kept or dropped; it cannot become linear")
+    if site.followed:
+        return Refusal("its channels are kept or dropped; what stands between them cannot become linear")
     if site.activation is None:
         return Refusal("it has no activation")
     return None

@@ -89,8 +89,8 @@ def _part_of(model: nn.Module, site: Site) -> str:
     """The smallest part that holds all modules of a site and can be called."""
     places = [*map(Place, (*by_name(site.maps), *site.bridge.norms)), *site.bridge.activations, *site.dropouts]
     places += [Place(module) for module in {slot.module for slot in site.slots}]
-    if site.heads is not None:
-        places.append(Place(site.heads.module, (("forward", 0),)))
+    # a number that a module holds is read by its forward
+    places += [Place(module, (("forward", 0),)) for module in {f.module for f in site.followers}]
     if site.residual is not None:
         places += [site.residual.place, Place(site.residual.norm or site.maps[0].name)]
     holders: list[str] = []

@@ -22,7 +22,6 @@ from shallower.planning.forms import Step
 from shallower.saving.skeletons import build_skeleton
 from shallower.saving.sources import source_of
 from shallower.sites import by_name
-from shallower.sites.heads import heads_of
 
 SizesByName = Mapping[str, Size]
 
@@ -146,18 +145,16 @@ def _numbers_like(config: Any, pairs: Sequence[tuple[int, int]]) -> Iterator[tup
 
 def _head_counts(owner: _Owner, todo: Sequence[Step]) -> Iterator[dict[str, int]]:
     """The numbers of query heads and key-value heads that attentions of this model have now."""
-    found: set[tuple[int, ...]] = set()
+    widths: set[tuple[int, int]] = set()
     for step in todo:
         site = step.entry.site
-        if site.heads is None or not heads_of(site).module.startswith(owner.prefix):
-            continue
-        kept, each = len(step.entry.kept), site.heads.queries_per_group
-        found.add((each * site.width, each * kept, site.width, kept))
-    for queries, new_queries, groups, new_groups in sorted(found):
+        if site.kind == "heads" and site.name.startswith(owner.prefix):
+            widths.add((site.width, len(step.entry.kept)))
+    for groups, new_groups in sorted(widths):
         own_queries, own_groups = getattr(owner.config, _QUERIES, None), getattr(owner.config, _GROUPS, None)
-        if new_groups == groups or own_queries != queries or own_groups not in (groups, None):
+        if new_groups == groups or own_groups not in (groups, None) or not own_queries or own_queries % groups:
             continue
-        numbers = {_QUERIES: new_queries}
+        numbers = {_QUERIES: own_queries // groups * new_groups}
         if own_groups is not None:
             numbers[_GROUPS] = new_groups
         yield numbers
@@ -178,7 +175,7 @@ def _describes(owner: _Owner, before: SizesByName, after: SizesByName, todo: Seq
     for step in todo:
         maps = by_name(step.entry.site.maps)
         changes = any(owner.prefix + layer in maps for layer in layers)
-        if changes and (step.form.kind != "narrower" or step.form.slopes):
+        if changes and (step.form.kind not in ("narrower", "cut") or step.form.slopes):
             return False
     return True
 

@@ -35,7 +35,6 @@ from shallower.modules.edits import (
     Weights,
     perform,
 )
-from shallower.modules.heads import without_heads
 from shallower.modules.layers import bias_of, is_the_map, weight_of
 from shallower.modules.rewriting import name_at
 from shallower.planning.entries import Entry, Fate
@@ -98,10 +97,6 @@ def _edits_of_site(step: Step, model: nn.Module) -> list[Edit]:
     site = entry.site
     if site.followed:
         return edits_of_cut(model, entry, form)
-    if site.kind == "heads":
-        if entry.fit is None:
-            return without_heads(model, site, entry.kept)
-        return without_heads(model, site, entry.kept, entry.fit.consumers[0], entry.fit.biases[0])
     if site.producer is None or form.kind == "removed":
         return _gone(model, _required(site.activation))
     if form.kind == "apart" and any(m.groups > 1 for m in form.maps):

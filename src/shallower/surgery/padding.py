@@ -141,7 +141,7 @@ def zeros_around(site: Site, module: nn.Conv2d) -> tuple[int, int]:
 
 def _convolutions(model: nn.Module, site: Site) -> tuple[nn.Conv2d, list[nn.Conv2d]]:
     """The producer and the consumers of a site, if padding can move from these to that."""
-    if site.producer is None or site.heads is not None or not site.bridge.direct:
+    if site.producer is None or not site.bridge.direct:
         raise SiteError(f"{site.name}: padding moves between a convolution and those that read it directly")
     found = []
     for m in site.maps:

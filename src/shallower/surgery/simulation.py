@@ -58,9 +58,6 @@ def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
         place = entry.site.activation
         if entry.site.followed:
             continue
-        if entry.site.kind == "heads":
-            impose_heads(copied, entry)
-            continue
         if place is None:
             raise PlanError(f"{entry.site.name}: the site has no activation")
         name = externalise(copied, place) if place.calls else place.module
@@ -73,6 +70,8 @@ def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
     forbid_choices(copied, followed)
     for entry in entries:
         site, fit = entry.site, entry.fit
+        if site.followed and fit is not None:
+            _hook_fitted(copied, entry, fit)
         if site.producer is None:
             continue
         origin = _Origin(site.producer.name)
@@ -137,6 +136,16 @@ def _hook(entry: Entry, reader: nn.Module, modules: Mapping[str, nn.Module], ori
         modules[m.name].register_forward_hook(
             _FittedConsumer(site, fit, i, entry.kept, memory, producer), with_kwargs=True
         )
+
+
+def _hook_fitted(copied: nn.Module, entry: Entry, fit: Fit) -> None:
+    """Make what reads the channels of a followed site compute with its fitted weights."""
+    site = entry.site
+    for i, m in enumerate(site.consumers):
+        module = copied.get_submodule(m.name)
+        nothing = _Memory(_Origin(m.name), site.bridge.dim)
+        fitted = _FittedConsumer(site, fit, i, entry.kept, nothing, module)
+        module.register_forward_hook(fitted, with_kwargs=True)
 
 
 def _set_shift(site: Site, norm: nn.Module, channels: Tensor, shift: Tensor) -> None:
@@ -405,27 +414,3 @@ def _zeros(module: nn.Conv2d, i: int) -> int:
     if module.padding == "same":
         return module.dilation[i] * (module.kernel_size[i] - 1) // 2
     return 0 if isinstance(module.padding, str) else module.padding[i]
-
-
-def impose_heads(model: nn.Module, entry: Entry) -> None:
-    """Make a model with all its heads do what is left of them, by hooks: what dropped heads give becomes zero."""
-    site, fit = entry.site, entry.fit
-    consumer = model.get_submodule(site.consumers[0].name)
-    left = _Left(site.width, entry.kept)
-
-    def zero_the_dropped(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        z = read(args, kwargs)
-        stays = torch.zeros(site.width, 1, dtype=torch.bool, device=z.device)
-        stays[entry.kept.to(z.device)] = True
-        heads = torch.unflatten(z, -1, (site.width, -1))
-        return (torch.where(stays, heads, torch.zeros_like(heads)).flatten(-2),), {}
-
-    def fitted(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        z, given = left.of(read(args, kwargs), -1), cast("Fit", fit)
-        weight, bias = given.consumers[0].to(z.device, z.dtype), given.biases[0].to(z.device, z.dtype)
-        return F.linear(z, weight, bias).to(output.dtype)
-
-    if fit is None:
-        consumer.register_forward_pre_hook(zero_the_dropped, with_kwargs=True)
-    else:
-        consumer.register_forward_hook(fitted, with_kwargs=True)

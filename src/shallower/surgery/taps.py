@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from shallower.errors import SurgeryError
 from shallower.modules.rewriting import name_at
 from shallower.planning.forms import Step
-from shallower.sites import LinearMap, Place, Site
-from shallower.sites.heads import heads_of
+from shallower.sites import Place, Site
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,11 @@ def taps_of(todo: Sequence[Step]) -> list[Tap]:
 
 def _taps_of_step(step: Step, roles: Mapping[str, TapChannels | None]) -> Iterator[Tap]:
     site = step.entry.site
+    tapped: set[str] = set()
     for slot in site.slots:
         if slot.side == "columns" and slot.output:
-            common = roles.get(slot.module)
-            yield Tap(site, Place(slot.module), slot.output, common)
+            tapped.add(slot.module)
+            yield Tap(site, Place(slot.module), slot.output, roles.get(slot.module))
     if site.producer is None and site.activation is not None:
         yield Tap(site, site.activation)
         return
@@ -94,6 +94,8 @@ def _taps_of_step(step: Step, roles: Mapping[str, TapChannels | None]) -> Iterat
         yield Tap(site, site.residual.place)
         return
     for m in site.consumers:
+        if m.name in tapped:
+            continue
         if m.name not in roles:
             yield Tap(site, Place(m.name))
             continue
@@ -114,10 +116,6 @@ def _roles(todo: Sequence[Step]) -> dict[str, TapChannels | None]:
                 left[slot.positions(step.entry.dropped)] = False
                 kept = left.nonzero().flatten()
                 roles[slot.module] = TapChannels(kept, torch.arange(len(kept)))
-        if site.heads is not None:
-            for m in site.heads.maps:
-                roles[m.name] = _rows_left_of_heads(site, m, step.entry.kept)
-            continue
         for made in (site.producer, site.gate):
             if made is not None:
                 roles[made.name] = _of_producer(step)
@@ -134,19 +132,3 @@ def _of_producer(step: Step) -> TapChannels | None:
         return TapChannels(kept, first)
     half = len(kept) + step.form.rank
     return TapChannels(torch.cat([kept, kept + site.width]), torch.cat([first, first + half]))
-
-
-def _rows_left_of_heads(site: Site, m: LinearMap, kept: Tensor) -> TapChannels:
-    """The rows of a projection that belong to the kept heads, found from each row's number: (row - start) // step."""
-    heads = heads_of(site)
-    row = torch.arange(m.d_out)
-    chosen = torch.zeros(m.d_out, dtype=torch.bool)
-    parts = ((heads.query, heads.query_rows), (heads.key, heads.key_rows), (heads.value, heads.value_rows))
-    for made, (start, step, length) in parts:
-        if made.name != m.name:
-            continue
-        head = torch.div(row - start, step, rounding_mode="floor")
-        within = (row - start) % step < length
-        chosen |= within & torch.isin(head, kept) & (row >= start)
-    before = chosen.nonzero().flatten()
-    return TapChannels(before, torch.arange(len(before)))

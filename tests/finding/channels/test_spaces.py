@@ -35,7 +35,7 @@ def test_known_sites_are_left_out() -> None:
 
 def test_products_of_attention_count_for_each_head() -> None:
     found, _ = followed_sites(followed(Attending(), 2, 5, 8), ())
-    heads = next(each.site for each in found if each.site.kind == "attention")
+    heads = next(each.site for each in found if each.site.kind == "heads")
     # a key-value group of two query heads: q k^T and p v, 2 rows x 2 heads x 5 x 5 x 3 features each
     assert heads.products == heads.width * 2 * (2 * 2 * 5 * 5 * 3)
 

@@ -77,7 +77,7 @@ def test_a_forward_that_looks_at_numbers_is_tried_with_them() -> None:
 
 def test_a_view_that_would_divide_otherwise_is_seen() -> None:
     found, _ = tried(Halves(), torch.randn(2, 4))
-    (heads,) = [site for site in found if site.kind == "attention"]
+    (heads,) = [site for site in found if site.kind == "heads"]
     assert [(f.attribute, f.each) for f in heads.followers] == [("heads", 1)]
 
 

@@ -69,5 +69,5 @@ def test_a_synchronised_norm_is_refused() -> None:
 
 def test_the_maps_that_give_the_channels() -> None:
     model, x = network()
-    ((m, blocks),) = produced(find_sites(model, x)[0])
-    assert (m.name, blocks) == ("0", ((0, 1),))
+    ((name, blocks),) = produced(find_sites(model, x)[0])
+    assert (name, blocks) == ("0", ((0, 1),))

@@ -15,11 +15,12 @@ from shallower.finding.channels.averages import averages_of
 from shallower.finding.channels.choices import choices_in
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.layout import Layout, Run, divide, resolved, runs, spans
+from shallower.finding.channels.readers import plain_readers
 from shallower.finding.channels.unread import Unread
 from shallower.finding.channels.weights import ATTENTION, WeightUse, attended_products, uses_of
 from shallower.finding.channels.zeros import close_sums
 from shallower.recording.tracing import Value
-from shallower.sites import Follower, Site, Slot, Span
+from shallower.sites import Follower, LinearMap, Site, Slot, Span
 
 ENTANGLED = "its channels are multiplied with each other"
 AVERAGED = "an average is taken over its channels outside of a norm, which over fewer is another one"
@@ -72,8 +73,9 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
     _add_followers(f, spaces)
     covered = set(_sides(known))
     streams = _streams(f, spaces.values())
-    products = _products(f)
+    products, cached = _products(f), _cached(f)
     averages, choices = averages_of(f), choices_in(f)
+    called = {frame.name for frame in f.trace.frames}
     unread = Unread(f.trace)
     found: list[Found] = []
     refused: dict[str, str] = {}
@@ -100,18 +102,22 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
         kind = _kind(space, streams)
         name = _name(space, kind, taken)
         taken.add(name)
+        consumers: tuple[LinearMap, ...] = ()
+        if kind == "heads":
+            consumers = plain_readers(f.trace.model, space.slots, space.run.size, called)
         site = Site(
             name,
             kind,
             space.run.size,
             None,
-            (),
+            consumers,
             None,
             slots=tuple(space.slots),
             followers=tuple(space.followers),
             averages=own or (),
             choices=choices.of(space.run),
             products_each=products.get(space.run, 0),
+            cached_each=cached.get(space.run, 0),
         )
         found.append(Found(space.position, site, space.run))
     reached = {slot.module for each in found for slot in each.site.slots}
@@ -155,8 +161,6 @@ def _sides(known: Iterable[Site]) -> Iterator[tuple[str, str]]:
         if site.bridge.not_narrow is not None:
             continue
         made = [site.producer, site.gate]
-        if site.heads is not None:
-            made += site.heads.maps
         for m in made:
             if m is not None:
                 yield m.name, "rows"
@@ -239,20 +243,37 @@ def _products(f: Following) -> dict[Run, int]:
     return found
 
 
-def _kind(space: _Space, streams: set[Run]) -> Literal["hidden", "attention", "stream", "experts"]:
+def _cached(f: Following) -> dict[Run, int]:
+    """For each run, the numbers that the KV cache holds of one channel for one token."""
+    found: dict[Run, int] = {}
+    for value in f.trace.cached:
+        rows, _, tokens, _ = value.shape
+        for run in dict.fromkeys(run for axis in f.axes(value) for run in runs(axis)):
+            if not run.closed:
+                found[run] = found.get(run, 0) + value.elements // (rows * tokens * run.size)
+    return found
+
+
+def _kind(space: _Space, streams: set[Run]) -> Literal["hidden", "heads", "stream", "experts"]:
     if "chosen" in space.run.marks:
         return "experts"
     if "attended" in space.run.marks:
-        return "attention"
+        return "heads"
     if space.run in streams:
         return "stream"
     return "hidden"
 
 
 def _name(space: _Space, kind: str, taken: set[str]) -> str:
-    """The layer that makes the channels first; with the kind behind it for a stream, and where the name is taken."""
+    """The layer that makes the channels first; with the kind behind it for a stream, and where the name is taken.
+
+    Heads are called as the module that holds the layer which makes them.
+    """
     made = [slot for slot in space.slots if slot.side == "rows"] or [slot for slot in space.slots if slot.side]
     module = made[0].module or made[0].tensor
+    around = module.rpartition(".")[0]
+    if kind == "heads" and around and around not in taken:
+        return around
     if kind != "stream" and module not in taken:
         return module
     name, count = f"{module}:{kind}", 2

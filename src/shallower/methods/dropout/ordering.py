@@ -38,8 +38,8 @@ def by_magnitude(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
     orders = {}
     for site in sites:
         size = torch.ones(site.width, dtype=torch.float64)
-        for m, blocks in produced(site):
-            weight = weight_of(model.get_submodule(m.name)).double().cpu()
+        for name, blocks in produced(site):
+            weight = weight_of(model.get_submodule(name)).double().cpu()
             size *= torch.stack([_norms_of_rows(weight, block, site.width) for block in blocks]).norm(dim=0)
         for depthwise in site.bridge.depthwise:
             size *= weight_of(model.get_submodule(depthwise.name)).double().cpu().flatten(1).norm(dim=1)
@@ -113,8 +113,8 @@ def permute(model: nn.Module, site: Site, order: Tensor) -> None:
     """
     if order.dim() != 1 or not torch.equal(order.cpu().sort().values, torch.arange(site.width)):
         raise FitError(f"{site.name}: an order names each of the {site.width} channels once")
-    for m, blocks in produced(site):
-        module = model.get_submodule(m.name)
+    for made, blocks in produced(site):
+        module = model.get_submodule(made)
         for start, step in blocks:
             rows = start + _block_rows(order, step)
             for tensor in (weight_of(module), cast("Tensor | None", module.bias)):
@@ -191,7 +191,7 @@ class _Reads:
 
     def __init__(self, site: Site, device: torch.device) -> None:
         self.channels_first = site.bridge.dim == 1
-        self.eliminated = site.heads is None and not self.channels_first
+        self.eliminated = not site.followed and not self.channels_first
         self.mask: Tensor | None = None
         self.rows: set[int] = set()
         columns = site.consumers[0].d_in

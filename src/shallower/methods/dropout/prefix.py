@@ -22,12 +22,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from shallower.errors import MethodError
+from shallower.errors import MethodError, Refusal
 from shallower.modules import attachment
 from shallower.modules.layers import bias_of, is_conv1d
 from shallower.planning.entries import Entry
 from shallower.planning.fits import Fit
-from shallower.sites import Heads, LinearMap, Place, Site, Sites
+from shallower.sites import Follower, Place, Site, Sites
 
 RowBlock = tuple[int, int]
 """(start, step): k channels are the rows start, ..., start + k step - 1 of a map."""
@@ -85,13 +85,13 @@ def _attach(model: nn.Module, site: Site, width: Width, rescale: float, places: 
             put(place, lambda layer: _view(layer, PrefixMap))
         return cast("PrefixMap", model.get_submodule(name))
 
-    if site.heads is not None and site.heads.counts:
-        heads = site.heads
-        put(Place(heads.module), lambda module: _counting(module, heads, width))
-    for m, blocks in produced(site):
-        module = map_at(m.name)
+    for name in dict.fromkeys(follower.module for follower in site.followers):
+        own = [follower for follower in site.followers if follower.module == name]
+        put(Place(name), partial(_counting, followers=own, width=width))
+    for name, blocks in produced(site):
+        module = map_at(name)
         if module.prefix_rows is not None:
-            raise MethodError(f"{site.name}: `{m.name}` gives another site's channels too; leave one of the two out")
+            raise MethodError(f"{site.name}: `{name}` gives another site's channels too; leave one of the two out")
         module.prefix_rows = _Rows(width, blocks)
     for depthwise in site.bridge.depthwise:
         put(Place(depthwise.name), lambda layer: _view(layer, _PrefixDepthwise))
@@ -148,35 +148,34 @@ def _adds_behind(site: Site) -> bool:
     return "norm" in behind or "depthwise" in behind
 
 
-def produced(site: Site) -> list[tuple[LinearMap, tuple[RowBlock, ...]]]:
-    """The maps that give a site's channels, each with the rows that belong to them."""
-    if site.heads is not None:
-        return [(m, _head_blocks(site.heads, m)) for m in site.heads.maps]
-    maps: list[tuple[LinearMap, tuple[RowBlock, ...]]] = []
+def produced(site: Site) -> list[tuple[str, tuple[RowBlock, ...]]]:
+    """The maps that give a site's channels, by name, each with the rows that belong to them."""
+    maps: list[tuple[str, tuple[RowBlock, ...]]] = []
+    for slot in site.slots:
+        if slot.side == "rows" and slot.attribute == "weight":
+            rows = [(s.start + i * s.stride, s.block) for s in slot.spans for i in range(s.repeats)]
+            maps.append((slot.module, tuple(sorted(rows))))
     if site.gate is not None:
-        maps.append((site.gate, ((0, 1),)))
+        maps.append((site.gate.name, ((0, 1),)))
     if site.producer is not None:
         blocks: tuple[RowBlock, ...] = ((0, 1),)
         if site.bridge.packed:
             blocks = ((0, 1), (site.width, 1))
-        maps.append((site.producer, blocks))
+        maps.append((site.producer.name, blocks))
     return maps
 
 
-def _head_blocks(heads: Heads, m: LinearMap) -> tuple[RowBlock, ...]:
-    rows = [
-        own
-        for projection, own in (
-            (heads.query, heads.query_rows),
-            (heads.key, heads.key_rows),
-            (heads.value, heads.value_rows),
-        )
-        if projection.name == m.name
-    ]
-    if all(step == length for _, step, length in rows):
-        return tuple((start, step) for start, step, _ in sorted(rows))
-    # query, key and value of one head stand together: the rows of the first k heads are one block
-    return ((min(start for start, _, _ in rows), rows[0][1]),)
+def not_computed(site: Site) -> Refusal | None:
+    """Why the first channels of a site alone cannot be computed; None where they can."""
+    if site.bridge.not_narrow is not None or not site.followed:
+        return site.bridge.not_narrow
+    plain = {name for name, _ in produced(site)} | {m.name for m in site.consumers}
+    for slot in site.slots:
+        if slot.module not in plain or slot.attribute not in ("weight", "bias"):
+            return Refusal(f"`{slot.tensor}` holds its channels too, and only linear layers are narrowed in training")
+    if site.averages or not site.consumers:
+        return Refusal("its channels are read by other than plain linear layers")
+    return None
 
 
 @dataclass
@@ -342,26 +341,27 @@ def _with_vectors(original: nn.Module, width: int, dim: int) -> nn.Module:
     return view
 
 
-def _counting(module: nn.Module, heads: Heads, width: Width) -> nn.Module:
-    """The attention module, whose forward finds as many heads as are computed in its own attributes."""
+def _counting(module: nn.Module, followers: Sequence[Follower], width: Width) -> nn.Module:
+    """A module whose forward finds as many channels as are computed in its own attributes."""
     if "forward" in vars(module):
         raise MethodError(
-            f"`{heads.module}`: its forward has been replaced on the instance, and the number of heads cannot change "
-            "under it; leave the site out"
+            f"`{followers[0].module}`: its forward has been replaced on the instance, and the number of heads cannot "
+            "change under it; leave the site out"
         )
-    view = _view(module, _PrefixAttention)
-    vars(view)["prefix_counts"] = (width, heads.counts)
+    view = _view(module, _PrefixCounts)
+    whole = {f.attribute: (getattr(module, f.attribute), f.each) for f in followers}
+    vars(view)["prefix_counts"] = (width, whole)
     return view
 
 
-class _PrefixAttention(nn.Module):
-    """An attention module whose forward finds as many heads as are computed in its own attributes."""
+class _PrefixCounts(nn.Module):
+    """A module whose forward finds as many channels as are computed in its own attributes."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        width, counts = cast("tuple[Width, tuple[tuple[str, int], ...]]", self.prefix_counts)
-        k = width.now(self.training)
-        for name, each in counts:
-            setattr(self, name, each * k)
+        width, counts = cast("tuple[Width, dict[str, tuple[int, int]]]", self.prefix_counts)
+        gone = width.full - width.now(self.training)
+        for name, (whole, each) in counts.items():
+            setattr(self, name, whole - each * gone)
         return super().forward(*args, **kwargs)  # of the class that it is a view of
 
 

@@ -32,7 +32,7 @@ from shallower.methods.base import Method, bound_plan
 from shallower.methods.dropout.norms import frozen_statistics, restored_statistics, with_statistics
 from shallower.methods.dropout.options import DropoutOptions
 from shallower.methods.dropout.ordering import by_elimination, by_magnitude, permute
-from shallower.methods.dropout.prefix import Width, attach_prefix, check_free, entry_at
+from shallower.methods.dropout.prefix import Width, attach_prefix, check_free, entry_at, not_computed
 from shallower.methods.dropout.searching import WidthSearch, equal_shares, largest_shares
 from shallower.methods.dropout.teaching import divergence
 from shallower.methods.dropout.widths import (
@@ -465,8 +465,6 @@ class StructuralDropout(Method):
 
 def _refusal(site: Site) -> Refusal | None:
     """Why a site cannot be narrowed."""
-    if site.followed:
-        return Refusal("its channels are cut wherever they stand; only widths of named layers can be trained")
     if site.bridge.not_narrow is None and site.width == 1:
         return Refusal("it has one channel")
-    return site.bridge.not_narrow
+    return not_computed(site)

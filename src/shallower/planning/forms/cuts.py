@@ -74,7 +74,7 @@ class TensorsLeft:
             m = maps.get(own[0].module)
             cuts.append(self._cut(entry, own, m))
             cuts += self._added_bias(entry, own, m, slots)
-        return tuple(cuts)
+        return (*cuts, *_biases_of(entry))
 
     def _cut(self, entry: Entry, slots: list[Slot], m: LinearMap | None) -> TensorCut:
         first = slots[0]
@@ -105,6 +105,17 @@ class TensorsLeft:
         row = rows[0]
         bias = Slot(f"{m.name}.bias", (row.shape[row.axis],), 0, row.spans, "rows")
         return [self._cut(entry, [bias], m)]
+
+
+def _biases_of(entry: Entry) -> list[TensorCut]:
+    """Biases that a fit gives to layers which have none."""
+    if entry.fit is None:
+        return []
+    found: list[TensorCut] = []
+    for m, bias in zip(entry.site.consumers, entry.fit.biases, strict=True):
+        if not m.bias and bool(bias.ne(0).any()):
+            found.append(TensorCut(f"{m.name}.bias", (0,), (m.d_out,), (), True, 0))
+    return found
 
 
 def _shape_of(m: LinearMap, slot: Slot) -> tuple[int, ...]:

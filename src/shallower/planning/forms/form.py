@@ -40,7 +40,6 @@ class Form:
         inside: whether the constants of the linear path stay in the producer's bias, in front of the consumers; else
             they go into the consumers' biases.
         between: what the depthwise convolutions between become.
-        projections: what the maps of an attention site become.
         slopes: parameters of the kept channels' slope activation.
         activation: parameters of the activation itself.
         norms: parameters of the BatchNorms that remain.
@@ -60,7 +59,6 @@ class Form:
     constant: bool = False
     inside: bool = False
     between: tuple[LinearMap, ...] = ()
-    projections: tuple[LinearMap, ...] = ()
     slopes: int = 0
     activation: int = 0
     norms: int = 0
@@ -72,7 +70,7 @@ class Form:
     def maps(self) -> tuple[LinearMap, ...]:
         """The linear maps that remain."""
         made = filter(None, (self.gate, self.producer))
-        return (*made, *self.projections, *self.between, *self.consumers)
+        return (*made, *self.between, *self.consumers)
 
     @property
     def width(self) -> int:

@@ -16,7 +16,7 @@ from shallower.planning.forms.cuts import TensorCut, TensorsLeft
 from shallower.planning.forms.form import Form
 from shallower.planning.forms.linear_path import check_geometry, path_of
 from shallower.planning.geometry import resized_map
-from shallower.sites import Heads, LinearMap, Site, by_name, tally
+from shallower.sites import LinearMap, Site, by_name, tally
 
 
 def form_of(
@@ -43,8 +43,6 @@ def form_of(
     if maps is None:
         maps = by_name(site.maps)
     before = _before(site, maps)
-    if site.heads is not None:
-        return _of_heads(entry, site.heads, maps, before)
     if site.producer is None:
         return Form("removed", None, None, (), before)
     producer, consumers = maps[site.producer.name], tuple(maps[m.name] for m in site.consumers)
@@ -75,24 +73,6 @@ def _before(site: Site, now: Mapping[str, LinearMap]) -> tuple[int, int]:
     """Parameters and MACs of a site whose maps are these by now."""
     maps = tally(now[m.name] for m in site.maps)
     return maps.params + site.bridge.params, maps.macs + site.products
-
-
-def _of_heads(entry: Entry, heads: Heads, now: Mapping[str, LinearMap], before: tuple[int, int]) -> Form:
-    """Projections with fewer rows, and an output projection with fewer columns."""
-    site, kept = entry.site, len(entry.kept)
-    out = now[site.consumers[0].name]
-    biased = out.bias or (entry.fit is not None and bool(entry.fit.biases[0].ne(0).any()))
-    projections = tuple(resized_map(now[m.name], d_out=m.d_out // site.width * kept) for m in heads.maps)
-    return Form(
-        "narrower",
-        None,
-        None,
-        (resized_map(out, d_in=kept * heads.block, bias=biased),),
-        before,
-        kept=kept,
-        projections=projections,
-        products=heads.products * kept,
-    )
 
 
 def _narrower(

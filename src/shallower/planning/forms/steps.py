@@ -217,8 +217,6 @@ def _chained(ordered: Sequence[Entry]) -> dict[str, Becomes]:
 
 def made_by(site: Site) -> tuple[str, ...]:
     """Names of the maps that make a site's hidden tensor: producer and gate, or the projections of its heads."""
-    if site.heads is not None:
-        return tuple(by_name(site.heads.maps))
     return tuple(by_name(filter(None, (site.producer, site.gate))))
 
 
@@ -269,11 +267,12 @@ def _check_apart(entries: Sequence[Entry]) -> None:
             for m in site.maps:
                 changed[m.name, "rows"] = changed[m.name, "columns"] = site.name
     for entry in entries:
+        site_name = entry.site.name
         for slot in entry.site.slots:
-            other = changed.get((slot.module, slot.side))
-            if other is not None:
+            other = changed.get((slot.module, slot.side), site_name)
+            if other != site_name:
                 raise PlanError(
-                    f"{entry.site.name}: the {slot.side} of `{slot.tensor}` are already changed by the entry of "
+                    f"{site_name}: the {slot.side} of `{slot.tensor}` are already changed by the entry of "
                     f"`{other}`. Apply one of the two first, and find the sites again in the result"
                 )
 

@@ -1,0 +1,57 @@
+"""The linear layers that read the channels of a space and nothing else: what can be fitted to those that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import Literal
+
+from torch import nn
+
+from shallower.modules.layers import is_conv1d
+from shallower.sites import LinearMap, Slot, Span
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def plain_readers(
+    model: nn.Module, slots: Iterable[Slot], width: int, called: Container[str | None]
+) -> tuple[LinearMap, ...]:
+    """The layers whose columns the channels are, each channel as many of them; none where something else reads them.
+
+    Args:
+        model: whose layers they are.
+        slots: where the channels stand.
+        width: how many there are.
+        called: names of the modules that the pass calls; of others a forward reads the weights alone.
+    """
+    found: list[LinearMap] = []
+    for slot in slots:
+        if slot.side != "columns":
+            continue
+        if slot.module not in called:
+            return ()
+        reader = _reader(model.get_submodule(slot.module), slot, width)
+        if reader is None or (found and reader.d_in != found[0].d_in):
+            return ()
+        found.append(reader)
+    return tuple(found)
+
+
+def _reader(layer: nn.Module, slot: Slot, width: int) -> LinearMap | None:
+    """A plain linear layer all of whose columns the channels are; None for others."""
+    kind: Literal["linear", "conv1d"] = "linear"
+    if is_conv1d(layer):
+        kind = "conv1d"
+    elif type(layer).forward is not nn.Linear.forward:
+        return None
+    if slot.attribute != "weight" or len(slot.shape) != 2 or _is_watched(layer):
+        return None
+    d_in, d_out = slot.shape[slot.axis], slot.shape[1 - slot.axis]
+    if slot.spans != (Span(0, 1, 0, d_in // width),):
+        return None
+    return LinearMap(slot.module, kind, d_in, d_out, getattr(layer, "bias", None) is not None, slot.uses)
+
+
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether somebody's hooks or forward are on a layer, which another in its place would not have."""
+    return "forward" in vars(layer) or any(getattr(layer, table, None) for table in HOOKS)
