@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from shallower.finding.channels.layout import ONE, Layout, Run, close, fixed, resolved, runs, tie
-from shallower.finding.channels.numbers import carry_numbers
+from shallower.finding.channels.naming import carry_numbers
 from shallower.recording.tracing import Call, Trace, Value
 
 Axes = list[Layout]
