@@ -121,6 +121,22 @@ class Encoding(nn.Module):
         return self.head(h + y)
 
 
+class Normed(nn.Module):
+    """Weight norms: one length for each row, for each tap, for the whole weight; as a parametrization and as a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm, hooked = nn.utils.parametrizations.weight_norm, nn.utils.weight_norm
+        self.a, self.b = norm(nn.Conv1d(3, 8, 3, padding=1)), norm(nn.Conv1d(8, 8, 3, padding=1, groups=2), dim=2)
+        self.c, self.d = norm(nn.Conv1d(8, 6, 1), dim=None), hooked(nn.Linear(6, 10))
+        self.head = hooked(nn.Linear(10, 4), dim=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = self.c(x + self.b(x.sigmoid())).sigmoid()
+        return self.head(self.d(x.mean(2)).sigmoid())
+
+
 class Recurrent(nn.Module):
     """Recurrent layers of all kinds: both ways, one upon the other, with a projected state, step by step."""
 

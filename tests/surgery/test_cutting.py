@@ -18,7 +18,7 @@ from shallower.planning.costs import cost_after
 from shallower.sites import Site, Span
 from shallower.surgery.cutting import edits_of_cut
 from shallower.surgery.proof import proven
-from tests.followed import Attending, Encoding, Excited, Grouped, Joined, Recurrent, Stages, drawn
+from tests.followed import Attending, Encoding, Excited, Grouped, Joined, Normed, Recurrent, Stages, drawn
 
 CASES = [
     pytest.param(Excited, (2, 6, 5, 5), id="excited"),
@@ -27,6 +27,7 @@ CASES = [
     pytest.param(Grouped, (2, 3, 5, 5), id="grouped"),
     pytest.param(Attending, (2, 5, 8), id="attending"),
     pytest.param(Encoding, (2, 6, 5), id="encoding"),
+    pytest.param(Normed, (2, 3, 5), id="normed", marks=pytest.mark.filterwarnings("ignore:.*weight_norm")),
     pytest.param(
         Recurrent, (2, 5, 5), id="recurrent", marks=pytest.mark.filterwarnings("ignore:LSTM with projections")
     ),
@@ -78,6 +79,17 @@ def test_the_result_is_saved_and_loaded_to_the_last_bit(
     sh.save(small, tmp_path / "out")
     again = sh.load(tmp_path / "out", model=make())
     assert torch.equal(again.eval()(x), small(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_what_stays_of_a_normed_weight_is_what_it_was() -> None:
+    model, x = drawn(Normed()), torch.randn(2, 3, 5)
+    site = find_sites(model, x, kinds="all")["c.parametrizations.weight"]
+    small = sh.apply(model, sh.Plan((sh.Entry.narrow(site, [0, 2, 5]),)), x)
+    for each in (model, small):  # the hook computes the weight in a pass
+        each(x)
+    torch.testing.assert_close(small.c.weight, model.c.weight[[0, 2, 5]])
+    torch.testing.assert_close(small.d.weight, model.d.weight[:, [0, 2, 5]])
 
 
 def test_heads_and_the_stream_of_an_encoder_are_cut_independently() -> None:

@@ -84,9 +84,9 @@ def is_stock(module: nn.Module) -> bool:
 
 def count_attention_anew(attention: nn.MultiheadAttention) -> None:
     """Set the widths that a layer reads to those of its projections."""
-    projections = [attention._parameters[name] for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
-    widths = [(attention.in_proj_weight if own is None else own).shape[1] for own in projections]
-    attention.embed_dim, attention.kdim, attention.vdim = widths
+    for name, width in (("q_proj_weight", "embed_dim"), ("k_proj_weight", "kdim"), ("v_proj_weight", "vdim")):
+        own = attention._parameters[name]
+        setattr(attention, width, (attention.in_proj_weight if own is None else own).shape[1])
 
 
 def multi_head_attention_forward(

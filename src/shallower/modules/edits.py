@@ -27,6 +27,7 @@ from shallower.modules.layers import count_anew, kind_of, resized, resized_norm,
 from shallower.modules.offloading import own_weights
 from shallower.modules.records import forget, note, noted
 from shallower.modules.rewriting import externalise
+from shallower.modules.weight_norms import parametrizations_of
 from shallower.sites import LinearMap, Place
 
 _MOST_WEIGHTS = 2**36
@@ -249,6 +250,9 @@ class Sized:
                 for name in [name for name, tensor in table.items() if tensor is own]:
                     table[name] = made
                     count_anew(module)
+        for module in model.modules():
+            if holder in parametrizations_of(module).values():
+                count_anew(module)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from shallower.errors import PlanError
 from shallower.modules.attention import DenseAttention, count_attention_anew
+from shallower.modules.weight_norms import place_of_weight
 from shallower.sites import LinearMap, Slot
 
 
@@ -247,7 +248,7 @@ def count_anew(module: nn.Module) -> None:
         _count_recurrent(module)
     if isinstance(module, DenseAttention):
         count_attention_anew(module)
-    weight = getattr(module, "weight", None)
+    weight = getattr(*place_of_weight(module), None)
     if not isinstance(weight, Tensor):
         return
     shape = tuple(weight.shape)
@@ -306,5 +307,4 @@ def _shapes_fit(module: nn.RNNBase) -> bool:
         proj_size=module.proj_size,
         device="meta",
     )
-    shapes = [weight.shape for weight in fresh.parameters()]
-    return shapes == [weight.shape for weight in module.parameters()]
+    return all(own.shape == other.shape for own, other in zip(module.parameters(), fresh.parameters(), strict=True))

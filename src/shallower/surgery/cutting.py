@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from shallower.errors import PlanError
 from shallower.modules.edits import Attribute, Edit, Resize, Sized, Weights
 from shallower.modules.preparing import ready_for_cuts
+from shallower.modules.weight_norms import weight_norms
 from shallower.planning.entries import Entry
 from shallower.planning.forms import Form
 from shallower.planning.geometry import resized_map
@@ -28,12 +31,11 @@ def edits_of_cut(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
         module = model.get_submodule(follower.module)
         fewer = getattr(module, follower.attribute) - follower.each * len(entry.dropped)
         edits.append(Attribute(follower.module, follower.attribute, fewer))
-    fitted = _fitted(entry)
+    left: dict[str, Tensor] = {}
     for cut in form.cuts:
-        name, _, attribute = cut.tensor.rpartition(".")
         if cut.before == (0,):  # a bias that the fit adds
             continue
-        tensor = getattr(model.get_submodule(name), attribute).detach()
+        tensor = _tensor(model, cut.tensor)
         if tuple(tensor.shape) != cut.before:
             raise PlanError(
                 f"{entry.site.name}: `{cut.tensor}` has shape {tuple(tensor.shape)}, and the earlier entries of the "
@@ -41,8 +43,14 @@ def edits_of_cut(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
             )
         for axis, kept in cut.kept:
             tensor = tensor.index_select(axis, kept.to(tensor.device))
-        edits += [Sized(name, attribute, tuple(tensor.shape)), Weights(name, {attribute: tensor}, as_held=True)]
-    for own in fitted.values():
+        left[cut.tensor] = tensor
+    resized = _lengths(model, form, left)
+    for name, tensor in (left | resized).items():
+        module_name, _, attribute = name.rpartition(".")
+        if name in left:
+            edits.append(Sized(module_name, attribute, tuple(tensor.shape)))
+        edits.append(Weights(module_name, {attribute: tensor}, as_held=True))
+    for own in _fitted(entry).values():
         edits += own
     return edits
 
@@ -59,4 +67,27 @@ def _fitted(entry: Entry) -> dict[str, list[Edit]]:
         if has_bias:
             numbers["bias"] = bias
         found[m.name] = [Resize.to(resized_map(m, d_in=weight.shape[1], bias=has_bias)), Weights(m.name, numbers)]
+    return found
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    module, _, attribute = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(module), attribute)
+    return tensor.detach()
+
+
+def _lengths(model: nn.Module, form: Form, left: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The lengths of weight norms whose directions lose channels along other dimensions than theirs."""
+    axes = {cut.tensor: dict(cut.kept) for cut in form.cuts}
+    found: dict[str, Tensor] = {}
+    for norm in weight_norms(model):
+        own = axes.get(norm.direction, {})
+        direction = left.get(norm.direction)
+        if direction is None or not set(own) - {norm.dim}:
+            continue
+        whole = _tensor(model, norm.direction)
+        if norm.dim in own:
+            whole = whole.index_select(norm.dim, own[norm.dim].to(whole.device))
+        length = left[norm.length] if norm.length in left else _tensor(model, norm.length)
+        found[norm.length] = norm.resized(length, whole, direction)
     return found

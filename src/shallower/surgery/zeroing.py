@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shallower.core.watching import read
 from shallower.modules.layers import count_anew
+from shallower.modules.weight_norms import hold_plainly, weight_norms
 from shallower.planning.entries import Entry
 from shallower.sites import Span
 
@@ -27,6 +28,10 @@ def impose_cuts(model: nn.Module, entries: Iterable[Entry]) -> None:
     for name, norm in _norms(given).items():
         module = model.get_submodule(name)
         module.register_forward_hook(_OnWhatStays(module, name, norm, given), with_kwargs=True)
+    named = {slot.tensor for entry in given for slot in entry.site.slots}
+    for weight in list(weight_norms(model)):
+        if weight.direction in named:  # its length would be another without what goes, and all that stays larger
+            hold_plainly(model, weight)
     with torch.no_grad():
         for entry in given:
             for slot in entry.site.slots:

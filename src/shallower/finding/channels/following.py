@@ -83,7 +83,7 @@ class Following:
                 self._follow(call)
             carry_numbers(self, call)
         for value in list(self._axes):
-            if value.output and returned:
+            if value.output and returned and not _is_normed_weight(value):
                 self.close_axes(value, returned)
 
     def axes(self, value: Value) -> Axes:
@@ -186,6 +186,11 @@ class Following:
             run.marks.add(what)
         if what == "averaged":
             self.averages.append((layout, self._now))
+
+
+def _is_normed_weight(value: Value) -> bool:
+    """Whether it is a weight that a layer computes anew in every pass, and keeps in an attribute."""
+    return value.call is not None and value.call.name == "weight_norm"
 
 
 def _new(value: Value, size: int) -> Layout:

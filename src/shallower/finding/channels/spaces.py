@@ -19,6 +19,7 @@ from shallower.finding.channels.readers import plain_readers
 from shallower.finding.channels.unread import Unread
 from shallower.finding.channels.weights import ATTENTION, WeightUse, attended_products, uses_of
 from shallower.finding.channels.zeros import close_sums
+from shallower.modules.weight_norms import place_of_weight
 from shallower.recording.tracing import Value
 from shallower.sites import Follower, LinearMap, Site, Slot, Span
 
@@ -140,7 +141,7 @@ def _gathered(f: Following) -> tuple[dict[Run, _Space], dict[str, str]]:
         for axis, layout in enumerate(f.axes(value)):
             for run in dict.fromkeys(runs(layout)):
                 if run.closed or run.size == 1:
-                    if use.side(axis) == "rows" and run.closed:
+                    if use.side(axis) == "rows" and run.closed and value.shape[axis] > 1:
                         closed.setdefault(names[module], run.closed)
                     continue
                 space = spaces.setdefault(run, _Space(run))
@@ -184,11 +185,11 @@ def _add_followers(f: Following, spaces: dict[Run, _Space]) -> None:
 
 def _counted(f: Following) -> Iterator[tuple[nn.Module, str, Layout]]:
     """Layers with numbers of their own, what they call these, and the channels that are divided."""
-    for (module, attribute), value in f.trace.weights.items():
-        if attribute == "weight" and not isinstance(module, nn.modules.conv._ConvTransposeNd):
-            for count in ("groups", "num_groups"):
-                yield module, count, f.axes(value)[0]
     for module in f.trace.model.modules():
+        weight = f.trace.weights.get(place_of_weight(module))
+        if weight is not None and not isinstance(module, nn.modules.conv._ConvTransposeNd):
+            for count in ("groups", "num_groups"):
+                yield module, count, f.axes(weight)[0]
         if isinstance(module, nn.MultiheadAttention):
             yield module, "num_heads", f.axes(f.trace.weights[module.out_proj, "weight"])[1]
 

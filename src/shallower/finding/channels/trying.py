@@ -309,9 +309,10 @@ def _whole_numbers(given: object) -> Iterator[int]:
 def _scalars(call: Call) -> list[float]:
     """The numbers that a call computes with: not sizes, and not how many groups there are."""
     found: list[float] = []
-    groups = _groups_of(call)
-    for item in tree_leaves((call.args, dict(call.kwargs))):
-        if type(item) is float or (type(item) is int and call.name not in SIZED and item != groups):
+    at = GROUPED.get(call.name, len(call.args))
+    named = {name: item for name, item in call.kwargs.items() if name not in ("groups", "num_groups")}
+    for item in tree_leaves((call.args[:at], call.args[at + 1 :], named)):
+        if type(item) is float or (type(item) is int and call.name not in SIZED):
             found.append(item)
     return found
 

@@ -72,19 +72,22 @@ def uses_of(weight: Value) -> WeightUse:
     use = WeightUse(len(weight.shape))
     if len(weight.shape) < 2:
         return use
-    waiting, seen = [(weight, False)], {weight}
+    waiting, seen = [(weight, False, 1)], {weight}
     while waiting and len(seen) < MOST_STEPS:
-        value, turned = waiting.pop(0)
+        value, turned, counts = waiting.pop(0)
         for call in value.readers:
             if not call.outputs or call in use.calls:
                 continue
             if _is_weight_of(value, call):
                 use.calls.append(call)
-                use.multiplied += _times_in(value, call) * value.elements // max(1, weight.elements)
+                use.multiplied += counts * _times_in(value, call) * value.elements // max(1, weight.elements)
                 use.output = _output_dim(weight, call)
                 use.turned = turned
             elif not call.outputs[0].fed:
-                waiting += [(made, turned != (call.name in TURNING)) for made in call.outputs if made not in seen]
+                if any(other.elements > value.elements for other in call.inputs):
+                    counts = 0  # a scale of the weight: the products are the larger one's
+                turned_now = turned != (call.name in TURNING)
+                waiting += [(made, turned_now, counts) for made in call.outputs if made not in seen]
                 seen.update(call.outputs)
     return use
 

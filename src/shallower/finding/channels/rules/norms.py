@@ -9,6 +9,7 @@ from __future__ import annotations
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import Layout, close, divide, tie
 from shallower.finding.channels.rules.arguments import given, integer, integers, optional, tensor
+from shallower.modules.weight_norms import is_weight_norm
 from shallower.recording.tracing import Call
 
 
@@ -79,11 +80,13 @@ def unit_length(f: Following, call: Call) -> Axes:
 
 @rule("weight_norm")
 def weight_norm(f: Following, call: Call) -> Axes:
-    """g v / |v|, with a length for each position of one axis."""
+    """g v / |v|, with a length for each position of one axis; surgery lets those of PyTorch's own layers follow."""
     direction, size = tensor(call, 0, "v"), tensor(call, 1, "g")
-    axes = f.broadcast(f.axes(direction), f.axes(size))
+    axes, dim = f.broadcast(f.axes(direction), f.axes(size)), integer(call, 2, "dim", 0)
+    if is_weight_norm(call.frame.module):
+        return axes
     for i, axis in enumerate(axes):
-        if i != integer(call, 2, "dim", 0) % len(axes):
+        if i != dim:
             f.mark(axis, "averaged")
     return axes
 
