@@ -14,6 +14,7 @@ from shallower.errors import SiteError
 from shallower.finding.channels import rules as rules  # registers them
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.spaces import followed_sites
+from shallower.finding.channels.standing_in import like_twins
 from shallower.finding.channels.trying import that_follow
 from shallower.finding.graph import Graph
 from shallower.finding.matching import Matcher
@@ -106,7 +107,8 @@ def _with_followed(model: nn.Module, inputs: Inputs, graph: Graph, sites: Sites,
         return sites
     f = Following(graph.trace)
     spaces, reasons = followed_sites(f, sites)
-    found, refused = that_follow(model, inputs, f, [each for each in spaces if each.site.kind in asked])
+    tried = that_follow(model, inputs, f, [each for each in spaces if each.site.kind in asked])
+    found, refused = like_twins(f, sites, *tried)
     reached = {slot.module for site in found for slot in site.slots if slot.side == "rows"}
     skipped = {**sites.skipped, **reasons}
     for name in list(skipped):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 from shallower.finding.channels.layout import ONE, Layout, Run, close, fixed, resolved, runs, tie
 from shallower.finding.channels.naming import carry_numbers
+from shallower.finding.channels.standing_in import follow_unrun
 from shallower.recording.tracing import Call, Trace, Value
 
 Axes = list[Layout]
@@ -66,6 +67,8 @@ class Following:
         choices: what a call chooses among, which of its input's dimensions that is, and how many it needs.
         numbers: values that are numbers of channels, and of which.
         unchosen: values that are zero at channels of a layout that are never chosen.
+        stand_ins: calls that were not made but would have been (see `standing_in.py`), each with one that was.
+        twins: entries of lists that did not run, each with the one in whose place it was followed.
     """
 
     def __init__(self, trace: Trace, returned: str = "the model returns it") -> None:
@@ -77,11 +80,12 @@ class Following:
         self.choices: list[tuple[Layout, Call, int, int]] = []
         self.numbers: dict[Value, Layout] = {}
         self.unchosen: dict[Value, Layout] = {}
+        self.stand_ins: dict[Call, Call] = {}
+        self.twins: dict[str, str] = {}
         self._axes: dict[Value, Axes] = {}
         for call in trace.calls:
-            if call.outputs:
-                self._follow(call)
-            carry_numbers(self, call)
+            self.follow(call)
+        follow_unrun(self)
         for value in list(self._axes):
             if value.output and returned and not _is_normed_weight(value):
                 self.close_axes(value, returned)
@@ -103,6 +107,12 @@ class Following:
     def title(self, call: Call) -> str:
         """A call, for people."""
         return f"`{call.name}` in {call.frame.name or type(call.frame.module).__name__}"
+
+    def follow(self, call: Call) -> None:
+        """Say where the channels go that a call reads."""
+        if call.outputs:
+            self._follow(call)
+        carry_numbers(self, call)
 
     def _follow(self, call: Call) -> None:
         made = RULES.get(call.name)

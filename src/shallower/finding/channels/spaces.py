@@ -128,6 +128,7 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
 def _gathered(f: Following) -> tuple[dict[Run, _Space], dict[str, str]]:
     """All runs that stand in parameters and buffers; and the weights none of whose rows can be cut, with the reason."""
     order = {call: i for i, call in enumerate(f.trace.calls)}
+    order |= {made: order[original] for made, original in f.stand_ins.items()}
     names = {module: name for name, module in f.trace.model.named_modules()}
     spaces: dict[Run, _Space] = {}
     closed: dict[str, str] = {}
@@ -138,6 +139,8 @@ def _gathered(f: Following) -> tuple[dict[Run, _Space], dict[str, str]]:
         seen.add(value)
         name = f"{names[module]}.{attribute}".lstrip(".")
         use = uses_of(value)
+        if use.calls and use.calls[0] in f.stand_ins:
+            use.multiplied = use.output = 0
         for axis, layout in enumerate(f.axes(value)):
             for run in dict.fromkeys(runs(layout)):
                 if run.closed or run.size == 1:

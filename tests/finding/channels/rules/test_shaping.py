@@ -36,8 +36,8 @@ USAGES = [
     Usage("expand_as", lambda x, y: x.expand_as(y), "x:1,6 y:3,6", "x1 y1|y0"),
     Usage("broadcast_to", lambda x, n=3: x.broadcast_to(n, *x.shape), "x:2,6", "x0|x1|out0"),
     Usage("broadcast_tensors", lambda x, y: torch.broadcast_tensors(x, y), "x:3,1 y:6", "x0|y0"),
-    Usage("repeat", lambda x, n=3: x.repeat(n, 1, 2), "x:1,2,6", "x1|x2|out0"),
-    Usage("tile", lambda x: torch.tile(x, (2,)), "x:2,6", "x0|x1"),
+    Usage("repeat", lambda x, n=3, m=2: x.repeat(n, 1, m), "x:1,2,6", "x1|x2|out0|out2"),
+    Usage("tile", lambda x, n=2: torch.tile(x, (n,)), "x:2,6", "x0|x1|out1"),
     Usage("repeat_interleave", lambda x: x.repeat_interleave(2, dim=1), "x:3,6", "x0|x1"),
     Usage(
         "key heads for query heads", lambda k: torch.repeat_interleave(k, repeats=3, dim=1), "k:2,4,3,5", "k0|k1|k2|k3"

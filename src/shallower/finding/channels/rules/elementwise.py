@@ -25,7 +25,8 @@ ALONE = """
 """
 TOGETHER = """
     add sub mul div pow maximum minimum where addcmul addcdiv lerp atan2 arctan2 fmod remainder floor_divide floordiv
-    mod logaddexp logaddexp2 eq ne ge gt le lt heaviside logical_and logical_or logical_xor bitwise_and bitwise_or
+    mod logaddexp logaddexp2 eq ne ge gt le lt greater greater_equal less less_equal not_equal heaviside
+    logical_and logical_or logical_xor bitwise_and bitwise_or
     bitwise_xor and or xor rshift lshift float_power copy hypot fmin fmax xlogy clamp clamp_min clamp_max masked_fill
     rsub polar complex copysign nextafter ldexp isclose rfloordiv rmod
 """

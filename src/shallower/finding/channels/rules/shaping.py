@@ -94,7 +94,7 @@ def repeated(f: Following, call: Call) -> Axes:
     found: Axes = [Run(size) for size in shape]
     for i, axis in enumerate(axes, len(shape) - len(axes)):
         if axis.size > 1:
-            found[i] = within([fixed(shape[i] // axis.size, REPEATED), axis])
+            found[i] = within([Run(shape[i] // axis.size), axis])
     return found
 
 
