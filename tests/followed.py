@@ -137,6 +137,43 @@ class Normed(nn.Module):
         return self.head(self.d(x.mean(2)).sigmoid())
 
 
+class WithScale(nn.Module):
+    """A layer that passes a scale on beside what it gives, as quantised networks do."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(d_out, d_in)), nn.Parameter(torch.zeros(d_out))
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return F.linear(x, self.weight, self.bias), scale
+
+
+class NormWithScale(nn.Module):
+    """A norm that passes a scale on."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        y = x - x.mean(-1, keepdim=True)
+        return y / (1e-5 + (y**2).mean(-1, keepdim=True)).sqrt() * self.weight, scale
+
+
+class Scales(nn.Module):
+    """Layers that give a tensor and a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = WithScale(5, 8), NormWithScale(8)
+        self.up, self.down, self.head = WithScale(8, 12), WithScale(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, scale = self.stem(x)
+        y, scale = self.up(self.norm(x, scale)[0].relu(), scale)
+        return self.head(x + self.down(y.relu(), scale)[0])
+
+
 class Recurrent(nn.Module):
     """Recurrent layers of all kinds: both ways, one upon the other, with a projected state, step by step."""
 

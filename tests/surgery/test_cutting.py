@@ -18,7 +18,7 @@ from shallower.planning.costs import cost_after
 from shallower.sites import Site, Span
 from shallower.surgery.cutting import edits_of_cut
 from shallower.surgery.proof import proven
-from tests.followed import Attending, Encoding, Excited, Grouped, Joined, Normed, Recurrent, Stages, drawn
+from tests.followed import Attending, Encoding, Excited, Grouped, Joined, Normed, Recurrent, Scales, Stages, drawn
 
 CASES = [
     pytest.param(Excited, (2, 6, 5, 5), id="excited"),
@@ -27,6 +27,7 @@ CASES = [
     pytest.param(Grouped, (2, 3, 5, 5), id="grouped"),
     pytest.param(Attending, (2, 5, 8), id="attending"),
     pytest.param(Encoding, (2, 6, 5), id="encoding"),
+    pytest.param(Scales, (2, 4, 5), id="scales"),
     pytest.param(Normed, (2, 3, 5), id="normed", marks=pytest.mark.filterwarnings("ignore:.*weight_norm")),
     pytest.param(
         Recurrent, (2, 5, 5), id="recurrent", marks=pytest.mark.filterwarnings("ignore:LSTM with projections")

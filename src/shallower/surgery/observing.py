@@ -131,7 +131,8 @@ def observed(model: nn.Module, run: Pass, taps: Sequence[Tap], *, after: bool) -
 
 
 def _output_to(tap: Tap, seen: list[Tensor], after: bool) -> Any:
-    def keep(_: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Tensor) -> None:
+    def keep(_: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], given: Any) -> None:
+        output = next(tensors(given))  # the first, where a layer gives something beside it
         if torch._C._functorch.is_functorch_wrapped_tensor(output):
             raise SurgeryError(
                 f"{tap.site.name}: `{tap.name}` runs inside torch.vmap or another transform of torch.func, where it "

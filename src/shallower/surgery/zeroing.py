@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shallower.core.watching import read
+from shallower.core.trees import mapped, tensors
 from shallower.modules.layers import count_anew
 from shallower.modules.weight_norms import hold_plainly, weight_norms
 from shallower.planning.entries import Entry
@@ -86,11 +86,15 @@ class _OnWhatStays:
         # in a list: the hook is copied with its module, and this is no child of it
         self.part = [part.eval()]
 
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        x = read(args, kwargs)
-        stays = self.stays.nonzero().flatten().to(x.device)
-        made = self.part[0](x.index_select(self.dim, stays))
-        return torch.zeros_like(output).index_copy(self.dim % output.dim(), stays, made)
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        stays = self.stays.nonzero().flatten()
+        args, kwargs = mapped(lambda x: x.index_select(self.dim, stays.to(x.device)), (args, kwargs))
+        made = tensors(self.part[0](*args, **kwargs))
+
+        def among_zeros(y: Tensor) -> Tensor:
+            return torch.zeros_like(y).index_copy(self.dim % y.dim(), stays.to(y.device), next(made))
+
+        return mapped(among_zeros, output)
 
 
 def _leave(part: nn.Module, name: str, attribute: str, axis: int, stays: Tensor) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from shallower.errors import SiteError
 from shallower.finding.channels.following import RULES, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import is_open, runs
 from shallower.recording.tracing import trace_forward
@@ -31,7 +32,7 @@ def test_an_operation_without_a_rule_closes_what_it_reads_and_gives():
 
 
 def test_a_rule_that_gives_axes_of_another_size_is_not_believed():
-    @rule("sin")
+    @rule("sin", replace=True)
     def wrong(f, call):
         return f.axes(call.inputs[0])[::-1]
 
@@ -39,7 +40,7 @@ def test_a_rule_that_gives_axes_of_another_size_is_not_believed():
 
 
 def test_a_rule_says_why_it_does_not_know_a_use():
-    @rule("sin")
+    @rule("sin", replace=True)
     def never(_f, _call):
         raise UnknownUseError("it is Monday")
 
@@ -117,7 +118,7 @@ def test_a_result_of_which_only_the_shape_is_used_closes_one_channel():
 
 @pytest.mark.parametrize("error", [AssertionError, IndexError, KeyError, TypeError, ValueError])
 def test_a_rule_that_fails_is_no_rule(error):
-    @rule("sin")
+    @rule("sin", replace=True)
     def failing(_f, _call):
         raise error
 
@@ -137,3 +138,13 @@ def test_a_product_of_two_results_marks_what_it_adds_up():
     f = follow(net, torch.rand(2, 3))
     (run,) = runs(f.axes(f.trace.weights[net.q, "weight"])[0])
     assert run.marks == {"inner"}
+
+
+def test_a_second_rule_of_an_operation_is_refused_unless_it_is_to_replace_the_first():
+    first = RULES["sin"]
+    with pytest.raises(SiteError, match="`sin` has a rule already"):
+        rule("my_sine sin")
+    assert RULES["sin"] is first
+    assert "my_sine" not in RULES
+    assert rule("sin", replace=True)(len) is len
+    assert RULES["sin"] is len

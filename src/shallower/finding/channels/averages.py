@@ -72,7 +72,7 @@ def _norm_around(f: Following, call: Call, run: Run, known: dict[Frame, Value | 
 
 def _source(frame: Frame) -> Value | None:
     """The one tensor that a module reads, where it gives one of the same shape without a linear map; else None."""
-    if len(frame.args) + len(frame.kwargs) != 1:
+    if sum(item is not None for item in (*frame.args, *frame.kwargs.values())) != 1:
         return None
     made: set[Value] = set()
     read: set[Value] = set()

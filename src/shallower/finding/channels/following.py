@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from shallower.errors import SiteError
 from shallower.finding.channels.layout import ONE, Layout, Run, close, fixed, resolved, runs, tie
 from shallower.finding.channels.naming import carry_numbers
 from shallower.finding.channels.standing_in import follow_unrun
@@ -30,7 +31,7 @@ class UnknownUseError(Exception):
     """A rule does not know this use of its operation; the message says why, "" where nothing is to be said."""
 
 
-def rule(functions: str) -> Callable[[Rule], Rule]:
+def rule(functions: str, *, replace: bool = False) -> Callable[[Rule], Rule]:
     """Make a function the rule of some operations.
 
         @rule("relu gelu")
@@ -42,11 +43,17 @@ def rule(functions: str) -> Callable[[Rule], Rule]:
 
     Args:
         functions: canonical names, with spaces between.
+        replace: whether the rules that some of them have already go.
+
+    Raises:
+        SiteError: one of them has a rule already, and `replace` is false.
     """
+    known = [name for name in functions.split() if name in RULES]
+    if known and not replace:
+        raise SiteError(f"`{known[0]}` has a rule already: rule({functions!r}, replace=True) takes its place")
 
     def registered(made: Rule) -> Rule:
-        for name in functions.split():
-            RULES[name] = made
+        RULES.update(dict.fromkeys(functions.split(), made))
         return made
 
     return registered
