@@ -153,10 +153,10 @@ def test_a_description_of_gigabytes_is_not_read(attacked: Path):
 # ---------------------------------------------------------------------------------------------------- shallower.json
 
 
-@pytest.mark.parametrize("version", [0, 4, -1, True, 1.0, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 5, -1, True, 1.0, "1", None, [1]])
 def test_an_unknown_version(version: Any, attacked: Path):
     rewrite(attacked / "shallower.json", lambda data: data.update(version=version))
-    refuses(attacked, "the files have version .*, and this Shallower reads version 3")
+    refuses(attacked, "the files have version .*, and this Shallower reads version 4")
 
 
 @pytest.mark.parametrize("schema", ["", "Shallower", "shallower.plan", None, 1])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 
+from benchmarks.zoo import KINDS, together
+from shallower.core.inputs import call
+from shallower.core.trees import tensors
 from shallower.finding.kinds import find_sites
 from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan
 from shallower.surgery.applying import apply
+from tests.zoo import ZOO
 
 pytestmark = pytest.mark.filterwarnings("ignore::shallower.planning.plan.CostWarning")
 
@@ -107,3 +113,80 @@ def test_a_width_that_another_number_has_by_chance_does_not_block_the_change() -
     assert len(sites) == 2
     small = apply(model, Plan(tuple(Entry.narrow(site, torch.arange(8)) for site in sites)), IDS)
     assert (small.config.intermediate_size, small.config.hidden_size) == (8, 16)
+
+
+# by the name of the specimen, what of its config follows where half of everything is taken
+FOLLOWING: dict[str, dict[str, Any]] = {
+    "bert": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 19},
+    "gpt2": {"n_embd": 16, "n_head": 2, "n_inner": 19},
+    "llama": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 19},
+    "stablelm": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "modernbert": {"hidden_size": 16, "num_attention_heads": 2},
+    "t5_v1_1": {"num_heads": 2, "d_ff": 19},
+    "swin": {"embed_dim": 8},
+    "convnext": {},
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWING)
+def test_with_half_of_everything_the_stock_class_is_the_model(name: str) -> None:
+    model, inputs = next(s for s in ZOO if s.name == name).build()
+    small = apply(model, Plan(tuple(together(model, find_sites(model, inputs, kinds=KINDS)))), inputs)
+    assert sum(p.numel() for p in small.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
+    for key, number in FOLLOWING[name].items():
+        assert getattr(small.config, key) == number
+    fresh = type(small)(small.config).eval()
+    fresh.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        for expected, found in zip(tensors(call(small, inputs)), tensors(call(fresh, inputs)), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_size_of_heads_that_the_config_left_open_is_said() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 40}
+    model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    (stream,) = find_sites(model, IDS, kinds=("stream",))
+    config = apply(model, Plan((Entry.narrow(stream, torch.arange(0, 32, 2)),)), IDS).config
+    assert (config.hidden_size, config.head_dim, config.num_attention_heads) == (16, 8, 4)
+
+
+def test_configs_of_parts_follow_too() -> None:
+    """T5 keeps a copy of its config for each stack."""
+    model, inputs = next(s for s in ZOO if s.name == "t5_v1_1").build()
+    sites = [site for site in find_sites(model, inputs) if "DenseReluDense" in site.name]
+    small = apply(model, Plan(tuple(Entry.narrow(site, torch.arange(8)) for site in sites)), inputs)
+    assert {part.config.d_ff for part in (small, small.encoder, small.decoder)} == {8}
+
+
+def test_configs_within_the_config_follow_each_by_itself() -> None:
+    model, inputs = next(s for s in ZOO if s.name == "clip").build()
+    sites = [site for site in find_sites(model, inputs) if site.name.startswith("vision_model")]
+    small = apply(model, Plan(tuple(Entry.narrow(site, torch.arange(8)) for site in sites)), inputs)
+    before = model.config.text_config.intermediate_size
+    assert small.config.vision_config.intermediate_size == 8
+    assert small.config.text_config.intermediate_size == before
+    assert small.vision_model.config.intermediate_size == 8
+
+
+def test_of_a_model_without_numbers_the_operations_are_compared() -> None:
+    model = language_model("llama").to("meta")
+    ids = {"input_ids": IDS["input_ids"].to("meta")}
+    halves = [Entry.narrow(site, torch.arange(20)) for site in find_sites(model, ids)]
+    assert apply(model, Plan(tuple(halves)), ids).config.intermediate_size == 20
+
+
+def test_a_model_within_another_has_its_config_follow() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = language_model("bert")
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.body(input_ids).logits
+            return logits * 2
+
+    model = Wrapped().eval()
+    entries = [Entry.narrow(site, torch.arange(24)) for site in find_sites(model, IDS)]
+    small = apply(model, Plan(tuple(entries)), IDS)
+    assert small.body.config.intermediate_size == 24

@@ -149,6 +149,7 @@ def inspect(
       shallower inspect my_project.nets:make_net --shape 3,32,32
     """
     from shallower.app.bench import example_of
+    from shallower.app.report.stock import stock_sentence
     from shallower.finding.kinds import find_sites, kinds_of
 
     chosen = kinds_of(kinds)
@@ -156,7 +157,8 @@ def inspect(
         loaded = _loaded(model, meta)
         example = example_of(loaded, Path(model), batch=batch, length=length, shape=shape)
         sites = find_sites(loaded.model, example, kinds=chosen)
-    _tell(str(sites), _sites_json(sites), as_json)
+    said = stock_sentence(Path(model).expanduser())
+    _tell(f"{sites}\n{said}".rstrip(), {**_sites_json(sites), "stock": said}, as_json)
     if not len(sites):
         raise SiteError(f"{model} has no site that can be squeezed")
 

@@ -26,6 +26,7 @@ from shallower.app.models import LoadedModel, config_of, load_model
 from shallower.app.options import TASK_NAMES, DataOptions, RunOptions, Scope, TaskName, TrainingOptions
 from shallower.app.report.card import write_card
 from shallower.app.report.page import write_report
+from shallower.app.report.stock import stock_sentence
 from shallower.app.results import CURVE, RESULT, CurveFile, CurvePoint, Record, points_table, verdict_table
 from shallower.app.tasks import task_named
 from shallower.core.codec import decode, encode
@@ -444,6 +445,7 @@ def _text(job: Job, loaded: LoadedModel, work: Work, result: Result) -> str:
         certified,
         *work.remarks,
         f"saved in {output}; load it with shallower.load({output!r}{again})",
+        *filter(None, [stock_sentence(job.output.expanduser())]),
     ]
     return "\n".join(lines)
 

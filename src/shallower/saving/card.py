@@ -7,7 +7,7 @@ from pathlib import Path
 NAME = "README.md"
 
 
-def plain_card(name: str, source: str) -> str:
+def plain_card(name: str, source: str, stock: str = "") -> str:
     """The card of a directory that holds no numbers."""
     again, made = ", model=make_model()", ""
     hint = "# make_model: a fresh instance of the original,\n# whatever its weights\n"
@@ -15,6 +15,8 @@ def plain_card(name: str, source: str) -> str:
         again = hint = ""
     if source:
         made = f"The architecture before surgery is `{source}`.\n"
+    if stock:
+        stock = f"\n{stock[:1].upper()}{stock[1:]}.\n"
     return f"""---
 library_name: shallower
 tags:
@@ -28,4 +30,4 @@ import shallower as sh
 
 {hint}model = sh.load({name!r}{again})
 ```
-"""
+{stock}"""

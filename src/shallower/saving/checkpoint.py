@@ -33,6 +33,7 @@ from shallower.saving.reading import read_buffers, read_config, read_description
 from shallower.saving.skeletons import Limits, build_skeleton
 from shallower.saving.slots import Stored, check_tensors_fit, check_whole, put_in, stored, unwrapped, without_weights
 from shallower.saving.sources import LIBRARIES, source_of
+from shallower.saving.stock.statement import NOTE, stock_of
 from shallower.saving.writing import bytes_of, check_as_written, check_replaceable, write_weights
 
 _INFORMS = re.compile(r"[\w.]+:\w+(\?.*)?")
@@ -79,6 +80,8 @@ def save(
     _check_names(source, config)
     directory = _resolved(directory)
     check_replaceable(directory)
+    stock = stock_of(description, config, kept.buffers, vars(model).get(NOTE, ""))
+    description = replace(description, stock=stock)
     with replacing(directory, error=CheckpointError) as partial:
         if config is not None:
             write_json(partial / CONFIG, config, error=CheckpointError)
@@ -97,7 +100,7 @@ def save(
         if beside is not None:
             beside(partial)
         if not (partial / CARD).exists():
-            write_text(partial / CARD, plain_card(directory.name, source), error=CheckpointError)
+            write_text(partial / CARD, plain_card(directory.name, source, str(stock)), error=CheckpointError)
         written = (path for path in partial.rglob("*") if path.is_file() and path.name != DESCRIPTION)
         description = replace(description, files=sorted(str(path.relative_to(partial)) for path in written))
         write_json(partial / DESCRIPTION, description.to_json(), error=CheckpointError)

@@ -13,7 +13,7 @@ from torch import Tensor
 from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import CheckpointError
 
-FORMAT: Literal[3] = 3
+FORMAT: Literal[4] = 4
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -112,6 +112,28 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 @dataclass(frozen=True)
+class Stock:
+    """Whether the class of a library loads a model without this one.
+
+        str(Stock("BertModel"))     # "the stock class loads this: BertModel.from_pretrained"
+
+    Attributes:
+        name: of the class; "" where there is nothing to say.
+        why: the reason why it cannot, "" where it can.
+    """
+
+    name: Annotated[str, Bounds(0, 1000)] = ""
+    why: Annotated[str, Bounds(0, 4000)] = ""
+
+    def __str__(self) -> str:
+        if not self.name:
+            return ""
+        if self.why:
+            return f"the stock class cannot load this: {self.why}"
+        return f"the stock class loads this: {self.name}.from_pretrained"
+
+
+@dataclass(frozen=True)
 class Description:
     """What shallower.json says; docs/format.md has the meaning of each key."""
 
@@ -123,7 +145,8 @@ class Description:
     frozen: list[str]
     training: dict[str, Any]
     files: list[str]
-    version: Literal[1, 2, 3] = FORMAT
+    stock: Stock = Stock()
+    version: Literal[1, 2, 3, 4] = FORMAT
     schema: Literal["shallower"] = field(default="shallower", init=False)
 
     def __post_init__(self) -> None:
@@ -159,7 +182,7 @@ class Description:
         if not isinstance(data, dict) or data.get("schema") != "shallower":
             raise CheckpointError(f"{at}: this is not the description of a saved model")
         version = data.get("version")
-        if type(version) is not int or version not in (1, 2, FORMAT):
+        if type(version) is not int or version not in (1, 2, 3, FORMAT):
             raise CheckpointError(
                 f"{at}: the files have version {version!r:.40} of the format, and this Shallower reads version "
                 f"{FORMAT}; install a newer one"

@@ -38,7 +38,7 @@ class Implementations:
             if kind == "experts" and not _has_experts(model):
                 continue
             known: dict[str, str | None] = {}
-            for path, config in _configs(model.config):
+            for path, config in configs_in(model.config):
                 value = getattr(config, attribute, None)
                 known[path] = value
                 if value in _KNOWN[kind] and (path == "" or value != known[path.rpartition(".")[0]]):
@@ -73,7 +73,7 @@ class Implementations:
         """Set them in a config of a model that is to be built."""
         for kind, attribute in _ATTRIBUTES.items():
             inherited: dict[str, str | None] = {}
-            for path, part in _configs(config):
+            for path, part in configs_in(config):
                 value = self.by_path.get((kind, path), inherited.get(path.rpartition(".")[0]))
                 inherited[path] = value
                 if value is not None:
@@ -91,13 +91,13 @@ def implementations_of_parts(model: nn.Module) -> dict[str, tuple[str | None, st
     return found  # type: ignore[return-value]
 
 
-def _configs(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def configs_in(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The config and those within it, with their paths; outer ones first."""
     yield path, config
     for key in getattr(config, "sub_configs", ()):
         part = getattr(config, key, None)
         if part is not None and part is not config and path.count(".") < 8:
-            yield from _configs(part, f"{path}.{key}".removeprefix("."))
+            yield from configs_in(part, f"{path}.{key}".removeprefix("."))
 
 
 def _has_experts(model: nn.Module) -> bool:

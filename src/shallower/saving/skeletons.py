@@ -113,6 +113,23 @@ def build_skeleton(
     return skeleton
 
 
+def sketch(source: str, config: Mapping[str, Any] | None = None) -> nn.Module:
+    """The architecture that a source names with all its tensors on the meta device, where its constructor can do so.
+
+        sketch("transformers:BertModel", config)        # in milliseconds; only shapes and settings are of use
+
+    Raises:
+        ModelError: as `build_skeleton`.
+    """
+    make = _maker(source, config or {}, None)
+    with offline():
+        draft, problem = _attempt(lambda: _draft(make, None))
+        if problem is not None:
+            draft = _real_buffers(make, None)
+    assert draft is not None
+    return draft
+
+
 def _attempt(build: Callable[[], nn.Module]) -> tuple[nn.Module | None, ModelError | None]:
     try:
         return build(), None

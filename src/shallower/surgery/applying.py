@@ -16,7 +16,7 @@ from shallower.modules.offloading import with_mapped_weights
 from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
 from shallower.surgery.checking import check_fits
-from shallower.surgery.configs import follow_heads, follow_widths
+from shallower.surgery.configs import follow
 from shallower.surgery.padding import border_error
 from shallower.surgery.proof import proven
 
@@ -69,8 +69,7 @@ def apply(
     todo = steps(plan.entries)
     _refuse_border_errors(model, todo, example_inputs)
     small = proven(model, todo, example_inputs)
-    follow_widths(small, todo)
-    follow_heads(small, todo)
+    follow(small, example_inputs)
     if recalibrate is not None:
         recalibration.recalibrate(small, recalibrate, inputs_of=inputs_of)
     return small

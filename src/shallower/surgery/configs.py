@@ -1,188 +1,299 @@
-"""Numbers in the configs of Transformers models that follow new widths, so that a stock class can be built from them.
+"""Numbers in the configs of Transformers models that follow surgery, so that a stock class can be built from them.
 
-    follow_widths(small, todo)
-    follow_heads(small, todo)
+    follow(small, example_inputs)
 
-A number is found by trying: the stock class is built without weights from the config with the number changed. It stays
-changed only if every layer that it changes there has the very same shape and biases in the model after surgery.
+Which numbers these are is found by trying, see `solving`. They change only where the class then has the very tensors
+and settings of the model, and answers as it does.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from torch import Size, nn
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from shallower.core.failures import is_out_of_memory
-from shallower.errors import ShallowerError
-from shallower.planning.forms import Step
-from shallower.saving.skeletons import build_skeleton
-from shallower.saving.sources import source_of
-from shallower.sites import by_name
+from shallower.core.failures import failing
+from shallower.core.inputs import Inputs
+from shallower.core.tensors import has_no_numbers
+from shallower.core.text import listing
+from shallower.core.trees import mapped
+from shallower.errors import ForwardError, ModelError, SurgeryError
+from shallower.modules.attachment import detached_copy
+from shallower.modules.edits import edits, replay
+from shallower.modules.offloading import is_mapped, weightless
+from shallower.saving.implementations import configs_in
+from shallower.saving.skeletons import build_skeleton, sketch
+from shallower.saving.slots import slots_of
+from shallower.saving.sources import import_transformers, source_of
+from shallower.saving.stock.solving import Leaf, Numbers, NumberSearch, Structure, with_numbers
+from shallower.saving.stock.statement import NOTE
+from shallower.surgery.observing import ALLOWED, Observed, Pass, observed
+from shallower.surgery.whole import LOOSE, distance
 
-SizesByName = Mapping[str, Size]
-
-_DERIVED = ("n_inner",)
-"""Numbers that may be None, and then follow from others: a width by its default."""
-
-_QUERIES, _GROUPS = "num_attention_heads", "num_key_value_heads"
+_NONE = object()
 
 
 @dataclass(frozen=True)
-class _Owner:
-    """A stock model, which has the config in question, and what it is built from."""
+class StockPart:
+    """A stock model, the outermost of its config."""
 
     name: str
     model: nn.Module
     config: Any
     source: str
 
-    @property
-    def prefix(self) -> str:
-        """Before the names of its parts."""
-        return f"{self.name}." * (self.name != "")
+    @cached_property
+    def plain(self) -> dict[str, Any]:
+        """The config as it was."""
+        found: dict[str, Any] = self.config.to_dict()
+        return found
 
-    def shapes(self) -> SizesByName:
-        """Those of its parameters now."""
-        return _parameter_shapes(self.model)
-
-    def built(self, numbers: Mapping[str, int]) -> SizesByName | None:
-        """Those that its class has with other numbers in the config; None where it does not take them."""
-        trial = copy.deepcopy(self.config)
-        for key, number in numbers.items():
-            setattr(trial, key, number)
+    def built(self, config: Mapping[str, Any]) -> Structure | None:
+        """What its class makes of a config; None where it does not take it."""
         try:
-            plain = {key: value for key, value in trial.to_dict().items() if key != "transformers_version"}
-            type(self.config)(**plain)
-            return _parameter_shapes(build_skeleton(self.source, trial.to_dict()))
-        except (
-            ShallowerError,
-            ValueError,
-            TypeError,
-            AttributeError,
-            KeyError,
-            RuntimeError,
-            ZeroDivisionError,
-        ) as error:
-            if is_out_of_memory(error):
-                raise
+            return Structure.of(sketch(self.source, config))
+        except ModelError:
             return None
-        except Exception as error:
-            # the errors of strict configs are of no class that could be imported everywhere
-            if "huggingface_hub" in type(error).__module__:
-                return None
-            raise
+
+    @cached_property
+    def search(self) -> NumberSearch:
+        """For the numbers that make the class like the model."""
+        common = frozenset(import_transformers().PreTrainedConfig().to_dict())
+        return NumberSearch(self.plain, self.built, Structure.of(self.model), common, self._asked())
+
+    def _asked(self) -> frozenset[Leaf]:
+        """Keys that its class asks the config for, and the config does not have."""
+        base = import_transformers().PreTrainedConfig
+        asked: list[tuple[Any, str]] = []
+
+        def note(config: Any, key: str) -> Any:
+            asked.append((config, key))
+            raise AttributeError(f"{type(config).__name__!r} object has no attribute {key!r}")
+
+        if hasattr(base, "__getattr__"):
+            return frozenset()
+        base.__getattr__ = note
+        try:
+            model = sketch(self.source, self.plain)
+        except ModelError:
+            return frozenset()
+        finally:
+            del base.__getattr__
+        paths = {id(part): tuple(filter(None, path.split("."))) for path, part in configs_in(vars(model)["config"])}
+        found = set()
+        for config, key in asked:
+            if id(config) in paths and not key.startswith("_"):
+                found.add((*paths[id(config)], key))
+        return frozenset(found)
 
 
-def follow_widths(model: nn.Module, todo: Sequence[Step]) -> None:
-    """Set the width in every config of the model that describes all layers of that width, after surgery.
-
-    Args:
-        model: after surgery.
-        todo: the steps that made it; no width is set of which one left a slope, a linear path or a new bias.
-    """
-    for owner in _config_owners(model):
-        pairs = sorted({(step.entry.site.width, step.form.kept) for step in _narrowing_steps(owner, todo)})
-        if not pairs:
-            continue
-        before = owner.built({})
-        for key, old, new in _numbers_like(owner.config, pairs):
-            after = owner.built({key: new})
-            if before is None or after is None:
-                continue
-            if _describes(owner, before, after, todo) and getattr(owner.config, key) in (old, None):
-                setattr(owner.config, key, new)
-                before = after
-
-
-def follow_heads(model: nn.Module, todo: Sequence[Step]) -> None:
-    """Set the numbers of heads in every config that describes all attentions with these numbers, after surgery.
-
-    Args:
-        model: after surgery.
-        todo: the steps that made it.
-    """
-    for owner in _config_owners(model):
-        for numbers in _head_counts(owner, todo):
-            before, after = owner.built({}), owner.built(numbers)
-            if before is not None and after is not None and _describes(owner, before, after, todo):
-                for key, number in numbers.items():
-                    setattr(owner.config, key, number)
-
-
-def _config_owners(model: nn.Module) -> Iterator[_Owner]:
-    """The outermost stock model of each config."""
-    seen: set[int] = set()
+def owners(model: nn.Module) -> Iterator[StockPart]:
+    """The outermost stock models that a model consists of."""
+    above: list[str] = []
     for name, module in model.named_modules():
-        config = vars(module).get("config")
-        if config is None or isinstance(config, nn.Module) or id(config) in seen:
+        if any(name.startswith(prefix) for prefix in above) or not source_of(module):
             continue
-        source = source_of(module)
-        if source:
-            seen.add(id(config))
-            yield _Owner(name, module, config, source)
+        above.append(f"{name}." * (name != ""))
+        yield StockPart(name, module, vars(module)["config"], source_of(module))
 
 
-def _narrowing_steps(owner: _Owner, todo: Sequence[Step]) -> Iterator[Step]:
-    """The steps that made a site of this model narrower and left nothing but stock layers."""
-    for step in todo:
-        producer = step.entry.site.producer
-        inside = producer is not None and producer.name.startswith(owner.prefix)
-        if inside and step.form.kind == "narrower" and step.form.kept < step.entry.site.width:
-            yield step
+def follow(model: nn.Module, inputs: Inputs | None = None) -> None:
+    """Give the configs of a model the numbers that its tensors have after surgery, as far as they can say them.
+
+        follow(small, example_inputs)
+
+    Args:
+        model: after surgery; its configs are changed in place.
+        inputs: on which the stock class has to answer as the model does. None where that is not to be tried.
+    """
+    for owner in owners(model):
+        search = owner.search
+        vars(owner.model).pop(NOTE, None)
+        found, said = search.said_rightly(search.solved()), dict[Leaf, Any]()
+        for changes in _fewer(search, found):
+            if _is_true(model, owner, changes, inputs):
+                said = dict(changes)
+                break
+        untrue = [f"{'.'.join(map(str, path))} = {number}" for path, number in found.items() if path not in said]
+        if untrue:
+            vars(owner.model)[NOTE] = f"with {listing(untrue, 3)} in its config it gives other outputs"
 
 
-def _numbers_like(config: Any, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
-    """Numbers of a config that may be a width, with the width before and after."""
-    for key, value in sorted(config.to_dict().items()):
-        for old, new in pairs:
-            if (type(value) is int and value == old) or (value is None and key in _DERIVED):
-                yield key, old, new
+def _fewer(search: NumberSearch, found: Numbers) -> Iterator[Numbers]:
+    """Numbers to change: all that were found, or else all but one."""
+    if not found:
+        return
+    yield found
+    for path in found:
+        fewer = search.said_rightly({key: number for key, number in found.items() if key != path})
+        if fewer:
+            yield fewer
 
 
-def _head_counts(owner: _Owner, todo: Sequence[Step]) -> Iterator[dict[str, int]]:
-    """The numbers of query heads and key-value heads that attentions of this model have now."""
-    widths: set[tuple[int, int]] = set()
-    for step in todo:
-        site = step.entry.site
-        if site.kind == "heads" and site.name.startswith(owner.prefix):
-            widths.add((site.width, len(step.entry.kept)))
-    for groups, new_groups in sorted(widths):
-        own_queries, own_groups = getattr(owner.config, _QUERIES, None), getattr(owner.config, _GROUPS, None)
-        if new_groups == groups or own_groups not in (groups, None) or not own_queries or own_queries % groups:
-            continue
-        numbers = {_QUERIES: own_queries // groups * new_groups}
-        if own_groups is not None:
-            numbers[_GROUPS] = new_groups
-        yield numbers
+# --------------------------------------------------------------------------------------------------- does it answer so?
 
 
-def _describes(owner: _Owner, before: SizesByName, after: SizesByName, todo: Sequence[Step]) -> bool:
-    """Whether everything that a number changes in the stock class is in the model as it is there."""
-    now = owner.shapes()
-    layers: set[str] = set()
-    for name, shape in after.items():
-        if before.get(name) == shape:
-            continue
-        if now.get(name) != shape:
+def _is_true(model: nn.Module, owner: StockPart, changes: Numbers, inputs: Inputs | None) -> bool:
+    """Set the numbers; where the stock class, or the model itself, then answers otherwise they are as before."""
+    if inputs is None:
+        _set(owner, changes)
+        return True
+    weights = [*model.parameters(), *model.buffers()]
+    answer: Callable[[nn.Module, Inputs], Any] = _outputs
+    if any(has_no_numbers(t) or is_mapped(t) for t in weights):
+        answer = _computed
+    try:
+        before = answer(model, inputs)
+    except ForwardError:  # it does not run without numbers
+        if owner.search.unlike(changes):
             return False
-        layers.add(name.rpartition(".")[0])
-    if not layers or any(_parameters(now, layer) != _parameters(after, layer) for layer in layers):
+        _set(owner, changes)
+        return True
+    try:
+        same = _agree(before, answer(_with_stock(model, owner, changes), inputs))
+    except (ForwardError, SurgeryError, ModelError):
         return False
-    for step in todo:
-        maps = by_name(step.entry.site.maps)
-        changes = any(owner.prefix + layer in maps for layer in layers)
-        if changes and (step.form.kind not in ("narrower", "cut") or step.form.slopes):
-            return False
-    return True
+    if same:
+        undo = _set(owner, changes)
+        with suppress(ForwardError, SurgeryError):
+            if _agree(before, answer(model, inputs)):
+                return True
+        undo()
+    return False
 
 
-def _parameters(shapes: SizesByName, layer: str) -> set[str]:
-    return {name for name in shapes if name.rpartition(".")[0] == layer}
+def _outputs(model: nn.Module, inputs: Inputs) -> Observed:
+    """What the model gives."""
+    return observed(model, Pass(inputs), (), after=True)
 
 
-def _parameter_shapes(model: nn.Module) -> SizesByName:
-    return {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+def _agree(expected: Observed | Sequence[str], found: Observed | Sequence[str]) -> bool:
+    """Whether two models gave the same up to rounding, or did the same."""
+    if not isinstance(expected, Observed) or not isinstance(found, Observed):
+        return expected == found
+    allowed = 0.0
+    for output in expected.outputs:
+        if output.is_floating_point():
+            allowed = max(allowed, ALLOWED.get(output.dtype, LOOSE * torch.finfo(output.dtype).eps))
+    return distance(expected, found) <= allowed
+
+
+def _with_stock(model: nn.Module, owner: StockPart, changes: Numbers) -> nn.Module:
+    """The model with what the class makes of the changed config in its place, which shares all weights.
+
+    Where the config does not say everything, the surgery is done to it, as loading a saved model does.
+
+    Raises:
+        ModelError: that has other tensors.
+    """
+    stock = build_skeleton(owner.source, with_numbers(owner.plain, changes))
+    whole = owner.search.whole(changes)
+    if not whole:
+        with torch.device("meta"):
+            replay(stock, edits(owner.model))
+    own = slots_of(owner.model)
+    for name, slot in slots_of(stock).items():
+        if name not in own or own[name].tensor.shape != slot.tensor.shape:
+            raise ModelError(f"{name}: it is not as the changed config and the surgery make it")
+        tensor = own[name].tensor
+        if whole and slot.kind == "transient" and not has_no_numbers(slot.tensor):
+            tensor = slot.tensor.to(tensor.device)
+        setattr(slot.module, slot.attribute, tensor)
+    stock.train(owner.model.training)
+    if not owner.name:
+        return stock
+    made = detached_copy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    made.set_submodule(owner.name, stock)
+    return made
+
+
+class _OperationLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every operation with the shapes that it reads and its other arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = mapped(lambda t: (tuple(t.shape), str(t.dtype)), (args, kwargs or {}))
+        self.seen.append(f"{func}{given}")
+        return func(*args, **(kwargs or {}))
+
+
+def _computed(model: nn.Module, inputs: Inputs) -> list[str]:
+    """What the model computes, without numbers.
+
+    Raises:
+        ForwardError: it does not run without.
+    """
+    empty = detached_copy(model, weightless([*model.parameters(), *model.buffers()]))
+    recorder = _OperationLog()
+    run = Pass(inputs).converted(lambda t: t.to("meta"))
+    with failing(ForwardError, "the model does not run without numbers"), torch.no_grad(), recorder:
+        run.over(empty)
+    return recorder.seen
+
+
+# ---------------------------------------------------------------------------------------------------- setting numbers
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A value in a live config."""
+
+    holder: Any
+    key: str
+    value: Any
+
+    def put(self) -> _Entry:
+        """Set it; what it was."""
+        if isinstance(self.holder, dict):
+            before = _Entry(self.holder, self.key, self.holder.get(self.key))
+            self.holder[self.key] = self.value
+        else:
+            before = _Entry(self.holder, self.key, getattr(self.holder, self.key, None))
+            setattr(self.holder, self.key, self.value)
+        return before
+
+
+def _set(owner: StockPart, changes: Numbers) -> Callable[[], None]:
+    """Set the numbers, and all that follow from them, in the configs of a model and its parts; what undoes it."""
+    old = dict(sketch(owner.source, owner.plain).named_modules())
+    new = dict(sketch(owner.source, with_numbers(owner.plain, changes)).named_modules())
+    before: list[_Entry] = []
+    seen: set[int] = set()
+    for name, module in owner.model.named_modules():
+        config = vars(module).get("config")
+        if id(config) in seen or not hasattr(config, "to_dict") or name not in old or name not in new:
+            continue
+        seen.add(id(config))
+        was, becomes = vars(old[name]).get("config"), vars(new[name]).get("config")
+        if was is None or becomes is None:
+            continue
+        for path, value in _differences(was.to_dict(), becomes.to_dict()):
+            holder = config
+            for key in path[:-1]:
+                holder = holder[key] if isinstance(holder, dict) else getattr(holder, key)
+            before.append(_Entry(holder, path[-1], value).put())
+
+    def undo() -> None:
+        for entry in reversed(before):
+            entry.put()
+
+    return undo
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[Any]:
+    """What two configs of one class say differently: (path, value in the second)."""
+    for key, value in new.items():
+        before = old.get(key, _NONE)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            yield from _differences(before, value, (*at, key))
+        elif before != value:
+            yield (*at, key), value

@@ -10,21 +10,17 @@ own in the config.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
 
-from torch import Size, nn
+from torch import nn
 
 from shallower.core.text import listing
-from shallower.errors import ModelError
 from shallower.methods.squeezing.latencies import stand_in
 from shallower.modules.attachment import detached_copy
 from shallower.modules.offloading import weightless
 from shallower.planning.forms import steps
-from shallower.saving.skeletons import build_skeleton
-from shallower.saving.sources import source_of
-from shallower.sites import Site, Sites
-from shallower.surgery.configs import follow_widths
+from shallower.saving.stock.solving import Structure
+from shallower.sites import Sites
+from shallower.surgery.configs import follow, owners
 from shallower.surgery.operating import operate
 
 _REASON = "the config does not express its width as a number of its own"
@@ -71,38 +67,13 @@ def _inexpressible(model: nn.Module, sites: Sites) -> set[str]:
     todo = steps([stand_in(site, site.width // 2) for site in sites if site.width > 1])
     for step in todo:
         operate(trial, step)
-    follow_widths(trial, todo)
+    follow(trial)
     wrong: set[str] = set()
-    for prefix, part in _stock_parts(trial):
-        try:
-            config = cast("Any", part.config).to_dict()
-            stock = _layer_shapes(build_skeleton(source_of(part), config), prefix)
-        except ModelError:
+    for owner in owners(trial):
+        stock = owner.built(owner.config.to_dict())
+        if stock is None:
             continue  # a class that cannot be built without weights is not judged
-        narrowed = _layer_shapes(part, prefix)
-        wrong.update(site.name for site in sites if _differs(site, narrowed, stock))
+        prefix = f"{owner.name}." * (owner.name != "")
+        differing = {prefix + name for name, _ in stock.gaps(Structure.of(owner.model))}
+        wrong.update(site.name for site in sites if any(f"{m.name}.weight" in differing for m in site.maps))
     return wrong
-
-
-def _differs(site: Site, narrowed: Mapping[str, Size], stock: Mapping[str, Size]) -> bool:
-    for m in site.maps:
-        weight = f"{m.name}.weight"
-        if weight in narrowed and narrowed[weight] != stock.get(weight):
-            return True
-    return False
-
-
-def _stock_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that are models of Transformers, with their names as prefixes."""
-    above: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in above):
-            continue
-        if source_of(module):
-            prefix = f"{name}." * (name != "")
-            above.append(prefix)
-            yield prefix, module
-
-
-def _layer_shapes(model: nn.Module, prefix: str) -> dict[str, Size]:
-    return {prefix + name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -1,0 +1,153 @@
+"""Whether the class of a library builds a model from its config alone, without the surgery that made it.
+
+    print(stock_of(description, config, buffers))       # "the stock class loads this: BertModel.from_pretrained"
+
+Found by building: the config is built as the library does it, and once more with the recorded surgery. The class loads
+the model where both are the same modules with the same settings, their tensors have the shapes of the files, and
+buffers that no state dict holds have their numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shallower.errors import ShallowerError
+from shallower.modules.edits import replay
+from shallower.modules.layers import kind_of
+from shallower.saving.description import Description, Layout, Stock
+from shallower.saving.skeletons import build_skeleton
+from shallower.saving.slots import slots_of
+
+NOTE = "_shallower_config"
+"""Under this name a model remembers why its config does not say what its tensors are."""
+
+Spot = tuple[str, str | int]
+"""A tensor and an axis, -1 where it is there or not; or a module and an attribute."""
+
+_MOST_LETTERS = 2000
+
+
+def stock_of(
+    description: Description,
+    config: Mapping[str, Any] | None,
+    buffers: Mapping[str, Tensor] | None = None,
+    note: str = "",
+) -> Stock:
+    """What the class of a Transformers model makes of its config, compared with the model; nothing of any other.
+
+        stock_of(description, config).why       # "" where the class loads it
+
+    Args:
+        description: of the saved model.
+        config: as config.json has it.
+        buffers: those of the model that no state dict holds; only their shapes are compared where None.
+        note: what surgery found in trying other numbers in the config.
+    """
+    library, _, rest = description.source.partition(":")
+    if library != "transformers" or config is None:
+        return Stock()
+    name = rest.partition("?")[0]
+    try:
+        stock = build_skeleton(description.source, config)
+        ours = replay(build_skeleton(description.source, config), description.edits)
+    except ShallowerError as error:
+        return Stock(name, str(error)[:_MOST_LETTERS])
+    entries = {key: description.tensors[first] for key, first in description.names.items()}
+    why = _other_tensors(stock, {**entries, **description.buffers})
+    why = why or _other_modules(stock, ours) or _other_numbers(stock, buffers or {})
+    if why and note:
+        why = f"{note}; {why}"
+    return Stock(name, why[:_MOST_LETTERS])
+
+
+def settings_of(model: nn.Module) -> dict[Spot, Any]:
+    """The plain values that the modules of a model hold: how many heads, what is scaled by how much.
+
+    settings_of(model)["layers.0.attention", "num_heads"]       # 12
+    """
+    found: dict[Spot, Any] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute != "training" and not attribute.startswith("_") and _is_plain(value):
+                found[name, attribute] = value
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(item, (int, float, str)) for item in value)
+    return isinstance(value, (int, float, str))
+
+
+def _other_tensors(stock: nn.Module, entries: Mapping[str, Layout]) -> str:
+    """The first tensor that the config gives another shape, and how many more there are."""
+    own = {name: tuple(slot.tensor.shape) for name, slot in slots_of(stock).items()}
+    for name in (*entries, *own):
+        if name not in own:
+            return f"`{name}`: the model has it and its class does not"
+        if name not in entries:
+            return f"`{name}`: its class has it and the model does not"
+    differing = [name for name, entry in entries.items() if own[name] != entry.shape]
+    if not differing:
+        return ""
+    more = ""
+    if len(differing) > 1:
+        more = f" (and {len(differing) - 1} more)"
+    name = differing[0]
+    found, theirs = entries[name].shape, own[name]
+    if len(found) != len(theirs):
+        return f"`{name}` has shape {list(found)} where the config says {list(theirs)}{more}"
+    axis = next(axis for axis, size in enumerate(found) if size != theirs[axis])
+    said = f"where the config says {theirs[axis]}"
+    widths = {entries[key].shape[axis] for key in own if _in_any_layer(key) == _in_any_layer(name)}
+    if len(widths) > 1:
+        said = f"where the config says one width for all layers, {theirs[axis]}"
+    return f"`{name}` is {found[axis]} wide {said}{more}"
+
+
+def _in_any_layer(name: str) -> str:
+    """A name without its numbers: that of the same tensor in all layers."""
+    return re.sub(r"\d+", "#", name)
+
+
+def _other_modules(stock: nn.Module, ours: nn.Module) -> str:
+    """The first module that surgery made something else than its class makes of the config."""
+    known = dict(stock.named_modules())
+    for name, module in ours.named_modules():
+        if name not in known or _made_as(known[name]) != _made_as(module):
+            return f"`{name}` is a {type(module).__name__} after surgery"
+    own, made = settings_of(stock), settings_of(ours)
+    for (name, attribute), value in made.items():
+        if own.get((name, attribute), value) != value:
+            return f"`{name}` has {attribute} = {value} where the config says {own[name, attribute]}"
+    return ""
+
+
+def _made_as(module: nn.Module) -> tuple[str, str, bool]:
+    """What it is: its class, by name as parametrised modules have one each, or the kind of linear map."""
+    kind = type(module)
+    if of_layer := kind_of(module):
+        return "", of_layer, False
+    return kind.__module__, kind.__qualname__, "forward" in vars(module)
+
+
+def _other_numbers(stock: nn.Module, buffers: Mapping[str, Tensor]) -> str:
+    """The first buffer that is in no state dict, and so has the numbers that the class computes."""
+    for name, computed in _transient(stock):
+        own = buffers.get(name)
+        if own is None or own.is_meta or computed.is_meta or computed.shape != own.shape:
+            continue
+        if not torch.equal(computed.to(own.dtype), own.cpu()):
+            return f"`{name}` has other numbers than its class computes"
+    return ""
+
+
+def _transient(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, slot in slots_of(model).items():
+        if slot.kind == "transient":
+            yield name, slot.tensor
