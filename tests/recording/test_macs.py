@@ -32,3 +32,9 @@ def test_recurrent_layers_count_every_step_and_direction(dtype: torch.dtype) -> 
     with mac_counter() as counter, torch.no_grad():
         layer(torch.randn(5, 2, 6, dtype=dtype))
     assert counter.get_total_flops() // 2 == 5 * 2 * weights
+
+
+def test_experts_share_out_the_rows() -> None:
+    with mac_counter() as counter, torch.no_grad():
+        F.grouped_mm(torch.randn(10, 8), torch.randn(3, 8, 16), offs=torch.tensor([4, 4, 10], dtype=torch.int32))
+    assert counter.get_total_flops() // 2 == 10 * 8 * 16

@@ -214,7 +214,7 @@ class Site:
     def macs(self) -> int:
         """Multiply-accumulate operations of the site on the example inputs, now."""
         if self.followed:
-            return sum(prod(slot.shape) * slot.uses for slot in self.tensors.values()) + self.products
+            return sum(slot.macs(slot.shape) for slot in self.tensors.values()) + self.products
         return tally(self.maps).macs
 
     @property

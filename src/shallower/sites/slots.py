@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Literal
 
 import torch
@@ -122,6 +123,8 @@ class Slot:
         uses: how often each number of a linear map's weight is multiplied in one forward pass on the example inputs.
         output: the dimension of the module's output that holds its rows, where the module is a plain linear layer; 0
             for others.
+        shared_out: whether the tensor is a stack of matrices, of experts, which share out the rows that are multiplied
+            with them; `uses` is then that of all of them together, and stays where there are fewer.
     """
 
     tensor: Name
@@ -132,6 +135,7 @@ class Slot:
     trained: bool = True
     uses: Macs = 0
     output: Annotated[int, Bounds(-1, 1)] = 0
+    shared_out: bool = False
 
     @property
     def module(self) -> str:
@@ -142,6 +146,10 @@ class Slot:
     def attribute(self) -> str:
         """What the module calls it."""
         return self.tensor.rpartition(".")[2]
+
+    def macs(self, shape: tuple[int, ...]) -> int:
+        """Multiply-accumulate operations of the maps where the tensor has this shape."""
+        return self.uses * prod(shape[1:] if self.shared_out else shape)
 
     def holds(self, width: int) -> bool:
         """Whether that many channels lie within the axis, each position once."""

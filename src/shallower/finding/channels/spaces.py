@@ -17,7 +17,7 @@ from shallower.finding.channels.following import Following
 from shallower.finding.channels.layout import Layout, Run, divide, resolved, runs, spans
 from shallower.finding.channels.readers import plain_readers
 from shallower.finding.channels.unread import Unread
-from shallower.finding.channels.weights import ATTENTION, WeightUse, attended_products, uses_of
+from shallower.finding.channels.weights import ATTENTION, WeightUse, attended_products, is_picked, uses_of
 from shallower.finding.channels.zeros import close_sums
 from shallower.modules.weight_norms import place_of_weight
 from shallower.recording.tracing import Value
@@ -155,8 +155,17 @@ def _gathered(f: Following) -> tuple[dict[Run, _Space], dict[str, str]]:
 
 
 def _slot(name: str, value: Value, axis: int, own: list[Span], use: WeightUse) -> Slot:
-    side = use.side(axis)
-    return Slot(name, value.shape, axis, tuple(own), side, value.origin == "parameter", use.multiplied, use.output)
+    return Slot(
+        name,
+        value.shape,
+        axis,
+        tuple(own),
+        use.side(axis),
+        value.origin == "parameter",
+        use.multiplied,
+        use.output,
+        use.shared_out,
+    )
 
 
 def _sides(known: Iterable[Site]) -> Iterator[tuple[str, str]]:
@@ -230,7 +239,7 @@ def _products(f: Following) -> dict[Run, int]:
     """For each run, the MACs that one channel has in products of two computed tensors."""
     found: dict[Run, int] = {}
     for call in f.trace.calls:
-        two = len(call.inputs) > 1 and all(value.fed for value in call.inputs[:2])
+        two = len(call.inputs) > 1 and all(value.fed and not is_picked(value) for value in call.inputs[:2])
         axes = f.axes(call.outputs[0]) if two else []
         if two and call.name in ("matmul", "bmm"):
             macs = call.outputs[0].elements * call.inputs[0].shape[-1]

@@ -22,7 +22,7 @@ from shallower.sites import Follower, Site
 if TYPE_CHECKING:
     from shallower.finding.channels.following import Following
 
-PLAIN = (int, float, bool, str, type(None))
+SAYS_THE_SAME = (int, float, bool, str, type(None))
 
 
 def follow_unrun(f: Following) -> None:
@@ -45,32 +45,32 @@ def _to_follow(
     alike: dict[object, list[nn.Module]] = {}
     for entry in holder.children():
         if next(entry.parameters(), None) is not None:
-            alike.setdefault(_structure(entry), []).append(entry)
+            alike.setdefault(_built_as(entry), []).append(entry)
     for entries in alike.values():
         ran = list(filter(frames.__contains__, entries))
-        if not ran or len(ran) == len(entries) or not _side_by_side(f, frames, ran):
+        if not ran or len(ran) == len(entries) or not _are_parallel(f, frames, ran):
             continue
         for entry in entries:
             if frames.keys().isdisjoint(entry.modules()):
                 yield entry, ran
 
 
-def _structure(module: nn.Module) -> tuple[object, ...]:
+def _built_as(module: nn.Module) -> tuple[object, ...]:
     """What two modules have in common that do the same with what they are given, but for their weights."""
     own: list[object] = [type(module)]
     for name, value in sorted(vars(module).items()):
-        if isinstance(value, PLAIN):
+        if isinstance(value, SAYS_THE_SAME):
             own.append((name, value))
     tables: tuple[Mapping[str, Any], ...] = (module._parameters, module._buffers)
     for table in tables:
         for name, tensor in table.items():
             own += [name, None if tensor is None else tuple(tensor.shape)]
     for name, child in module.named_children():
-        own += [name, _structure(child)]
+        own += [name, _built_as(child)]
     return tuple(own)
 
 
-def _side_by_side(f: Following, frames: Mapping[nn.Module, list[Frame]], ran: list[nn.Module]) -> bool:
+def _are_parallel(f: Following, frames: Mapping[nn.Module, list[Frame]], ran: list[nn.Module]) -> bool:
     """Whether entries that ran read the same channels and write the same: several do, or one that it reads itself."""
     read: set[tuple[Run, ...]] = set()
     made: set[tuple[Run, ...]] = set()

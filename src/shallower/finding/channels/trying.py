@@ -338,7 +338,7 @@ def half_of(site: Site) -> int:
 
 def few_less(site: Site) -> int:
     """How many channels a trial leaves that takes few: as few as products by experts take, which count in 16 bytes."""
-    lost = 8 if site.width > 16 else 4 if site.width > 8 else 1
+    lost = 8 if site.width > 16 else 4 if site.width > 4 else 1
     return max(site.width - lost, site.least)
 
 

@@ -42,6 +42,8 @@ class WeightUse:
         multiplied: how often each number is multiplied in all of them together.
         output: dimension of its module's output that holds the rows; 0 where the module is no plain linear layer.
         turned: whether the maps read the parameter transposed.
+        shared_out: whether rows are shared out among the matrices of a stack, experts, each of which reads only its
+            own; `multiplied` is then that of all of them together.
     """
 
     dims: int
@@ -49,6 +51,7 @@ class WeightUse:
     multiplied: int = 0
     output: Literal[-1, 0, 1] = 0
     turned: bool = False
+    shared_out: bool = False
 
     def side(self, axis: int) -> Literal["", "rows", "columns"]:
         """What an axis of the parameter is in these maps."""
@@ -60,8 +63,10 @@ class WeightUse:
             rows, columns = 1, 0
         elif name in PRODUCTS:
             rows, columns = self.dims - 1, self.dims - 2
-        if self.turned and self.dims == 2:
-            axis = 1 - axis
+        elif name == "linear":
+            rows, columns = self.dims - 2, self.dims - 1
+        if self.turned and (self.dims == 2 or name in PRODUCTS or name == "linear"):
+            rows, columns = columns, rows
         if axis == rows:
             return "rows"
         return "columns" if axis == columns else ""
@@ -73,6 +78,7 @@ def uses_of(weight: Value) -> WeightUse:
     if len(weight.shape) < 2:
         return use
     waiting, seen = [(weight, False, 1)], {weight}
+    picked: set[Value] = set()
     while waiting and len(seen) < MOST_STEPS:
         value, turned, counts = waiting.pop(0)
         for call in value.readers:
@@ -80,10 +86,20 @@ def uses_of(weight: Value) -> WeightUse:
                 continue
             if _is_weight_of(value, call):
                 use.calls.append(call)
-                use.multiplied += counts * _times_in(value, call) * value.elements // max(1, weight.elements)
+                use.shared_out |= value in picked or (call.name == "grouped_mm" and len(call.inputs[0].shape) == 2)
+                times = counts * _times_in(value, call) * value.elements
+                if use.shared_out:
+                    times *= weight.shape[0]
+                use.multiplied += times // max(1, weight.elements)
                 use.output = _output_dim(weight, call)
-                use.turned = turned
-            elif not call.outputs[0].fed:
+                use.turned = turned != _is_first_factor(value, call)
+            elif _picks(value, call):
+                picked.update(call.outputs)
+                waiting += [(made, turned, counts) for made in call.outputs if made not in seen]
+                seen.update(call.outputs)
+            elif not call.outputs[0].fed or value in picked:
+                if value in picked:
+                    picked.update(call.outputs)
                 if any(other.elements > value.elements for other in call.inputs):
                     counts = 0  # a scale of the weight: the products are the larger one's
                 turned_now = turned != (call.name in TURNING)
@@ -99,7 +115,26 @@ def _is_weight_of(value: Value, call: Call) -> bool:
         return len(value.shape) == 2 and value not in call.args[:3]
     if call.name in RECURRENT:
         return value in tree_leaves(call.args[2:])
-    return call.name in PRODUCTS and value in call.inputs[1:] and value is not call.inputs[0] and len(value.shape) > 1
+    if call.name in PRODUCTS and value in call.inputs[1:] and value is not call.inputs[0]:
+        return len(value.shape) > 1
+    return _is_first_factor(value, call) and len(value.shape) > 2
+
+
+def _is_first_factor(value: Value, call: Call) -> bool:
+    """Whether a weight stands before what it is multiplied with, (outputs, inputs) like that of a linear layer."""
+    return call.name in ("matmul", "bmm") and value is call.inputs[0] and call.inputs[-1].fed
+
+
+def is_picked(value: Value) -> bool:
+    """Whether a value is positions of a parameter, picked by numbers that depend on the inputs."""
+    return value.call is not None and value.call.name == "getitem" and value.fed and not value.call.inputs[0].fed
+
+
+def _picks(value: Value, call: Call) -> bool:
+    """Whether a call takes matrices of a stack by numbers that depend on the inputs: those of a token's experts."""
+    if call.name not in ("getitem", "index_select") or value is not call.inputs[0] or len(value.shape) < 3:
+        return False
+    return len(call.inputs) == 2 and call.inputs[1].fed and call.outputs[0].shape[-2:] == value.shape[-2:]
 
 
 def _times_in(weight: Value, call: Call) -> int:
@@ -114,7 +149,10 @@ def _times_in(weight: Value, call: Call) -> int:
         batch = 1
         for size in weight.shape[:-2]:
             batch *= size
-        return call.outputs[0].elements // (batch * weight.shape[-1])
+        rows = -1
+        if _is_first_factor(weight, call):
+            rows = -2
+        return call.outputs[0].elements // (batch * weight.shape[rows])
     return call.outputs[0].elements // weight.shape[0]
 
 

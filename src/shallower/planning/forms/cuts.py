@@ -22,7 +22,8 @@ class TensorCut:
         tensor: dotted name.
         before, after: its shape.
         kept: for each axis that is cut, the positions that stay, as the tensor is before.
-        trained, uses: as in `Slot`.
+        trained: as in `Slot`.
+        macs: multiply-accumulate operations of its maps before and after.
     """
 
     tensor: str
@@ -30,7 +31,7 @@ class TensorCut:
     after: tuple[int, ...]
     kept: tuple[tuple[int, Tensor], ...]
     trained: bool
-    uses: int
+    macs: tuple[int, int]
 
     @property
     def elements(self) -> tuple[int, int]:
@@ -93,7 +94,8 @@ class TensorsLeft:
             kept.append((slot.axis, own))
             after[slot.axis] = len(own)
         self._shapes[first.tensor] = tuple(after)
-        return TensorCut(first.tensor, before, tuple(after), tuple(kept), first.trained, first.uses)
+        macs = first.macs(before), first.macs(tuple(after))
+        return TensorCut(first.tensor, before, tuple(after), tuple(kept), first.trained, macs)
 
     def _added_bias(
         self, entry: Entry, slots: list[Slot], m: LinearMap | None, all_slots: Mapping[str, object]
@@ -114,7 +116,7 @@ def _biases_of(entry: Entry) -> list[TensorCut]:
     found: list[TensorCut] = []
     for m, bias in zip(entry.site.consumers, entry.fit.biases, strict=True):
         if not m.bias and bool(bias.ne(0).any()):
-            found.append(TensorCut(f"{m.name}.bias", (0,), (m.d_out,), (), True, 0))
+            found.append(TensorCut(f"{m.name}.bias", (0,), (m.d_out,), (), True, (0, 0)))
     return found
 
 

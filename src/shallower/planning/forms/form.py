@@ -96,7 +96,7 @@ class Form:
     @property
     def macs(self) -> int:
         """Multiply-accumulate operations on the example inputs that the sites were found with."""
-        followed = sum(cut.elements[1] * cut.uses for cut in self.cuts)
+        followed = sum(cut.macs[1] for cut in self.cuts)
         return tally(self.maps).macs + self.products + followed
 
     @property

@@ -55,7 +55,7 @@ def form_of_followed(entry: Entry, cuts: tuple[TensorCut, ...]) -> Form:
     """The form of a followed site whose tensors become these."""
     site = entry.site
     params = sum(cut.elements[0] for cut in cuts if cut.trained)
-    macs = sum(cut.elements[0] * cut.uses for cut in cuts)
+    macs = sum(cut.macs[0] for cut in cuts)
     kept = len(entry.kept)
     return Form(
         "cut",

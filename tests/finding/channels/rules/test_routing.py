@@ -14,8 +14,10 @@ import shallower as sh
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.spaces import followed_sites
 from shallower.finding.kinds import find_sites
+from shallower.planning.forms import steps
+from shallower.planning.forms.form import totals
 from shallower.recording.tracing import trace_forward
-from tests.experts import Mixture
+from tests.experts import How, Mixture
 from tests.followed import drawn
 
 PLACES = {"up", "up_bias", "down", "router.weight", "router.bias"}
@@ -54,6 +56,21 @@ def test_half_of_the_experts_are_cut_saved_and_loaded(name: str, tmp_path: Path)
     sh.save(small, tmp_path / "small")
     again = sh.load(tmp_path / "small", model=make())
     assert torch.equal(again.eval()(other), small(other))
+
+
+@pytest.mark.parametrize("how", ["picked", "stretches"])
+def test_fewer_experts_do_as_much_work(how: How) -> None:
+    model, x = drawn(Mixture(how=how)), torch.randn(2, 40, 5)
+    sites = find_sites(model, x, kinds="all")
+    assert {site.name: site.kind for site in sites if site.width} == {
+        "down:stream": "stream", "up": "hidden", "router": "experts"
+    }  # fmt: skip
+    for kinds in (["experts"], ["hidden"], ["stream", "hidden", "experts"]):
+        chosen = sites.select(lambda site, kinds=kinds: site.kind in kinds)
+        plan = sh.Plan(tuple(sh.Entry.narrow(site, range(0, site.width, 2)) for site in chosen))
+        small = sh.apply(model, plan, x)
+        (_, before), (_, after) = totals(step.form for step in steps(plan.entries))
+        assert sh.measure(model, x).macs - sh.measure(small, x).macs == before - after
 
 
 def test_what_is_left_is_chosen_anew() -> None:

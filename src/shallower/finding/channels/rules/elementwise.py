@@ -9,6 +9,7 @@ from __future__ import annotations
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import close, divide, fixed, tie
 from shallower.finding.channels.rules.arguments import integer, tensor
+from shallower.finding.channels.weights import is_picked
 from shallower.finding.pointwise import DROPOUT, stays_on
 from shallower.recording.tracing import Call
 
@@ -50,8 +51,11 @@ def together(f: Following, call: Call) -> Axes:
     if call.name == "where" and len(call.inputs) == 1 and len(call.args) + len(call.kwargs) == 1:
         raise UnknownUseError(f"{f.title(call)} picks positions by the numbers it reads")
     axes = f.tied(call.inputs)
-    if call.name == "add" and sum(value.fed and value.shape == output.shape for value in call.inputs) > 1:
-        f.sums += axes
+    if call.name == "add":
+        # the biases of each token's expert make no sum of two streams
+        whole = [value for value in call.inputs if value.fed and value.shape == output.shape and not is_picked(value)]
+        if len(whole) > 1:
+            f.sums += axes
     return axes
 
 
