@@ -76,9 +76,10 @@ from .surgery.applying import apply as apply
 from .surgery.padding import border_error as border_error
 from .surgery.padding import move_padding as move_padding
 from .surgery.simulation import simulate as simulate
-from .training.healing import Matching as Matching
+from .training.guiding import Healing as Healing
 from .training.healing import heal as heal
 from .training.loop import train as train
+from .training.matching import Matching as Matching
 from .training.recipe import Checkpoint as Checkpoint
 from .training.recipe import History as History
 from .training.recipe import Recipe as Recipe

@@ -102,7 +102,7 @@ def test_training_before_and_after_goes_on_after_an_interruption(
 ) -> None:
     given = job(pictures, method=SqueezeRun(samples=64, heal=1), training=TrainingOptions(dense_epochs=2, lr=1e-3))
     run(replace(given, output=pictures.parent / "whole"))
-    # Two passes of five batches train the unchanged model; the third batch of healing is interrupted.
+    # Two passes of five batches train the unchanged model; the third step of a trial rate is interrupted.
     monkeypatch.setattr(Net, "interrupt_in", 13)
     with pytest.raises(KeyboardInterrupt):
         run(given)

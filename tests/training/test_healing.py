@@ -15,7 +15,8 @@ from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan
 from shallower.sites import Sites
 from shallower.surgery.applying import apply
-from shallower.training.healing import Matching, heal, recipe
+from shallower.training.healing import heal, recipe
+from shallower.training.matching import Matching
 
 
 class Net(nn.Module):

@@ -449,3 +449,41 @@ def test_two_processes_end_with_equal_weights(tmp_path: Path) -> None:
     in_two_processes(TWO_PROCESSES, tmp_path, tmp_path)
     assert (tmp_path / "rank0.safetensors").read_bytes() == (tmp_path / "rank1.safetensors").read_bytes()
     assert read_state(tmp_path / "run.safetensors", error=TrainingError)["position"] == 9
+
+
+def test_with_patience_training_ends_in_its_best_state(tmp_path: Path) -> None:
+    scores = [0.5, 0.7, 0.6, 0.9, 0.8, 0.7, 0.6, 0.95]
+    states: list[dict[str, Tensor]] = []
+
+    def score(model: nn.Module) -> float:
+        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return scores[len(states) - 1]
+
+    model, recipe, path = Halves(), Recipe(epochs=7, lr=1e-2, patience=3), tmp_path / "run.safetensors"
+    history = train(model, loader(), cross_entropy, recipe, score=score, checkpoint=path)
+    assert (history.before, history.scores, history.best, history.stopped) == (0.5, scores[1:7], 0.9, True)
+    assert all(torch.equal(tensor, states[3][name]) for name, tensor in model.state_dict().items())
+    again = Halves()
+    assert train(again, loader(), cross_entropy, recipe, score=score, checkpoint=path).stopped
+    assert equal(model, again)
+
+
+def test_with_patience_a_training_that_gains_nothing_changes_nothing() -> None:
+    values = iter([1.0, 0.5, float("nan")])
+    model = Halves()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    history = train(model, loader(), cross_entropy, Recipe(epochs=2, lr=1e-2, patience=5), score=lambda _: next(values))
+    assert (history.best, history.stopped) == (1.0, False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_patience_needs_a_score_and_resumes_with_its_count(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=9, lr=1e-2, patience=2)
+    with pytest.raises(TrainingError, match="patience"):
+        train(Halves(), loader(), cross_entropy, recipe)
+    scores = iter([0.5, 0.4, 0.3])
+    path = tmp_path / "run.safetensors"
+    with pytest.raises(InterruptionError):
+        train(Halves(), loader(), interrupting(8), recipe, score=lambda _: next(scores), checkpoint=path)
+    history = train(Halves(), loader(), cross_entropy, recipe, score=lambda _: next(scores), checkpoint=path)
+    assert (history.before, history.scores, history.stopped) == (0.5, [0.4, 0.3], True)

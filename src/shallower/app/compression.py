@@ -54,6 +54,7 @@ class Work:
         task: has the loss and the score.
         goal: what the result has to reach; None where the method makes all sizes at once.
         recipe: of a training.
+        lr: the learning rate that was asked for; None where a method may find its own.
         dense_epochs: passes that train the unchanged model first: for a head that is new.
         floor: the lowest score allowed on the validation set; a `drop` target sets one of its own.
         sites: glob on the names of the sites that may change.
@@ -67,6 +68,7 @@ class Work:
     task: Task
     goal: Target | None = None
     recipe: Recipe = Recipe(3, 1e-4, warmup=0.1)
+    lr: float | None = None
     dense_epochs: int = 0
     floor: float | None = None
     sites: str = "*"

@@ -53,6 +53,7 @@ _ENDINGS: Mapping[str, TaskName] = {
 """What a class of Transformers is for, by how its name ends; the longest ending counts."""
 
 _NOTE = "job.json"
+_LR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -324,13 +325,17 @@ def _prepared(job: Job, name: TaskName, device: torch.device) -> tuple[LoadedMod
     if floor is not None:
         floor = task.score_of(floor)
     training = job.training
-    recipe = Recipe(training.epochs, training.lr, warmup=0.1, precision=training.precision, seed=job.machine.seed)
+    lr = training.lr
+    if lr is None:
+        lr = _LR
+    recipe = Recipe(training.epochs, lr, warmup=0.1, precision=training.precision, seed=job.machine.seed)
     work = Work(
         loaded.model,
         batches,
         task,
         job.target,
         recipe,
+        training.lr,
         training.dense_epochs,
         floor,
         job.scope.sites,

@@ -81,7 +81,7 @@ class TrainingOptions(Options):
 
     epochs: int = option(3, "Passes over the data in each stage.", least=1)
     dense_epochs: int = option(0, "Passes that train the unchanged model first.", least=0)
-    lr: float = option(1e-4, "Peak learning rate.", least=0)
+    lr: float | None = option(None, "Peak learning rate; by default 1e-4, and for --heal the best of a trial.", least=0)
     augment: bool = option(False, "Shift and mirror images at random.")
     precision: Literal["no", "bf16", "fp16"] = option("no", "Training precision.")
 
@@ -149,7 +149,7 @@ class Squeezing(MethodOptions):
     round_to: int = same_as(SqueezeOptions, "round_to")
     linear_path: bool = same_as(SqueezeOptions, "linear_path")
     vary: bool = option(False, "Calibrate on rearranged text, too.")
-    heal: int = option(0, "Passes of distillation afterwards.", least=0)
+    heal: int = option(0, "At most so many passes of distillation afterwards.", least=0)
 
     @property
     def trains(self) -> bool:

@@ -120,7 +120,7 @@ def output_metrics(
     with raised_anywhere(), ExitStack() as stack:
         calibration = Batches.read(batches, inputs_of, mask_of)
         room = max(_ROOM, held_bytes(model))
-        if len(calibration) and not _rows_are_independent(model, calibration[0].on(device).inputs, output_of):
+        if len(calibration) and not rows_are_independent(model, calibration[0].on(device).inputs, output_of):
             room = sys.maxsize
         stack.enter_context(evaluating(model, gradients=True))
         stack.callback(_require_no_gradients(model))
@@ -214,8 +214,10 @@ def _require_no_gradients(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
-def _rows_are_independent(model: nn.Module, inputs: Any, output_of: OutputOf) -> bool:
+def rows_are_independent(model: nn.Module, inputs: Any, output_of: OutputOf) -> bool:
     """Whether half of a batch gets the outputs that it gets in the whole, so that a batch may run in parts.
+
+        rows_are_independent(model, inputs, default_output_of)
 
     Not so where dimension 0 is no batch: time, the nodes of a graph, the points of one cloud.
     """

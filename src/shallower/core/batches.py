@@ -87,6 +87,7 @@ class Batches:
         mask_of: MaskOf | None = None,
         *,
         most: int | None = None,
+        rows: int | None = None,
     ) -> Batches:
         """Read batches once; what was read by this function already, all or a few of it, stays as it is.
 
@@ -97,6 +98,7 @@ class Batches:
             inputs_of: picks the model's inputs out of a batch.
             mask_of: picks the mask out of a batch; by default a two-dimensional `attention_mask`.
             most: bytes that are kept in memory; by default a quarter of what is free, and at least 1 GiB.
+            rows: batches are read until there are so many; by default all of them.
 
         Raises:
             SiteError: `batches` can be read only once or is a single batch, or a batch is not what a model is called
@@ -110,6 +112,8 @@ class Batches:
         own = not isinstance(batches, (list, tuple))  # a loader may hand out the same memory again
         in_memory = 0
         for number, raw in enumerate(_each(batches), 1):
+            if rows is not None and found.rows >= rows:
+                break
             batch = raw
             if not isinstance(raw, Batch):
                 batch = _picked(number, raw, inputs_of, mask_of or default_mask_of)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def has_no_numbers(tensor: Tensor) -> bool:
@@ -30,3 +31,15 @@ def content(tensor: Tensor) -> memoryview:
         return memoryview(b"")
     # as bytes, since NumPy does not know every dtype (bfloat16)
     return flat.view(torch.uint8).numpy().data
+
+
+def hash_of_weights(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers, with their names and types.
+
+    hash_of_weights(model)              # "9f86d0..."
+    """
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(content(tensor))
+    return digest.hexdigest()

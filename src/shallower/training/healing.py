@@ -1,6 +1,6 @@
 """A short distillation after squeezing: the small network is trained to do what the original does.
 
-    history = sh.heal(small, dense, batches, sh.Recipe(epochs=2, lr=1e-4))
+    history = sh.heal(small, dense, batches)
 
 No labels are needed. Either the outputs of both networks are compared, or the outputs of every site's consumers.
 """
@@ -8,30 +8,18 @@ No labels are needed. Either the outputs of both networks are compared, or the o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from shallower.calibrating.fisher import OutputOf, default_output_of
-from shallower.core.inputs import InputsOf, MaskOf, call, default_inputs_of, default_mask_of, model_device
-from shallower.core.modes import evaluating
-from shallower.core.options import Options, option
-from shallower.core.outputs import are_logits
-from shallower.core.trees import tensors
-from shallower.core.watching import recorded
+from shallower.core.batches import Batch
+from shallower.core.inputs import InputsOf, default_inputs_of
 from shallower.errors import MethodError
-from shallower.modules.attachment import attached_places, detached_copy
-from shallower.sites import Sites
-from shallower.training.accelerating import placed
-from shallower.training.divergence import kl_divergence, relative_divergence
+from shallower.training.guiding import Healing, guided
 from shallower.training.loop import Score, train
+from shallower.training.matching import Lesson, Matching, Pupil, Teacher
 from shallower.training.recipe import Checkpoint, History, Recipe
-
-Match = Literal["outputs", "sites"]
 
 
 def recipe(epochs: int, lr: float = 1e-4, seed: int = 0) -> Recipe:
@@ -39,51 +27,11 @@ def recipe(epochs: int, lr: float = 1e-4, seed: int = 0) -> Recipe:
     return Recipe(epochs=epochs, lr=lr, weight_decay=0.0, warmup=0.05, seed=seed)
 
 
-@dataclass(frozen=True)
-class Matching(Options):
-    """What `heal` compares between the two networks.
-
-        sh.heal(small, model, batches, matching=sh.Matching(temperature=2.0))
-        sh.heal(small, model, batches, matching=sh.Matching("sites", sites))
-
-    Attributes:
-        match: "outputs" compares what the models return: of logits the Kullback-Leibler divergence of the
-            distributions, else the squared error relative to the original's output. "sites" compares the output
-            of each site's consumers, by the relative squared error, and needs `sites`.
-        sites: as found in the original.
-        temperature: logits are divided by it; the divergence is multiplied by its square.
-        mask_of: picks the mask of padding out of a batch; by default a two-dimensional `attention_mask`.
-        output_of: picks the output that matters out of what the model returns.
-        logits: whether that output is logits; by default, whether the model calls it so.
-
-    Raises:
-        MethodError: the options contradict one another.
-    """
-
-    match: Match = "outputs"
-    sites: Sites | None = None
-    temperature: float = option(1.0, above=0)
-    mask_of: MaskOf = default_mask_of
-    output_of: OutputOf = default_output_of
-    logits: bool | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse options that contradict one another."""
-        super().__post_init__()
-        if (self.match == "sites") != (self.sites is not None):
-            raise MethodError("match='sites' needs sites=, as found in the original, and nothing else takes them")
-
-    @property
-    def names(self) -> list[str]:
-        """The layers whose outputs are compared."""
-        return [] if self.sites is None else [m.name for site in self.sites for m in site.consumers]
-
-
 def heal(
     small: nn.Module,
     dense: nn.Module,
     batches: Iterable[Any],
-    recipe: Recipe | None = None,
+    recipe: Recipe | Healing | None = None,
     matching: Matching | None = None,
     *,
     inputs_of: InputsOf = default_inputs_of,
@@ -95,68 +43,49 @@ def heal(
     """Train `small`, in place, to do what `dense` does.
 
         small = sh.apply(model, plan, example_inputs)
-        sh.heal(small, model, batches, sh.Recipe(epochs=2, lr=1e-4))
+        history = sh.heal(small, model, batches)
+        history.before, history.best
+
+    One row in ten is held out. The learning rate is the one with which a few steps from the same start bring most on
+    these rows; the training looks at them again and again, ends where they no longer gain, and leaves the network in
+    the best state that it found: never farther from the original, there, than it was. Small parts of the batches make
+    a step, so that few rows make many. All modules run as in evaluation: no dropout, BatchNorm with the statistics
+    that it has.
 
     Args:
         small: the model after surgery; its parameters that require a gradient are trained.
         dense: the model it was made from; it is not changed.
-        batches: iterated once an epoch, with a length; labels are not read.
-        recipe: how to train; by default one epoch of `healing.recipe`.
+        batches: read once, a part of them first; labels are not read. With a `Recipe`, iterated once an epoch, with a
+            length.
+        recipe: by default `Healing()`, which finds its own. A `Recipe` trains as it says to its end, on all batches.
         matching: what is compared; by default the outputs.
         inputs_of: picks the model's inputs out of a batch.
-        score: called with the model in eval mode after each epoch; higher is better.
+        score: called with the model in eval mode, higher is better; takes the place of the rows held out.
         floor: lowest acceptable score; see `train`.
-        checkpoint: a file (.safetensors), or a `Checkpoint`, that an interrupted run continues from.
+        checkpoint: a file (.safetensors), or a `Checkpoint`, that an interrupted run continues from; one of other
+            weights, batches or options is refused.
         cpu: stay on the CPU even where there is an accelerator.
 
     Returns:
-        What the training saw.
+        What the training saw. `lr` is the rate that was found; scores are minus the divergence on the rows held out.
 
     Raises:
         MethodError: both models are one.
         SiteError: one of the models has no layer of that name.
-        TrainingError: see `train`.
+        TrainingError: there are not two rows, so that none can be held out; or see `train`.
 
     Reference: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, section 2.
     """
     if small is dense:
         raise MethodError("small and dense are the same model: pass the one that surgery made, and the original")
-    chosen = Matching() if matching is None else matching
-    teacher = detached_copy(dense) if attached_places(dense) else dense
-    with ExitStack() as stack:
+    how = Healing() if recipe is None else recipe
+    kept: dict[str, Any] = {"score": score, "floor": floor, "checkpoint": Checkpoint.of(checkpoint), "cpu": cpu}
+    with Teacher(dense, Matching() if matching is None else matching) as teacher:
+        if isinstance(how, Healing):
+            return guided(small, teacher, batches, how, inputs_of, **kept)
 
         def distance(student: nn.Module, batch: Any) -> Tensor:
-            inputs, mask = inputs_of(batch), chosen.mask_of(batch)
-            device = model_device(student)
-            if model_device(teacher) != device:
-                stack.enter_context(placed(teacher, device))
-            with evaluating(teacher), recorded(teacher, chosen.names, inputs=False) as there:
-                wanted = call(teacher, inputs)
-            with recorded(small, chosen.names, inputs=False, keep=_as_it_is) as here:
-                given = call(student, inputs)
-            if chosen.names:
-                pairs = zip(tensors(here.outputs), tensors(there.outputs), strict=True)
-                return torch.stack([relative_divergence(a, b, mask) for a, b in pairs]).mean()
-            return _distance(given, wanted, mask, chosen)
+            lesson = Lesson(Batch(inputs_of(batch), teacher.matching.mask_of(batch)))
+            return teacher.distance(student, lesson, small)
 
-        options: dict[str, Any] = {"score": score, "floor": floor, "checkpoint": checkpoint, "cpu": cpu}
-        how = _default_recipe(epochs=1) if recipe is None else recipe
-        return train(small, batches, distance, how, label="healing", **options)
-
-
-def _distance(given: Any, wanted: Any, mask: Tensor | None, matching: Matching) -> Tensor:
-    """How far one output is from the other."""
-    categorical = are_logits(wanted) if matching.logits is None else matching.logits
-    a, b = matching.output_of(given), matching.output_of(wanted)
-    if categorical:
-        return kl_divergence(a, b, mask, matching.temperature)
-    return relative_divergence(a, b, mask)
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    """With its history, for the backward pass."""
-    return tensor
-
-
-_default_recipe = recipe
-"""`heal` has an argument of that name."""
+        return train(small, batches, distance, how, method=Pupil(small), label="healing", **kept)

@@ -42,7 +42,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 Score = Callable[[nn.Module], float]
 """Of the model, higher is better."""
 
-TRAINING_FORMAT = 2
+TRAINING_FORMAT = 3
 """Version of the checkpoint file."""
 
 _FAILURES: tuple[type[Exception], ...] = (
@@ -53,6 +53,10 @@ _FAILURES: tuple[type[Exception], ...] = (
 
 _CHECK_EVERY = 10
 """Steps between two looks at the loss, each of which waits for the device."""
+
+
+class DivergedError(TrainingError):
+    """The loss is no longer a number, and the data are not to blame."""
 
 
 def train(
@@ -99,6 +103,8 @@ def train(
     steps = _steps_of(batches)
     if floor is not None and score is None:
         raise TrainingError("floor= needs score=, a function of the model, to compare with")
+    if recipe.patience is not None and score is None:
+        raise TrainingError("a recipe with patience needs score=, a function of the model, to compare with")
     with (
         started(recipe.precision, cpu) as accelerator,
         kept(accelerator.device, batches),
@@ -109,6 +115,7 @@ def train(
         run.score, run.floor, run.checkpoint = score, floor, Checkpoint.of(checkpoint)
         run.start()
         with prepared(accelerator, model, run.optimizer) as pair:
+            run.score_before(pair)
             run.train(pair, batches, loss, label)
     return run.history
 
@@ -132,6 +139,7 @@ class _Run:
         self.model = model
         self.optimizer = _optimizer(recipe, method)
         self.history = History()
+        self.waited = 0
         self.position = 0
         self.epoch_loss = 0.0
         self.good: dict[str, Tensor] = {}
@@ -143,8 +151,13 @@ class _Run:
         """From the checkpoint where there is one."""
         if self.checkpoint is not None and self.checkpoint.file.exists():
             self.load(self.checkpoint.file)
-        elif self.floor is not None:
+        elif self.floor is not None or self.recipe.patience is not None:
             self.keep()
+
+    def score_before(self, pair: Prepared) -> None:
+        """What a training that keeps the best state has to be better than."""
+        if self.recipe.patience is not None and self.score is not None and self.history.before is None:
+            self.history.before = self.scored(pair, self.score)
 
     def train(self, pair: Prepared, batches: Iterable[Any], loss: Loss, label: str) -> None:
         total, main = self.steps * self.recipe.epochs, self.accelerator.is_main_process
@@ -238,23 +251,34 @@ class _Run:
                     f"the batch of step {position + 1} contains NaN or infinite values, and the loss is not finite: "
                     "clean the data"
                 )
-        raise TrainingError(
+        raise DivergedError(
             f"the loss is not finite at step {self.position}: lower the learning rate ({self.recipe.lr:g}), "
             "clip the gradient, or train in higher precision"
         )
 
     def judge(self, pair: Prepared, score: Score) -> None:
         """Score the model; keep it where it reaches the floor, go back and finish where it does not."""
-        with in_eval_mode(self.model), pair.own_forward() as model:
-            value = float(agreed_result(score, model))
+        value, best = self.scored(pair, score), self.history.best
         self.history.scores.append(value)
-        if self.floor is None:
-            return
-        if value >= self.floor:
+        if self.floor is not None and not value >= self.floor:
+            self.history.stopped = True
+        elif self.recipe.patience is None:
+            if self.floor is not None:
+                self.keep()
+        elif best is None or value > best:
+            self.waited = 0
             self.keep()
         else:
+            self.waited += 1
+            self.history.stopped = self.waited >= self.recipe.patience and not self.finished
+        self.finished = self.finished or self.history.stopped
+        if self.history.stopped or (self.finished and self.recipe.patience is not None):
             self.model.load_state_dict(self.good)
-            self.history.stopped = self.finished = True
+
+    def scored(self, pair: Prepared, score: Score) -> float:
+        """The first process's score of the model, in all of them."""
+        with in_eval_mode(self.model), pair.own_forward() as model:
+            return float(agreed_result(score, model))
 
     def keep(self) -> None:
         self.good = copied_state(self.model)
@@ -275,6 +299,7 @@ class _Run:
                 "epoch_loss": self.epoch_loss,
                 "history": dataclasses.asdict(self.history),
                 "finished": self.finished,
+                "waited": self.waited,
                 "random": random_state,
                 "model": dict(self.model.state_dict()),
                 "optimizer": self.optimizer.state_dict(),
@@ -300,7 +325,7 @@ class _Run:
             self.epoch_loss = float(found["epoch_loss"])
             self.history = decode(History, found["history"], at=f"{path}: history", error=TrainingError)
             self.history.resumed = self.position
-            self.finished = bool(found["finished"])
+            self.finished, self.waited = bool(found["finished"]), int(found["waited"])
             if len(found["random"]) == self.accelerator.num_processes and self.position % self.steps:
                 self.random_state = found["random"]
             self.good = found["good"]
@@ -313,6 +338,21 @@ class _Run:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise TrainingError(f"{path}: this checkpoint does not fit this run: {error}") from error
         _same_layout(self.optimizer)
+
+
+def recipe_in(path: Path) -> tuple[Recipe, int]:
+    """The recipe of the training whose checkpoint this is, and the steps of a pass.
+
+        recipe, steps = recipe_in(Path("run.safetensors"))
+
+    Raises:
+        TrainingError: it is damaged, or of another version.
+    """
+    found = read_state(path, error=TrainingError)
+    if found.get("schema") != TRAINING_FORMAT or not isinstance(found.get("steps"), int):
+        raise TrainingError(f"{path}: not a checkpoint of this release of Shallower; delete it, or pass another path")
+    recipe: Recipe = decode(Recipe, found.get("recipe"), at=f"{path}: recipe", error=TrainingError)
+    return recipe, found["steps"]
 
 
 def copied_state(model: nn.Module) -> dict[str, Tensor]:

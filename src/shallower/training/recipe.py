@@ -32,6 +32,8 @@ class Recipe(Options):
         milestones: fractions of all steps, for "step".
         gamma: for "step".
         clip: largest norm of the gradient; None does not clip.
+        patience: passes without a better score after which the training stops; afterwards the model is in its best
+            state, that before the training included. None trains to the end and keeps that. Needs `score`.
         precision: "no", "bf16" or "fp16"; the latter two are autocast around the model's forward pass.
         seed: of the order of the batches, dropout and augmentation (torch, NumPy and Python).
 
@@ -51,6 +53,7 @@ class Recipe(Options):
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = option(0.1, above=0)
     clip: float | None = option(1.0, above=0)
+    patience: int | None = option(None, least=1)
     precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = option(0, least=0, most=_MOST_SEED)
 
@@ -84,8 +87,11 @@ class History:
         losses: mean loss, penalties of the method included, on the main process.
         scores: what `score` returned after the epoch; empty without it.
         seconds: wall time, scoring and checkpoints included.
-        stopped: the score fell below the floor; the model is in the last state that did not.
+        stopped: the score fell below the floor, or rose no longer; the model is in the last state that did not, or the
+            best one.
         resumed: steps that were read from the checkpoint, not trained in this call.
+        before: the score before the training, where a patience asked for it.
+        lr: the highest learning rate, where a trial found it.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -93,6 +99,16 @@ class History:
     seconds: list[float] = field(default_factory=list)
     stopped: bool = False
     resumed: int = 0
+    before: float | None = None
+    lr: float | None = None
+
+    @property
+    def best(self) -> float | None:
+        """The best score, that before the training included; None where nothing was scored."""
+        scores = [score for score in self.scores if not math.isnan(score)]
+        if self.before is not None:
+            scores.append(self.before)
+        return max(scores, default=None)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -68,13 +68,16 @@ class SqueezeRun(Squeezing):
         return Outcome(small, plan, "healed" if self.heal else "squeezed", advice, details=details)
 
     def _healed(self, small: nn.Module, work: Work) -> History:
-        from shallower.training.healing import Matching, heal
+        from shallower.training.guiding import Healing
+        from shallower.training.healing import heal
+        from shallower.training.matching import Matching
 
+        recipe = work.recipe
         return heal(
             small,
             work.model,
-            work.batches.train,
-            replace(work.recipe, epochs=self.heal),
+            work.batches.sampled(),
+            Healing(self.heal, lr=work.lr, precision=recipe.precision, seed=recipe.seed),
             Matching(logits=work.logits),
             checkpoint=work.kept("healing.safetensors"),
             cpu=work.cpu,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from shallower import __version__
 from shallower.core.files import read_json, replacing, write_json
 from shallower.core.processes import from_first_process, gathered
-from shallower.core.tensors import content
+from shallower.core.tensors import content, hash_of_weights
 from shallower.errors import CheckpointError, PlanError
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.planning.entries import Entry
@@ -176,7 +176,7 @@ def identity_of(model: nn.Module, sites: Iterable[Site], data: str, options: Squ
     return {
         "version": f"{__version__}, torch {torch.__version__}",
         "modules": _hashed(*map(_module_text, model.named_modules())),
-        "weights": _hash_of_weights(model),
+        "weights": hash_of_weights(model),
         "sites": _hashed(*(site.to_json() for site in sites)),
         "data": _hashed(*gathered(data)),
         "options": chosen,
@@ -195,14 +195,6 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         else:
             names.append(key)
     return names
-
-
-def _hash_of_weights(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(content(tensor))
-    return digest.hexdigest()
 
 
 def _module_text(named: tuple[str, nn.Module]) -> str:
