@@ -7,6 +7,7 @@ from torch import nn
 
 from shallower.finding.channels import rules as rules
 from shallower.finding.channels.following import Following
+from shallower.finding.channels.layout import reason_of
 from shallower.finding.channels.spaces import followed_sites
 from shallower.finding.kinds import find_sites
 from shallower.recording.tracing import trace_forward
@@ -44,3 +45,20 @@ def test_sites_come_in_order_of_execution() -> None:
     found, _ = followed_sites(followed(Stages(), 1, 3, 8, 8), ())
     positions = [each.position for each in found]
     assert positions == sorted(positions)
+
+
+def test_channels_that_are_refused_say_why_wherever_they_stand() -> None:
+    class Averaged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.a(x).relu()
+            return self.b(h - h.mean(-1, keepdim=True) * x[:, :1])
+
+    model = Averaged()
+    f = followed(model, 2, 4)
+    _, closed = followed_sites(f, ())
+    assert closed["a"].startswith("an average is taken over its channels")
+    assert reason_of(f.axes(f.trace.weights[model.b, "weight"])[1]) == closed["a"]

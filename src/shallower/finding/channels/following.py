@@ -216,5 +216,5 @@ def _new(value: Value, size: int) -> Layout:
     if value.origin == "input":
         return fixed(size, "it has the size of an input")
     if value.origin == "unknown":
-        return fixed(size, "it is made out of sight")
+        return fixed(size, "it comes from a tensor that no recorded operation makes")
     return Run(size)

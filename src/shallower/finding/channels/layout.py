@@ -18,7 +18,7 @@ from math import prod
 
 from shallower.sites import Span
 
-ONE = "a single position"
+ONE = "there is only one, and one has to stay"
 MISMATCH = "its channels are rearranged in a way that no cut follows"
 MOST_PIECES = 64
 """How often a run may be divided so that two layouts have the same boundaries."""
@@ -107,9 +107,9 @@ def _simple(flat: list[Layout], size: Callable[[list[int]], int]) -> Layout | No
     if len(flat) == 1:
         return flat[0]
     if flat and all(isinstance(layout, Run) and layout.closed for layout in flat):
-        first = flat[0]
-        assert isinstance(first, Run)
-        return fixed(size([layout.size for layout in flat]), first.closed)
+        said = dict.fromkeys(layout.closed for layout in flat if isinstance(layout, Run))
+        telling = [reason for reason in said if reason != ONE]
+        return fixed(size([layout.size for layout in flat]), (telling or [ONE])[0])
     return None
 
 

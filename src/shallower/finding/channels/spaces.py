@@ -14,7 +14,7 @@ from torch import nn
 from shallower.finding.channels.averages import averages_of
 from shallower.finding.channels.choices import choices_in
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.layout import Layout, Run, divide, resolved, runs, spans
+from shallower.finding.channels.layout import Layout, Run, close, divide, resolved, runs, spans
 from shallower.finding.channels.readers import plain_readers
 from shallower.finding.channels.unread import Unread
 from shallower.finding.channels.weights import ATTENTION, WeightUse, attended_products, is_picked, uses_of
@@ -95,6 +95,7 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
         if not all(slot.holds(space.run.size) for slot in space.slots):
             reason = ENTANGLED
         if reason:
+            close(space.run, reason)
             for slot in space.slots:
                 closed.setdefault(slot.module, reason)
                 if slot.side == "rows":

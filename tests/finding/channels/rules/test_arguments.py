@@ -5,7 +5,16 @@ import torch
 from torch import nn
 
 from shallower.finding.channels.following import UnknownUseError
-from shallower.finding.channels.rules.arguments import dimensions, given, integer, integers, optional, tensor, values
+from shallower.finding.channels.rules.arguments import (
+    along,
+    dimensions,
+    given,
+    integer,
+    integers,
+    optional,
+    tensor,
+    values,
+)
 from shallower.recording.tracing import trace_forward
 
 
@@ -50,6 +59,16 @@ def test_a_default_stands_for_what_is_left_out():
 )
 def test_dimensions(function, dims):
     assert dimensions(call_of(function), 3) == dims
+
+
+def test_once_for_all_axes_or_for_each():
+    assert [along(2, 1, 0), along((2, 3), 1, 0), along((2,), 1, 0), along(None, 1, 5), along("same", 1, 0)] == [
+        2,
+        3,
+        2,
+        5,
+        0,
+    ]
 
 
 def test_whole_numbers_only():

@@ -103,6 +103,12 @@ USAGES = [
         "q0 k0 v0|q1 k1 v1",
     ),
     Usage(
+        "key heads that are shared, and value heads that are not",
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        "q:2,6,4,6 k:2,3,5,6 v:2,6,5,6",
+        "q0 k0 v0|q1 k1 v1",
+    ),
+    Usage(
         "grouped queries by hand",
         lambda q, k, v, n=2: F.scaled_dot_product_attention(q, k.repeat_interleave(n, 1), v.repeat_interleave(n, 1)),
         "q:2,6,4,6 k:2,3,5,6 v:2,3,5,6",

@@ -50,6 +50,8 @@ USAGES = [
         "x:2,6,4,4 w:4,6,2,2 o:2,8,3,3 m:2,4,3,3 b:4",
         "x0 o0 m0|x1 w1|w0 b0",
     ),
+    Usage("a text pooled as an image", lambda x: F.max_pool2d(x[:, None], (2, 1), stride=(2, 1)), "x:2,4,6", "x0|x2"),
+    Usage("averages of positions", lambda x: F.avg_pool2d(x, (3, 1), (1, 1), (1, 0)), "x:2,3,4,6", "x0|x1|x3"),
     Usage("cut pixels", lambda x: F.pad(x, (-1, 0)), "x:3,6,4", "x0|x1"),
     Usage("stretches", lambda x: x.unfold(2, 2, 1), "x:3,6,4", "x0|x1"),
     Usage("patches and back", lambda x: F.fold(F.unfold(x, 2), (3, 3), 2), "x:3,6,3,3", "x0|x1"),

@@ -148,7 +148,7 @@ USAGES = [
         "c2f",
         c2f,
         "x:2,3,4,4 into:8,3,1,1 inner:4,4,1,1 out:5,12,1,1",
-        "x0|x1 into1|into0 inner1 out1|inner0 out1|out0",
+        "x0|x1 into1|x2|x3|into0 inner1 out1|inner0 out1|out0",
     ),
     Usage(
         "unet",
@@ -160,7 +160,7 @@ USAGES = [
         "selective kernels",
         selected,
         "x:2,3,4,4 a:6,3,1,1 b:6,3,1,1 reduce:4,6 expand:12,4",
-        "x0|x1 a1 b1|a0 b0 reduce1 expand0|reduce0 expand1",
+        "x0|x1 a1 b1|x2|x3|a0 b0 reduce1 expand0|reduce0 expand1",
     ),
     Usage("global response", response, "x:2,4,4,6 gamma:6 beta:6", "x0|x1|x2|x3 gamma0 beta0"),
     Usage(

@@ -1,11 +1,13 @@
 """Operations that no channel passes, and why."""
 
 import pytest
+from torch.nn import functional as F
 
 from tests.finding.channels.commuting import Usage
 
 USAGES = [
     ("numbers", lambda x: x.unique(), "x:3,6", "picks positions by the numbers it reads"),
+    ("losses", lambda x: F.mse_loss(x, 0 * x), "x:3,6", "makes one number of all channels"),
     ("positions", lambda x: x.nonzero(), "x:3,6", "picks positions by the numbers it reads"),
 ]
 

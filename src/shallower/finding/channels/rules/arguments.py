@@ -58,6 +58,14 @@ def integers(value: Any) -> list[int]:
     return list(items)
 
 
+def along(value: Any, axis: int, default: int) -> int:
+    """What is given once for all axes of an image, or for each of them."""
+    if value is None or isinstance(value, str):
+        return default
+    items = integers(value)
+    return items[axis if len(items) > 1 else 0]
+
+
 def dimensions(call: Call, count: int, place: int = 1, *, names: Iterable[str] = ("dim", "dims", "axis")) -> list[int]:
     """The dimensions that a call is about: one, several, or one by one; all where none is given."""
     value = given(call, place, *names)

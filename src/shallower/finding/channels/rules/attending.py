@@ -28,10 +28,9 @@ def attention(f: Following, call: Call) -> Axes:
         tie(first, second)
     for axis in (positions, places):
         close(axis, POSITIONS)
-    if queries and queries[-1].size > keys[-1].size > 1 and given(call, 7, "enable_gqa"):
-        each = queries[-1].size // keys[-1].size
-        keys[-1] = within([keys[-1], fixed(each, SHARED)])
-        values[-1] = within([values[-1], fixed(each, SHARED)])
+    for own in (keys, values):
+        if queries and queries[-1].size > own[-1].size > 1 and given(call, 7, "enable_gqa"):
+            own[-1] = within([own[-1], fixed(queries[-1].size // own[-1].size, SHARED)])
     batch = f.broadcast(f.broadcast(queries, keys), values)
     if mask is not None:
         f.broadcast([*batch, positions, places], f.axes(mask))

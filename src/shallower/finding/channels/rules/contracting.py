@@ -7,8 +7,9 @@ torch.einsum("bhid,bhjd->bhij", q, k)
 from __future__ import annotations
 
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
-from shallower.finding.channels.layout import Layout, close, divide, fixed, tie, within
-from shallower.finding.channels.rules.arguments import given, integer, optional, tensor, values
+from shallower.finding.channels.layout import ONE, Layout, close, divide, fixed, tie, within
+from shallower.finding.channels.rules.arguments import along, given, integer, optional, tensor, values
+from shallower.finding.channels.rules.images import close_pixels, pixels
 from shallower.recording.tracing import Call, Value
 
 
@@ -32,7 +33,7 @@ def convolution(f: Following, call: Call) -> Axes:
     channels = axes[-1 - len(taps)]
     _grouped(f, call, channels, columns, rows, integer(call, 6, "groups", 1))
     f.write(call, rows, optional(call, 2, "bias"))
-    return [*axes[: -1 - len(taps)], rows, *_pixels(call, axes[-len(taps) :])]
+    return [*axes[: -1 - len(taps)], rows, *_slid_over(f, call, axes[-len(taps) :], taps)]
 
 
 @rule("conv_transpose1d conv_transpose2d conv_transpose3d")
@@ -47,7 +48,7 @@ def transposed_convolution(f: Following, call: Call) -> Axes:
         outer, _ = divide(columns, groups, columns.size // groups)
         made = within([outer, made])
     f.write(call, made, optional(call, 2, "bias"))
-    return [*axes[: -1 - len(taps)], made, *_pixels(call, axes[-len(taps) :])]
+    return [*axes[: -1 - len(taps)], made, *_slid_over(f, call, axes[-len(taps) :], taps)]
 
 
 def _close_taps(taps: Axes) -> None:
@@ -55,11 +56,18 @@ def _close_taps(taps: Axes) -> None:
         close(axis, "taps of a kernel")
 
 
-def _pixels(call: Call, read: Axes) -> Axes:
-    for axis in read:
-        close(axis, "pixels")
-    sizes = call.outputs[0].shape
-    return [fixed(size, "pixels") for size in sizes[len(sizes) - len(read) :]]
+def _slid_over(f: Following, call: Call, read: Axes, taps: Axes) -> Axes:
+    """The positions over which a kernel slides; they pass where it is a single tap that goes from each to the next."""
+    found: Axes = []
+    for i, (axis, own) in enumerate(zip(read, taps, strict=True)):
+        size = call.outputs[0].shape[i - len(read)]
+        stride, padding = along(given(call, 3, "stride"), i, 1), along(given(call, 4, "padding"), i, 0)
+        if (own.size, stride, padding, size) == (1, 1, 0, axis.size):
+            found.append(axis)
+        else:
+            close_pixels(f, call, [axis])
+            found += pixels(f, call, (size,))
+    return found
 
 
 def _grouped(f: Following, call: Call, channels: Layout, columns: Layout, rows: Layout, groups: int) -> None:
@@ -264,7 +272,7 @@ def likeness(f: Following, call: Call) -> Axes:
     axis = axes[dim]
     f.add_up(call, axis)
     if len(call.outputs[0].shape) == len(axes):
-        axes[dim] = fixed(1, "a single position")
+        axes[dim] = fixed(1, ONE)
     else:
         del axes[dim]
     return axes

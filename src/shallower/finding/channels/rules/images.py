@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import Run, cat, close, divide, fixed, is_open, tie, within
-from shallower.finding.channels.rules.arguments import given, integer, tensor
+from shallower.finding.channels.rules.arguments import along, given, integer, tensor
 from shallower.recording.tracing import Call
 
-PIXELS = "pixels"
+
+def pixels(f: Following, call: Call, sizes: tuple[int, ...]) -> Axes:
+    """Axes of pixels that an operation gives."""
+    return [fixed(size, f"{f.title(call)} takes it for pixels") for size in sizes]
 
 
-def _pixels(sizes: tuple[int, ...]) -> Axes:
-    return [fixed(size, PIXELS) for size in sizes]
+def close_pixels(f: Following, call: Call, axes: Axes) -> None:
+    """Axes of pixels that an operation reads."""
+    for axis in axes:
+        close(axis, f"{f.title(call)} takes it for pixels")
 
 
 @rule(
@@ -35,10 +40,26 @@ def pooled(f: Following, call: Call) -> list[Axes]:
     for count in (1, 2, 3):
         if f"{count}d" in call.name:
             dims = count
-    for axis in axes[len(axes) - dims :]:
-        close(axis, PIXELS)
     batch = axes[: len(axes) - dims]
-    return [[*batch, *_pixels(value.shape[len(batch) :])] for value in call.outputs]
+    found: list[Axes] = []
+    for value in call.outputs:
+        found.append([*batch, *pixels(f, call, value.shape[len(batch) :])])
+    for i, axis in enumerate(axes[len(axes) - dims :], len(batch)):
+        if _looks_at_each(call, i - len(batch)):
+            for made in found:
+                made[i] = axis
+        else:
+            close_pixels(f, call, [axis])
+    return found
+
+
+def _looks_at_each(call: Call, axis: int) -> bool:
+    """Whether a pooling looks at each position of an axis by itself: the second of a kernel of (2, 1)."""
+    if "adaptive" in call.name or not call.name.startswith(("max_pool", "avg_pool")):
+        return False
+    kernel = given(call, 1, "kernel_size")
+    stride = given(call, 2, "stride") or kernel
+    return (along(kernel, axis, 0), along(stride, axis, 1), along(given(call, 3, "padding"), axis, 0)) == (1, 1, 0)
 
 
 @rule("grid_sample grid_sampler")
@@ -46,16 +67,15 @@ def sampled(f: Following, call: Call) -> Axes:
     """Pixels (B, C, H, W) at places (B, h, w, 2)."""
     axes, grid = f.axes(tensor(call, 0, "input")), f.axes(tensor(call, 1, "grid"))
     tie(axes[0], grid[0])
-    for axis in (*axes[2:], grid[-1]):
-        close(axis, PIXELS)
+    close_pixels(f, call, [*axes[2:], grid[-1]])
     return [*axes[:2], *grid[1:-1]]
 
 
 @rule("affine_grid")
 def grid(f: Following, call: Call) -> Axes:
     """Places of pixels."""
-    f.close_axes(call.inputs[0], PIXELS)
-    return _pixels(call.outputs[0].shape)
+    close_pixels(f, call, f.axes(call.inputs[0]))
+    return pixels(f, call, call.outputs[0].shape)
 
 
 @rule("pad")
@@ -73,7 +93,7 @@ def padded(f: Following, call: Call) -> Axes:
             axes[-i] = cat([Run(before), axis, Run(after)])
         else:
             close(axis, f"{f.title(call)} repeats or cuts its edge")
-            axes[-i] = fixed(call.outputs[0].shape[-i], "positions with an edge")
+            axes[-i] = fixed(call.outputs[0].shape[-i], f"{f.title(call)} repeats or cuts its edge")
     return axes
 
 
@@ -83,9 +103,8 @@ def pixels_from_channels(f: Following, call: Call) -> Axes:
     r = integer(call, 1, "upscale_factor")
     *batch, channels, height, width = f.axes(tensor(call, 0, "input"))
     kept, made = divide(channels, channels.size // (r * r), r * r)
-    for axis in (made, height, width):
-        close(axis, "pixels are made of its channels")
-    return [*batch, kept, *_pixels(call.outputs[0].shape[-2:])]
+    close_pixels(f, call, [made, height, width])
+    return [*batch, kept, *pixels(f, call, call.outputs[0].shape[-2:])]
 
 
 @rule("pixel_unshuffle")
@@ -93,9 +112,8 @@ def channels_from_pixels(f: Following, call: Call) -> Axes:
     """(C, H r, W r) -> (C r r, H, W)."""
     r = integer(call, 1, "downscale_factor")
     *batch, channels, height, width = f.axes(tensor(call, 0, "input"))
-    for axis in (height, width):
-        close(axis, PIXELS)
-    return [*batch, within([channels, fixed(r * r, PIXELS)]), *_pixels(call.outputs[0].shape[-2:])]
+    close_pixels(f, call, [height, width])
+    return [*batch, within([channels, *pixels(f, call, (r * r,))]), *pixels(f, call, call.outputs[0].shape[-2:])]
 
 
 @rule("channel_shuffle native_channel_shuffle")
@@ -115,13 +133,12 @@ def unfolded(f: Following, call: Call) -> Axes:
     if len(shape) == len(axes) + 1:
         dim = integer(call, 1, "dimension") % len(axes)
         close(axes[dim], f"{f.title(call)} takes stretches of it")
-        axes[dim] = fixed(shape[dim], "stretches")
-        return [*axes, fixed(shape[-1], "a stretch")]
+        axes[dim] = fixed(shape[dim], f"{f.title(call)} takes stretches of it")
+        return [*axes, fixed(shape[-1], f"{f.title(call)} takes stretches of it")]
     if len(axes) < 3 or len(shape) != len(axes) - 1:
         raise UnknownUseError
     *batch, channels, height, width = axes
-    for axis in (height, width):
-        close(axis, PIXELS)
+    close_pixels(f, call, [height, width])
     taps = fixed(shape[-2] // channels.size, "taps")
     return [*batch, within([channels, taps]), fixed(shape[-1], "patches")]
 
@@ -134,7 +151,7 @@ def folded(f: Following, call: Call) -> Axes:
     kept, taps = divide(columns, channels, columns.size // channels)
     close(taps, "taps of a patch")
     close(places, "patches")
-    return [*batch, kept, *_pixels(call.outputs[0].shape[-2:])]
+    return [*batch, kept, *pixels(f, call, call.outputs[0].shape[-2:])]
 
 
 # ------------------------------------------------------------------------------------------------- of detectors
@@ -146,11 +163,10 @@ def regions(f: Following, call: Call) -> list[Axes]:
     batch, channels, height, width = f.axes(tensor(call, 0, "input"))
     for value in call.inputs[1:]:
         f.close_axes(value, "boxes")
-    for axis in (batch, height, width):
-        close(axis, PIXELS)
+    close_pixels(f, call, [batch, height, width])
     found: list[Axes] = []
     for value in call.outputs:
-        found.append([fixed(value.shape[0], "boxes"), channels, *_pixels(value.shape[2:])])
+        found.append([fixed(value.shape[0], "boxes"), channels, *pixels(f, call, value.shape[2:])])
     return found
 
 
@@ -160,8 +176,7 @@ def deformed_convolution(f: Following, call: Call) -> Axes:
     axes, (rows, columns, *taps) = f.axes(tensor(call, 0, "input")), f.axes(tensor(call, 1, "weight"))
     if columns.size != axes[1].size:
         raise UnknownUseError(f"{f.title(call)} has groups, which are not followed")
-    for axis in (*taps, *axes[2:]):
-        close(axis, PIXELS)
+    close_pixels(f, call, [*taps, *axes[2:]])
     f.contract(call, axes[1], columns)
     for value in call.inputs[2:]:
         own = f.axes(value)
@@ -172,4 +187,4 @@ def deformed_convolution(f: Following, call: Call) -> Axes:
             for axis in own[1:]:
                 close(axis, "places of taps")
     f.written.append((rows, call))
-    return [axes[0], rows, *_pixels(call.outputs[0].shape[2:])]
+    return [axes[0], rows, *pixels(f, call, call.outputs[0].shape[2:])]

@@ -73,7 +73,7 @@ def divided(f: Following, call: Call) -> list[Axes]:
         layouts = _equal(axes[dim], sizes[0])
     else:
         close(axes[dim], f"{f.title(call)} divides it into parts that are not equal")
-        layouts = [fixed(size, "a part of positions") for size in sizes]
+        layouts = [fixed(size, reason_of(axes[dim])) for size in sizes]
     return [_with(axes, dim, layout) for layout in layouts]
 
 

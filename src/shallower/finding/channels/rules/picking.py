@@ -16,7 +16,11 @@ from shallower.finding.channels.rules.arguments import given, integer, tensor
 from shallower.finding.channels.rules.parting import stretch, take_at
 from shallower.recording.tracing import Call, Value
 
-PICKED = "positions that are picked by number"
+
+def _picked(f: Following, call: Call) -> str:
+    return f"{f.title(call)} picks positions by number"
+
+
 TAKES = {"index_select", "gather", "take_along_dim"}
 """Functions that give the positions that they pick, one for each number."""
 
@@ -33,7 +37,7 @@ def part(f: Following, call: Call) -> Axes:
     # what tensors pick stands where they stand, or in front where other axes stand between them
     where = places[0] if places[0] == places[-1] else 0
     count = len(shape) - len(found)
-    picked = [fixed(size, PICKED) for size in shape[where : where + count]]
+    picked = [fixed(size, _picked(f, call)) for size in shape[where : where + count]]
     return [*found[:where], *picked, *found[where:]]
 
 
@@ -58,7 +62,7 @@ def _write(f: Following, call: Call, axes: Axes, items: list[Any], value: Value 
     if any(_is_tensor(item) for item in items):
         place = _after_tensors(f, call, axes, items)
         for axis in own[: len(own) - len(place)]:
-            close(axis, PICKED)
+            close(axis, _picked(f, call))
     else:
         place, _ = _walk(f, call, axes, items, masked=False)
     for axis, other in zip(reversed(place), reversed(own), strict=False):
@@ -72,7 +76,7 @@ def _after_tensors(f: Following, call: Call, axes: Axes, items: list[Any]) -> Ax
         raise UnknownUseError(f"{f.title(call)} writes at places that it is not followed to")
     count = len(items) if len(items) > 1 else len(items[0].shape)
     for item in items:
-        f.close_axes(item, PICKED)
+        f.close_axes(item, _picked(f, call))
     for axis in axes[:count]:
         close(axis, f"{f.title(call)} writes at positions of it by number")
     return axes[count:]
@@ -191,7 +195,7 @@ def by_number(f: Following, call: Call) -> Axes:
         if len(own) != len(axes):
             close_positions(f, value)
             continue
-        close(own[dim], PICKED)
+        close(own[dim], _picked(f, call))
         for i, axis in enumerate(own):
             if i != dim:
                 _together(f, call, axes[i], axis)
@@ -202,7 +206,7 @@ def by_number(f: Following, call: Call) -> Axes:
         f.unchosen[call.outputs[0]] = axes[dim]
     for i, size in enumerate(shape):
         if axes[i].size != size or (i == dim and call.name in TAKES):
-            axes[i] = fixed(size, PICKED)
+            axes[i] = fixed(size, _picked(f, call))
     return axes
 
 
