@@ -6,11 +6,11 @@ from torch import nn
 
 from shallower.finding.channels.following import UnknownUseError
 from shallower.finding.channels.rules.arguments import (
-    along,
     dimensions,
     given,
     integer,
     integers,
+    of_axis,
     optional,
     tensor,
     values,
@@ -62,7 +62,13 @@ def test_dimensions(function, dims):
 
 
 def test_once_for_all_axes_or_for_each():
-    assert [along(2, 1, 0), along((2, 3), 1, 0), along((2,), 1, 0), along(None, 1, 5), along("same", 1, 0)] == [
+    assert [
+        of_axis(2, 1, 0),
+        of_axis((2, 3), 1, 0),
+        of_axis((2,), 1, 0),
+        of_axis(None, 1, 5),
+        of_axis("same", 1, 0),
+    ] == [
         2,
         3,
         2,

@@ -58,7 +58,7 @@ def integers(value: Any) -> list[int]:
     return list(items)
 
 
-def along(value: Any, axis: int, default: int) -> int:
+def of_axis(value: Any, axis: int, default: int) -> int:
     """What is given once for all axes of an image, or for each of them."""
     if value is None or isinstance(value, str):
         return default

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import ONE, Layout, close, divide, fixed, tie, within
-from shallower.finding.channels.rules.arguments import along, given, integer, optional, tensor, values
+from shallower.finding.channels.rules.arguments import given, integer, of_axis, optional, tensor, values
 from shallower.finding.channels.rules.images import close_pixels, pixels
 from shallower.recording.tracing import Call, Value
 
@@ -61,7 +61,7 @@ def _slid_over(f: Following, call: Call, read: Axes, taps: Axes) -> Axes:
     found: Axes = []
     for i, (axis, own) in enumerate(zip(read, taps, strict=True)):
         size = call.outputs[0].shape[i - len(read)]
-        stride, padding = along(given(call, 3, "stride"), i, 1), along(given(call, 4, "padding"), i, 0)
+        stride, padding = of_axis(given(call, 3, "stride"), i, 1), of_axis(given(call, 4, "padding"), i, 0)
         if (own.size, stride, padding, size) == (1, 1, 0, axis.size):
             found.append(axis)
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import Run, cat, close, divide, fixed, is_open, tie, within
-from shallower.finding.channels.rules.arguments import along, given, integer, tensor
+from shallower.finding.channels.rules.arguments import given, integer, of_axis, tensor
 from shallower.recording.tracing import Call
 
 
@@ -57,9 +57,9 @@ def _looks_at_each(call: Call, axis: int) -> bool:
     """Whether a pooling looks at each position of an axis by itself: the second of a kernel of (2, 1)."""
     if "adaptive" in call.name or not call.name.startswith(("max_pool", "avg_pool")):
         return False
-    kernel = given(call, 1, "kernel_size")
+    kernel, padding = given(call, 1, "kernel_size"), given(call, 3, "padding")
     stride = given(call, 2, "stride") or kernel
-    return (along(kernel, axis, 0), along(stride, axis, 1), along(given(call, 3, "padding"), axis, 0)) == (1, 1, 0)
+    return (of_axis(kernel, axis, 0), of_axis(stride, axis, 1), of_axis(padding, axis, 0)) == (1, 1, 0)
 
 
 @rule("grid_sample grid_sampler")
