@@ -108,6 +108,25 @@ def test_heads_and_the_stream_of_an_encoder_are_cut_independently() -> None:
         assert attention.in_proj_weight.shape == (9 * attention.num_heads, attention.embed_dim)
 
 
+def test_the_width_of_a_whole_transformer_follows() -> None:
+    class Translating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(5, 12), nn.Linear(6, 12), nn.Linear(12, 3)
+            self.transformer = nn.Transformer(12, 4, 1, 1, 10, batch_first=True)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            mask = nn.Transformer.generate_square_subsequent_mask(y.shape[1])
+            return self.head(self.transformer(self.a(x), self.b(y), tgt_mask=mask, tgt_is_causal=True))
+
+    model, inputs = drawn(Translating()), (torch.randn(2, 6, 5), torch.randn(2, 4, 6))
+    plan = sh.Plan(tuple(narrowed(site) for site in find_sites(model, inputs, kinds=("stream", "heads"))))
+    small = sh.apply(model, plan, inputs)
+    assert (small.transformer.d_model, small.transformer.decoder.layers[0].multihead_attn.num_heads) == (6, 2)
+    longer = (torch.randn(3, 8, 5), torch.randn(3, 5, 6))
+    torch.testing.assert_close(small(*longer), sh.simulate(model, plan)(*longer), rtol=1e-4, atol=1e-5)
+
+
 def test_an_encoder_that_was_cut_takes_padded_batches() -> None:
     layer = nn.TransformerEncoderLayer(12, 4, 10, batch_first=True)
     model = drawn(nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(12, 3)))

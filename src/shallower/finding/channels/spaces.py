@@ -204,7 +204,20 @@ def _counted(f: Following) -> Iterator[tuple[nn.Module, str, Layout]]:
             for count in ("groups", "num_groups"):
                 yield module, count, f.axes(weight)[0]
         if isinstance(module, nn.MultiheadAttention):
-            yield module, "num_heads", f.axes(f.trace.weights[module.out_proj, "weight"])[1]
+            for weight in _projection(f, module):
+                yield module, "num_heads", f.axes(weight)[1]
+        if isinstance(module, nn.Transformer):  # which compares its width with that of what it reads
+            layers = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
+            for weight in _projection(f, *layers[:1]):
+                yield module, "d_model", f.axes(weight)[0]
+
+
+def _projection(f: Following, *layers: nn.MultiheadAttention) -> Iterator[Value]:
+    """The weights of the maps at the ends of layers of attention, where a recorded parameter holds them."""
+    for layer in layers:
+        weight = f.trace.weights.get(place_of_weight(layer.out_proj))
+        if weight is not None:
+            yield weight
 
 
 def _streams(f: Following, spaces: Iterable[_Space]) -> set[Run]:
