@@ -70,6 +70,7 @@ from .sites.site import Site as Site
 from .sites.slots import Average as Average
 from .sites.slots import Choice as Choice
 from .sites.slots import Follower as Follower
+from .sites.slots import Listed as Listed
 from .sites.slots import Slot as Slot
 from .sites.slots import Span as Span
 from .surgery.applying import apply as apply

@@ -24,6 +24,7 @@ from shallower.errors import CheckpointError, OutOfMemoryError, PlanError, Shall
 from shallower.modules.activations import Family, Operand, PartialActivation, SlopeActivation, Target, Twice
 from shallower.modules.attention import is_stock, make_dense
 from shallower.modules.layers import count_anew, kind_of, resized, resized_norm, weight_of
+from shallower.modules.lists import Entries
 from shallower.modules.offloading import own_weights
 from shallower.modules.records import forget, note, noted
 from shallower.modules.rewriting import externalise
@@ -369,6 +370,7 @@ StructuralEdit = (
     | Summand
     | Padding
     | Attribute
+    | Entries
     | Sized
     | Dense
     | Partial
@@ -401,8 +403,12 @@ def perform(model: nn.Module, edit: Edit) -> None:
 
 
 def edits(model: nn.Module) -> list[StructuralEdit]:
-    """What surgery did to this model and its parts, in order; empty for a model it did not touch."""
-    return [_moved(edit, name) for name, edit in noted(model)]
+    """What surgery did to this model and its parts, in order; empty for a model it did not touch.
+
+    Entries of lists go first: the names of all other edits are those that their modules have now.
+    """
+    found = [_moved(edit, name) for name, edit in noted(model)]
+    return sorted(found, key=lambda edit: not isinstance(edit, Entries))
 
 
 def _moved(edit: StructuralEdit, name: str) -> StructuralEdit:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -44,6 +44,13 @@ def forget(module: nn.Module) -> None:
     for part in module.modules():
         vars(part).pop(_OWN, None)
         vars(part).pop(_CHILDREN, None)
+
+
+def rename(owner: nn.Module, renamed: Mapping[str, str]) -> None:
+    """Children of a module have other names now, or are no more."""
+    stamps = vars(owner).pop(_CHILDREN, {})
+    if stamps:
+        vars(owner)[_CHILDREN] = {renamed[child]: stamp for child, stamp in stamps.items() if child in renamed}
 
 
 def noted(model: nn.Module) -> list[tuple[str, Any]]:

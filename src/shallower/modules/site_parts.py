@@ -60,6 +60,8 @@ def _module_names(site: Site) -> Iterator[str]:
     yield from site.bridge.norms
     for slot in site.slots:
         yield slot.module
+    for listed in site.lists:
+        yield listed.module
     if site.residual is not None and site.residual.norm:
         yield site.residual.norm
 

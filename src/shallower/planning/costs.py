@@ -75,6 +75,8 @@ def _cut_bytes(cut: TensorCut, model: nn.Module) -> int:
     before, after = cut.elements
     module, _, attribute = cut.tensor.rpartition(".")
     tensor = getattr(model.get_submodule(module), attribute)
+    if isinstance(tensor, nn.Module):  # a list that loses entries
+        tensor = next(tensor.parameters())
     return (before - after) * int(tensor.element_size())
 
 

@@ -20,7 +20,7 @@ from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import Refusal, SiteError
 from shallower.sites.bridge import Bridge, Gate, Stage
 from shallower.sites.parts import Between, Count, LinearMap, Macs, Name, Place, Residual, tally
-from shallower.sites.slots import Average, Choice, Follower, Slot
+from shallower.sites.slots import Average, Choice, Follower, Listed, Slot
 
 Text = Annotated[str, Bounds(0, 2000)]
 
@@ -95,6 +95,7 @@ class Site:
         followers: whole numbers that fall with the channels.
         averages: norms over the channels.
         choices: calls that choose among the channels.
+        lists: lists of modules whose entries the channels are.
         products_each: MACs of each channel in products of two computed tensors, on the example inputs.
         cached_each: numbers that the KV cache holds of each channel for one token, all calls together.
     """
@@ -129,6 +130,7 @@ class Site:
     followers: Annotated[tuple[Follower, ...], Bounds(0, 4_000)] = ()
     averages: Annotated[tuple[Average, ...], Bounds(0, 4_000)] = ()
     choices: Annotated[tuple[Choice, ...], Bounds(0, 4_000)] = ()
+    lists: Annotated[tuple[Listed, ...], Bounds(0, 4_000)] = ()
     products_each: Macs = 0
     cached_each: Count = 0
 
@@ -189,15 +191,20 @@ class Site:
         """How many channels must stay: a top-2 needs two experts."""
         found = 1
         for choice in self.choices:
-            each = max(1, sum(span.repeats * span.block for span in choice.spans))
-            found = max(found, -(-choice.least // each))
+            each = 0
+            for span in choice.spans:
+                each += span.repeats * span.block
+            found = max(found, -(-choice.least // max(1, each)))
         return found
 
     @property
     def params(self) -> int:
         """Weights, biases and BatchNorm scales and shifts of the site's maps, and the activation's own, now."""
         if self.followed:
-            return sum(prod(slot.shape) for slot in self.tensors.values() if slot.trained)
+            params = sum(prod(slot.shape) for slot in self.tensors.values() if slot.trained)
+            for listed in self.lists:
+                params += self.width * listed.params
+            return params
         return tally(self.maps).params + self.bridge.params
 
     @property

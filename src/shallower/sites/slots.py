@@ -108,6 +108,21 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """A list of modules, or a dict of them, whose entries are the channels of a site: its experts.
+
+        [listed.module for listed in site.lists]
+
+    Attributes:
+        module: dotted name.
+        params: parameters of each entry.
+    """
+
+    module: Name
+    params: Macs
+
+
+@dataclass(frozen=True)
 class Slot:
     """An axis of a parameter or buffer in which the channels of a site stand.
 

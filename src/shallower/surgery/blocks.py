@@ -89,6 +89,7 @@ def _part_of(model: nn.Module, site: Site) -> str:
     """The smallest part that holds all modules of a site and can be called."""
     places = [*map(Place, (*by_name(site.maps), *site.bridge.norms)), *site.bridge.activations, *site.dropouts]
     places += [Place(module) for module in {slot.module for slot in site.slots}]
+    places += [Place(listed.module) for listed in site.lists]
     # a number that a module holds is read by its forward
     places += [Place(module, (("forward", 0),)) for module in {f.module for f in site.followers}]
     if site.residual is not None:

@@ -40,6 +40,10 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
             _check_held(site, norm.module, names)
         for choice in site.choices:
             _check_held(site, choice.module, names)
+        for listed in site.lists:
+            _check_held(site, listed.module, names)
+            if len(list(model.get_submodule(listed.module).children())) != site.width:
+                raise PlanError(f"{site.name}: `{listed.module}` has not {site.width} entries")
         for follower in site.followers:
             _check_held(site, follower.module, names)
             if type(vars(model.get_submodule(follower.module)).get(follower.attribute)) is not int:

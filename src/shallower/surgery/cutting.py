@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from shallower.errors import PlanError
 from shallower.modules.edits import Attribute, Edit, Resize, Sized, Weights
+from shallower.modules.lists import Entries
 from shallower.modules.preparing import ready_for_cuts
 from shallower.modules.weight_norms import weight_norms
 from shallower.planning.entries import Entry
@@ -26,14 +27,14 @@ def edits_of_cut(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
     Raises:
         PlanError: a tensor has another shape than the plan expects.
     """
-    edits: list[Edit] = [*ready_for_cuts(model, (cut.tensor for cut in form.cuts))]
+    edits: list[Edit] = [*ready_for_cuts(model, (cut.tensor for cut in form.cuts if cut.kept))]
     for follower in entry.site.followers:
         module = model.get_submodule(follower.module)
         fewer = getattr(module, follower.attribute) - follower.each * len(entry.dropped)
         edits.append(Attribute(follower.module, follower.attribute, fewer))
     left: dict[str, Tensor] = {}
     for cut in form.cuts:
-        if cut.before == (0,):  # a bias that the fit adds
+        if not cut.kept:  # a bias that the fit adds, or a list that loses entries
             continue
         tensor = _tensor(model, cut.tensor)
         if tuple(tensor.shape) != cut.before:
@@ -52,6 +53,8 @@ def edits_of_cut(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
         edits.append(Weights(module_name, {attribute: tensor}, as_held=True))
     for own in _fitted(entry).values():
         edits += own
+    for listed in entry.site.lists:
+        edits.append(Entries(listed.module, tuple(entry.kept.tolist())))
     return edits
 
 

@@ -77,7 +77,13 @@ def taps_of(todo: Sequence[Step]) -> list[Tap]:
     """Where to compare what these steps make."""
     roles = _roles(todo)
     loose = any(step.entry.site.followed for step in todo)
-    return [replace(tap, loose=loose) for step in todo for tap in _taps_of_step(step, roles)]
+    # entries of lists that are cut have other names afterwards
+    lists: tuple[str, ...] = ()
+    for step in todo:
+        for listed in step.entry.site.lists:
+            lists += (f"{listed.module}.",)
+    taps = [replace(tap, loose=loose) for step in todo for tap in _taps_of_step(step, roles)]
+    return [tap for tap in taps if not tap.place.module.startswith(lists)]
 
 
 def _taps_of_step(step: Step, roles: Mapping[str, TapChannels | None]) -> Iterator[Tap]:

@@ -37,14 +37,17 @@ class Choices:
         """One more."""
         self._found.setdefault(run, {})[choice.module, choice.function, choice.ordinal] = choice
 
-    def refusal(self, run: Run, slots: Sequence[Slot]) -> str:
+    def refusal(self, f: Following, run: Run, slots: Sequence[Slot]) -> str:
         """Why a run that stands in these slots cannot be cut; "" where it can.
 
-        Experts have weights of their own beside the rows of the router.
+        Experts have weights of their own beside the rows of the router, or are the entries of a list.
         """
         if run in self.lost:
             return self.lost[run]
-        if not any(slot.side == "" and len(slot.shape) > 1 for slot in slots):
+        lists = f.turns.lists_of(run)
+        if lists is None:
+            return "they are only some of the entries of a list"
+        if not lists and not any(slot.side == "" and len(slot.shape) > 1 for slot in slots):
             first = self.of(run)[0]
             return f"`{first.function}` in {first.module or 'the model'} {COMPARES}"
         for choice in self.of(run):

@@ -15,6 +15,7 @@ from shallower.errors import SiteError
 from shallower.finding.channels.layout import ONE, Layout, Run, close, fixed, resolved, runs, tie
 from shallower.finding.channels.naming import carry_numbers
 from shallower.finding.channels.standing_in import follow_unrun
+from shallower.finding.channels.turns import Turns, carry_turns, close_picked
 from shallower.recording.tracing import Call, Trace, Value
 
 Axes = list[Layout]
@@ -74,6 +75,7 @@ class Following:
         choices: what a call chooses among, which of its input's dimensions that is, and how many it needs.
         numbers: values that are numbers of channels, and of which.
         unchosen: values that are zero at channels of a layout that are never chosen.
+        turns: of loops over channels and lists of modules.
         stand_ins: calls that were not made but would have been (see `standing_in.py`), each with one that was.
         twins: entries of lists that did not run, each with the one in whose place it was followed.
     """
@@ -87,11 +89,13 @@ class Following:
         self.choices: list[tuple[Layout, Call, int, int]] = []
         self.numbers: dict[Value, Layout] = {}
         self.unchosen: dict[Value, Layout] = {}
+        self.turns = Turns(trace)
         self.stand_ins: dict[Call, Call] = {}
         self.twins: dict[str, str] = {}
         self._axes: dict[Value, Axes] = {}
         for call in trace.calls:
             self.follow(call)
+        close_picked(self)
         follow_unrun(self)
         for value in list(self._axes):
             if value.output and returned and not _is_normed_weight(value):
@@ -120,6 +124,7 @@ class Following:
         if call.outputs:
             self._follow(call)
         carry_numbers(self, call)
+        carry_turns(self, call)
 
     def _follow(self, call: Call) -> None:
         made = RULES.get(call.name)

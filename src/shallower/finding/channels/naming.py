@@ -38,7 +38,7 @@ BLANK = {"zeros", "zeros_like", "new_zeros"}
 
 def carry_numbers(f: Following, call: Call) -> None:
     """Say of a call's results that they are numbers of channels, or close the channels where it computes with them."""
-    if call.name in JOINING and call.inputs and all(value in f.numbers for value in call.inputs):
+    if call.name in JOINING and call.inputs and f.numbers.keys() >= set(call.inputs):
         _join(f, call)
         return
     for value in call.inputs:
@@ -48,6 +48,8 @@ def carry_numbers(f: Following, call: Call) -> None:
             # of a sort the second result says where each was
             for made in call.outputs[:1] if call.name == "sort" else call.outputs:
                 f.numbers[made] = f.numbers[value]
+        elif call.name == "eq" and len(call.inputs) == 1 and call.args[-1] in range(f.numbers[value].size):
+            f.turns.own(call, f.numbers[value], call.args[-1])
         elif call.name not in NAMING or not call.outputs:
             close(f.numbers[value], f"{f.title(call)} computes with the numbers of its channels")
 

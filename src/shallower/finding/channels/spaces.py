@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from shallower.finding.channels.averages import averages_of
 from shallower.finding.channels.choices import choices_in
@@ -21,7 +21,7 @@ from shallower.finding.channels.weights import ATTENTION, WeightUse, attended_pr
 from shallower.finding.channels.zeros import close_sums
 from shallower.modules.weight_norms import place_of_weight
 from shallower.recording.tracing import Value
-from shallower.sites import Follower, LinearMap, Site, Slot, Span
+from shallower.sites import Follower, LinearMap, Listed, Site, Slot, Span
 
 ENTANGLED = "its channels are multiplied with each other"
 AVERAGED = "an average is taken over its channels outside of a norm, which over fewer is another one"
@@ -91,7 +91,9 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
         if own is None and "averaged" in space.run.marks:
             reason = AVERAGED
         if "chosen" in space.run.marks:
-            reason = reason or choices.refusal(space.run, space.slots)
+            reason = reason or choices.refusal(f, space.run, space.slots)
+        elif f.turns.lists_of(space.run) != ():
+            reason = reason or "modules of a list run for its channels, whether they are chosen or not"
         if not all(slot.holds(space.run.size) for slot in space.slots):
             reason = ENTANGLED
         if reason:
@@ -118,6 +120,7 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
             followers=tuple(space.followers),
             averages=own or (),
             choices=choices.of(space.run),
+            lists=_lists(f, space.run),
             products_each=products.get(space.run, 0),
             cached_each=cached.get(space.run, 0),
         )
@@ -153,6 +156,15 @@ def _gathered(f: Following) -> tuple[dict[Run, _Space], dict[str, str]]:
                 if use.calls:
                     space.position = min(space.position, order[use.calls[0]])
     return spaces, closed
+
+
+def _lists(f: Following, run: Run) -> tuple[Listed, ...]:
+    """The lists of modules whose entries some channels are."""
+    found: list[Listed] = []
+    for name in f.turns.lists_of(run) or ():
+        first = next(iter(f.trace.model.get_submodule(name).children()))
+        found.append(Listed(name, sum(map(Tensor.numel, first.parameters()))))
+    return tuple(found)
 
 
 def _slot(name: str, value: Value, axis: int, own: list[Span], use: WeightUse) -> Slot:

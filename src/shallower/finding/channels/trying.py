@@ -23,6 +23,7 @@ from shallower.finding.channels.layout import Run, divide, runs, size_of
 from shallower.finding.channels.spaces import Found
 from shallower.modules.attachment import copied
 from shallower.modules.edits import Attribute, Sized, StructuralEdit, perform
+from shallower.modules.lists import Entries
 from shallower.modules.offloading import weightless
 from shallower.modules.preparing import ready_for_cuts
 from shallower.recording.tracing import Call, StoppedError, Trace, trace_forward
@@ -232,7 +233,9 @@ class _Trial:
         kept = {site.name: few_less(site) if one else half_of(site) for site in sites}
         trace, whole = self._passed(sites, kept)
         fewer = {self.found[site.name]: kept[site.name] for site in sites}
-        for i, (before, after) in enumerate(zip(self.f.trace.calls, trace.calls, strict=False)):
+        made = [i for i, call in enumerate(self.f.trace.calls) if self.f.turns.is_made(call, fewer)]
+        for i, after in zip(made, trace.calls, strict=False):
+            before = self.f.trace.calls[i]
             if before.name != after.name or _scalars(before) != _scalars(after):
                 return i
             if _groups_of(after) != self._groups(before, fewer):
@@ -240,9 +243,9 @@ class _Trial:
             for value, now in zip(before.outputs, after.outputs, strict=False):
                 if now.shape != tuple(size_of(axis, fewer) for axis in self.f.axes(value)):
                     return i
-        if whole and len(trace.calls) == len(self.f.trace.calls):
+        if whole and len(trace.calls) == len(made):
             return None
-        return len(trace.calls)
+        return made[len(trace.calls)] if len(trace.calls) < len(made) else len(self.f.trace.calls)
 
     def _groups(self, call: Call, fewer: Mapping[Run, int]) -> int | None:
         """Into how many groups a call has to divide its channels when some runs have fewer."""
@@ -363,3 +366,6 @@ def _shortened(model: nn.Module, sites: Sequence[Site], kept: Mapping[str, int])
         for axis, staying in axes.items():
             shape[axis] = int(staying.sum())
         yield Sized(module, attribute, tuple(shape))
+    for site in sites:
+        for listed in site.lists:
+            yield Entries(listed.module, tuple(range(kept[site.name])))

@@ -75,7 +75,7 @@ class TensorsLeft:
             m = maps.get(own[0].module)
             cuts.append(self._cut(entry, own, m))
             cuts += self._added_bias(entry, own, m, slots)
-        return (*cuts, *_biases_of(entry))
+        return (*cuts, *_biases_of(entry), *_entries_of(entry))
 
     def _cut(self, entry: Entry, slots: list[Slot], m: LinearMap | None) -> TensorCut:
         first = slots[0]
@@ -129,3 +129,12 @@ def _shape_of(m: LinearMap, slot: Slot) -> tuple[int, ...]:
     if m.kind == "conv1d":
         return (m.d_in, m.d_out)
     return (m.d_out, m.d_in // m.groups, *slot.shape[2:])
+
+
+def _entries_of(entry: Entry) -> list[TensorCut]:
+    """Lists of modules that lose entries, each as one stack of all its parameters."""
+    found: list[TensorCut] = []
+    for listed in entry.site.lists:
+        before, after = (entry.site.width, listed.params), (len(entry.kept), listed.params)
+        found.append(TensorCut(listed.module, before, after, (), True, (0, 0)))
+    return found

@@ -223,12 +223,13 @@ def made_by(site: Site) -> tuple[str, ...]:
 def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
     """The entries, sites whose producer is another's consumer after that one; otherwise in the order given.
 
-    Followed sites come last: their channels are cut out of whatever the other entries leave of their tensors.
+    Followed sites come last: their channels are cut out of whatever the other entries leave of their tensors; and after
+    all those whose channels are entries of lists, in which other entries change layers by their names.
 
     Raises:
         PlanError: a layer is producer, or consumer, at two sites, or an activation is, or the sites run in a circle.
     """
-    given = sorted(entries, key=lambda entry: entry.site.followed)
+    given = sorted(entries, key=lambda entry: (entry.site.followed, bool(entry.site.lists)))
     _check_apart(given)
     made = _owners(given, made_by, "the layer")
     read = _owners(given, lambda site: by_name(site.consumers), "the layer")

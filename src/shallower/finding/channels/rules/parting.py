@@ -57,7 +57,8 @@ def stacked(f: Following, call: Call) -> Axes:
     tensors = values(call, 0, "tensors")
     axes = f.tied(tensors)
     where = integer(call, 1, "dim", 0) % (len(axes) + 1)
-    return [*axes[:where], fixed(len(tensors), STACKED), *axes[where:]]
+    stack = f.turns.stacked(tensors) or fixed(len(tensors), STACKED)
+    return [*axes[:where], stack, *axes[where:]]
 
 
 @rule("chunk unsafe_chunk split unsafe_split split_with_sizes tensor_split")
@@ -86,6 +87,8 @@ def stretch(layout: Layout, start: int, length: int) -> Layout:
 
 def take_at(f: Following, call: Call, layout: Layout, index: Any) -> None:
     """A position by number: the first and the last are where they are, whatever else goes."""
+    if isinstance(index, int) and f.turns.pick(call, layout, index):
+        return
     if not isinstance(index, int) or index not in (0, -1) or layout.size < 2 or not is_open(layout):
         close(layout, f"{f.title(call)} takes positions of it by number")
     elif index == 0:
@@ -113,7 +116,11 @@ def unbound(f: Following, call: Call) -> list[Axes]:
     """One tensor for each position of an axis, which must stay as it is."""
     axes = f.axes(call.inputs[0])
     dim = integer(call, 1, "dim", 0) % len(axes)
-    close(axes.pop(dim), f"{f.title(call)} gives a tensor for each of its positions")
+    layout = axes.pop(dim)
+    if is_open(layout):
+        for i, value in enumerate(call.outputs):
+            f.turns.of_value[value] = [(layout, i)]
+        f.turns.picked.append((layout, call))
     return [list(axes) for _ in call.outputs]
 
 
