@@ -84,3 +84,21 @@ def test_two_sites_under_one_norm() -> None:
     small = sh.apply(model, plan, x)
     assert small.norm.normalized_shape == (5,)
     torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))
+
+
+def test_a_buffer_that_repeats_one_number_is_zero_only_where_channels_go() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+            self.register_buffer("scale", torch.full((1,), 2.0).expand(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b((self.a(x) * self.scale).relu())
+
+    model, x = Scaled().eval(), torch.randn(3, 6)
+    plan = sh.Plan((sh.Entry.narrow(find_sites(model, x, kinds="all")["a"], [1, 2, 5]),))
+    simulated = sh.simulate(model, plan)
+    assert simulated.get_buffer("scale").nonzero().flatten().tolist() == [1, 2, 5]
+    assert model.scale.tolist() == [2.0] * 8
+    torch.testing.assert_close(sh.apply(model, plan, x)(x + 1), simulated(x + 1))

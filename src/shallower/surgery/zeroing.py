@@ -36,6 +36,8 @@ def impose_cuts(model: nn.Module, entries: Iterable[Entry]) -> None:
         for entry in given:
             for slot in entry.site.slots:
                 tensor = getattr(model.get_submodule(slot.module), slot.attribute)
+                if 0 in tensor.stride():  # expanded: its positions are one number, which is not zero for all
+                    tensor.data = tensor.data.clone()
                 gone = gone_along(entry, slot.spans, slot.shape[slot.axis]).nonzero().flatten()
                 tensor.index_fill_(slot.axis, gone.to(tensor.device), 0)
 
