@@ -12,6 +12,7 @@ without those of the model's own outputs; they are counted without the finder. I
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import shallower as sh
-from benchmarks.families import Family, families
+from benchmarks.families import Family, Headed, families
 from benchmarks.families.axes import Width, called, numbers, widths
 from benchmarks.record import markdown, write_json
 from shallower.core.inputs import Inputs
@@ -44,6 +45,8 @@ from shallower.finding.channels.layout import ONE, runs
 from shallower.finding.channels.spaces import followed_sites
 from shallower.finding.kinds import SiteKind
 from shallower.recording.tracing import trace_forward
+from shallower.saving.reading import read_description
+from shallower.saving.sources import import_transformers, source_of
 from shallower.saving.vision import repair_torchvision
 from shallower.surgery.paths import affine
 
@@ -53,6 +56,7 @@ MOST_PARAMS = 60_000_000
 CLOSE = 1e-4
 FLOOR = 0.95
 SILENT = "nothing is said"
+LOADS = "loads"
 QUICK = ("bert", "llama", "cifar_resnet", "hand_unet", "hand_qkv_packed", "hand_moe_tensors", "tv_fpn")
 
 
@@ -72,6 +76,7 @@ class Row:
         planned: whether the error is a `ShallowerError`.
         refused: what the proof refused of the whole plan, while parts of it were proven.
         shapes: how many inputs of other shapes were compared.
+        stock: of a model of Transformers: "loads" where its class loads the result and gives the same, or why not.
     """
 
     name: str
@@ -88,6 +93,7 @@ class Row:
     planned: bool = False
     refused: str = ""
     shapes: int = 0
+    stock: str = ""
 
     def note(self, left: list[str]) -> None:
         """Keep what was not reached, and count the reasons."""
@@ -154,7 +160,39 @@ def _examine(family: Family, row: Row) -> None:
         for here, there in zip(numbers(small, inputs), numbers(again, inputs), strict=True):
             if not torch.equal(here, there) and not torch.equal(here.isnan(), there.isnan()):
                 raise ArithmeticError("the loaded network gives other numbers")
+    row.stage = "stock"
+    row.stock = loaded_as_stock(small, inputs)
     row.stage = ""
+
+
+def loaded_as_stock(small: nn.Module, inputs: Inputs) -> str:
+    """Whether the class of Transformers loads the network: "loads", or why not; "" of other networks.
+
+    Raises:
+        ArithmeticError: what it loads gives other numbers.
+    """
+    part: Any = small
+    if isinstance(small, Headed):
+        part = small.model
+    if not source_of(part):
+        return ""
+    with tempfile.TemporaryDirectory() as folder:
+        sh.save(part, Path(folder) / "part")
+        stock = read_description(Path(folder) / "part").stock
+        if stock.why:
+            return stock.why
+        import_transformers().utils.logging.disable_progress_bar()
+        attention = part.config._attn_implementation
+        again = type(part).from_pretrained(Path(folder) / "part", attn_implementation=attention).eval()
+    if isinstance(small, Headed):
+        whole = copy.deepcopy(small)
+        whole.model = again
+        again = whole
+    with torch.no_grad():
+        for here, there in zip(numbers(small, inputs), numbers(again, inputs), strict=True):
+            if not torch.allclose(here, there, rtol=CLOSE, atol=CLOSE, equal_nan=True):
+                raise ArithmeticError("the stock class loads the network and gives other numbers")
+    return LOADS
 
 
 def together(model: nn.Module, sites: Iterable[sh.Site]) -> list[sh.Entry]:
@@ -430,13 +468,16 @@ def _totals(rows: Sequence[Row]) -> str:
                 f"{100 * remaining:.0f} %",
                 f"{sum(row.find for row in own) / max(1, len(own)):.1f}",
                 f"{sum(row.apply for row in own) / max(1, len(own)):.1f}",
+                f"{sum(row.stock == LOADS for row in own)} of {sum(bool(row.stock) for row in own)}",
                 str(sum(bool(row.refused) for row in own)),
                 str(len(wrong)),
                 str(sum(not row.planned for row in wrong)),
             ]
         )
     header = ["families", "number", "widths", "reached", "95 % reached", "params left", "find (CPU s)", "apply (CPU s)"]
-    return markdown([*header, "plans refused in part", "errors", "of these no `ShallowerError`"], lines)
+    return markdown(
+        [*header, "stock class loads", "plans refused in part", "errors", "of these no `ShallowerError`"], lines
+    )
 
 
 def _short(rows: Sequence[Row]) -> str:

@@ -135,6 +135,8 @@ def test_the_zoo_cuts_every_kind_of_family_and_counts_what_is_reached(tmp_path: 
     for name, row in listed.items():
         assert row["reached"] > 0, name  # type: ignore[operator]
         assert row["shapes"] > 0, name  # type: ignore[operator]
+    assert listed["hand_unet"]["stock"] == ""
+    assert listed["llama"]["stock"] == zoo.LOADS
     assert listed["hand_unet"]["reached"] == listed["hand_unet"]["widths"] == 7
     assert "tests' zoo" in table
 

@@ -31,7 +31,7 @@ from shallower.saving.implementations import configs_in
 from shallower.saving.skeletons import build_skeleton, sketch
 from shallower.saving.slots import slots_of
 from shallower.saving.sources import import_transformers, source_of
-from shallower.saving.stock.solving import Leaf, Numbers, NumberSearch, Structure, with_numbers
+from shallower.saving.stock.solving import Leaf, Numbers, NumberSearch, Structure, all_but, with_numbers
 from shallower.saving.stock.statement import NOTE
 from shallower.surgery.observing import ALLOWED, Observed, Pass, observed
 from shallower.surgery.whole import LOOSE, distance
@@ -115,14 +115,20 @@ def follow(model: nn.Module, inputs: Inputs | None = None) -> None:
     for owner in owners(model):
         search = owner.search
         vars(owner.model).pop(NOTE, None)
-        found, said = search.said_rightly(search.solved()), dict[Leaf, Any]()
+        nearest, said = search.solved(), dict[Leaf, Any]()
+        found = search.said_rightly(nearest)
         for changes in _fewer(search, found):
             if _is_true(model, owner, changes, inputs):
                 said = dict(changes)
                 break
-        untrue = [f"{'.'.join(map(str, path))} = {number}" for path, number in found.items() if path not in said]
+        untrue = []
+        for leaf, number in found.items():
+            if leaf not in said:
+                untrue.append(f"{'.'.join(map(str, leaf))} = {number}")
         if untrue:
             vars(owner.model)[NOTE] = f"with {listing(untrue, 3)} in its config it gives other outputs"
+        elif obstacle := search.obstacle(nearest):
+            vars(owner.model)[NOTE] = f"no numbers in its config {obstacle}"
 
 
 def _fewer(search: NumberSearch, found: Numbers) -> Iterator[Numbers]:
@@ -131,7 +137,7 @@ def _fewer(search: NumberSearch, found: Numbers) -> Iterator[Numbers]:
         return
     yield found
     for path in found:
-        fewer = search.said_rightly({key: number for key, number in found.items() if key != path})
+        fewer = search.said_rightly(all_but(found, path))
         if fewer:
             yield fewer
 

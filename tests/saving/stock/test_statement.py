@@ -86,3 +86,10 @@ def test_settings_are_the_plain_values_of_modules() -> None:
     assert found["0", "in_features"] == 3
     assert found["1", "p"] == 0.5
     assert ("0", "training") not in found
+
+
+def test_weights_that_are_tied_here_and_not_there_are_named(tmp_path: Path) -> None:
+    model = llama()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    sh.save(model, tmp_path / "out")
+    assert "are two tensors in its class and one in the model" in read_description(tmp_path / "out").stock.why

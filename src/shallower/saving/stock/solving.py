@@ -25,7 +25,7 @@ Leaf = tuple[str | int, ...]
 """Where a number stands in a config: keys, and places in lists."""
 
 Numbers = Mapping[Leaf, Any]
-Score = tuple[float, int]
+Wrongness = tuple[float, int]
 """How much is wrong: in sizes, and how many settings besides."""
 
 _MOST_BUILDS = 160
@@ -85,20 +85,20 @@ def with_numbers(config: Mapping[str, Any], changes: Numbers) -> dict[str, Any]:
     """
     made: dict[str, Any] = copy.deepcopy(dict(config))
     for (first, *inner), number in changes.items():
-        made[str(first)] = _put(made.get(str(first)), inner, number)
+        made[str(first)] = _with_number(made.get(str(first)), inner, number)
     return made
 
 
-def _put(value: Any, leaf: Sequence[str | int], number: Any) -> Any:
+def _with_number(value: Any, leaf: Sequence[str | int], number: Any) -> Any:
     """A value with a number somewhere in it."""
     if not leaf:
         return number
     first, *inner = leaf
     if isinstance(first, int):
         items = list(value)
-        items[first] = _put(items[first], inner, number)
+        items[first] = _with_number(items[first], inner, number)
         return items
-    value[first] = _put(value.get(first), inner, number)
+    value[first] = _with_number(value.get(first), inner, number)
     return value
 
 
@@ -181,7 +181,7 @@ class NumberSearch:
         while step := self._step(changes):
             changes |= step
         for leaf in list(changes):
-            fewer = _without(changes, leaf)
+            fewer = all_but(changes, leaf)
             if self.at(fewer) == self.at(changes):  # the others say it
                 changes = fewer
         return changes
@@ -192,8 +192,8 @@ class NumberSearch:
         while wrong := self._wrongly_changed(left):
             kept = {}
             for leaf, number in left.items():
-                now, without = self.at(left), self.at(_without(left, leaf))
-                if now is not None and without is not None and not now.differing(without) & wrong:
+                now, other = self.at(left), self.at(all_but(left, leaf))
+                if now is not None and other is not None and not now.differing(other) & wrong:
                     kept[leaf] = number
             if len(kept) == len(left):
                 return {}
@@ -204,6 +204,18 @@ class NumberSearch:
         """Whether nothing is left that is not as wanted."""
         now = self.at(changes)
         return now is not None and not now.gaps(self.wanted, self.required)
+
+    def obstacle(self, changes: Numbers) -> str:
+        """What is not as wanted even so, as the end of a sentence: "make `embed.weight` 13 wide"."""
+        now = self.at(changes)
+        if now is None:
+            return ""
+        for name, axis in now.gaps(self.wanted, self.required):
+            if isinstance(axis, str):
+                return f"give `{name}` {axis} = {self.wanted.settings.get((name, axis))}"
+            if axis >= 0:
+                return f"make `{name}` {self.wanted.shapes[name][axis]} wide"
+        return ""
 
     def unlike(self, changes: Numbers) -> set[Spot]:
         """Settings that are not as wanted and no mere copies of a number that changed."""
@@ -256,10 +268,10 @@ class NumberSearch:
 
     def _step(self, changes: Numbers) -> dict[Leaf, Any] | None:
         """The next change: the first that makes something right and nothing worse, or else the best; None if none."""
-        state = _State.of(self, changes)
+        state = _Standing.of(self, changes)
         if state is None or not state.wrong:
             return None
-        best: tuple[Score, dict[Leaf, Any]] | None = None
+        best: tuple[Wrongness, dict[Leaf, Any]] | None = None
         steps: list[dict[Leaf, Any]] = []
         for group in state.groups(self._answers):
             for step in state.proposals(group, self._answers.get(group)):
@@ -275,31 +287,40 @@ class NumberSearch:
                 score, gaps = self._score({**changes, **step}, made)
                 if not _is_less(score, state.score):
                     continue
-                if state.gaps and all(size <= state.gaps.get(spot, 0.0) + _EPSILON for spot, size in gaps.items()):
+                if state.is_better(gaps):
                     return step
                 if best is None or _is_less(score, best[0]):
                     best = score, step
-        if best is None and state.gaps:
-            return self._together(changes, state.score, steps)
+        if state.gaps:
+            best = self._together(changes, state, steps) or best
         return best and best[1]
 
-    def _together(self, changes: Numbers, score: Score, steps: Sequence[Numbers]) -> dict[Leaf, Any] | None:
-        """Two changes that the class takes, or that are of use, only together."""
+    def _together(
+        self, changes: Numbers, state: _Standing, steps: Sequence[Numbers]
+    ) -> tuple[Wrongness, dict[Leaf, Any]] | None:
+        """Two changes that make something right and nothing worse, or that the class takes, only together."""
         pairs = ((one, other) for one, other in combinations(steps, 2) if one.keys() != other.keys())
+        taken: tuple[Wrongness, dict[Leaf, Any]] | None = None
         for one, other in islice(pairs, _MOST_PAIRS):
             step = {**one, **other}
             made = self.at({**changes, **step})
-            if made is not None and _is_less(self._score({**changes, **step}, made)[0], score):
-                return step
-        return None
+            if made is None:
+                continue
+            score, gaps = self._score({**changes, **step}, made)
+            if _is_less(score, state.score) and state.is_better(gaps):
+                return score, step
+            refused = self.at({**changes, **one}) is None or self.at({**changes, **other}) is None
+            if refused and taken is None and _is_less(score, state.score):
+                taken = score, step
+        return taken
 
-    def _score(self, changes: Numbers, made: Structure) -> tuple[Score, dict[Spot, float]]:
+    def _score(self, changes: Numbers, made: Structure) -> tuple[Wrongness, dict[Spot, float]]:
         gaps = made.gaps(self.wanted, self.required)
         return (sum(gaps.values()), len(self.unlike(changes))), gaps
 
 
 @dataclass(frozen=True)
-class _State:
+class _Standing:
     """How a config with some numbers changed stands to what is wanted.
 
     Attributes:
@@ -316,7 +337,7 @@ class _State:
     unlike: set[Spot]
 
     @classmethod
-    def of(cls, search: NumberSearch, changes: Numbers) -> _State | None:
+    def of(cls, search: NumberSearch, changes: Numbers) -> _Standing | None:
         """That of a search; None where the class does not take these numbers."""
         now = search.at(changes)
         if now is None:
@@ -330,9 +351,16 @@ class _State:
         return {*self.gaps, *self.unlike}
 
     @property
-    def score(self) -> Score:
+    def score(self) -> Wrongness:
         """How much is wrong."""
         return sum(self.gaps.values()), len(self.unlike)
+
+    def is_better(self, gaps: Mapping[Spot, float]) -> bool:
+        """Whether something was wrong, and nothing of it or besides is worse by now."""
+        for spot, size in gaps.items():
+            if size > self.gaps.get(spot, 0.0) + _EPSILON:
+                return False
+        return bool(self.gaps)
 
     def keeps_types(self, step: Numbers) -> bool:
         """Whether whole numbers stay whole."""
@@ -408,7 +436,11 @@ def _scaled(group: tuple[Leaf, ...], numbers: Numbers, current: int, target: int
         yield {group[0]: number * current // target}  # the more heads, the smaller is each
 
 
-def _without(changes: Numbers, leaf: Leaf) -> dict[Leaf, Any]:
+def all_but(changes: Numbers, leaf: Leaf) -> dict[Leaf, Any]:
+    """All changes but one.
+
+    all_but({("depth",): 2, ("width",): 8}, ("depth",))      # {("width",): 8}
+    """
     fewer = dict(changes)
     del fewer[leaf]
     return fewer
@@ -419,7 +451,7 @@ def _holder(tensor: str) -> str:
     return tensor.rpartition(".")[0].rpartition(".")[0]
 
 
-def _is_less(a: Score, b: Score) -> bool:
+def _is_less(a: Wrongness, b: Wrongness) -> bool:
     if abs(a[0] - b[0]) > _EPSILON:
         return a[0] < b[0]
     return a[1] < b[1]

@@ -57,10 +57,17 @@ def stock_of(
         ours = replay(build_skeleton(description.source, config), description.edits)
     except ShallowerError as error:
         return Stock(name, str(error)[:_MOST_LETTERS])
-    entries = {key: description.tensors[first] for key, first in description.names.items()}
-    why = _other_tensors(stock, {**entries, **description.buffers})
-    why = why or _other_modules(stock, ours) or _other_numbers(stock, buffers or {})
-    if why and note:
+    entries = dict(description.buffers)
+    for alias, first in description.names.items():
+        entries[alias] = description.tensors[first]
+    why = _other_tensors(stock, entries)
+    why = (
+        why
+        or _tied_otherwise(stock, description.names)
+        or _other_modules(stock, ours)
+        or _other_numbers(stock, buffers or {})
+    )
+    if why and note and _named(note) not in why:
         why = f"{note}; {why}"
     return Stock(name, why[:_MOST_LETTERS])
 
@@ -82,6 +89,11 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, (tuple, list)):
         return all(isinstance(item, (int, float, str)) for item in value)
     return isinstance(value, (int, float, str))
+
+
+def _named(note: str) -> str:
+    """What a note is about, as it would stand in the reason too."""
+    return note.partition("`")[2].partition("`")[0] or note
 
 
 def _other_tensors(stock: nn.Module, entries: Mapping[str, Layout]) -> str:
@@ -108,6 +120,19 @@ def _other_tensors(stock: nn.Module, entries: Mapping[str, Layout]) -> str:
     if len(widths) > 1:
         said = f"where the config says one width for all layers, {theirs[axis]}"
     return f"`{name}` is {found[axis]} wide {said}{more}"
+
+
+def _tied_otherwise(stock: nn.Module, names: Mapping[str, str]) -> str:
+    """The first name whose tensor has other names in the class than in the model."""
+    slots = slots_of(stock)
+    firsts: dict[int, str] = {}
+    for name, slot in slots.items():
+        first = firsts.setdefault(id(slot.tensor), name)
+        if names.get(first, first) != names.get(name, name):
+            return f"`{first}` and `{name}` are one tensor in its class and two in the model"
+        if slots[names.get(name, name)].tensor is not slot.tensor:
+            return f"`{names[name]}` and `{name}` are two tensors in its class and one in the model"
+    return ""
 
 
 def _in_any_layer(name: str) -> str:
