@@ -59,7 +59,7 @@ def test_it_stops_where_the_rows_held_out_gain_no_longer() -> None:
     assert history.scores[-1] < history.best
 
 
-def test_the_largest_rate_is_taken_that_brings_about_as_much_as_the_best() -> None:
+def test_the_rate_is_found_unless_it_is_given() -> None:
     dense, small, _ = squeezed()
     found = heal(small, dense, data(), Healing(passes=1), cpu=True).lr
     assert found is not None

@@ -38,7 +38,8 @@ _TRIAL = (8, 32)
 """Steps of a trial, at least and at most."""
 _SHARE_OF_TRIAL = 20
 """A trial has one step for so many of the training."""
-_SHARE_OF_GAIN = 0.5
+_HARM = 0.5
+"""What a trial with the rate above the best may lose, as a part of what the best gains."""
 _STEPS = 100
 """Of a pass, at least, where there are enough rows: small steps are worth more than large ones."""
 _HELD_OUT = 10
@@ -167,8 +168,10 @@ class _Guided:
     def _best_rate(self, steps: int) -> tuple[float, float]:
         """The rate for a training, by so many steps with each from the same start; and the seconds of a step.
 
-        Of those tried it is the largest that brings half of what the best one brings: few steps favour small rates,
-        whose noise is small, and a longer training, whose rate falls to zero, does not have that noise.
+        It is the one above the best of the trial, unless that one does harm: few steps favour small rates, and the
+        training has many.
+
+        Reference: Wu, Ren, Liao and Grosse, Understanding short-horizon bias in stochastic meta-optimization, 2018.
         """
         rates: Sequence[float] = _RATES
         if self.options.lr is not None:
@@ -188,8 +191,10 @@ class _Guided:
         for direction in (-1, 1):
             while 0 <= best + direction < len(rates) and result(best + direction) > result(best):
                 best += direction
-        gain = _SHARE_OF_GAIN * (found[best] - before)
-        chosen = max(index for index, value in found.items() if index == best or value - before > max(gain, 0.0))
+        harmless = before - _HARM * max(0.0, found[best] - before)
+        chosen = best
+        if best + 1 in found and found[best + 1] > harmless:
+            chosen = best + 1
         return rates[chosen], (time.perf_counter() - begun) / (steps * len(found))
 
     def _scored(self) -> float:
