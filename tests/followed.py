@@ -82,26 +82,28 @@ class Attending(nn.Module):
 
 
 class WrittenOut(nn.Module):
-    """A forward that says how many channels there are, as a number of its own."""
+    """A forward that says how many channels there are, as a number of its own, in a function without source text."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(F.relu(self.a(x)).mean((2, 3)).view(-1, 2, 4).flip(0).reshape(-1, 8))
+        return self.b(eval("y.view(-1, 2, 4).flip(0).reshape(-1, 8)", {"y": F.relu(self.a(x)).mean((2, 3))}))
 
 
 class Scaled(nn.Module):
-    """A scale that is computed from the width."""
+    """A forward that takes another way where it is narrower."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)[..., None]
-        return self.b((h / h.shape[-2] ** 0.5).squeeze(-1))
+        h = self.a(x)
+        if h.shape[-1] < 8:
+            h = h * 2
+        return self.b(h)
 
 
 class Encoding(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shallower.errors import MethodError
+from shallower.errors import MethodError, PlanError
 
 Family = Literal["blend", "prelu"]
 Target = Literal["identity", "one"]
@@ -410,3 +410,22 @@ def _differentiable_backward(ctx: Any, x: Tensor, slope: Tensor, g: Tensor) -> t
         wanted["slope"] = slope
     grads.update(zip(wanted, torch.autograd.grad(y, list(wanted.values()), g, create_graph=True), strict=True))
     return grads["x"], grads["slope"]
+
+
+def narrowed_activation(f: nn.Module, channels: int) -> nn.Module:
+    """An activation with one parameter per channel, for fewer channels; the parameters are unset.
+
+    Raises:
+        PlanError: it is not known how its channels are counted.
+    """
+    if isinstance(f, nn.PReLU):
+        narrowed = nn.PReLU(channels)
+        narrowed.weight = nn.Parameter(f.weight.new_empty(channels), requires_grad=f.weight.requires_grad)
+        return narrowed
+    if isinstance(f, SlopeActivation):
+        narrower = SlopeActivation(
+            f.f, width=channels, family=f.family, target=f.target, channels_first=f.channels_first
+        )
+        narrower.slope = nn.Parameter(f.slope.new_empty(channels), requires_grad=f.slope.requires_grad)
+        return narrower
+    raise PlanError(f"it is not known how the channels of a {type(f).__name__} are counted")

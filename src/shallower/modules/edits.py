@@ -21,15 +21,23 @@ from torch import Tensor, nn
 
 from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import CheckpointError, OutOfMemoryError, PlanError, ShallowerError
-from shallower.modules.activations import Family, Operand, PartialActivation, SlopeActivation, Target, Twice
+from shallower.modules.activations import (
+    Family,
+    Operand,
+    PartialActivation,
+    SlopeActivation,
+    Target,
+    Twice,
+    narrowed_activation,
+)
 from shallower.modules.attention import is_stock, make_dense
 from shallower.modules.layers import count_anew, kind_of, resized, resized_norm, weight_of
 from shallower.modules.lists import Entries
 from shallower.modules.offloading import own_weights
 from shallower.modules.records import forget, note, noted
-from shallower.modules.rewriting import externalise
+from shallower.modules.rewriting import externalise, write_number
 from shallower.modules.weight_norms import parametrizations_of
-from shallower.sites import LinearMap, Place
+from shallower.sites import LinearMap, Place, Written
 
 _MOST_WEIGHTS = 2**36
 
@@ -219,6 +227,20 @@ class Attribute:
 
 
 @dataclass(frozen=True)
+class Number:
+    """A call in the forward of a module is given this number, -1 for a size that is whatever is left."""
+
+    name: Owner
+    written: Written
+    value: Annotated[int, Bounds(-(2**24), 2**24)] | float
+    edit: Literal["number"] = field(default="number", init=False, repr=False)
+
+    def perform(self, model: nn.Module) -> None:
+        """Write the forward anew."""
+        write_number(model.get_submodule(self.name), self.written, self.value)
+
+
+@dataclass(frozen=True)
 class Sized:
     """A parameter or buffer gets this shape, wherever it is held; its numbers are not set.
 
@@ -371,6 +393,7 @@ StructuralEdit = (
     | Padding
     | Attribute
     | Entries
+    | Number
     | Sized
     | Dense
     | Partial
@@ -452,25 +475,6 @@ def replay(model: nn.Module, edits: Sequence[StructuralEdit | Mapping[str, Any]]
 def place_of(edit: Edit) -> str:
     """The dotted name of the module that an edit changes."""
     return edit.module if isinstance(edit, Externalise) else edit.name
-
-
-def narrowed_activation(f: nn.Module, channels: int) -> nn.Module:
-    """An activation with one parameter per channel, for fewer channels; the parameters are unset.
-
-    Raises:
-        PlanError: it is not known how its channels are counted.
-    """
-    if isinstance(f, nn.PReLU):
-        narrowed = nn.PReLU(channels)
-        narrowed.weight = nn.Parameter(f.weight.new_empty(channels), requires_grad=f.weight.requires_grad)
-        return narrowed
-    if isinstance(f, SlopeActivation):
-        narrower = SlopeActivation(
-            f.f, width=channels, family=f.family, target=f.target, channels_first=f.channels_first
-        )
-        narrower.slope = nn.Parameter(f.slope.new_empty(channels), requires_grad=f.slope.requires_grad)
-        return narrower
-    raise PlanError(f"it is not known how the channels of a {type(f).__name__} are counted")
 
 
 def _device_at(model: nn.Module, name: str) -> torch.device:

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from shallower.core.trees import cloned
 from shallower.errors import Refusal
+from shallower.modules.written import base_forward
 from shallower.recording.tracing import EXTERNALISED, Call, Frame, canonical, is_metadata
 
 
@@ -239,6 +240,9 @@ def _trace(owner: nn.Module, training: bool, tracer: _Tracer) -> tuple[fx.Graph,
     vars(root).update(training=training, _buffers=dict(buffers))
     before = dict(vars(root))
     kind = type(owner).__name__
+    base = base_forward(owner)
+    if base is not None:  # torch.fx traces the forward of a class
+        root.__class__ = type(kind, (type(owner),), {"forward": base})
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -20,8 +20,9 @@ from torch import fx, nn
 from shallower.errors import Refusal, SiteError
 from shallower.modules.graphs import Forwards, Held, forwards_of, names_loaded
 from shallower.modules.regions import STOCK, module_of, region_of
+from shallower.modules.written import base_forward, give_number
 from shallower.recording.tracing import EXTERNALISED, Frame, canonical
-from shallower.sites import Place
+from shallower.sites import Place, Written
 
 _RECORD = EXTERNALISED
 
@@ -92,6 +93,23 @@ def internalise(model: nn.Module, place: Place) -> None:
         vars(owner).pop(_RECORD, None)
     _rebind(owner)
     _choose_paths(model)
+
+
+def write_number(owner: nn.Module, written: Written, value: float) -> None:
+    """Let a call in the forward of a module be given another number, in place. Doing it again changes the number.
+
+    Raises:
+        SiteError: there is no such call, or the forward cannot be written anew.
+    """
+    if _is_foreign(owner):
+        raise SiteError(f"the forward of {type(owner).__name__} has been replaced on the instance")
+    give_number(owner, written.path, written.place, value)
+    _rebind(owner)
+
+
+def _is_foreign(owner: nn.Module) -> bool:
+    """Whether somebody else has replaced the forward on the instance."""
+    return "forward" in vars(owner) and not _new_children(owner) and base_forward(owner) is None
 
 
 _NESTED = "_shallower_nested"
@@ -221,7 +239,7 @@ def _change(
     attribute = _attribute(owner, place)
     if attribute is not None:
         return attribute
-    if "forward" in vars(owner) and not _new_children(owner):
+    if _is_foreign(owner):
         return Refusal(f"the forward of {place.module or 'the model'} has been replaced on the instance")
     if not set(place.calls).isdisjoint(chain.from_iterable(_rewritten_places(owner))):
         return Refusal("a part of it has been made a module already")
@@ -286,10 +304,13 @@ def _child_name(owner: nn.Module, place: Place) -> str:
 
 
 def _rebind(owner: nn.Module) -> None:
-    """Give `owner` the forward in which every externalised place is a call of its child."""
+    """Give `owner` the forward in which every externalised place is a call of its child, and numbers are its own."""
     changes = _new_children(owner)
     vars(owner).pop("forward", None)
+    base = base_forward(owner)
     if not changes:
+        if base is not None:
+            vars(owner)["forward"] = types.MethodType(base, owner)
         return
     forwards = forwards_of(owner)
     if isinstance(forwards, Refusal):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -168,6 +168,9 @@ class Trace:
     cached: list[Value] = field(default_factory=list)
 
 
+Lead = Callable[[Trace, Frame, Any, tuple[Any, ...], Mapping[str, Any]], Any]
+"""Runs a function in place of a recorder, given what was recorded until then and the frame that calls it."""
+
 EXTERNALISED = "_shallower_externalised"
 """Where a module remembers which calls of its forward have become children of it (see modules/rewriting.py)."""
 
@@ -266,9 +269,10 @@ def _writes(function: Any, name: str, kwargs: Mapping[str, Any]) -> bool:
 class _Recorder(TorchFunctionMode):
     """Turns torch functions into calls of the current frame."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, lead: Lead | None) -> None:
         super().__init__()
         self.trace = trace
+        self.lead = lead
         self.frame = trace.root
         self.known: dict[int, Value] = {}
         self.alive: list[Any] = []
@@ -281,7 +285,10 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         self.depth += 1
         try:
-            result = func(*args, **kwargs)
+            if self.lead is None:
+                result = func(*args, **kwargs)
+            else:
+                result = self.lead(self.trace, self.frame, func, args, kwargs)
         finally:
             self.depth -= 1
         self.record(func, args, kwargs, result)
@@ -377,11 +384,17 @@ class StoppedError(SiteError):
         self.trace = trace
 
 
-def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
+def trace_forward(model: nn.Module, example_inputs: Inputs, lead: Lead | None = None) -> Trace:
     """Run `model` once on `example_inputs`, in eval mode without gradients, and record it.
 
     The model's mode, the random state and the inputs are as before afterwards. Inputs go to the device of the
     model's parameters. A model on the meta device runs on fake tensors, so it needs no memory and no data.
+
+    Args:
+        model: not changed.
+        example_inputs: what it is called with.
+        lead: runs the functions instead of their being called, to see or change what they are given and give. Then
+            operations are not counted.
 
     Raises:
         SiteError: `model` is not a module, has no parameters, or does not run on these inputs.
@@ -404,7 +417,7 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
         for name, module in model.named_modules(remove_duplicate=False):
             names.setdefault(module, name)
         trace = Trace(model, Frame(nn.Module(), None, None))
-        recorder = _Recorder(trace)
+        recorder = _Recorder(trace, lead)
         for module in names:
             for attribute, parameter in module._parameters.items():
                 if parameter is not None:
@@ -458,7 +471,7 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
         stack.callback(handle.remove)
         # PyTorch forgets this entry when the handle is removed, and torch.compile then warns of global hooks for good.
         stack.callback(global_hooks._global_forward_hooks_with_kwargs.pop, handle.id, None)
-        counter = mac_counter()
+        counter = mac_counter() if lead is None else contextlib.nullcontext()
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)`")
@@ -473,7 +486,9 @@ def trace_forward(model: nn.Module, example_inputs: Inputs) -> Trace:
             ) from error
         for tensor in tensors(without_heads(output)):
             recorder.value(tensor).output = True
-        trace.macs, trace.kv = counter.get_total_flops() // 2, kv_of(output)
+        if not isinstance(counter, contextlib.nullcontext):
+            trace.macs = counter.get_total_flops() // 2
+        trace.kv = kv_of(output)
         trace.cached = [recorder.value(tensor) for tensor in cached(output)]
         trace.root = trace.frames[0]
         trace.root.parent = None

@@ -4,7 +4,7 @@ from shallower.sites.bridge import Bridge, Stage
 from shallower.sites.collection import Sites, overlapping
 from shallower.sites.parts import Between, LinearMap, Place, Residual, Tally, by_name, tally
 from shallower.sites.site import Kind, Site
-from shallower.sites.slots import Average, Choice, Follower, Listed, Slot, Span
+from shallower.sites.slots import Average, Choice, Follower, Listed, Slot, Span, Written
 
 __all__ = [
     "Average",
@@ -23,6 +23,7 @@ __all__ = [
     "Span",
     "Stage",
     "Tally",
+    "Written",
     "by_name",
     "overlapping",
     "tally",

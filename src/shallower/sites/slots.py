@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shallower.core.codec import Bounds
-from shallower.sites.parts import Channels, Count, Macs, Name
+from shallower.sites.parts import MOST_CHANNELS, Channels, Count, Macs, Name
 
 MOST_SPANS = 1024
 
@@ -176,17 +176,37 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Follower:
-    """A whole number that a module holds and that falls with the channels: its heads or groups.
+class Written:
+    """A number that a call is given, where the call is written in the forward of a module or in what that calls.
 
-        [(follower.module, follower.attribute) for follower in site.followers]
+        Written((("window_partition(x, self.window)", 0), ("x.view(B, H // ws, ws, W // ws, ws, C)", 0)), 6, 96)
+
+    Attributes:
+        path: texts of calls, of each the how manieth it is of this text in its function: the first stands in the
+            forward, each further one in the function that the one before it calls, and the last is given the number.
+        place: the how manieth of what the call is given; sequences count by what is in them, a slice is three.
+        value: the number, as the site was found; -1 for a size that becomes whatever the others leave.
+    """
+
+    path: Annotated[tuple[tuple[Annotated[str, Bounds(1, 1000)], Count], ...], Bounds(1, 16)]
+    place: Count
+    value: Annotated[int, Bounds(-MOST_CHANNELS, MOST_CHANNELS)] | float
+
+
+@dataclass(frozen=True)
+class Follower:
+    """A whole number that falls with the channels, one that a module holds or that a call in its forward is given.
+
+        [(follower.module, follower.attribute) for follower in site.followers if follower.written is None]
 
     Attributes:
         module: dotted name.
-        attribute: of the module.
-        each: by how much it falls for each channel that goes.
+        attribute: of the module; "" where the number is written.
+        each: by how much it falls for each channel that goes; 0 for a number that is written because it must not fall.
+        written: the call, and which of its numbers.
     """
 
     module: Name
     attribute: Name
-    each: Channels
+    each: Count
+    written: Written | None = None

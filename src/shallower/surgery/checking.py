@@ -46,7 +46,10 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
                 raise PlanError(f"{site.name}: `{listed.module}` has not {site.width} entries")
         for follower in site.followers:
             _check_held(site, follower.module, names)
-            if type(vars(model.get_submodule(follower.module)).get(follower.attribute)) is not int:
+            if (
+                follower.written is None
+                and type(vars(model.get_submodule(follower.module)).get(follower.attribute)) is not int
+            ):
                 raise PlanError(f"{site.name}: `{follower.module}` has no whole number {follower.attribute!r:.80}")
     if plan.fingerprint:
         found = fingerprint(model, plan.sites)

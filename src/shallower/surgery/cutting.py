@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from shallower.errors import PlanError
-from shallower.modules.edits import Attribute, Edit, Resize, Sized, Weights
+from shallower.modules.edits import Edit, Resize, Sized, Weights
 from shallower.modules.lists import Entries
+from shallower.modules.numbers import fallen
 from shallower.modules.preparing import ready_for_cuts
 from shallower.modules.weight_norms import weight_norms
 from shallower.planning.entries import Entry
@@ -28,10 +29,7 @@ def edits_of_cut(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
         PlanError: a tensor has another shape than the plan expects.
     """
     edits: list[Edit] = [*ready_for_cuts(model, (cut.tensor for cut in form.cuts if cut.kept))]
-    for follower in entry.site.followers:
-        module = model.get_submodule(follower.module)
-        fewer = getattr(module, follower.attribute) - follower.each * len(entry.dropped)
-        edits.append(Attribute(follower.module, follower.attribute, fewer))
+    edits += fallen(model, entry.site.followers, len(entry.dropped))
     left: dict[str, Tensor] = {}
     for cut in form.cuts:
         if not cut.kept:  # a bias that the fit adds, or a list that loses entries

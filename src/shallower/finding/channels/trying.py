@@ -1,57 +1,49 @@
 """Do the forwards of a model follow when channels are cut: tried on a copy without data, and the numbers that have to.
 
-A forward may hold numbers of its own (how many heads, where to split). A trial cuts every site in half and runs the
-model on the meta device. Every tensor of the pass must have the shape that its layouts say. Where the first has not,
-the whole numbers that the call was given are looked for in the modules around it, and fall with the channels in the
-next trial; sites for which there are none are left out.
+A forward may hold numbers of its own (how many heads, where to split), or read them from one tensor and give them to
+another. A trial cuts every site and leads a pass of the model on the meta device (see `leading.py`), which
+shows every size that does not follow. Numbers that modules hold are changed where that puts sizes right (see
+`holding.py`), and the rest in the calls that are given them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
-import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from shallower.core.failures import is_out_of_memory
 from shallower.core.inputs import Inputs
-from shallower.errors import ShallowerError
+from shallower.errors import Refusal, ShallowerError
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.layout import Run, divide, runs, size_of
+from shallower.finding.channels.holding import HeldNumbers, kind_of_site
+from shallower.finding.channels.layout import Cat, Layout, Prod, Run, resolved, runs, spans
+from shallower.finding.channels.leading import Expected, Led, Wrong
 from shallower.finding.channels.spaces import Found
 from shallower.modules.attachment import copied
-from shallower.modules.edits import Attribute, Sized, StructuralEdit, perform
+from shallower.modules.edits import Sized, perform
 from shallower.modules.lists import Entries
+from shallower.modules.numbers import fallen
 from shallower.modules.offloading import weightless
 from shallower.modules.preparing import ready_for_cuts
-from shallower.recording.tracing import Call, StoppedError, Trace, trace_forward
-from shallower.sites import Follower, Site
-
-SIZED = {
-    "view", "reshape", "unflatten", "expand", "broadcast_to", "repeat", "tile", "split", "split_with_sizes",
-    "tensor_split", "unsafe_split", "getitem", "setitem", "narrow", "zeros", "ones", "empty", "rand", "randn",
-    "new_zeros", "new_ones", "new_empty", "layer_norm", "rms_norm", "pad", "multi_head_attention_forward", "slice",
-    "as_strided", "constant_pad_nd", "histc", "bincount", "one_hot",
-}  # fmt: skip
-"""Functions to which forwards give sizes as whole numbers. To others they give numbers to compute with."""
-
-GROUPED = {"group_norm": 1, "conv1d": 6, "conv2d": 6, "conv3d": 6, "channel_shuffle": 1}
-"""Functions that divide axis 1 into a number of groups, and where among their arguments that stands."""
-
-FOLLOWING_TENSORS = {
-    "in_features", "out_features", "in_channels", "out_channels", "num_features", "num_channels", "embedding_dim",
-    "num_embeddings", "nx", "nf",
-}  # fmt: skip
-"""Sizes that layers hold beside their tensors and that follow these."""
+from shallower.modules.written import CallPath, leaves, path_along
+from shallower.planning.entries import Entry
+from shallower.planning.forms.cuts import TensorsLeft
+from shallower.recording.tracing import Call, Frame, Value
+from shallower.sites import Follower, Site, Written
 
 MOST_TRIALS = 100
 
-MOST_FRAMES = 3
-"""Modules around a call that may hold its numbers: the one whose forward makes it, and those that call that."""
+MANY = 8
+SHARES = (3 / 4, 5 / 8, 7 / 8, 1 / 2, 11 / 16, 9 / 16, 13 / 16)
+"""Of how many channels the sites of one kind leave, where they have at least so many."""
 
 DOES_NOT_FOLLOW = "the forward does not follow fewer channels"
+DEPENDS = "the size depends on the inputs"
+TWO = "channels of two kinds are in one number"
+OFTEN = "the call is made several times with other numbers"
 
 
 def that_follow(
@@ -65,7 +57,7 @@ def that_follow(
         f: the followed pass.
         found: its spaces.
     """
-    trial = _Trial(model, inputs, f, {each.site.name: each.run for each in found})
+    trial = ChannelTrial(model, inputs, f, {each.site.name: each.run for each in found})
     settled = trial.settled([each.site for each in found])
     kept: list[Site] = []
     skipped: dict[str, str] = {}
@@ -77,10 +69,12 @@ def that_follow(
     return kept, skipped
 
 
-class _Trial:
+class ChannelTrial:
     """Cuts sites of copies of a model, and looks where the pass differs from what the layouts say.
 
     Attributes:
+        f: the followed pass.
+        found: the channels of each site.
         why: the reasons of the sites that were left out.
     """
 
@@ -90,282 +84,317 @@ class _Trial:
         self.f = f
         self.found = found
         self.why: dict[str, str] = {}
+        self._expected = Expected(f)
+        self._held = HeldNumbers(self)
         self._with_data: bool | None = None
         self._trials = 0
-        self._hopeless: set[object] = set()
+        self._kinds: dict[object, int] = {}
+        self._on_the_way: dict[Call, set[Run]] = {}
+        self._in_frames: dict[Frame, set[Run]] = {}
 
     def settled(self, sites: Sequence[Site]) -> dict[str, Site]:
-        """Those of some sites that can be cut together, by name, with the numbers that have to fall."""
-        left = {site.name: site for site in sites}
-        while left and self._trials < MOST_TRIALS:
-            at = self._difference(list(left.values()))
-            if at is None:
-                return self._one_by_one(left)
-            if self._with_data is None:
-                # a forward that looks at numbers does not run without them, even with nothing cut
-                self._with_data = self._difference([]) is not None
-                if self._with_data:
-                    continue
-            met = self._met(at, left)
-            if not met:
-                return self._halves(list(left.values()))
-            before = dict(left)
-            for name in met:
-                self._settle_alone(left, name, at)
-            if left == before:
-                self._leave_out(left, met[0], at)
-        for name in left:
-            self.why[name] = f"it was not tried alone: the search was given up after {MOST_TRIALS} trials"
-        return {}
+        """Those of some sites that can be cut, by name, with the numbers that have to fall.
 
-    def _one_by_one(self, left: dict[str, Site]) -> dict[str, Site]:
-        """Those that can be cut without the others, too: every second site loses a few channels, then the others do.
-
-        Where a forward divides one width by another, both cut in half go unnoticed.
+        All are cut together, by other shares where they are of other kinds: where a forward divides one width by
+        another, both cut in half would go unnoticed. Then every second one loses a few channels, then the others, and
+        at last all are cut but those that change a number, which nothing else may need to be changed.
         """
-        names = list(left)
-        for chosen in (names[::2], names[1::2]):
-            while chosen:
-                at = self._difference([left[name] for name in chosen], one=True)
-                if at is None:
-                    break
-                met = [name for name in self._met(at, left) if name in chosen] or chosen[:1]
-                for name in met:
-                    self._leave_out(left, name, min(at, len(self.f.trace.calls) - 1))
-                    chosen.remove(name)
+        left = {site.name: site for site in sites}
+        if any(site.lists for site in sites):  # what runs for an entry that goes is not seen
+            self._settle(left, [site.name for site in sites if not site.lists], one=False)
+        self._settle(left, list(left), one=False)
+        for start in (0, 1):
+            self._settle(left, list(left)[start::2], one=True)
+        self._settle_without(left)
+        self._prune(left)
         return left
 
-    def _settle_alone(self, left: dict[str, Site], name: str, at: int) -> None:
-        """Find the numbers that have to fall with one site, for all that are alike; leave it out where none do."""
-        site, new = left[name], self._numbers(left[name])
-        if new is None:
-            self._leave_out(left, name, at)
-            return
-        for other in list(left.values()):
-            left[other.name] = replace(other, followers=(*other.followers, *self._alike(site, other, new)))
+    def _prune(self, left: dict[str, Site]) -> None:
+        """Take numbers from sites that can be cut without their being written: their forwards stay as they are."""
+        kinds: dict[object, list[str]] = {}
+        for name, site in left.items():
+            if any(follower.written is not None and not follower.each for follower in site.followers):
+                kinds.setdefault(kind_of_site(site), []).append(name)
+        for names in kinds.values():
+            fewer: list[Site] = []
+            for name in names:
+                needed = (each for each in left[name].followers if each.written is None or each.each)
+                fewer.append(replace(left[name], followers=tuple(needed)))
+            if self.led(fewer).is_clean:
+                left.update({site.name: site for site in fewer})
 
-    def _leave_out(self, left: dict[str, Site], name: str, at: int) -> None:
-        self.why[name] = f"{DOES_NOT_FOLLOW} at {self.f.title(self.f.trace.calls[at])}"
-        del left[name]
+    def _settle_without(self, left: dict[str, Site]) -> None:
+        """For each written number, cut everything but the sites that write it: nothing else may need it."""
+        tried: set[frozenset[object]] = set()
+        while True:
+            writing: dict[object, set[object]] = {}
+            for site in left.values():
+                for follower in site.followers:
+                    if follower.written is not None:
+                        number = (follower.module, follower.written.path, follower.written.place)
+                        writing.setdefault(number, set()).add(kind_of_site(site))
+            waiting = [own for own in dict.fromkeys(map(frozenset, writing.values())) if own not in tried]
+            if not waiting:
+                return
+            for own in waiting:
+                tried.add(own)
+                self._settle(left, [name for name, site in left.items() if kind_of_site(site) not in own], one=False)
 
-    def _halves(self, sites: list[Site]) -> dict[str, Site]:
+    def _runs_in(self, frame: Frame) -> set[Run]:
+        """The channels of what the forward of a module is given, and of what its own calls read and give."""
+        if frame not in self._in_frames:
+            found: set[Run] = set()
+            for step in frame.steps:
+                values = [*step.inputs, *step.outputs] if isinstance(step, Call) else step.outputs
+                for value in (*values, *given_to(frame)):
+                    for axis in self.f.axes(value):
+                        found.update(runs(axis))
+            self._in_frames[frame] = found
+        return self._in_frames[frame]
+
+    def _settle(self, left: dict[str, Site], names: Sequence[str], *, one: bool) -> None:
+        """Give those sites of `left` that are named the numbers that have to fall, or take them out."""
+        while chosen := [left[name] for name in names if name in left]:
+            if self._trials >= MOST_TRIALS:
+                self._give_up(left, chosen)
+                return
+            led = self.led(chosen, one=one)
+            if led.is_clean or (self._with_data is None and self._needs_data()):
+                if led.is_clean:
+                    return
+                continue
+            before = dict(left)
+            if self._held.take(left, chosen, led, one=one):
+                led = self.led([left[site.name] for site in chosen], one=one)
+            self._write(left, chosen, led.wrong.values())
+            if left == before:
+                self._leave_out_blamed(left, chosen, led)
+                if left == before:
+                    self._halve(left, chosen, one=one)
+                    return
+
+    def _needs_data(self) -> bool:
+        """Whether the forward looks at numbers, so that it does not run without them, even with nothing cut."""
+        self._with_data = False
+        self._with_data = not self.led([]).is_clean
+        return self._with_data
+
+    def _give_up(self, left: dict[str, Site], chosen: Iterable[Site]) -> None:
+        for site in chosen:
+            del left[site.name]
+            self.why[site.name] = f"it was not tried: the search was given up after {MOST_TRIALS} trials"
+
+    def _halve(self, left: dict[str, Site], chosen: Sequence[Site], *, one: bool) -> None:
         """The same where it does not show which site is to blame."""
-        if len(sites) < 2:
-            return {}
-        half = len(sites) // 2
-        return {**self.settled(sites[:half]), **self.settled(sites[half:])}
+        names = [site.name for site in chosen if site.name in left]
+        if len(names) == 1:
+            del left[names[0]]
+            return
+        half = len(names) // 2
+        self._settle(left, names[:half], one=one)
+        self._settle(left, names[half:], one=one)
 
-    def _met(self, at: int, left: Mapping[str, Site]) -> list[str]:
+    # ------------------------------------------------------------------------------------------------- blame
+
+    def _leave_out_blamed(self, left: dict[str, Site], chosen: Sequence[Site], led: Led) -> None:
+        """Leave out the sites whose channels the calls read or give at which the pass was another one."""
+        for call in self.blamed_calls(led):
+            for name in self.met(call, chosen):
+                self.leave_out(left, name, call)
+
+    def blamed_calls(self, led: Led) -> list[Call]:
+        """The calls at which a pass was another one although sizes were right, in order."""
+        blamed = set(led.blamed)
+        if led.ended is not None and led.ended < len(self.f.trace.calls):
+            blamed.add(led.ended)
+        return [self.f.trace.calls[at] for at in sorted(blamed)]
+
+    def met(self, call: Call, sites: Iterable[Site]) -> list[str]:
         """The sites whose channels a call reads or gives."""
-        if at >= len(self.f.trace.calls):
-            return []
-        on_the_way = set(_runs_of(self.f, self.f.trace.calls[at]))
-        return [name for name in left if self.found[name] in on_the_way]
+        return [site.name for site in sites if self.holds(call, self.found[site.name])]
 
-    # ------------------------------------------------------------------------------------------------- numbers
+    def holds(self, call: Call, run: Run) -> bool:
+        """Whether a call reads or gives some channels."""
+        return run in self._runs_at(call)
 
-    def _numbers(self, site: Site) -> list[Follower] | None:
-        """The numbers that have to fall with a site; None where none let the pass come to its end."""
-        kind = (_shape(site), type(self.model.get_submodule(site.slots[0].module.rpartition(".")[0])))
-        if kind in self._hopeless:
-            return None
-        found: list[Follower] = []
-        at = self._difference([site])
-        while at is not None and at < len(self.f.trace.calls):
-            step = self._step(replace(site, followers=(*site.followers, *found)), at)
-            if step is None:
-                self._hopeless.add(kind)
-                return None
-            more, at = step
-            found += more
+    def _runs_at(self, call: Call) -> set[Run]:
+        if call not in self._on_the_way:
+            found: set[Run] = set()
+            for value in (*call.inputs, *call.outputs):
+                for axis in self.f.axes(value):
+                    found.update(runs(axis))
+            self._on_the_way[call] = found
+        return self._on_the_way[call]
+
+    def leave_out(self, left: dict[str, Site], name: str, call: Call, why: str = "") -> None:
+        """A site cannot be cut because of a call."""
+        if left.pop(name, None) is not None:
+            self.why[name] = f"{DOES_NOT_FOLLOW} at {self.f.title(call)}" + f": {why}" * bool(why)
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def _write(self, left: dict[str, Site], chosen: Sequence[Site], wrong: Iterable[Wrong]) -> None:
+        """Let calls take numbers of their own, for the sites whose channels these count and those that disturb them."""
+        by_run = {self.found[name]: name for name in left}
+        before = {name: site.followers for name, site in left.items()}
+        within: Counter[str] = Counter()
+        for each in wrong:
+            call = self.f.trace.calls[each.at]
+            cut = [site.name for site in chosen if site.name in left]
+            counted = [by_run[run] for run in dict.fromkeys(runs(each.size.layout)) if by_run.get(run) in left]
+            near = [name for name in cut if self.found[name] in self._runs_in(call.frame)]
+            made = self._followers(left, each, counted, [[], near, cut], before)
+            if isinstance(made, Refusal) and made.reason == TWO:
+                within.update(counted)
+            elif isinstance(made, Refusal):
+                for name in [name for name in counted if name in cut] or near or cut:
+                    self.leave_out(left, name, call, made.reason)
+            else:
+                for name, follower in made.items():
+                    left[name] = replace(left[name], followers=(*left[name].followers, follower))
+        for name, _ in within.most_common(1):  # the others can be cut without it
+            if left.pop(name, None) is not None:
+                self.why[name] = f"{DOES_NOT_FOLLOW}: {TWO}"
+
+    def _followers(
+        self, left: Mapping[str, Site], each: Wrong, counted: Sequence[str],
+        disturbing: Iterable[Sequence[str]], before: Mapping[str, Sequence[Follower]],
+    ) -> dict[str, Follower] | Refusal:  # fmt: skip
+        """For each site the number of a call that falls with it or stays, where it has none; or why it cannot.
+
+        Args:
+            left: all sites by name.
+            each: the size.
+            counted: the sites whose channels it counts.
+            disturbing: sites that may have made it wrong, and more where the first ones have a number already.
+            before: the followers with which it was wrong.
+        """
+        module = self.f.trace.calls[each.at].frame.name
+        found = path_along(each.way)
+        if isinstance(found, Refusal):
+            return found
+        if module is None:
+            return Refusal("its module has no name")
+        layout = resolved(each.size.layout)
+        is_rest = self._varies(layout) or self._is_product(layout, {self.found[name] for name in counted})
+        path, before_places = found
+        place = each.size.place - before_places
+        if is_rest and not self._may_be_rest(left, each, module, path, place):
+            return Refusal(DEPENDS if self._varies(layout) else TWO)
+        written = Written(path, place, -1 if is_rest else each.size.given)
+        wanted: dict[str, Follower] = {}
+        for name in counted:
+            count = sum(span.repeats * span.block for span in spans(layout, self.found[name]))
+            wanted[name] = Follower(module, "", 0 if is_rest else count, written)
+        for names in disturbing:
+            for name in names:
+                wanted.setdefault(name, Follower(module, "", 0, written))
+            for name, follower in wanted.items():
+                for known in left[name].followers:
+                    if known != follower and known.module == module and _same_number(known.written, written):
+                        return Refusal(OFTEN)
+            if any(follower not in before[name] for name, follower in wanted.items()):
+                return {name: follower for name, follower in wanted.items() if follower not in left[name].followers}
+        return Refusal(OFTEN)
+
+    def _is_product(self, layout: Layout, cut: set[Run]) -> bool:
+        """Whether channels of two kinds that are cut are within each other."""
+        layout = resolved(layout)
+        if isinstance(layout, Cat):
+            return any(self._is_product(part, cut) for part in layout.parts)
+        return isinstance(layout, Prod) and len(cut.intersection(runs(layout))) > 1
+
+    def _varies(self, layout: Layout) -> bool:
+        """Whether it counts other things than channels of weights: pixels, for instance."""
+        return not all(run in self._of_weights or run.size == 1 for run in runs(layout))
+
+    @cached_property
+    def _of_weights(self) -> set[Run]:
+        found: set[Run] = set()
+        for value in (*self.f.trace.weights.values(), *self.f.trace.buffers.values()):
+            for axis in self.f.axes(value):
+                found.update(runs(axis))
         return found
 
-    def _step(self, site: Site, at: int) -> tuple[list[Follower], int | None] | None:
-        """Numbers with which the pass comes further than a call, and how far; None where there are none."""
-        for new in self._choices(site, at):
-            if self._trials > MOST_TRIALS:
-                return None
-            further = self._difference([replace(site, followers=(*site.followers, *new))])
-            if further is None or further > at:
-                return new, further
-        return None
-
-    def _choices(self, site: Site, at: int) -> Iterator[list[Follower]]:
-        """Numbers that modules around a call hold and that it was given: one at a time, then those of a module."""
-        held = {(follower.module, follower.attribute) for follower in site.followers}
-        for module, numbers in _numbers_at(self.f.trace.calls[at], site.width):
-            new: list[Follower] = []
-            for attribute, value in vars(self.model.get_submodule(module)).items():
-                own = type(value) is int and attribute not in FOLLOWING_TENSORS
-                if own and value in numbers and (module, attribute) not in held:
-                    new.append(Follower(module, attribute, value // site.width))
-            yield from ([each] for each in new)
-            if len(new) > 1:
-                yield new
-
-    def _alike(self, site: Site, other: Site, new: Sequence[Follower]) -> Iterator[Follower]:
-        """The same numbers of another site that is like this one, in the modules at the same places around it."""
-        if other.name == site.name:
-            yield from new
-            return
-        if _shape(site) != _shape(other):
-            return
-        own, theirs = site.slots[0].module.split("."), other.slots[0].module.split(".")
-        for follower in new:
-            parts = follower.module.split(".")
-            if own[: len(parts)] != parts:
-                continue
-            module = ".".join(theirs[: len(parts)])
-            same = type(self.model.get_submodule(module)) is type(self.model.get_submodule(follower.module))
-            if module != follower.module and same:
-                yield replace(follower, module=module)
+    def _may_be_rest(self, left: Mapping[str, Site], each: Wrong, module: str, path: CallPath, place: int) -> bool:
+        """Whether a size may be -1: none of the call is."""
+        call = self.f.trace.calls[each.at]
+        if call.name not in ("view", "reshape") or -1 in call.args or any(-1 in a for a in call.args if _is_list(a)):
+            return False
+        for site in left.values():
+            for known in site.followers:
+                same = known.module == module and known.written is not None and known.written.path == path
+                if same and known.written and known.written.value == -1 and known.written.place != place:
+                    return False
+        return True
 
     # ------------------------------------------------------------------------------------------------- passes
 
-    def _difference(self, sites: Sequence[Site], *, one: bool = False) -> int | None:
-        """The first call of a pass with these sites cut that is not what the layouts say; None where all are.
-
-        Each is cut in half, or loses a few channels.
-
-        Numbers that are computed with must be the same, too: a scale of 1 / sqrt(width) would not be.
-        """
+    def led(self, sites: Sequence[Site], *, one: bool = False) -> Led:
+        """A pass with these sites cut: each by the share of its kind, or by a few channels."""
         self._trials += 1
-        kept = {site.name: few_less(site) if one else half_of(site) for site in sites}
-        trace, whole = self._passed(sites, kept)
-        fewer = {self.found[site.name]: kept[site.name] for site in sites}
-        made = [i for i, call in enumerate(self.f.trace.calls) if self.f.turns.is_made(call, fewer)]
-        for i, after in zip(made, trace.calls, strict=False):
-            before = self.f.trace.calls[i]
-            if before.name != after.name or _scalars(before) != _scalars(after):
-                return i
-            if _groups_of(after) != self._groups(before, fewer):
-                return i
-            for value, now in zip(before.outputs, after.outputs, strict=False):
-                if now.shape != tuple(size_of(axis, fewer) for axis in self.f.axes(value)):
-                    return i
-        if whole and len(trace.calls) == len(made):
-            return None
-        return made[len(trace.calls)] if len(trace.calls) < len(made) else len(self.f.trace.calls)
-
-    def _groups(self, call: Call, fewer: Mapping[Run, int]) -> int | None:
-        """Into how many groups a call has to divide its channels when some runs have fewer."""
-        groups = _groups_of(call)
-        if groups is None or groups == 1:
-            return groups
-        channels = self.f.axes(call.inputs[0])[1]
-        return size_of(divide(channels, groups, channels.size // groups)[0], fewer)
-
-    def _passed(self, sites: Sequence[Site], kept: Mapping[str, int]) -> tuple[Trace, bool]:
-        """A pass of a copy with these sites cut, as far as it goes, and whether it goes to the end."""
+        kept = {site.name: few_less(site) if one else self._share_of(site) for site in sites}
+        led = Led(self._expected, {self.found[site.name]: kept[site.name] for site in sites})
         memo = {} if self._with_data else weightless(self.model.parameters())
         trial = copied(self.model, memo)
         try:
-            for edit in _shortened(trial, sites, kept):
+            self._cut(trial, sites, kept)
+        except ShallowerError:
+            led.ended = 0
+            return led
+        led.run(trial, self.inputs)
+        return led
+
+    def _share_of(self, site: Site) -> int:
+        """How many channels a trial leaves: half of few, and of many a share that no other kind has, nearly."""
+        kind = self._kinds.setdefault(kind_of_site(site), len(self._kinds))
+        unit = unit_of(site)
+        lost = max(unit, round(site.width * (1 - SHARES[kind % len(SHARES)]) / unit) * unit)
+        if site.width < MANY:
+            lost = site.width // 2
+        return max(site.width - lost, site.least)
+
+    def _cut(self, trial: nn.Module, sites: Sequence[Site], kept: Mapping[str, int]) -> None:
+        """Leave the first channels of each site, without numbers."""
+        tensors = TensorsLeft()
+        for site in sites:
+            entry = Entry.narrow(site, range(kept[site.name]))
+            for edit in ready_for_cuts(trial, (slot.tensor for slot in site.slots)):
                 perform(trial, edit)
-                if self._with_data and isinstance(edit, Sized):
-                    getattr(trial.get_submodule(edit.name), edit.attribute).detach().zero_()
-            return trace_forward(trial, self.inputs), True
-        except StoppedError as stopped:
-            if stopped.__cause__ is not None and is_out_of_memory(stopped.__cause__):
-                raise
-            return stopped.trace, False
-        except (ShallowerError, RuntimeError, ValueError, TypeError) as error:
-            if is_out_of_memory(error):
-                raise
-            return Trace(trial, self.f.trace.root), False
+            for edit in fallen(trial, site.followers, site.width - kept[site.name]):
+                perform(trial, edit)
+            for cut in tensors.cut(entry, {}, set()):
+                if not cut.kept:  # a list that loses entries
+                    continue
+                name, _, attribute = cut.tensor.rpartition(".")
+                perform(trial, Sized(name, attribute, cut.after))
+                if self._with_data:
+                    getattr(trial.get_submodule(name), attribute).detach().zero_()
+        for site in sites:
+            for listed in site.lists:
+                perform(trial, Entries(listed.module, tuple(range(kept[site.name]))))
 
 
-def _runs_of(f: Following, call: Call) -> Iterator[Run]:
-    for value in (*call.inputs, *call.outputs):
-        for axis in f.axes(value):
-            yield from runs(axis)
+def given_to(frame: Frame) -> list[Value]:
+    """The values that a module is called with."""
+    return [item for item in leaves(frame.args, frame.kwargs) if isinstance(item, Value)]
 
 
-def _numbers_at(call: Call, width: int) -> Iterator[tuple[str, set[int]]]:
-    """The whole numbers that a call was given and that divide by the channels, for the modules around it.
-
-    First as they are, then the factors that a forward may have made them of.
-    """
-    given = {n for n in _whole_numbers((call.args, call.kwargs)) if n >= width and n % width == 0}
-    if not given:
-        return
-    factors = {v for n in given for v in range(width, n + 1, width) if n % v == 0} - given
-    near = list(call.frame.ancestors())[:MOST_FRAMES]
-    for numbers in (given, factors):
-        for frame in near:
-            if frame.name is not None:
-                yield frame.name, numbers
+def _is_list(given: object) -> bool:
+    return isinstance(given, (tuple, list))
 
 
-def _whole_numbers(given: object) -> Iterator[int]:
-    if type(given) is int:
-        yield given
-    elif isinstance(given, Mapping):
-        yield from _whole_numbers(tuple(given.values()))
-    elif isinstance(given, (tuple, list)):
-        for item in given:
-            yield from _whole_numbers(item)
-    elif isinstance(given, slice):
-        yield from _whole_numbers((given.start, given.stop))
+def _same_number(one: Written | None, other: Written) -> bool:
+    return one is not None and (one.path, one.place) == (other.path, other.place)
 
 
-def _scalars(call: Call) -> list[float]:
-    """The numbers that a call computes with: not sizes, and not how many groups there are."""
-    found: list[float] = []
-    at = GROUPED.get(call.name, len(call.args))
-    named = {name: item for name, item in call.kwargs.items() if name not in ("groups", "num_groups")}
-    for item in tree_leaves((call.args[:at], call.args[at + 1 :], named)):
-        if type(item) is float or (type(item) is int and call.name not in SIZED):
-            found.append(item)
-    return found
-
-
-def _groups_of(call: Call) -> int | None:
-    """Into how many groups a call divides its channels."""
-    at = GROUPED.get(call.name)
-    if at is None:
-        return None
-    groups = call.kwargs.get("num_groups", call.kwargs.get("groups", call.args[at] if len(call.args) > at else 1))
-    return groups if type(groups) is int else None
-
-
-def _shape(site: Site) -> tuple[object, ...]:
-    """What is alike in sites of repeated blocks."""
-    return (site.kind, site.width, tuple((s.attribute, s.shape, s.axis, s.spans) for s in site.slots))
-
-
-def half_of(site: Site) -> int:
-    """How many channels a trial leaves."""
-    return max((site.width + 1) // 2, site.least)
+def unit_of(site: Site) -> int:
+    """How many channels a trial takes at a time: products by experts count in 16 bytes."""
+    if site.width > 16:
+        return 8
+    return 4 if site.width > 4 else 1
 
 
 def few_less(site: Site) -> int:
-    """How many channels a trial leaves that takes few: as few as products by experts take, which count in 16 bytes."""
-    lost = 8 if site.width > 16 else 4 if site.width > 4 else 1
-    return max(site.width - lost, site.least)
-
-
-def _shortened(model: nn.Module, sites: Sequence[Site], kept: Mapping[str, int]) -> Iterator[StructuralEdit]:
-    """The edits that leave the first channels of each site, without numbers."""
-    left: dict[str, dict[int, Tensor]] = {}
-    fewer: dict[tuple[str, str], int] = {}
-    for site in sites:
-        gone = torch.arange(kept[site.name], site.width)
-        for f in site.followers:
-            fewer[f.module, f.attribute] = fewer.get((f.module, f.attribute), 0) + f.each * len(gone)
-        for slot in site.slots:
-            axes = left.setdefault(slot.tensor, {})
-            staying = axes.setdefault(slot.axis, torch.ones(slot.shape[slot.axis], dtype=torch.bool))
-            staying[slot.positions(gone)] = False
-    yield from ready_for_cuts(model, left)
-    for (module, attribute), count in fewer.items():
-        yield Attribute(module, attribute, getattr(model.get_submodule(module), attribute) - count)
-    for name, axes in left.items():
-        module, _, attribute = name.rpartition(".")
-        shape = list(getattr(model.get_submodule(module), attribute).shape)
-        for axis, staying in axes.items():
-            shape[axis] = int(staying.sum())
-        yield Sized(module, attribute, tuple(shape))
-    for site in sites:
-        for listed in site.lists:
-            yield Entries(listed.module, tuple(range(kept[site.name])))
+    """How many channels a trial leaves that takes few."""
+    return max(site.width - unit_of(site), site.least)

@@ -262,8 +262,9 @@ def _check_apart(entries: Sequence[Entry]) -> None:
         site = entry.site
         for name in made_by(site):
             changed[name, "rows"] = site.name
-        for m in site.consumers:
-            changed[m.name, "columns"] = site.name
+        if not site.followed or entry.fit is not None:  # others are cut through their slots, one after the other
+            for m in site.consumers:
+                changed[m.name, "columns"] = site.name
         if entry.fit is not None:
             for m in site.maps:
                 changed[m.name, "rows"] = changed[m.name, "columns"] = site.name

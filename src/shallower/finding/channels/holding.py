@@ -1,0 +1,184 @@
+"""Numbers that modules hold in attributes and that have to fall with channels: found by trying.
+
+Every site that some size does not follow proposes a number of the modules around the call, all sites at once; one pass
+shows which of them put sizes right. Repeated blocks propose the same, so there are as many passes as a block has
+numbers that come into question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from shallower.finding.channels.layout import runs, spans
+from shallower.finding.channels.leading import Led
+from shallower.modules.written import leaves
+from shallower.recording.tracing import Call
+from shallower.sites import Follower, Site
+
+if TYPE_CHECKING:
+    from shallower.finding.channels.trying import ChannelTrial
+
+FOLLOWING_TENSORS = {
+    "in_features", "out_features", "in_channels", "out_channels", "num_features", "num_channels", "embedding_dim",
+    "num_embeddings", "nx", "nf",
+}  # fmt: skip
+"""Sizes that layers hold beside their tensors and that follow these."""
+
+MOST_FRAMES = 3
+"""Modules around a call that may hold its numbers: the one whose forward makes it, and those that call that."""
+
+MOST_ROUNDS = 12
+
+Proposal = tuple[Follower, ...]
+
+
+class HeldNumbers:
+    """Looks for the numbers of sites among what modules hold."""
+
+    def __init__(self, trial: ChannelTrial) -> None:
+        self.trial = trial
+        self._hopeless: set[object] = set()
+
+    def take(self, left: dict[str, Site], chosen: Sequence[Site], led: Led, *, one: bool) -> bool:
+        """Give sites of `left` the numbers that modules hold and that put sizes right; whether there are any.
+
+        Args:
+            left: sites by name; changed.
+            chosen: those that were cut in the pass.
+            led: the pass.
+            one: whether they lost one channel, and not half.
+        """
+        names = [site.name for site in chosen]
+        took = False
+        for _ in range(MOST_ROUNDS):
+            proposed = self._proposed(left, chosen, led)
+            if not proposed:
+                break
+            tried = dict(left)
+            for name, proposal in proposed.items():
+                tried[name] = replace(left[name], followers=(*left[name].followers, *proposal))
+            after = self.trial.led([tried[name] for name in names], one=one)
+            better = {name for name, proposal in proposed.items() if self._is_better(led, after, name, proposal)}
+            for name, proposal in proposed.items():
+                if name in better:
+                    left[name] = tried[name]
+                else:
+                    self._hopeless.add(self._kind(left[name], proposal))
+            took = took or bool(better)
+            if len(better) == len(proposed):
+                led = after
+            elif better:
+                led = self.trial.led([left[name] for name in names], one=one)
+        return took
+
+    # ------------------------------------------------------------------------------------------------- proposals
+
+    def _proposed(self, left: Mapping[str, Site], chosen: Sequence[Site], led: Led) -> dict[str, Proposal]:
+        """The next numbers that come into question for each site; no number for two sites at once."""
+        proposed: dict[str, Proposal] = {}
+        taken: set[tuple[str, str]] = set()
+        for site in chosen:
+            for proposal in self._choices(left[site.name], led):
+                own = {(follower.module, follower.attribute) for follower in proposal}
+                if own & taken or self._kind(left[site.name], proposal) in self._hopeless:
+                    continue
+                taken |= own
+                proposed[site.name] = proposal
+                break
+        return proposed
+
+    def _choices(self, site: Site, led: Led) -> Iterator[Proposal]:
+        """Numbers that modules around calls hold and that these were given: one at a time, then those of a module."""
+        held = {(follower.module, follower.attribute) for follower in site.followers}
+        together: dict[str, dict[str, Follower]] = {}
+        for call, numbers in self._wanting(site, led):
+            for frame in list(call.frame.ancestors())[:MOST_FRAMES]:
+                if frame.name is None:
+                    continue
+                module = self.trial.model.get_submodule(frame.name)
+                for attribute, value in vars(module).items():
+                    own = type(value) is int and attribute not in FOLLOWING_TENSORS
+                    if own and value in numbers and (frame.name, attribute) not in held:
+                        follower = Follower(frame.name, attribute, numbers[value])
+                        together.setdefault(frame.name, {})[attribute] = follower
+                        yield (follower,)
+        for several in together.values():
+            if len(several) > 1:
+                yield tuple(several.values())
+
+    def _wanting(self, site: Site, led: Led) -> Iterator[tuple[Call, dict[int, int]]]:
+        """The calls at which something does not follow a site, and the numbers by how much they would have to fall.
+
+        First the sizes as they are, then the factors that a forward may have made them of.
+        """
+        run, width = self.trial.found[site.name], site.width
+        factors: list[tuple[Call, dict[int, int]]] = []
+        others = self.trial.blamed_calls(led)
+        for wrong in led.wrong.values():
+            call = self.trial.f.trace.calls[wrong.at]
+            if wrong.size.computed:
+                others.append(call)
+            elif run in runs(wrong.size.layout):
+                given = abs(int(wrong.size.given))
+                each = sum(span.repeats * span.block for span in spans(wrong.size.layout, run))
+                yield call, {given: each}
+                factors.append((call, _factors(given, width)))
+        for call in dict.fromkeys(others):
+            if site.name in self.trial.met(call, [site]):
+                for number in leaves(call.args, call.kwargs):
+                    if type(number) is int and number >= width and number % width == 0:
+                        yield call, {number: number // width}
+                        factors.append((call, _factors(number, width)))
+        yield from factors
+
+    # ------------------------------------------------------------------------------------------------- judgement
+
+    def _is_better(self, before: Led, after: Led, name: str, proposal: Proposal) -> bool:
+        """Whether numbers put something of a site right, and nothing wrong in the modules that hold them."""
+        own_before, own_after = self._entries(before, name), self._entries(after, name)
+        until = before.ended if before.ended is not None else 1 << 60
+        further = after.ended is None or after.ended > until
+        if before.ended is None and after.ended is not None:
+            return False
+        new = {entry for entry in after.entries - before.entries if entry[0] < until}
+        if new & own_after or any(self._lies_in(entry[0], proposal) for entry in new):
+            return False
+        return bool(own_before - own_after) or (before.ended is not None and further)
+
+    def _entries(self, led: Led, name: str) -> set[tuple[int, int]]:
+        """What is wrong in a pass at calls that read or give the channels of a site."""
+        calls, run = self.trial.f.trace.calls, self.trial.found[name]
+        found: set[tuple[int, int]] = set()
+        for at, place in led.entries:
+            wrong = led.wrong.get((at, place))
+            if wrong is not None and not wrong.size.computed:
+                if run in runs(wrong.size.layout):
+                    found.add((at, place))
+            elif self.trial.holds(calls[at], run):
+                found.add((at, place))
+        return found
+
+    def _lies_in(self, at: int, proposal: Proposal) -> bool:
+        """Whether a call is made in a module that holds one of the numbers, or below it."""
+        holders = {follower.module for follower in proposal}
+        return any(frame.name in holders for frame in self.trial.f.trace.calls[at].frame.ancestors())
+
+    def _kind(self, site: Site, proposal: Proposal) -> object:
+        """What is alike in the proposals of repeated blocks."""
+        holders = []
+        for follower in proposal:
+            holder = type(self.trial.model.get_submodule(follower.module))
+            holders.append((holder, follower.module.count("."), follower.attribute, follower.each))
+        return kind_of_site(site), tuple(holders)
+
+
+def _factors(number: int, width: int) -> dict[int, int]:
+    """The multiples of a width that a number is a multiple of, each with how often the width goes into it."""
+    return {v: v // width for v in range(width, number, width) if number % v == 0}
+
+
+def kind_of_site(site: Site) -> tuple[object, ...]:
+    """What is alike in sites of repeated blocks."""
+    return (site.kind, site.width, tuple((s.attribute, s.shape, s.axis, s.spans) for s in site.slots))
