@@ -50,6 +50,17 @@ def test_the_network_is_never_farther_than_before_on_the_rows_held_out(lr: float
         assert all(torch.equal(tensor, whole[name]) for name, tensor in small.state_dict().items())
 
 
+def test_a_rate_is_looked_for_until_one_gains() -> None:
+    dense, small, _ = squeezed()
+    found = heal(small, dense, data(), Healing(passes=40, patience=40, lr=1e-2), cpu=True)
+    assert found.before is not None
+    # it is near its optimum: only a small rate brings it nearer still
+    again = heal(small, dense, data(), Healing(passes=1), cpu=True)
+    assert again.lr is not None
+    assert again.lr < 1e-2
+    assert again.best >= found.best  # type: ignore[operator]
+
+
 def test_it_stops_where_the_rows_held_out_gain_no_longer() -> None:
     dense, small, _ = squeezed()
     history = heal(small, dense, data(2), Healing(passes=400, lr=1e-2, patience=2), cpu=True)

@@ -187,10 +187,10 @@ class _Guided:
             return found[index]
 
         best = min(_FIRST, len(rates) - 1)
-        result(best)
-        for direction in (-1, 1):
-            while 0 <= best + direction < len(rates) and result(best + direction) > result(best):
-                best += direction
+        while best > 0 and (result(best) <= before or result(best - 1) > result(best)):
+            best -= 1
+        while best + 1 < len(rates) and result(best + 1) > result(best):
+            best += 1
         harmless = before - _HARM * max(0.0, found[best] - before)
         chosen = best
         if best + 1 in found and found[best + 1] > harmless:
