@@ -37,7 +37,7 @@ from shallower.surgery.proof import proven
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("linear", "gated", "packed", "convolution", "padding", "heads", "followed")
-SITES: dict[str, tuple[SiteKind, ...]] = {"heads": ("hidden", "heads"), "followed": ("followed", "stream")}
+SITES: dict[str, tuple[SiteKind, ...]] = {"heads": ("hidden", "heads"), "followed": ("hidden", "stream")}
 """Which kinds of sites are looked for in a network, where they are not hidden ones alone."""
 
 OPERATIONS = ("row", "column", "shift", "left out", "twice")

@@ -50,7 +50,7 @@ from shallower.saving.sources import import_transformers, source_of
 from shallower.saving.vision import repair_torchvision
 from shallower.surgery.paths import affine
 
-KINDS: tuple[SiteKind, ...] = ("hidden", "heads", "followed", "stream", "experts")
+KINDS: tuple[SiteKind, ...] = ("hidden", "heads", "stream", "experts")
 MOST_SECONDS = 90
 MOST_PARAMS = 60_000_000
 CLOSE = 1e-4

@@ -13,8 +13,14 @@ from tests.followed import Attending, Excited, Grouped, Joined, Scaled, Stages, 
 
 def test_hidden_sites_are_the_default() -> None:
     sites = find_sites(Stages(), torch.randn(1, 3, 8, 8))
-    assert {site.kind for site in sites} <= {"convolution", "feed-forward", "head", "gated"}
-    assert not any(site.followed for site in sites)
+    assert {site.kind for site in sites} <= {"convolution", "feed-forward", "head", "gated", "hidden"}
+
+
+def test_why_channels_may_not_become_linear_is_said_and_forbids_nothing_else() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3))
+    (site,) = find_sites(model, torch.randn(2, 4))
+    assert site.bridge.not_narrow is None
+    assert "the norm 2 (LayerNorm) stands in between" in str(site.bridge.not_linear)
 
 
 def test_streams_are_found_with_all_their_writers_and_readers() -> None:
@@ -30,14 +36,14 @@ def test_streams_are_found_with_all_their_writers_and_readers() -> None:
 
 
 def test_both_branches_of_squeeze_and_excitation_are_one_space() -> None:
-    sites = find_sites(Excited(), torch.randn(1, 6, 5, 5), kinds="followed")
-    (expanded,) = sites
+    sites = find_sites(Excited(), torch.randn(1, 6, 5, 5), kinds="hidden")
+    (expanded,) = sites.select(lambda site: "reduce" in {slot.module for slot in site.slots if slot.side == "columns"})
     assert expanded.width == 10
     assert {slot.module for slot in expanded.slots} == {"expand", "norm", "depthwise", "reduce", "excite", "project"}
 
 
 def test_whole_groups_go_and_their_number_follows() -> None:
-    sites = find_sites(Grouped(), torch.randn(1, 3, 5, 5), kinds="followed")
+    sites = find_sites(Grouped(), torch.randn(1, 3, 5, 5), kinds="hidden")
     groups = sites.select(lambda site: any(f.attribute == "groups" for f in site.followers))
     assert [site.width for site in groups] == [4]
 
@@ -53,7 +59,7 @@ def test_a_forward_that_does_not_follow_is_skipped_with_the_reason(model: nn.Mod
     x = torch.randn(2, 3, 5, 5)
     if isinstance(model, Scaled):
         x = torch.randn(2, 6)
-    sites = find_sites(model, x, kinds="followed")
+    sites = find_sites(model, x, kinds="hidden")
     assert len(sites) == 0
     assert sites.skipped
 

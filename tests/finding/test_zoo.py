@@ -21,11 +21,17 @@ from tests.zoo import ZOO, Expected, Specimen
 
 @dataclass(frozen=True)
 class Found:
-    """What was found in one specimen, and the model's state before and after."""
+    """What was found in one specimen, and the model's state before and after.
+
+    Attributes:
+        sites: those of which more is known than where their channels stand.
+        everything: all hidden sites.
+    """
 
     specimen: Specimen
     model: nn.Module
     sites: Sites
+    everything: Sites
     before: dict[str, Any]
     after: dict[str, Any]
 
@@ -37,7 +43,11 @@ def found(request: pytest.FixtureRequest) -> Found:
     model.train()  # sites are those of the model in eval mode, in whatever mode it is handed over
     before = state(model)
     sites = find_sites(model, inputs)
-    return Found(specimen, model, sites, before, state(model))
+    return Found(specimen, model, described_only(sites), sites, before, state(model))
+
+
+def described_only(sites: Sites) -> Sites:
+    return sites.select(lambda site: not site.followed)
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -100,7 +110,7 @@ def test_nothing_else_is_found(found: Found) -> None:
 
 
 def test_sites_come_in_order_of_execution_with_names_of_their_own(found: Found) -> None:
-    names = [site.name for site in found.sites]
+    names = [site.name for site in found.everything]
     assert len(set(names)) == len(names)
     assert not set(names) & set(found.sites.skipped)
 
@@ -108,6 +118,8 @@ def test_sites_come_in_order_of_execution_with_names_of_their_own(found: Found) 
 def test_what_looks_like_a_site_is_skipped_for_the_right_reason(found: Found) -> None:
     for skip in found.specimen.skips:
         reasons = {name: reason for name, reason in found.sites.skipped.items() if skip.where in name}
+        for site in found.everything.select(lambda site: site.followed):
+            reasons |= {slot.module: site.not_linear for slot in site.slots if skip.where in slot.module}
         assert reasons, f"nothing at {skip.where} is skipped:\n{found.sites}"
         assert any(re.search(skip.why, reason, re.IGNORECASE) for reason in reasons.values()), reasons
 
@@ -135,8 +147,8 @@ def test_the_model_is_left_as_it_was(found: Found) -> None:
 
 
 def test_the_sites_are_printed_as_a_table(found: Found) -> None:
-    table = str(found.sites)
-    for site in found.sites:
+    table = str(found.everything)
+    for site in found.everything:
         assert site.name in table
     for name, reason in found.sites.skipped.items():
         assert name in table
@@ -151,7 +163,7 @@ def test_the_same_sites_are_found_without_data(found: Found) -> None:
     except RuntimeError as error:
         pytest.skip(f"the model itself reads its inputs' values: {error}")
     sites = find_sites(model, inputs)
-    assert sites.ordered == found.sites.ordered
+    assert sites.ordered == found.everything.ordered
     assert set(sites.skipped) == set(found.sites.skipped)
     assert sites.macs == found.sites.macs
 
@@ -159,7 +171,7 @@ def test_the_same_sites_are_found_without_data(found: Found) -> None:
 def test_activation_places_of_resnet18_are_listed_on_request() -> None:
     specimen = next(specimen for specimen in ZOO if specimen.name == "resnet18")
     model, inputs = specimen.build()
-    sites = find_sites(model, inputs, kinds=("hidden", "activation"))
+    sites = described_only(find_sites(model, inputs, kinds=("hidden", "activation")))
     places = [site for site in sites if site.kind == "activation"]
     assert len(sites) == 17
     assert len(places) == 9
@@ -181,7 +193,7 @@ def test_sites_and_places_together_are_the_activations_that_papers_count(case: A
     _, make, count = case
     with torch.device("meta"):
         model = make()
-    sites = find_sites(model, torch.zeros(1, 3, 64, 64), kinds=("hidden", "activation"))
+    sites = described_only(find_sites(model, torch.zeros(1, 3, 64, 64), kinds=("hidden", "activation")))
     assert len([site for site in sites if not site.between and not site.pooled]) == count
     assert len({site.activation for site in sites}) == count
 

@@ -55,7 +55,7 @@ def test_the_output_does_not_depend_on_what_is_zero(name: str) -> None:
 def test_a_norm_computes_on_what_stays(norm: nn.Module) -> None:
     model, x = nn.Sequential(nn.Linear(4, 6), norm, nn.Linear(6, 3)), torch.randn(5, 4)
     drawn(model)
-    (site,) = find_sites(model, x, kinds="followed")
+    (site,) = find_sites(model, x, kinds="hidden")
     kept = torch.tensor([0, 2, 5])
     y = model[0](x)[:, kept]
     if isinstance(norm, nn.LayerNorm):
@@ -78,7 +78,7 @@ def test_two_sites_under_one_norm() -> None:
             return self.c(self.norm(torch.cat((self.a(x), self.b(x)), -1)))
 
     model, x = drawn(Both()), torch.randn(5, 4)
-    sites = find_sites(model, x, kinds="followed")
+    sites = find_sites(model, x, kinds="hidden")
     assert [site.width for site in sites] == [4, 6]
     plan = sh.Plan((sh.Entry.narrow(sites[0], [1, 2]), sh.Entry.narrow(sites[1], [0, 3, 5])))
     small = sh.apply(model, plan, x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -22,13 +22,12 @@ from shallower.modules.offloading import with_mapped_weights
 from shallower.recording.tracing import trace_forward
 from shallower.sites import Site, Sites
 
-SiteKind = Literal["hidden", "heads", "followed", "stream", "experts", "activation"]
+SiteKind = Literal["hidden", "heads", "stream", "experts", "activation"]
 """What to look for:
 
-hidden      channels between linear maps with an activation: feed-forward, gated, classifier, convolution
+hidden      channels between linear maps: feed-forward, gated, classifier, convolution, and all others that are followed
+            through whatever stands between (squeeze and excitation, concatenation, reshapes)
 heads       attention heads, or key-value groups with their query heads
-followed    other hidden channels, followed through whatever stands between linear maps (squeeze and excitation,
-            concatenation, reshapes); for keep and drop only
 stream      the coupled channels of a stage: what its blocks read and add to; for keep and drop only
 experts     the experts of a mixture, of which a router chooses; for keep and drop only
 activation  activations without a width of their own, which can only become linear
@@ -60,9 +59,9 @@ def find_sites(
     """
     wanted = _wanted(kinds)
     model = with_mapped_weights(model)
-    graph = Graph(trace_forward(model, example_inputs))
-    sites = Matcher(graph).sites(places="activation" in wanted)
-    sites = _with_followed(model, example_inputs, graph, sites, wanted)
+    matcher = Matcher(Graph(trace_forward(model, example_inputs)))
+    sites = matcher.sites(places="activation" in wanted)
+    sites = _with_followed(model, example_inputs, matcher, sites, wanted)
     chosen = sites.select(lambda site: site.followed or _kind_of(site) in wanted)
     return replace(chosen, arguments=arguments_in(example_inputs))
 
@@ -98,26 +97,44 @@ def _wanted(kinds: Collection[str] | str) -> set[str]:
     return chosen
 
 
-def _with_followed(model: nn.Module, inputs: Inputs, graph: Graph, sites: Sites, wanted: set[str]) -> Sites:
-    """The sites and, between them, those whose channels were followed through whatever stands between linear maps."""
-    asked = wanted & {"heads", "stream", "experts"}
-    if "followed" in wanted:
-        asked.add("hidden")
+def _with_followed(model: nn.Module, inputs: Inputs, matcher: Matcher, sites: Sites, wanted: set[str]) -> Sites:
+    """The sites and, between them, those whose channels were followed through whatever stands between linear maps.
+
+    Why such channels may not become linear is said at their site, and is no reason not to keep and drop them.
+    """
+    asked = wanted & {"hidden", "heads", "stream", "experts"}
     if not asked:
         return sites
-    f = Following(graph.trace)
+    f = Following(matcher.graph.trace)
     spaces, reasons = followed_sites(f, sites)
     tried = that_follow(model, inputs, f, [each for each in spaces if each.site.kind in asked])
     found, refused = like_twins(f, sites, *tried)
     reached = {slot.module for site in found for slot in site.slots if slot.side == "rows"}
-    skipped = {**sites.skipped, **reasons}
+    skipped = dict(sites.skipped)
+    for name, reason in {**reasons, **refused}.items():
+        if name in skipped:
+            reason = f"{skipped[name]}; nor can its channels be cut: {reason}"
+        skipped[name] = reason
     for name in list(skipped):
         if name in reached or (name in sites.skipped and any(layer.startswith(f"{name}.") for layer in reached)):
             del skipped[name]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    everything = [*sites, *found]
+    everything = [*sites, *(_with_reason(site, matcher.not_linear) for site in found)]
     everything.sort(key=lambda site: order.get(_first_layer(site), 0))
-    return replace(sites, ordered=tuple(everything), skipped=skipped | refused)
+    return replace(sites, ordered=tuple(everything), skipped=skipped)
+
+
+def _with_reason(site: Site, reasons: Mapping[str, str]) -> Site:
+    """A hidden site with the reason why its channels may not become linear, where one of the layers has one."""
+    if site.kind != "hidden":
+        return site
+    for slot in site.slots:
+        name = slot.module
+        while slot.side == "rows" and name:
+            if name in reasons:
+                return replace(site, not_linear=reasons[name])
+            name = name.rpartition(".")[0]
+    return site
 
 
 def _first_layer(site: Site) -> str:

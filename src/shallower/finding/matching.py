@@ -33,12 +33,17 @@ from shallower.sites import Kind, LinearMap, Place, Site, Sites
 
 
 class Matcher:
-    """Turns the candidates of a graph into sites and reasons."""
+    """Turns the candidates of a graph into sites and reasons.
+
+    Attributes:
+        not_linear: why the channels that layers make may not become linear, by the name of the layer.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.walk = Walk(graph)
         self.placing = Placing(graph)
+        self.not_linear: dict[str, str] = {}
 
     def sites(self, *, places: bool) -> Sites:
         """All sites and what was skipped."""
@@ -64,6 +69,10 @@ class Matcher:
         built = [(group, self.build(group, place, i in last)) for i, (group, place) in enumerate(chosen)]
         built += long_sites(self.graph, built)
         built = with_residuals(self.graph, self.placing, built)
+        for found, reason in refused:
+            self.not_linear.setdefault(self.step_name(found.producer), reason)
+            if found.gate is not None:
+                self.not_linear.setdefault(self.step_name(found.gate), reason)
         refused.sort(key=lambda item: self.graph.position(item[0].chain[0]))
         items, reasons = self.named(built, refused)
         if places:

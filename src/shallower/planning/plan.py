@@ -145,7 +145,7 @@ class Plan:
             (params_before, macs_before), (params, macs) = totals(forms)
             decided = all(map(_is_decided, done))
             cheaper = params < params_before or macs < macs_before or all(f.cheaper for f in forms)
-            if decided or cheaper or all(f.kind == "narrower" for f in forms):
+            if decided or cheaper or all(f.kind in ("narrower", "cut") for f in forms):
                 continue
             warnings.warn(
                 f"{listing(names)}: the plan leaves {amount(params)} parameters and "

@@ -70,6 +70,6 @@ def test_the_residual_stream_is_cut_with_its_norms_embeddings_and_tied_head(norm
 
 
 def test_an_average_in_the_forward_itself_is_refused_with_the_reason() -> None:
-    sites = find_sites(Outside(), torch.randn(2, 4), kinds="followed")
+    sites = find_sites(Outside(), torch.randn(2, 4), kinds="hidden")
     assert len(sites) == 0
     assert sites.skipped["a"] == AVERAGED

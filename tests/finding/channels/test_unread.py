@@ -33,11 +33,11 @@ class Experts(nn.Module):
 
 
 def test_a_branch_that_was_not_taken_closes_what_it_may_read() -> None:
-    sites = find_sites(drawn(Branch()), torch.randn(2, 4), kinds="followed")
+    sites = find_sites(drawn(Branch()), torch.randn(2, 4), kinds="hidden")
     assert len(sites) == 0
     assert "`c.weight` is not used on the example inputs" in sites.skipped["a"]
 
 
 def test_what_lies_within_an_expert_is_not_read_by_another() -> None:
-    sites = find_sites(drawn(Experts()), torch.randn(2, 4), kinds="followed")
+    sites = find_sites(drawn(Experts()), torch.randn(2, 4), kinds="hidden")
     assert [site.name for site in sites] == ["experts.0.0"]

@@ -31,7 +31,7 @@ class Summed(nn.Module):
 )
 def test_sums_of_what_is_zero_are_cut_exactly(f: Callable[[Tensor], Tensor]) -> None:
     model, x = drawn(Summed(f)), torch.randn(5, 4)
-    (site,) = find_sites(model, x, kinds="followed")
+    (site,) = find_sites(model, x, kinds="hidden")
     plan = sh.Plan((sh.Entry.narrow(site, [0, 2, 5]),))
     small = sh.apply(model, plan, x)
     torch.testing.assert_close(small(x - 2), sh.simulate(model, plan)(x - 2))
@@ -49,7 +49,7 @@ def test_sums_of_what_is_zero_are_cut_exactly(f: Callable[[Tensor], Tensor]) -> 
     ],
 )
 def test_sums_of_what_is_not_are_refused_with_the_reason(f: Callable[[Tensor], Tensor]) -> None:
-    sites = find_sites(drawn(Summed(f)), torch.randn(5, 4), kinds="followed")
+    sites = find_sites(drawn(Summed(f)), torch.randn(5, 4), kinds="hidden")
     assert len(sites) == 0
     assert REASON in sites.skipped["a"]
 
@@ -63,7 +63,7 @@ def test_an_input_that_is_added_is_not_zero() -> None:
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.b((self.a(x) + t).relu().sum(-1, keepdim=True))
 
-    sites = find_sites(drawn(Shifted()), (torch.randn(5, 4), torch.tensor(-1.0)), kinds="followed")
+    sites = find_sites(drawn(Shifted()), (torch.randn(5, 4), torch.tensor(-1.0)), kinds="hidden")
     assert REASON in sites.skipped["a"]
 
 
@@ -77,7 +77,7 @@ def test_scores_over_features_that_are_linear_are_exact() -> None:
             return self.b(self.q(x) @ self.k(x).transpose(-1, -2))
 
     model, x = drawn(Scores()), torch.randn(2, 5, 4)
-    (site,) = find_sites(model, x, kinds="followed")
+    (site,) = find_sites(model, x, kinds="hidden")
     assert site.width == 6
     plan = sh.Plan((sh.Entry.narrow(site, [1, 2]),))
     torch.testing.assert_close(sh.apply(model, plan, x)(x + 1), sh.simulate(model, plan)(x + 1))
@@ -92,7 +92,7 @@ def test_distances_need_both_sides_to_be_zero() -> None:
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.b(torch.cdist(self.a(x) + t, self.centres))
 
-    sites = find_sites(drawn(Distances()), (torch.randn(5, 4), torch.tensor(0.0)), kinds="followed")
+    sites = find_sites(drawn(Distances()), (torch.randn(5, 4), torch.tensor(0.0)), kinds="hidden")
     assert REASON in sites.skipped["a"]
 
 
@@ -106,5 +106,5 @@ def test_a_weight_that_is_computed_has_to_be_zero_too() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.a(x).cos() @ self.f(self.mix)
 
-    assert len(find_sites(drawn(Mixed(torch.tanh)), torch.randn(5, 4), kinds="followed")) == 1
-    assert REASON in find_sites(drawn(Mixed(torch.sigmoid)), torch.randn(5, 4), kinds="followed").skipped["a"]
+    assert len(find_sites(drawn(Mixed(torch.tanh)), torch.randn(5, 4), kinds="hidden")) == 1
+    assert REASON in find_sites(drawn(Mixed(torch.sigmoid)), torch.randn(5, 4), kinds="hidden").skipped["a"]
