@@ -37,7 +37,7 @@ from shallower.surgery.proof import proven
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("linear", "gated", "packed", "convolution", "padding", "heads", "followed")
-SITES: dict[str, tuple[SiteKind, ...]] = {"heads": ("hidden", "heads"), "followed": ("hidden", "stream")}
+SITES: dict[str, tuple[SiteKind, ...]] = {"heads": ("heads",), "followed": ("hidden", "stream")}
 """Which kinds of sites are looked for in a network, where they are not hidden ones alone."""
 
 OPERATIONS = ("row", "column", "shift", "left out", "twice")
@@ -145,7 +145,8 @@ def case(kind: str, dtype: torch.dtype, seed: int) -> Case:
     model, x = model.to(dtype).eval(), x.to(dtype)
     if kind == "padding" and choose.share() < 0.5:
         model = move_padding(model, find_sites(model, x))
-    sites = find_sites(model, x, kinds=SITES.get(kind, "hidden"))
+    cut = kind in SITES
+    sites = find_sites(model, x, kinds=SITES.get(kind, "hidden")).select(lambda site: site.followed == cut)
     return Case(model, x, tuple(steps([_entry(site, choose) for site in sites])))
 
 

@@ -290,7 +290,7 @@ def _runs_on(model: nn.Module, x: Tensor) -> bool:
 
 def random_plan(sites: Iterable[Site], draw: Any, *, fits: bool = False) -> Plan:
     """Any mix of fates with arbitrary slopes and offsets, as far as the sites allow."""
-    chosen = list(sites)
+    chosen = [site for site in sites if not site.followed]
     long = {m.name for site in chosen if site.between and draw(st.booleans()) for m in site.maps}
     chosen = [site for site in chosen if bool(site.between) == (site.maps[0].name in long or site.maps[1].name in long)]
     return Plan(tuple(random_entry(site, draw, fits=fits) for site in chosen))

@@ -57,11 +57,11 @@ def test_an_unreachable_target_is_an_error() -> None:
     with pytest.raises(TargetError, match="cannot be met"):
         allocate({"a": [Choice(1, 1, 0.0)]}, lambda _: False)
     with pytest.raises(TargetError, match="cannot be met"):
-        in_proportion({"a": 4}, lambda _: False, 1)
+        in_proportion({"a": 4}, lambda _: False, {"a": 1})
 
 
 @pytest.mark.parametrize("round_to", [1, 4])
 def test_equal_shares_are_as_large_as_allowed_and_rounded(round_to: int) -> None:
-    widths = in_proportion({"a": 32, "b": 64}, lambda w: w["a"] + w["b"] <= 60, round_to)
+    widths = in_proportion({"a": 32, "b": 64}, lambda w: w["a"] + w["b"] <= 60, {"a": round_to, "b": round_to})
     assert widths == {"a": 20, "b": 40}
     assert all(w % round_to == 0 for w in widths.values())

@@ -274,7 +274,7 @@ class _Passes:
         if not wanted.numel():
             return None
         y = flat(wanted, images)
-        step = thinned(len(y) * self._batches, site.width, first.taps)
+        step = thinned(len(y) * self._batches, site.width, site.columns_each)
         z = patches(source.inputs[first.name][i], source.read_as[first.name], step)
         x = None
         if self._options.inputs and read_alike(site) and site.producer is not None:

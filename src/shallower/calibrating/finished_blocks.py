@@ -31,7 +31,7 @@ from shallower.core.trees import mapped, tensors
 from shallower.core.watching import After, Before, copied, watching
 from shallower.errors import SiteError
 from shallower.modules.offloading import held_bytes
-from shallower.sites import Site, by_name
+from shallower.sites import Site
 
 _LEAST_ROOM_FOR_BLOCKS = 1 << 28
 """Bytes of finished blocks that two networks may always keep; of larger models as much as their weights take."""
@@ -96,7 +96,7 @@ def course_of(model: nn.Module, sites: Sequence[Site], run: Callable[[], object]
     for site in sites:
         before[site.name] = ""
         # in a block that runs several times a site has no single beginning
-        if any(_within(m.name, name) for m in site.maps for name in again):
+        if any(_within(layer, name) for layer in site.layers for name in again):
             continue
         start = min((began[name] for name in inside[site.name] if name in began), default=0)
         earlier = [name for name in once if once[name] < start]
@@ -248,9 +248,9 @@ def _block_names(model: nn.Module) -> Iterator[str]:
 
 def _smallest_around(site: Site, blocks: Sequence[str]) -> list[str]:
     """The smallest block that the whole site is in, or else its maps: before these nothing of the site runs."""
-    whole = [name for name in blocks if all(_within(m.name, name) for m in site.maps)]
+    whole = [name for name in blocks if all(_within(layer, name) for layer in site.layers)]
     if not whole:
-        return list(by_name(site.maps))
+        return list(site.layers)
     return [max(whole, key=len)]
 
 

@@ -116,7 +116,9 @@ def _with_followed(model: nn.Module, inputs: Inputs, matcher: Matcher, sites: Si
             reason = f"{skipped[name]}; nor can its channels be cut: {reason}"
         skipped[name] = reason
     for name in list(skipped):
-        if name in reached or (name in sites.skipped and any(layer.startswith(f"{name}.") for layer in reached)):
+        # the name is that of a layer, or of what holds it and those that read it
+        inside = [layer for layer in reached if layer.startswith(f"{name}.")]
+        if name in reached or any(matcher.not_linear.get(layer) == sites.skipped.get(name, "") for layer in inside):
             del skipped[name]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     everything = [*sites, *(_with_reason(site, matcher.not_linear) for site in found)]

@@ -95,20 +95,26 @@ def filled(menus: Menus, chosen: Mapping[str, Choice], met: Met) -> dict[str, Ch
             return current
 
 
-def in_proportion(widths: Mapping[str, int], met: Callable[[Mapping[str, int]], bool], round_to: int) -> dict[str, int]:
+def in_proportion(
+    widths: Mapping[str, int], met: Callable[[Mapping[str, int]], bool], multiples: Mapping[str, int]
+) -> dict[str, int]:
     """The same share of every site's channels, rounded down to a multiple, as large as the target allows.
 
     Args:
         widths: channels of each site now.
         met: whether these widths are small enough.
-        round_to: widths are multiples of this, and at least this much stays.
+        multiples: the widths of each site are multiples of this, and at least this much stays.
 
     Raises:
         TargetError: even the smallest widths do not meet the target.
     """
 
     def at(share: float) -> dict[str, int]:
-        return {name: max(min(n, round_to), int(share * n + 1e-9) // round_to * round_to) for name, n in widths.items()}
+        found: dict[str, int] = {}
+        for name, n in widths.items():
+            each = multiples[name]
+            found[name] = max(min(n, each), int(share * n + 1e-9) // each * each)
+        return found
 
     shares = sorted({k / n for n in widths.values() for k in range(0, n + 1)})
     if not met(at(0.0)):

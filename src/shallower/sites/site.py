@@ -176,6 +176,17 @@ class Site:
         # in the order in which they run: those that make the hidden tensor first
         return (*filter(None, (self.gate, self.producer)), *(b.map for b in self.between), *self.consumers)
 
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Names of all modules whose weights write, hold or read the channels, each once."""
+        names = [slot.module for slot in self.slots] or [m.name for m in self.maps]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def columns_each(self) -> int:
+        """Columns of a consumer's weight that one channel has: of all kernel positions, of all features of a head."""
+        return self.consumers[0].taps * self.block
+
     @property
     def followed(self) -> bool:
         """Whether it is described by all the places of its channels, not by a producer and consumers."""
@@ -339,8 +350,12 @@ def _not_narrow(site: Site) -> Refusal | None:
 
 
 def _not_refitted(site: Site) -> Refusal | None:
+    if site.followed and site.consumers:
+        if site.width > 1:
+            return None
+        return Refusal("it has one channel")
     if site.followed:
-        return Refusal("no method chooses channels that are cut wherever they stand; a plan by hand can (Entry.narrow)")
+        return Refusal("no plain linear layer reads its channels alone; a plan by hand can narrow it (Entry.narrow)")
     if site.producer is None:
         return Refusal("it has no producer with a hidden width")
     if site.flattened:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from torch import nn
@@ -14,7 +14,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def plain_readers(
-    model: nn.Module, slots: Iterable[Slot], width: int, called: Container[str | None]
+    model: nn.Module, slots: Iterable[Slot], width: int, calls: Mapping[str | None, int]
 ) -> tuple[LinearMap, ...]:
     """The layers whose columns the channels are, each channel as many of them; none where something else reads them.
 
@@ -22,16 +22,18 @@ def plain_readers(
         model: whose layers they are.
         slots: where the channels stand.
         width: how many there are.
-        called: names of the modules that the pass calls; of others a forward reads the weights alone.
+        calls: how often the pass calls a module, by name; of others a forward reads the weights alone.
     """
     found: list[LinearMap] = []
     for slot in slots:
         if slot.side != "columns":
             continue
-        if slot.module not in called:
+        if not calls.get(slot.module):
             return ()
         reader = _reader(model.get_submodule(slot.module), slot, width)
-        if reader is None or (found and reader.d_in != found[0].d_in):
+        if reader is None:
+            return ()
+        if found and (reader.d_in, calls[reader.name]) != (found[0].d_in, calls[found[0].name]):
             return ()
         found.append(reader)
     return tuple(found)

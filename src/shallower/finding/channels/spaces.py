@@ -5,6 +5,7 @@ sites, reasons = followed_sites(Following(trace_forward(model, example_inputs)),
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -76,7 +77,7 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
     streams = _streams(f, spaces.values())
     products, cached = _products(f), _cached(f)
     averages, choices = averages_of(f), choices_in(f)
-    called = {frame.name for frame in f.trace.frames}
+    calls = Counter(frame.name for frame in f.trace.frames)
     unread = Unread(f.trace)
     found: list[Found] = []
     refused: dict[str, str] = {}
@@ -107,8 +108,8 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
         name = _name(space, kind, taken)
         taken.add(name)
         consumers: tuple[LinearMap, ...] = ()
-        if kind == "heads":
-            consumers = plain_readers(f.trace.model, space.slots, space.run.size, called)
+        if kind in ("hidden", "heads"):
+            consumers = plain_readers(f.trace.model, space.slots, space.run.size, calls)
         site = Site(
             name,
             kind,
@@ -116,6 +117,7 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
             None,
             consumers,
             None,
+            calls=max([1, *(calls[m.name] for m in consumers)]),
             slots=tuple(space.slots),
             followers=tuple(space.followers),
             averages=own or (),

@@ -20,7 +20,7 @@ from shallower.measuring.cost import cost_as_found
 from shallower.measuring.measurement import compare
 from shallower.methods.squeezing.latencies import Latency, narrowed_copy, site_latencies, stand_in, stand_ins
 from shallower.methods.squeezing.options import SqueezeOptions
-from shallower.planning.costs import Cost, cost_after, size_saved
+from shallower.planning.costs import Cost, cost_after, kv_saved, size_saved
 from shallower.planning.forms import Step, form_of
 from shallower.planning.plan import Plan
 from shallower.sites import Site, Sites, overlapping
@@ -41,7 +41,7 @@ _TRUST = (0.5, 2.0)
 
 
 class WidthCosts:
-    """Parameters, MACs and bytes of the model, by the widths of its sites; its KV cache depends on none of them.
+    """Parameters, MACs, bytes and the KV cache of the model, by the widths of its sites.
 
     Attributes:
         dense: the model as it is.
@@ -63,29 +63,34 @@ class WidthCosts:
         if self._overlapping:
             plan = Plan(tuple(stand_ins(self.sites, widths)))
             return cost_after(plan, self.before, self.dense)
-        params = macs = size = 0
+        before = self.before
+        params, macs, size, kv = before.params, before.macs, before.size, before.kv
         for site in self.sites:
             saved = self._saved_alone(site, widths[site.name])
-            params, macs, size = params + saved.params, macs + saved.macs, size + saved.size
-        before = self.before
-        return replace(before, params=before.params - params, macs=before.macs - macs, size=before.size - size)
+            params, macs, size = params - saved.params, macs - saved.macs, size - saved.size
+            if kv is not None:
+                kv -= saved.kv or 0
+        return replace(before, params=params, macs=macs, size=size, kv=kv)
 
     def of_site(self, site: Site, width: int, unit: str) -> float:
-        """What one site costs at a width, in MACs for a target of MACs, else in parameters."""
+        """What one site costs at a width: MACs or numbers of the KV cache for such a target, else parameters."""
         saved = self._saved_alone(site, width)
+        if unit == "kv":
+            return site.cached_each * width
         if unit == "macs":
             return site.macs - saved.macs
         return site.params - saved.params
 
     def _saved_alone(self, site: Site, width: int) -> Cost:
-        """Parameters, MACs and bytes that this width alone saves."""
+        """Parameters, MACs, bytes and bytes of the KV cache that this width alone saves."""
         key = (site.name, width)
         if key not in self._alone:
             saved = Cost(0, 0, 0)
             if width != site.width:
                 entry = stand_in(site, width)
                 step = Step(entry, form_of(entry))
-                saved = Cost(site.params - step.form.params, site.macs - step.form.macs, size_saved(step, self.dense))
+                params, macs = site.params - step.form.params, site.macs - step.form.macs
+                saved = Cost(params, macs, size_saved(step, self.dense), kv=kv_saved(step, self.dense))
             self._alone[key] = saved
         return self._alone[key]
 

@@ -77,7 +77,7 @@ def _fitting_in_memory(sites: Sequence[Site]) -> Sequence[Site]:
     """The first of the sites: as many as their Gram matrices fit into memory together."""
     room = _MEMORY
     for i, site in enumerate(sites):
-        columns = site.width * site.consumers[0].taps
+        columns = site.width * site.columns_each
         if site.producer is not None:
             columns += site.producer.d_in
         room -= 16 * columns**2

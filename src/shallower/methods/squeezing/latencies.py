@@ -258,7 +258,7 @@ class _Clock:
             stack.enter_context(watching(self.model, before={"": begins}, after={"": ends}))
             for site in sites:
                 begins, ends = self._hooks(site.name)
-                before = {m.name: begins for m in site.maps}
+                before = dict.fromkeys(site.layers, begins)
                 stack.enter_context(watching(self.model, before=before, after={site.consumers[-1].name: ends}))
             yield
 
@@ -301,9 +301,10 @@ def _shape(site: Site, merged: bool) -> str:
         [m.kind, m.d_in, m.d_out, m.bias, m.positions, m.kernel, m.stride, m.padding, m.dilation, m.groups]
         for m in site.maps
     ]
-    return json.dumps(
-        [maps, site.width, site.calls, site.activation_name, site.bridge.packed, bool(site.bridge.norm_before), merged]
-    )
+    slots = [[slot.shape, slot.axis] for slot in site.slots]
+    bridge = site.bridge
+    found = [maps, slots, site.width, site.calls, site.activation_name, bridge.packed, bool(bridge.norm_before), merged]
+    return json.dumps(found)
 
 
 def _key(model: nn.Module, shapes: Iterable[str], inputs: Inputs, round_to: int) -> str:

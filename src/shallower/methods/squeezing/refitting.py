@@ -91,7 +91,7 @@ class _Choice:
         pair = (grams.fit, grams.held)
         if grams.joint is not None and down is not None:
             pair = grams.joint
-        columns, n = columns_of(kept, site.consumers[0].taps), grams.fit.columns
+        columns, n = columns_of(kept, site.columns_each), grams.fit.columns
         seen = (pair[0].through(columns, n, down), pair[1].through(columns, n, down))
         return cls(kept, down, seen, *_best_ridge(site, seen, metric))
 
@@ -116,7 +116,7 @@ def narrowed_fit(
         FitError: the calibration data are too few or not finite.
     """
     moments = _moments(site, grams)
-    taps = site.consumers[0].taps
+    taps = site.columns_each
     kept = metric.elimination(moments, ridge=_SELECTION_RIDGE, keep=width, taps=taps).kept(width)
     choices = [_Choice.of(site, grams, metric, kept)]
     if paths and (other := _with_path(site, grams, metric, width, paths)) is not None:
@@ -151,7 +151,7 @@ def error_curve(site: Site, grams: SiteGrams, metric: Metric, *, paths: int = 0)
 
     With `paths` (see `narrowed_fit`), at each width the error of the best split into channels and a linear path.
     """
-    elimination = metric.elimination(_moments(site, grams), ridge=_SELECTION_RIDGE, keep=0, taps=site.consumers[0].taps)
+    elimination = metric.elimination(_moments(site, grams), ridge=_SELECTION_RIDGE, keep=0, taps=site.columns_each)
     whole = elimination.error(0)
     found = None
     if paths:
@@ -253,9 +253,11 @@ def _paths(site: Site, grams: SiteGrams, metric: Metric) -> tuple[Elimination, P
 def enough_for_producers(site: Site, kept: int, positions: float) -> bool:
     """Whether so many rows are enough to fit the producers' rows of so many channels too."""
     made = [m for m in (site.producer, site.gate) if m is not None]
+    if not made:
+        return False
     columns = sum(m.d_in * m.taps * (1 + site.bridge.packed) for m in made)
     d = sum(m.d_out for m in site.consumers)
-    return positions * d >= _EQUATIONS * kept * (columns + d * site.consumers[0].taps)
+    return positions * d >= _EQUATIONS * kept * (columns + d * site.columns_each)
 
 
 def _with_producers(small: nn.Module, site: Site, grams: SiteGrams, choice: _Choice, metric: Metric) -> _Choice:
@@ -283,7 +285,7 @@ def _fit(site: Site, choice: _Choice) -> Fit:
         bias = read.mean_y - weight @ read.mean_z
     else:
         weight, bias = found.weight, found.bias
-    kept, taps, down = len(choice.kept), site.consumers[0].taps, choice.down
+    kept, taps, down = len(choice.kept), site.columns_each, choice.down
     fit = Fit(*_by_consumer(site, weight[:, : kept * taps], bias, kept))
     if down is not None:
         ups, _ = _by_consumer(site, weight[:, kept * taps :], bias, len(down))

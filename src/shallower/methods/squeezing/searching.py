@@ -63,7 +63,7 @@ class Search:
             TargetError: none does, or nothing has to be done for it.
             MethodError: a `drop:` target comes without a score.
         """
-        if target.unit == "kv":
+        if target.unit == "kv" and not any(site.cached_each for site in self.sites):
             self._refuse_kv(target)
         if target.unit != "drop":
             return self._best(target, score)
@@ -76,8 +76,8 @@ class Search:
         kept = target.amount_of(self.counts.before)
         raise TargetError(
             f"the target {target} counts the KV cache ({kept:g} bytes for each token), and none of the "
-            f"{len(self.sites)} sites takes anything from it: squeeze narrows no attention heads. StructuralDropout "
-            'does, on sites found with kinds=("hidden", "heads")'
+            f"{len(self.sites)} sites takes anything from it: only attention heads do. Find the sites with "
+            'kinds=("hidden", "heads")'
         )
 
     def _best(self, target: Target, score: Score | None) -> Plan:
@@ -181,12 +181,12 @@ class Search:
                 chosen = allocate(self._menus(target), lambda choices: met(_widths_of(choices)))
                 found = _widths_of(chosen)
         except TargetError as error:
-            smallest = {name: min(width, self.round_to) for name, width in widths.items()}
+            smallest = {site.name: min(site.width, self._multiple(site)) for site in self.sites}
             least = target.amount_of(self._after(target, smallest)) / target.amount_of(before)
             raise TargetError(
                 f"the target {target} asks for {target.limit(before) / target.amount_of(before):.1%} of the model's "
-                f"{target.unit}; with {self.round_to} channels at each of the {len(widths)} sites, {least:.1%} would "
-                "remain. Ask for less, or allow more sites"
+                f"{target.unit}; with the least width at each of the {len(widths)} sites, {least:.1%} would remain. "
+                "Ask for less, or allow more sites"
             ) from error
         if target.amount_of(self._after(target, found)) >= target.amount_of(before):
             raise TargetError(
@@ -198,7 +198,14 @@ class Search:
     def _in_proportion(self, widths: SiteWidths, met: Callable[[SiteWidths], bool]) -> dict[str, int]:
         """The same share of the width of every site that is not fixed."""
         free = {name: width for name, width in widths.items() if name not in self.fixed}
-        return {**widths, **in_proportion(free, lambda chosen: met({**widths, **chosen}), self.round_to)}
+        multiples = {site.name: self._multiple(site) for site in self.sites}
+        return {**widths, **in_proportion(free, lambda chosen: met({**widths, **chosen}), multiples)}
+
+    def _multiple(self, site: Site) -> int:
+        """Of what the site's widths are multiples: heads are few, and each is many channels already."""
+        if site.kind == "heads":
+            return 1
+        return self.round_to
 
     def _before(self, target: Target) -> Cost:
         if target.unit != "latency":
@@ -217,7 +224,7 @@ class Search:
             curve = self.sweep.errors[site.name]
             menu = menus[site.name] = []
             for width in sorted(curve):
-                if width % self.round_to == 0 or width == site.width:
+                if width % self._multiple(site) == 0 or width == site.width:
                     menu.append(Choice(width, self._site_cost(site, width, target), curve[width]))
         return menus
 

@@ -293,7 +293,7 @@ def _fitted_numbers(entry: Entry) -> int:
     """Weights that are fitted for each of the consumers' outputs."""
     site, producer = entry.site, entry.site.producer
     if len(entry.kept):
-        return len(entry.kept) * site.consumers[0].taps
+        return len(entry.kept) * site.columns_each
     if producer is None:
         return 0
     return producer.d_in
