@@ -78,7 +78,7 @@ app = typer.Typer(
     "Exit codes: 0 success, 1 error (one line on stderr), 2 wrong usage, 3 target not met, 130 interrupted.",
 )
 
-_KINDS_HELP = "Which sites: hidden, heads, followed, stream, experts, activation; several with commas, or all."
+_KINDS_HELP = "Which sites: hidden, heads, stream, experts, activation; several with commas, or all."
 _MODEL_HELP = "A directory, a hub name, timm:NAME, torchvision:NAME or package.module:factory."
 
 

@@ -148,6 +148,7 @@ class Squeezing(MethodOptions):
     uniform: bool = option(False, "Keep the same fraction of every site.")
     round_to: int = same_as(SqueezeOptions, "round_to")
     linear_path: bool = same_as(SqueezeOptions, "linear_path")
+    heads: bool = option(False, "Narrow attention heads, too (also with structural-dropout).")
     vary: bool = option(False, "Calibrate on rearranged text, too.")
     heal: int = option(0, "At most so many passes of distillation afterwards.", least=0)
 
@@ -197,7 +198,7 @@ class StructuralDropping(MethodOptions):
 
     lower_bound: str = option("25%", "Smallest width to train.")
     points: int = option(8, "Points on the curve.", least=2)
-    heads: bool = option(False, "Narrow attention heads, too.")
+    heads: bool = option(False, "Narrow attention heads, too (also with squeeze).")
 
 
 METHODS: Mapping[str, type[MethodOptions]] = {

@@ -87,8 +87,13 @@ def _expanded(parameter: inspect.Parameter, variants: Variants) -> Iterator[insp
         names = tuple(variants[kind])
         told = typer.Option(flag_of(parameter.name), *kind.short, help=kind.about)
         yield _parameter(parameter.name, names[0], _enum(names), told)
+        seen: set[str] = set()
         for variant in variants[kind].values():
-            yield from _fields(variant)
+            for field in _fields(variant):
+                # an option that several variants have stands with the first
+                if field.name not in seen:
+                    yield field
+                seen.add(field.name)
     elif _is_options(kind):
         yield from _fields(kind)
     else:

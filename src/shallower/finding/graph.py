@@ -188,7 +188,8 @@ class Graph:
             ):
                 return f"{name} pads one side more than the other"
         elif isinstance(module, nn.Linear):
-            if type(module).forward is not nn.Linear.forward and not self.computes_linear(frame):
+            own = type(module).forward is not nn.Linear.forward
+            if own and (len(frame.args) != 1 or frame.kwargs or not self.computes_linear(frame)):
                 return f"{name} is a {kind} with a forward of its own, not a plain nn.Linear"
         elif not is_transposed(module):
             return f"{name} is a {kind}, not an nn.Linear"

@@ -39,7 +39,9 @@ class SqueezeRun(Squeezing):
     """
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:
-        """All sites but attention heads and activation places."""
+        """All hidden sites, with attention heads if asked for."""
+        if self.heads:
+            return find_sites(model, example, kinds=("hidden", "heads"))
         return find_sites(model, example)
 
     def usable(self, sites: Sites, target: Target | None) -> Sites:  # noqa: ARG002 - narrowing pays in every unit

@@ -25,7 +25,7 @@ from shallower.core.watching import read, watching
 from shallower.errors import FitError
 from shallower.methods.dropout.prefix import RowBlock, prefix, produced
 from shallower.modules.layers import weight_of
-from shallower.sites import Site, Sites
+from shallower.sites import Site, Sites, Slot
 
 _RIDGE = 1e-4
 
@@ -113,6 +113,10 @@ def permute(model: nn.Module, site: Site, order: Tensor) -> None:
     """
     if order.dim() != 1 or not torch.equal(order.cpu().sort().values, torch.arange(site.width)):
         raise FitError(f"{site.name}: an order names each of the {site.width} channels once")
+    if site.followed:
+        for slot in site.slots:
+            _reorder_along(model.get_submodule(slot.module), slot, order.cpu())
+        return
     for made, blocks in produced(site):
         module = model.get_submodule(made)
         for start, step in blocks:
@@ -129,6 +133,15 @@ def permute(model: nn.Module, site: Site, order: Tensor) -> None:
     for m in site.consumers:
         weight = weight_of(model.get_submodule(m.name))
         weight.copy_(weight[:, columns.to(weight.device)].clone())
+
+
+def _reorder_along(module: nn.Module, slot: Slot, order: Tensor) -> None:
+    """Move every channel's positions along one axis of one tensor."""
+    tensor = cast("Tensor", getattr(module, slot.attribute)).detach()
+    source = torch.arange(tensor.shape[slot.axis])
+    for channel, other in enumerate(order):
+        source[slot.positions(torch.tensor([channel]))] = slot.positions(other[None])
+    tensor.copy_(tensor.index_select(slot.axis, source.to(tensor.device)))
 
 
 def _reorder(module: nn.Module, width: int, order: Tensor) -> None:

@@ -176,7 +176,7 @@ class Search:
 
         try:
             if self.uniform:
-                found = self._in_proportion(widths, met)
+                found = self._in_proportion(target, widths, met)
             else:
                 chosen = allocate(self._menus(target), lambda choices: met(_widths_of(choices)))
                 found = _widths_of(chosen)
@@ -195,9 +195,15 @@ class Search:
             )
         return found
 
-    def _in_proportion(self, widths: SiteWidths, met: Callable[[SiteWidths], bool]) -> dict[str, int]:
-        """The same share of the width of every site that is not fixed."""
-        free = {name: width for name, width in widths.items() if name not in self.fixed}
+    def _in_proportion(
+        self, target: Target, widths: SiteWidths, met: Callable[[SiteWidths], bool]
+    ) -> dict[str, int]:  # fmt: skip
+        """The same share of the width of every site that is not fixed, and of which the target counts anything."""
+        free: dict[str, int] = {}
+        for site in self.sites:
+            counts = target.unit != "kv" or site.cached_each > 0
+            if counts and site.name not in self.fixed:
+                free[site.name] = site.width
         multiples = {site.name: self._multiple(site) for site in self.sites}
         return {**widths, **in_proportion(free, lambda chosen: met({**widths, **chosen}), multiples)}
 
