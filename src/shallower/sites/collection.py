@@ -151,7 +151,8 @@ class Sites(Sequence[Site]):
     def __str__(self) -> str:
         """A table: site, kind, activation, width, what its channels may become, params and MACs now and if collapsed.
 
-        Then how much of the model the sites' layers hold, and what was skipped.
+        Then how much of the model the sites' layers hold, why followed channels may not become linear, and what was
+        skipped.
         """
         header = ("site", "kind", "f", "width", "fates", "params", "collapsed", "MACs", "collapsed", "")
         lines = [f"{len(self)} sites; the model has {amount(self.params)} params and {amount(self.macs)} MACs"]
@@ -159,6 +160,10 @@ class Sites(Sequence[Site]):
             lines.append(table(header, list(map(_row, self.ordered)), right=(3, 5, 6, 7, 8)))
             share = self.params_held / max(1, self.params)
             lines.append(f"their layers hold {amount(self.params_held)} params ({share:.0%})")
+        reasons = {site.name: site.not_linear for site in self.ordered if site.followed and site.not_linear}
+        if reasons:
+            lines.append("not linear:")
+            lines += [f"  {name}: {reason}" for name, reason in reasons.items()]
         if self.skipped:
             lines.append("skipped:")
             lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]

@@ -120,5 +120,5 @@ def test_numbers_follow_in_experts_that_did_not_run() -> None:
 
 
 def test_layers_that_follow_each_other_stand_for_none() -> None:
-    sites = find_sites(drawn(Chain()), torch.randn(2, 6), kinds="followed")
+    sites = find_sites(drawn(Chain()), torch.randn(2, 6), kinds="hidden")
     assert not any(site.width for site in sites if "layers.1" in site.name)
