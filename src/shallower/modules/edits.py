@@ -33,7 +33,7 @@ from shallower.modules.activations import (
 from shallower.modules.attention import is_stock, make_dense
 from shallower.modules.layers import count_anew, kind_of, resized, resized_norm, weight_of
 from shallower.modules.lists import Entries
-from shallower.modules.offloading import own_weights
+from shallower.modules.offloading import device_around, own_weights
 from shallower.modules.records import forget, note, noted
 from shallower.modules.rewriting import externalise, write_number
 from shallower.modules.weight_norms import parametrizations_of
@@ -337,7 +337,7 @@ class Slope:
         slope = SlopeActivation(
             f, width=width, family=self.family, target=self.target, channels_first=self.channels_first
         )
-        slope.slope = nn.Parameter(slope.slope.detach().to(_device_at(model, self.name), getattr(torch, self.dtype)))
+        slope.slope = nn.Parameter(slope.slope.detach().to(device_around(model, self.name), getattr(torch, self.dtype)))
         _exchange(model, self.name, slope)
 
 
@@ -475,16 +475,6 @@ def replay(model: nn.Module, edits: Sequence[StructuralEdit | Mapping[str, Any]]
 def place_of(edit: Edit) -> str:
     """The dotted name of the module that an edit changes."""
     return edit.module if isinstance(edit, Externalise) else edit.name
-
-
-def _device_at(model: nn.Module, name: str) -> torch.device:
-    """Where the parameters around a module are; the CPU where there are none."""
-    while name:
-        name = name.rpartition(".")[0]
-        parameter = next(model.get_submodule(name).parameters(), None)
-        if parameter is not None:
-            return parameter.device
-    return torch.device("cpu")
 
 
 def encoded(edit: StructuralEdit) -> dict[str, Any]:

@@ -171,3 +171,13 @@ def _in_file(weights: Mapping[str, Tensor], name: str) -> Tensor:
     path = Path(place.save_folder) / f"{name}.dat"
     raw = torch.from_file(str(path), shared=False, size=math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
     return raw.view(dtype).reshape(shape)
+
+
+def device_around(model: nn.Module, name: str) -> torch.device:
+    """Where the parameters around a module are; the CPU where there are none."""
+    while name:
+        name = name.rpartition(".")[0]
+        parameter = next(model.get_submodule(name).parameters(), None)
+        if parameter is not None:
+            return parameter.device
+    return torch.device("cpu")

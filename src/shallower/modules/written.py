@@ -488,7 +488,7 @@ def give_number(owner: nn.Module, path: CallPath, place: int, value: float) -> N
     Raises:
         SiteError: there is no such call, or the forward cannot be compiled again.
     """
-    record = {known: dict(numbers) for known, numbers in numbers_written(owner).items()}
+    record = copy.deepcopy(numbers_written(owner))
     record.setdefault(path, {})[place] = value
     forward = renumbered(type(owner).forward, record)
     if isinstance(forward, Refusal):

@@ -57,8 +57,13 @@ def that_follow(
         f: the followed pass.
         found: its spaces.
     """
-    trial = ChannelTrial(model, inputs, f, {each.site.name: each.run for each in found})
-    settled = trial.settled([each.site for each in found])
+    known: dict[str, Run] = {}
+    sites: list[Site] = []
+    for each in found:
+        known[each.site.name] = each.run
+        sites.append(each.site)
+    trial = ChannelTrial(model, inputs, f, known)
+    settled = trial.settled(sites)
     kept: list[Site] = []
     skipped: dict[str, str] = {}
     for each in found:
@@ -333,8 +338,12 @@ class ChannelTrial:
     def led(self, sites: Sequence[Site], *, one: bool = False) -> Led:
         """A pass with these sites cut: each by the share of its kind, or by a few channels."""
         self._trials += 1
-        kept = {site.name: few_less(site) if one else self._share_of(site) for site in sites}
-        led = Led(self._expected, {self.found[site.name]: kept[site.name] for site in sites})
+        kept: dict[str, int] = {}
+        fewer: dict[Run, int] = {}
+        for site in sites:
+            kept[site.name] = few_less(site) if one else self._share_of(site)
+            fewer[self.found[site.name]] = kept[site.name]
+        led = Led(self._expected, fewer)
         memo = {} if self._with_data else weightless(self.model.parameters())
         trial = copied(self.model, memo)
         try:
