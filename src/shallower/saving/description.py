@@ -118,11 +118,11 @@ class Stock:
         str(Stock("BertModel"))     # "the stock class loads this: BertModel.from_pretrained"
 
     Attributes:
-        name: of the class; "" where there is nothing to say.
+        name: of the class, or the call of timm or torchvision that builds it; "" where there is nothing to say.
         why: the reason why it cannot, "" where it can.
     """
 
-    name: Annotated[str, Bounds(0, 1000)] = ""
+    name: Annotated[str, Bounds(0, 4000)] = ""
     why: Annotated[str, Bounds(0, 4000)] = ""
 
     def __str__(self) -> str:
@@ -130,6 +130,8 @@ class Stock:
             return ""
         if self.why:
             return f"the stock class cannot load this: {self.why}"
+        if "(" in self.name:
+            return f"the library builds this: {self.name}"
         return f"the stock class loads this: {self.name}.from_pretrained"
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shallower.core.codec import decode
 from shallower.core.files import read_json
 from shallower.errors import ReportError, ShallowerError
+
+if TYPE_CHECKING:
+    from shallower.saving.description import Stock
 
 _CONFIG, _DESCRIPTION = "config.json", "shallower.json"
 _SAYS = 4
@@ -28,37 +31,38 @@ def stock_class(directory: Path) -> tuple[str, str]:
     """
     if not (directory / _CONFIG).is_file() or not (directory / _DESCRIPTION).is_file():
         return "", ""
-    config = read_object(directory / _CONFIG)
-    # PyTorch is loaded for such directories only.
-    from shallower.saving.reading import read_description
-    from shallower.saving.stock.statement import stock_of
-
+    read_object(directory / _CONFIG)
     try:
-        description = read_description(directory)
+        stock = _stock_in(directory)
     except ShallowerError as error:
         return "", str(error)
-    stock = description.stock
-    if description.version < _SAYS:
-        stock = stock_of(description, config)
     if stock.why:
         return "", stock.why
     return stock.name, ""
 
 
 def stock_sentence(directory: Path) -> str:
-    """The same in a sentence; "" where there is nothing to say.
+    """Whether the library alone builds what a directory holds, in a sentence; "" where there is nothing to say.
 
         stock_sentence(Path("small"))       # "the stock class loads this: BertModel.from_pretrained"
 
     Raises:
-        ReportError: shallower.json or config.json cannot be read.
+        ShallowerError: shallower.json or config.json cannot be read.
     """
-    name, why = stock_class(directory)
-    if name:
-        return f"the stock class loads this: {name}.from_pretrained"
-    if why:
-        return f"the stock class cannot load this: {why}"
-    return ""
+    if not (directory / _DESCRIPTION).is_file():
+        return ""
+    return str(_stock_in(directory))
+
+
+def _stock_in(directory: Path) -> Stock:
+    # PyTorch is loaded for such directories only.
+    from shallower.saving.reading import read_config, read_description
+    from shallower.saving.stock.statement import stock_of
+
+    description = read_description(directory)
+    if description.version >= _SAYS:
+        return description.stock
+    return stock_of(description, read_config(directory, description.source))
 
 
 def read_object(path: Path) -> Mapping[str, Any]:

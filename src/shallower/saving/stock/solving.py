@@ -19,7 +19,9 @@ from typing import Any
 from torch import nn
 
 from shallower.saving.slots import slots_of
-from shallower.saving.stock.statement import Spot, settings_of
+
+Spot = tuple[str, str | int]
+"""A tensor and an axis, -1 where it is there or not; or a module and an attribute."""
 
 Leaf = tuple[str | int, ...]
 """Where a number stands in a config: keys, and places in lists."""
@@ -28,7 +30,6 @@ Numbers = Mapping[Leaf, Any]
 Wrongness = tuple[float, int]
 """How much is wrong: in sizes, and how many settings besides."""
 
-_MOST_BUILDS = 160
 _MOST_PAIRS = 40
 _MOST_RATIOS = 6
 _MOST_LEAVES = 400
@@ -72,6 +73,25 @@ class Structure:
             if other.settings.get(spot) != value:
                 found.add(spot)
         return found
+
+
+def settings_of(model: nn.Module) -> dict[Spot, Any]:
+    """The plain values that the modules of a model hold: how many heads, what is scaled by how much.
+
+    settings_of(model)["layers.0.attention", "num_heads"]       # 12
+    """
+    found: dict[Spot, Any] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute != "training" and not attribute.startswith("_") and _is_plain(value):
+                found[name, attribute] = value
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(item, (int, float, str)) for item in value)
+    return isinstance(value, (int, float, str))
 
 
 Build = Callable[[Mapping[str, Any]], Structure | None]
@@ -142,6 +162,7 @@ class NumberSearch:
         wanted: what it is to make.
         common: keys of the config that are no sizes.
         asked: keys that it does not have and its class asks for.
+        most: how often something is built.
     """
 
     config: Mapping[str, Any]
@@ -149,6 +170,7 @@ class NumberSearch:
     wanted: Structure
     common: frozenset[str] = frozenset()
     asked: frozenset[Leaf] = frozenset()
+    most: int = 160
     _built: dict[tuple[tuple[Leaf, Any], ...], Structure | None] = field(default_factory=dict)
     _answers: dict[tuple[Leaf, ...], set[Spot]] = field(default_factory=dict)
 
@@ -167,7 +189,7 @@ class NumberSearch:
         key = tuple(sorted(changes.items(), key=repr))
         if key not in self._built:
             self._built[key] = None
-            if len(self._built) <= _MOST_BUILDS:
+            if len(self._built) <= self.most:
                 self._built[key] = self.build(with_numbers(self.config, changes))
         return self._built[key]
 

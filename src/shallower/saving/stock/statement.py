@@ -9,6 +9,7 @@ buffers that no state dict holds have their numbers.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,12 +23,11 @@ from shallower.modules.layers import kind_of
 from shallower.saving.description import Description, Layout, Stock
 from shallower.saving.skeletons import build_skeleton
 from shallower.saving.slots import slots_of
+from shallower.saving.stock.builders import call_that_builds
+from shallower.saving.stock.solving import settings_of
 
 NOTE = "_shallower_config"
 """Under this name a model remembers why its config does not say what its tensors are."""
-
-Spot = tuple[str, str | int]
-"""A tensor and an axis, -1 where it is there or not; or a module and an attribute."""
 
 _MOST_LETTERS = 2000
 
@@ -38,9 +38,12 @@ def stock_of(
     buffers: Mapping[str, Tensor] | None = None,
     note: str = "",
 ) -> Stock:
-    """What the class of a Transformers model makes of its config, compared with the model; nothing of any other.
+    """What the class of a Transformers model makes of its config, compared with the model.
 
         stock_of(description, config).why       # "" where the class loads it
+
+    Of a model of timm or torchvision that surgery changed: the call that builds it, as far as one is found. Of others,
+    nothing.
 
     Args:
         description: of the saved model.
@@ -49,6 +52,8 @@ def stock_of(
         note: what surgery found in trying other numbers in the config.
     """
     library, _, rest = description.source.partition(":")
+    if library in ("timm", "torchvision") and description.edits:
+        return _built_by_call(description)
     if library != "transformers" or config is None:
         return Stock()
     name = rest.partition("?")[0]
@@ -72,23 +77,20 @@ def stock_of(
     return Stock(name, why[:_MOST_LETTERS])
 
 
-def settings_of(model: nn.Module) -> dict[Spot, Any]:
-    """The plain values that the modules of a model hold: how many heads, what is scaled by how much.
-
-    settings_of(model)["layers.0.attention", "num_heads"]       # 12
-    """
-    found: dict[Spot, Any] = {}
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute != "training" and not attribute.startswith("_") and _is_plain(value):
-                found[name, attribute] = value
-    return found
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(isinstance(item, (int, float, str)) for item in value)
-    return isinstance(value, (int, float, str))
+def _built_by_call(description: Description) -> Stock:
+    """The call that builds a model of timm or torchvision; nothing where none is found."""
+    try:
+        ours = replay(build_skeleton(description.source), description.edits)
+    except ShallowerError:  # `save` refuses it
+        return Stock()
+    made = call_that_builds(description.source, ours)
+    if made is None:
+        return Stock()
+    with torch.device("meta"):
+        again = replay(copy.deepcopy(made.model), description.edits)
+    if _other_modules(made.model, again):
+        return Stock()
+    return Stock(made.text)
 
 
 def _named(note: str) -> str:
