@@ -95,10 +95,24 @@ def test_entries_go_with_the_rows_of_the_router(how: str, tmp_path: Path) -> Non
     assert torch.equal(sh.load(tmp_path / "small", model=Looped(how)).eval()(other), small(other))
 
 
-@pytest.mark.parametrize("how", DENSE)
-def test_lists_that_all_tokens_visit_are_found(how: str) -> None:
-    (site,) = find_sites(drawn(Looped(how)), torch.randn(40, 5), kinds="experts")
-    assert (site.kind, site.width, len(site.lists)) == ("experts", 6, 1)
+@pytest.mark.parametrize("how", [*DENSE, *ROUTED])
+def test_the_forwards_of_loops_follow(how: str) -> None:
+    model, x = drawn(Looped(how)), torch.randn(40, 5)
+    (site,) = find_sites(model, x, kinds="experts")
+    assert (site.kind, site.width, len(site.lists)) == ("experts", 6, how != "sliced")
+    small, other = sh.apply(model, sh.Plan((sh.Entry.narrow(site, [0, 4]),)), x), torch.randn(70, 5)
+    torch.testing.assert_close(small(other), sh.simulate(model, sh.Plan((sh.Entry.narrow(site, [0, 4]),)))(other))
+
+
+@pytest.mark.parametrize("how", ["stack", "routed", "one-hot", "sliced"])
+def test_everything_in_and_around_a_mixture_is_cut_in_half(how: str) -> None:
+    model, x = drawn(Looped(how)), torch.randn(40, 5)
+    sites = [site for site in find_sites(model, x, kinds="all") if site.width]
+    assert {site.kind for site in sites} >= {"experts"}
+    plan = sh.Plan(tuple(sh.Entry.narrow(site, range(0, site.width, 2)) for site in sites))
+    small, other = sh.apply(model, plan, x), torch.randn(70, 5)
+    assert (small.into.out_features, small.router.out_features) == (4, 3)
+    torch.testing.assert_close(small(other), sh.simulate(model, plan)(other))
 
 
 @pytest.mark.parametrize("how", ["scattered", "routed"])

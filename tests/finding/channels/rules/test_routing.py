@@ -11,12 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shallower as sh
-from shallower.finding.channels.following import Following
-from shallower.finding.channels.spaces import followed_sites
 from shallower.finding.kinds import find_sites
 from shallower.planning.forms import steps
 from shallower.planning.forms.form import totals
-from shallower.recording.tracing import trace_forward
 from tests.experts import How, Mixture
 from tests.followed import drawn
 
@@ -89,17 +86,16 @@ def test_what_is_left_is_chosen_anew() -> None:
     torch.testing.assert_close(simulated(x), by_hand(x))
 
 
-def test_groups_are_spaces_of_their_own() -> None:
+def test_groups_are_cut_whole_or_all_alike() -> None:
     model, x = drawn(Mixture(scores="sigmoid", groups=4, experts=16)), torch.randn(30, 5)
-    found, _ = followed_sites(Following(trace_forward(model, x)), ())
-    groups, each = [site.site for site in found if site.site.kind == "experts"]
+    groups, each = sites = find_sites(model, x, kinds="experts")
     assert (groups.width, each.width) == (4, 4)
     # one group of the four is chosen, and two experts of it
     assert (groups.least, each.least) == (1, 2)
-    plan = sh.Plan((sh.Entry.narrow(groups, [0, 3]), sh.Entry.narrow(each, [0, 1])))
-    chosen = sh.simulate(model, plan)
-    assert torch.isfinite(chosen(x)).all()
-    assert not torch.equal(chosen(x), model(x))
+    plan = half_of(sites)
+    small, other = sh.apply(model, plan, x), torch.randn(7, 5)
+    assert small.up.shape[0] == 4
+    torch.testing.assert_close(small(other), sh.simulate(model, plan)(other))
 
 
 def test_as_many_stay_as_are_chosen() -> None:
