@@ -121,7 +121,7 @@ class Net(nn.Module):
         return y
 
 
-KINDS = ("hidden", "heads", "followed", "stream")
+KINDS = ("hidden", "heads", "stream")
 IDIOMS: list[Callable[[], nn.Module]] = [Attention, InConfig, Splits, Windows, Recurrence]
 
 

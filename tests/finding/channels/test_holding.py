@@ -25,7 +25,7 @@ class Heads(nn.Module):
 
 def test_repeated_blocks_get_the_same_numbers_and_no_call_is_written() -> None:
     model = nn.Sequential(nn.Linear(5, 8), Heads(), Heads(), nn.Linear(8, 2)).eval()
-    sites = sh.find_sites(model, torch.randn(2, 6, 5), kinds=("heads", "followed", "stream"))
+    sites = sh.find_sites(model, torch.randn(2, 6, 5), kinds=("hidden", "heads", "stream"))
     found = {site.name: {(f.module, f.attribute, f.each) for f in site.followers} for site in sites}
     assert found["1"] == {("1", "heads", 1), ("1", "all", 3)}
     assert found["2"] == {("2", "heads", 1), ("2", "all", 3)}

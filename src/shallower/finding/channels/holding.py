@@ -143,9 +143,12 @@ class HeldNumbers:
         if before.ended is None and after.ended is not None:
             return False
         new = {entry for entry in after.entries - before.entries if entry[0] < until}
-        if new & own_after or any(self._lies_in(entry[0], proposal) for entry in new):
+        near = {entry for entry in new if entry in own_after or self._lies_in(entry[0], proposal)}
+        better = own_before - own_after
+        # what the number disturbs in turn can be written where it puts as much right: other branches may read it
+        if near and (len(near) > len(better) or not near <= after.wrong.keys()):
             return False
-        return bool(own_before - own_after) or (before.ended is not None and further)
+        return bool(better) or (before.ended is not None and further)
 
     def _entries(self, led: Led, name: str) -> set[tuple[int, int]]:
         """What is wrong in a pass at calls that read or give the channels of a site."""
