@@ -16,6 +16,7 @@ from shallower.training.guiding import Healing
 from shallower.training.healing import heal
 from shallower.training.matching import Matching
 from shallower.training.recipe import Checkpoint
+from tests.processes import in_two_processes
 from tests.training.test_healing import data, error, squeezed
 
 
@@ -223,3 +224,36 @@ def test_there_must_be_rows_to_hold_out() -> None:
         heal(small, dense, [], cpu=True)
     with pytest.raises(TrainingError, match="one-shot"):
         heal(small, dense, iter(data()), cpu=True)
+
+
+TWO_PROCESSES = """
+import torch
+import torch.distributed as dist
+from shallower.saving.vision import repair_torchvision
+repair_torchvision()
+from shallower.certifying.certify import certify
+from shallower.training.guiding import Healing
+from shallower.training.healing import heal
+from tests.training.test_healing import data, error, squeezed
+
+dist.init_process_group("gloo")
+dense, small, _ = squeezed()
+before = error(small, dense)
+torch.manual_seed(dist.get_rank())
+history = heal(small, dense, data(), Healing(passes=2), cpu=True)
+assert error(small, dense) < before
+both = [None, None]
+own = [history.scores, history.lr, *(tensor.sum().item() for tensor in small.state_dict().values())]
+dist.all_gather_object(both, own)
+assert both[0] == both[1], both
+rows = data()[dist.get_rank()::2]
+found = certify(dense, small, rows)
+assert found.rows == 12 * 16
+dist.all_gather_object(both, found)
+assert both[0] == both[1], both
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_heal_and_certify_alike(tmp_path: Path) -> None:
+    in_two_processes(TWO_PROCESSES, tmp_path)
