@@ -426,11 +426,9 @@ def perform(model: nn.Module, edit: Edit) -> None:
 
 
 def edits(model: nn.Module) -> list[StructuralEdit]:
-    """What surgery did to this model and its parts, in order; empty for a model it did not touch.
-
-    Entries of lists go first: the names of all other edits are those that their modules have now.
-    """
+    """What surgery did to this model and its parts, in order; empty for a model it did not touch."""
     found = [_moved(edit, name) for name, edit in noted(model)]
+    # entries of lists first: the names of all others are those that their modules have now
     return sorted(found, key=lambda edit: not isinstance(edit, Entries))
 
 

@@ -105,8 +105,9 @@ class ChannelTrial:
         at last all are cut but those that change a number, which nothing else may need to be changed.
         """
         left = {site.name: site for site in sites}
-        if any(site.lists for site in sites):  # what runs for an entry that goes is not seen
-            self._settle(left, [site.name for site in sites if not site.lists], one=False)
+        others = [site.name for site in sites if site.kind != "experts"]
+        if len(others) < len(sites):  # every expert runs as long as none is cut
+            self._settle(left, others, one=False)
         self._settle(left, list(left), one=False)
         for start in (0, 1):
             self._settle(left, list(left)[start::2], one=True)
