@@ -120,6 +120,7 @@ FOLLOWING: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 19},
     "gpt2": {"n_embd": 16, "n_head": 2, "n_inner": 19},
     "llama": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 19},
+    "vit": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 19},
     "stablelm": {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1},
     "modernbert": {"hidden_size": 16, "num_attention_heads": 2},
     "t5_v1_1": {"num_heads": 2, "d_ff": 19},
@@ -149,6 +150,14 @@ def test_a_size_of_heads_that_the_config_left_open_is_said() -> None:
     (stream,) = find_sites(model, IDS, kinds=("stream",))
     config = apply(model, Plan((Entry.narrow(stream, torch.arange(0, 32, 2)),)), IDS).config
     assert (config.hidden_size, config.head_dim, config.num_attention_heads) == (16, 8, 4)
+
+
+def test_fewer_heads_are_not_taken_for_smaller_ones() -> None:
+    """The size of ViT's heads is a number that its class asks for; their number changes the same shapes."""
+    model, inputs = next(s for s in ZOO if s.name == "vit").build()
+    sites = find_sites(model, inputs, kinds=("heads",))
+    config = apply(model, Plan(tuple(Entry.narrow(site, torch.arange(2)) for site in sites)), inputs).config
+    assert (config.num_attention_heads, config.head_dim, config.hidden_size) == (2, 8, 32)
 
 
 def test_configs_of_parts_follow_too() -> None:

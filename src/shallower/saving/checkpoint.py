@@ -33,7 +33,7 @@ from shallower.saving.reading import read_buffers, read_config, read_description
 from shallower.saving.skeletons import Limits, build_skeleton
 from shallower.saving.slots import Stored, check_tensors_fit, check_whole, put_in, stored, unwrapped, without_weights
 from shallower.saving.sources import LIBRARIES, source_of
-from shallower.saving.stock.statement import NOTE, stock_of
+from shallower.saving.stock.statement import NOTE, RAN, stock_of
 from shallower.saving.writing import bytes_of, check_as_written, check_replaceable, write_weights
 
 _INFORMS = re.compile(r"[\w.]+:\w+(\?.*)?")
@@ -80,7 +80,7 @@ def save(
     _check_names(source, config)
     directory = _resolved(directory)
     check_replaceable(directory)
-    stock = stock_of(description, config, kept.buffers, vars(model).get(NOTE, ""))
+    stock = stock_of(description, config, kept.buffers, vars(model).get(NOTE, ""), RAN in vars(model))
     description = replace(description, stock=stock)
     with replacing(directory, error=CheckpointError) as partial:
         if config is not None:

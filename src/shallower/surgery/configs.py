@@ -32,7 +32,7 @@ from shallower.saving.skeletons import build_skeleton, sketch
 from shallower.saving.slots import slots_of
 from shallower.saving.sources import import_transformers, source_of
 from shallower.saving.stock.solving import Leaf, Numbers, NumberSearch, Structure, all_but, with_numbers
-from shallower.saving.stock.statement import NOTE
+from shallower.saving.stock.statement import NOTE, RAN
 from shallower.surgery.observing import ALLOWED, Observed, Pass, observed
 from shallower.surgery.whole import LOOSE, distance
 
@@ -115,6 +115,7 @@ def follow(model: nn.Module, inputs: Inputs | None = None) -> None:
     for owner in owners(model):
         search = owner.search
         vars(owner.model).pop(NOTE, None)
+        vars(owner.model).pop(RAN, None)
         nearest, said = search.solved(), dict[Leaf, Any]()
         found = search.said_rightly(nearest)
         for changes in _fewer(search, found):
@@ -169,6 +170,8 @@ def _is_true(model: nn.Module, owner: StockPart, changes: Numbers, inputs: Input
         undo = _set(owner, changes)
         with suppress(ForwardError, SurgeryError):
             if _agree(before, answer(model, inputs)):
+                if owner.search.whole(changes):
+                    vars(owner.model)[RAN] = True
                 return True
         undo()
     return False

@@ -93,3 +93,16 @@ def test_weights_that_are_tied_here_and_not_there_are_named(tmp_path: Path) -> N
     model.lm_head.weight = model.model.embed_tokens.weight
     sh.save(model, tmp_path / "out")
     assert "are two tensors in its class and one in the model" in read_description(tmp_path / "out").stock.why
+
+
+def test_a_forward_with_other_numbers_is_that_of_the_class_where_the_config_says_them(tmp_path: Path) -> None:
+    """Phi 3 reads the number of heads from its config in its forward."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = hf.Phi3Config(vocab_size=50, intermediate_size=40, pad_token_id=0, eos_token_id=1, **sizes)
+    model = hf.Phi3ForCausalLM(config).eval()
+    heads = sh.find_sites(model, IDS, kinds=("heads",))
+    stock = stock_after(model, tmp_path / "out", *(sh.Entry.narrow(site, torch.arange(1)) for site in heads))
+    assert len(heads) > 0
+    assert stock.why == ""
+    hf.Phi3ForCausalLM.from_pretrained(tmp_path / "out")

@@ -309,7 +309,7 @@ class NumberSearch:
                 score, gaps = self._score({**changes, **step}, made)
                 if not _is_less(score, state.score):
                     continue
-                if state.is_better(gaps):
+                if state.is_better(gaps) and self.unlike({**changes, **step}) <= state.unlike:
                     return step
                 if best is None or _is_less(score, best[0]):
                     best = score, step

@@ -32,11 +32,16 @@ NOTE = "_shallower_config"
 _MOST_LETTERS = 2000
 
 
+RAN = "_shallower_stock"
+"""Under this name a model remembers that its class, built from its config, has answered as it does."""
+
+
 def stock_of(
     description: Description,
     config: Mapping[str, Any] | None,
     buffers: Mapping[str, Tensor] | None = None,
     note: str = "",
+    ran: bool = False,
 ) -> Stock:
     """What the class of a Transformers model makes of its config, compared with the model.
 
@@ -50,6 +55,7 @@ def stock_of(
         config: as config.json has it.
         buffers: those of the model that no state dict holds; only their shapes are compared where None.
         note: what surgery found in trying other numbers in the config.
+        ran: whether the class has answered as the model does; then forwards may have been written anew.
     """
     library, _, rest = description.source.partition(":")
     if library in ("timm", "torchvision") and description.edits:
@@ -69,7 +75,7 @@ def stock_of(
     why = (
         why
         or _tied_otherwise(stock, description.names)
-        or _other_modules(stock, ours)
+        or _other_modules(stock, ours, ran)
         or _other_numbers(stock, buffers or {})
     )
     if why and note and _named(note) not in why:
@@ -142,12 +148,14 @@ def _in_any_layer(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def _other_modules(stock: nn.Module, ours: nn.Module) -> str:
+def _other_modules(stock: nn.Module, ours: nn.Module, ran: bool = False) -> str:
     """The first module that surgery made something else than its class makes of the config."""
     known = dict(stock.named_modules())
     for name, module in ours.named_modules():
         if name not in known or _made_as(known[name]) != _made_as(module):
             return f"`{name}` is a {type(module).__name__} after surgery"
+        if "forward" in vars(module) and "forward" not in vars(known[name]) and not ran:
+            return f"`{name}` has another forward after surgery"
     own, made = settings_of(stock), settings_of(ours)
     for (name, attribute), value in made.items():
         if own.get((name, attribute), value) != value:
@@ -155,12 +163,12 @@ def _other_modules(stock: nn.Module, ours: nn.Module) -> str:
     return ""
 
 
-def _made_as(module: nn.Module) -> tuple[str, str, bool]:
+def _made_as(module: nn.Module) -> tuple[str, str]:
     """What it is: its class, by name as parametrised modules have one each, or the kind of linear map."""
     kind = type(module)
     if of_layer := kind_of(module):
-        return "", of_layer, False
-    return kind.__module__, kind.__qualname__, "forward" in vars(module)
+        return "", of_layer
+    return kind.__module__, kind.__qualname__
 
 
 def _other_numbers(stock: nn.Module, buffers: Mapping[str, Tensor]) -> str:
