@@ -13,7 +13,7 @@ from torch import nn
 import shallower as sh
 from shallower.saving.description import Stock
 from shallower.saving.reading import read_description
-from shallower.saving.stock.statement import settings_of
+from shallower.saving.stock.statement import RAN, settings_of
 
 IDS = {"input_ids": torch.arange(10).reshape(2, 5)}
 
@@ -95,14 +95,26 @@ def test_weights_that_are_tied_here_and_not_there_are_named(tmp_path: Path) -> N
     assert "are two tensors in its class and one in the model" in read_description(tmp_path / "out").stock.why
 
 
-def test_a_forward_with_other_numbers_is_that_of_the_class_where_the_config_says_them(tmp_path: Path) -> None:
-    """Phi 3 reads the number of heads from its config in its forward."""
+def test_what_is_said_of_a_forward_with_other_numbers_is_what_the_class_does(tmp_path: Path) -> None:
+    """Phi 3 reads the number of heads from its config in its forward, which surgery may have to write anew."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = hf.Phi3Config(vocab_size=50, intermediate_size=40, pad_token_id=0, eos_token_id=1, **sizes)
     model = hf.Phi3ForCausalLM(config).eval()
-    heads = sh.find_sites(model, IDS, kinds=("heads",))
-    stock = stock_after(model, tmp_path / "out", *(sh.Entry.narrow(site, torch.arange(1)) for site in heads))
-    assert len(heads) > 0
-    assert stock.why == ""
-    hf.Phi3ForCausalLM.from_pretrained(tmp_path / "out")
+    (site,) = sh.find_sites(model, IDS, kinds=("heads",))
+    small = sh.apply(model, sh.Plan((sh.Entry.narrow(site, torch.arange(1)),)), IDS)
+    sh.save(small, tmp_path / "out")
+    if read_description(tmp_path / "out").stock.why:
+        with pytest.raises(RuntimeError):
+            hf.Phi3ForCausalLM.from_pretrained(tmp_path / "out")
+    else:
+        again = hf.Phi3ForCausalLM.from_pretrained(tmp_path / "out").eval()
+        with torch.no_grad():
+            torch.testing.assert_close(again(**IDS).logits, small(**IDS).logits)
+
+
+def test_a_model_remembers_that_its_class_has_answered_alike() -> None:
+    model = llama()
+    entries = [sh.Entry.narrow(site, torch.arange(20)) for site in sh.find_sites(model, IDS)]
+    assert RAN in vars(sh.apply(model, sh.Plan(tuple(entries)), IDS))
+    assert RAN not in vars(sh.apply(model, sh.Plan((entries[0],)), IDS))
