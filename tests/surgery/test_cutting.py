@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import shallower as sh
 from shallower.finding.kinds import find_sites
 from shallower.measuring.cost import cost_of
-from shallower.modules.attention import DenseAttention
+from shallower.modules.prepared.attention import DenseAttention
 from shallower.planning.costs import cost_after
 from shallower.sites import Site, Span
 from shallower.surgery.cutting import edits_of_cut

@@ -30,13 +30,13 @@ from shallower.modules.activations import (
     Twice,
     narrowed_activation,
 )
-from shallower.modules.attention import is_stock, make_dense
 from shallower.modules.layers import count_anew, kind_of, resized, resized_norm, weight_of
-from shallower.modules.lists import Entries
 from shallower.modules.offloading import device_around, own_weights
+from shallower.modules.prepared.attention import is_stock, make_dense
+from shallower.modules.prepared.lists import Entries
+from shallower.modules.prepared.weight_norms import parametrizations_of
 from shallower.modules.records import forget, note, noted
 from shallower.modules.rewriting import externalise, write_number
-from shallower.modules.weight_norms import parametrizations_of
 from shallower.sites import LinearMap, Place, Written
 
 _MOST_WEIGHTS = 2**36

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from shallower.errors import PlanError
-from shallower.modules.attention import DenseAttention, count_attention_anew
-from shallower.modules.weight_norms import place_of_weight
+from shallower.modules.prepared.attention import DenseAttention, count_attention_anew
+from shallower.modules.prepared.weight_norms import place_of_weight
 from shallower.sites import LinearMap, Slot
 
 

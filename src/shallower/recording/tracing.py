@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -166,6 +167,11 @@ class Trace:
     macs: int = 0
     kv: int | None = None
     cached: list[Value] = field(default_factory=list)
+
+    @cached_property
+    def names(self) -> dict[nn.Module, str]:
+        """The dotted name of each module, the first of those that it has."""
+        return {module: name for name, module in self.model.named_modules()}
 
 
 Lead = Callable[[Trace, Frame, Any, tuple[Any, ...], Mapping[str, Any]], Any]

@@ -20,7 +20,7 @@ from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import Refusal, SiteError
 from shallower.sites.bridge import Bridge, Gate, Stage
 from shallower.sites.parts import Between, Count, LinearMap, Macs, Name, Place, Residual, tally
-from shallower.sites.slots import Average, Choice, Follower, Listed, Slot
+from shallower.sites.slots import Average, Choice, Follower, Listed, Slot, positions_each
 
 Text = Annotated[str, Bounds(0, 2000)]
 
@@ -202,10 +202,7 @@ class Site:
         """How many channels must stay: a top-2 needs two experts."""
         found = 1
         for choice in self.choices:
-            each = 0
-            for span in choice.spans:
-                each += span.repeats * span.block
-            found = max(found, -(-choice.least // max(1, each)))
+            found = max(found, -(-choice.least // max(1, positions_each(choice.spans))))
         return found
 
     @property

@@ -47,6 +47,11 @@ def positions_of(spans: Iterable[Span], channels: Tensor) -> Tensor:
     return torch.cat(found).sort().values
 
 
+def positions_each(spans: Iterable[Span]) -> int:
+    """How many positions each channel has."""
+    return sum(span.repeats * span.block for span in spans)
+
+
 def hold(spans: Iterable[Span], width: int, size: int) -> bool:
     """Whether that many channels lie within `size` positions, each position once."""
     used = 0
@@ -210,3 +215,8 @@ class Follower:
     attribute: Name
     each: Count
     written: Written | None = None
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The module and the attribute."""
+        return self.module, self.attribute

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shallower.core.trees import mapped, tensors
 from shallower.modules.layers import count_anew
-from shallower.modules.weight_norms import hold_plainly, weight_norms
+from shallower.modules.prepared.weight_norms import hold_plainly, weight_norms
 from shallower.planning.entries import Entry
 from shallower.sites import Span
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 from torch import nn
 
 from shallower.errors import PlanError
+from shallower.finding.kinds import find_sites
 from shallower.planning.entries import Entry
+from shallower.planning.fits import Fit
 from shallower.planning.forms import steps
 from shallower.planning.forms.steps import in_execution_order
 from shallower.planning.paying import paying
 from shallower.planning.plan import Plan
 from shallower.sites import LinearMap, Place, Site
+from shallower.surgery.applying import apply
 
 
 def chain(n: int, kernel: int = 0) -> list[Site]:
@@ -85,11 +89,6 @@ def test_a_plan_walks_its_steps_once() -> None:
 
 
 def test_heads_come_after_the_site_whose_consumer_makes_them() -> None:
-    import torch
-
-    from shallower.finding.kinds import find_sites
-    from shallower.surgery.applying import apply
-
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -113,3 +112,34 @@ def test_heads_come_after_the_site_whose_consumer_makes_them() -> None:
     assert (rows.before, rows.after) == ((24, 10), (12, 10))
     small = apply(model, plan, x)
     assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in small.parameters()) == plan.params_saved
+
+
+class Reading(nn.Module):
+    """What a norm stands behind is read by the producer of the next site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b, self.act, self.c = (
+            nn.Linear(4, 8),
+            nn.LayerNorm(8),
+            nn.Linear(8, 12),
+            nn.GELU(),
+            nn.Linear(12, 3),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.c(self.act(self.b(self.norm(self.a(x)))))
+        return y
+
+
+def test_channels_that_the_producer_of_another_site_reads_are_cut_after_it() -> None:
+    model, x = Reading().eval(), torch.randn(2, 4)
+    followed, plain = find_sites(model, x)
+    assert (followed.followed, plain.followed) == (True, False)
+    plan = Plan((Entry.narrow(followed, range(5)), Entry.narrow(plain, range(7))))
+    assert [step.entry.site for step in plan.steps] == [plain, followed]
+    small = apply(model, plan, x)
+    assert small.b.weight.shape == (7, 5)
+    fit = Fit((torch.randn(12, 5).double(),), (torch.zeros(12).double(),))
+    with pytest.raises(PlanError, match=r"`b` are already changed by the entry of"):
+        Plan((Entry.narrow(followed, range(5), fit=fit), Entry.narrow(plain, range(7)))).steps  # noqa: B018

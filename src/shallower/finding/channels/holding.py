@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from shallower.finding.channels.layout import runs, spans
@@ -16,6 +17,7 @@ from shallower.finding.channels.leading import Led
 from shallower.modules.written import leaves
 from shallower.recording.tracing import Call
 from shallower.sites import Follower, Site
+from shallower.sites.slots import positions_each
 
 if TYPE_CHECKING:
     from shallower.finding.channels.trying import ChannelTrial
@@ -50,7 +52,7 @@ class HeldNumbers:
             led: the pass.
             one: whether they lost one channel, and not half.
         """
-        names = [site.name for site in chosen]
+        names = list(map(attrgetter("name"), chosen))
         took = False
         for _ in range(MOST_ROUNDS):
             proposed = self._proposed(left, chosen, led)
@@ -59,18 +61,19 @@ class HeldNumbers:
             tried = dict(left)
             for name, proposal in proposed.items():
                 tried[name] = replace(left[name], followers=(*left[name].followers, *proposal))
-            after = self.trial.led([tried[name] for name in names], one=one)
-            better = {name for name, proposal in proposed.items() if self._is_better(led, after, name, proposal)}
+            after = self.trial.led(list(map(tried.__getitem__, names)), one=one)
+            better = 0
             for name, proposal in proposed.items():
-                if name in better:
+                if self._is_better(led, after, name, proposal):
+                    better += 1
                     left[name] = tried[name]
                 else:
                     self._hopeless.add(self._kind(left[name], proposal))
-            took = took or bool(better)
-            if len(better) == len(proposed):
+            took = took or better > 0
+            if better == len(proposed):
                 led = after
             elif better:
-                led = self.trial.led([left[name] for name in names], one=one)
+                led = self.trial.led(list(map(left.__getitem__, names)), one=one)
         return took
 
     # ------------------------------------------------------------------------------------------------- proposals
@@ -81,7 +84,7 @@ class HeldNumbers:
         taken: set[tuple[str, str]] = set()
         for site in chosen:
             for proposal in self._choices(left[site.name], led):
-                own = {(follower.module, follower.attribute) for follower in proposal}
+                own = set(map(attrgetter("place"), proposal))
                 if own & taken or self._kind(left[site.name], proposal) in self._hopeless:
                     continue
                 taken |= own
@@ -91,7 +94,7 @@ class HeldNumbers:
 
     def _choices(self, site: Site, led: Led) -> Iterator[Proposal]:
         """Numbers that modules around calls hold and that these were given: one at a time, then those of a module."""
-        held = {(follower.module, follower.attribute) for follower in site.followers}
+        held = set(map(attrgetter("place"), site.followers))
         together: dict[str, dict[str, Follower]] = {}
         for call, numbers in self._wanting(site, led):
             for frame in list(call.frame.ancestors())[:MOST_FRAMES]:
@@ -122,7 +125,7 @@ class HeldNumbers:
                 others.append(call)
             elif run in runs(wrong.size.layout):
                 given = abs(int(wrong.size.given))
-                each = sum(span.repeats * span.block for span in spans(wrong.size.layout, run))
+                each = positions_each(spans(wrong.size.layout, run))
                 yield call, {given: each}
                 factors.append((call, _factors(given, width)))
         for call in dict.fromkeys(others):

@@ -140,6 +140,14 @@ def runs(layout: Layout) -> Iterator[Run]:
             yield from runs(factor)
 
 
+def all_runs(layouts: Iterable[Layout]) -> list[Run]:
+    """The runs of several layouts, each once."""
+    found: dict[Run, None] = {}
+    for layout in layouts:
+        found.update(dict.fromkeys(runs(layout)))
+    return list(found)
+
+
 def reason_of(layout: Layout) -> str:
     """Why some of its channels cannot be cut; "" where all can."""
     for run in runs(layout):

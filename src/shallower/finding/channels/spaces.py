@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 from torch import Tensor, nn
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 from shallower.finding.channels.averages import averages_of
 from shallower.finding.channels.choices import choices_in
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.layout import Layout, Run, close, divide, resolved, runs, spans
+from shallower.finding.channels.layout import Layout, Run, all_runs, close, divide, resolved, runs, spans
 from shallower.finding.channels.readers import plain_readers
 from shallower.finding.channels.unread import Unread
 from shallower.finding.channels.weights import ATTENTION, WeightUse, attended_products, is_picked, uses_of
 from shallower.finding.channels.zeros import close_sums
-from shallower.modules.weight_norms import place_of_weight
+from shallower.modules.prepared.weight_norms import place_of_weight
 from shallower.recording.tracing import Value
 from shallower.sites import Follower, LinearMap, Listed, Site, Slot, Span
+from shallower.sites.slots import positions_each
 
 ENTANGLED = "its channels are multiplied with each other"
 AVERAGED = "an average is taken over its channels outside of a norm, which over fewer is another one"
@@ -77,13 +79,13 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
     streams = _streams(f, spaces.values())
     products, cached = _products(f), _cached(f)
     averages, choices = averages_of(f), choices_in(f)
-    calls = Counter(frame.name for frame in f.trace.frames)
+    calls = Counter(map(attrgetter("name"), f.trace.frames))
     unread = Unread(f.trace)
     found: list[Found] = []
     refused: dict[str, str] = {}
-    taken = {site.name for site in known}
+    taken = set(map(attrgetter("name"), known))
     for space in sorted(spaces.values(), key=lambda space: space.position):
-        if not any(slot.side for slot in space.slots):
+        if not any(map(attrgetter("side"), space.slots)):
             continue
         if any((slot.module, slot.side) in covered for slot in space.slots):
             continue
@@ -127,15 +129,17 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
             cached_each=cached.get(space.run, 0),
         )
         found.append(Found(space.position, site, space.run))
-    reached = {slot.module for each in found for slot in each.site.slots}
-    return found, {name: reason for name, reason in closed.items() if name not in reached} | refused
+    for each in found:
+        for layer in each.site.layers:
+            closed.pop(layer, None)
+    return found, closed | refused
 
 
 def _gathered(f: Following) -> tuple[dict[Run, _Space], dict[str, str]]:
     """All runs that stand in parameters and buffers; and the weights none of whose rows can be cut, with the reason."""
     order = {call: i for i, call in enumerate(f.trace.calls)}
     order |= {made: order[original] for made, original in f.stand_ins.items()}
-    names = {module: name for name, module in f.trace.model.named_modules()}
+    names = f.trace.names
     spaces: dict[Run, _Space] = {}
     closed: dict[str, str] = {}
     seen: set[Value] = set()
@@ -198,7 +202,7 @@ def _sides(known: Iterable[Site]) -> Iterator[tuple[str, str]]:
 
 def _add_followers(f: Following, spaces: dict[Run, _Space]) -> None:
     """The numbers of groups and heads that layers hold, which fall with the channels that are whole ones."""
-    names = {module: name for name, module in f.trace.model.named_modules()}
+    names = f.trace.names
     for module, attribute, channels in _counted(f):
         count = vars(module).get(attribute)
         if not isinstance(count, int) or count < 2 or channels.size % count:
@@ -206,7 +210,7 @@ def _add_followers(f: Following, spaces: dict[Run, _Space]) -> None:
         outer = resolved(divide(channels, count, channels.size // count)[0])
         for run in dict.fromkeys(runs(outer)):
             if run in spaces:
-                each = sum(s.repeats * s.block for s in spans(outer, run))
+                each = positions_each(spans(outer, run))
                 spaces[run].followers.append(Follower(names[module], attribute, each))
 
 
@@ -247,8 +251,11 @@ def _streams(f: Following, spaces: Iterable[_Space]) -> set[Run]:
             if slot.side == "rows":
                 for run in columns.get(slot.tensor, ()):
                     below.setdefault(run, set()).add(space.run)
-    summed = {run for layout in f.sums for run in runs(layout)}
-    return {run for run in summed if run in below and _reaches(run, below)}
+    found: set[Run] = set()
+    for run in all_runs(f.sums):
+        if run in below and _reaches(run, below):
+            found.add(run)
+    return found
 
 
 def _reaches(start: Run, below: dict[Run, set[Run]]) -> bool:
@@ -278,7 +285,7 @@ def _products(f: Following) -> dict[Run, int]:
             macs, axes = attended_products(call), f.axes(call.args[11])[1:]
         else:
             continue
-        for run in dict.fromkeys(run for axis in axes for run in runs(axis)):
+        for run in all_runs(axes):
             if not run.closed and run.size > 1:
                 found[run] = found.get(run, 0) + macs // run.size
     return found
@@ -289,7 +296,7 @@ def _cached(f: Following) -> dict[Run, int]:
     found: dict[Run, int] = {}
     for value in f.trace.cached:
         rows, _, tokens, _ = value.shape
-        for run in dict.fromkeys(run for axis in f.axes(value) for run in runs(axis)):
+        for run in all_runs(f.axes(value)):
             if not run.closed:
                 found[run] = found.get(run, 0) + value.elements // (rows * tokens * run.size)
     return found
@@ -310,8 +317,8 @@ def _name(space: _Space, kind: str, taken: set[str]) -> str:
 
     Heads are called as the module that holds the layer which makes them.
     """
-    made = [slot for slot in space.slots if slot.side == "rows"] or [slot for slot in space.slots if slot.side]
-    module = made[0].module or made[0].tensor
+    first = min(filter(attrgetter("side"), space.slots), key=lambda slot: slot.side != "rows")
+    module = first.module or first.tensor
     around = module.rpartition(".")[0]
     if kind == "heads" and around and around not in taken:
         return around

@@ -27,7 +27,7 @@ SAYS_THE_SAME = (int, float, bool, str, type(None))
 
 def follow_unrun(f: Following) -> None:
     """Follow the calls that entries of lists would have made that did not run."""
-    names = {module: name for name, module in f.trace.model.named_modules()}
+    names = f.trace.names
     frames: dict[nn.Module, list[Frame]] = {}
     for frame in f.trace.frames:
         frames.setdefault(frame.module, []).append(frame)

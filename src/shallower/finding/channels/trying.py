@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 
 from torch import nn
 
@@ -19,20 +20,21 @@ from shallower.core.inputs import Inputs
 from shallower.errors import Refusal, ShallowerError
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.holding import HeldNumbers, kind_of_site
-from shallower.finding.channels.layout import Cat, Layout, Prod, Run, resolved, runs, spans
+from shallower.finding.channels.layout import Cat, Layout, Prod, Run, all_runs, resolved, runs, spans
 from shallower.finding.channels.leading import Expected, Led, Wrong
 from shallower.finding.channels.spaces import Found
 from shallower.modules.attachment import copied
 from shallower.modules.edits import Sized, perform
-from shallower.modules.lists import Entries
 from shallower.modules.numbers import fallen
 from shallower.modules.offloading import weightless
-from shallower.modules.preparing import ready_for_cuts
+from shallower.modules.prepared.lists import Entries
+from shallower.modules.prepared.preparing import ready_for_cuts
 from shallower.modules.written import CallPath, leaves, path_along
 from shallower.planning.entries import Entry
 from shallower.planning.forms.cuts import TensorsLeft
 from shallower.recording.tracing import Call, Frame, Value
 from shallower.sites import Follower, Site, Written
+from shallower.sites.slots import positions_each
 
 MOST_TRIALS = 100
 
@@ -104,8 +106,12 @@ class ChannelTrial:
         another, both cut in half would go unnoticed. Then every second one loses a few channels, then the others, and
         at last all are cut but those that change a number, which nothing else may need to be changed.
         """
-        left = {site.name: site for site in sites}
-        others = [site.name for site in sites if site.kind != "experts"]
+        left: dict[str, Site] = {}
+        others: list[str] = []
+        for site in sites:
+            left[site.name] = site
+            if site.kind != "experts":
+                others.append(site.name)
         if len(others) < len(sites):  # every expert runs as long as none is cut
             self._settle(left, others, one=False)
         self._settle(left, list(left), one=False)
@@ -124,10 +130,13 @@ class ChannelTrial:
         for names in kinds.values():
             fewer: list[Site] = []
             for name in names:
-                needed = (each for each in left[name].followers if each.written is None or each.each)
+                needed: list[Follower] = []
+                for follower in left[name].followers:
+                    if follower.written is None or follower.each:
+                        needed.append(follower)
                 fewer.append(replace(left[name], followers=tuple(needed)))
             if self.led(fewer).is_clean:
-                left.update({site.name: site for site in fewer})
+                left.update(zip(names, fewer, strict=True))
 
     def _settle_without(self, left: dict[str, Site]) -> None:
         """For each written number, cut everything but the sites that write it: nothing else may need it."""
@@ -149,13 +158,12 @@ class ChannelTrial:
     def _runs_in(self, frame: Frame) -> set[Run]:
         """The channels of what the forward of a module is given, and of what its own calls read and give."""
         if frame not in self._in_frames:
-            found: set[Run] = set()
+            values = given_to(frame)
             for step in frame.steps:
-                values = [*step.inputs, *step.outputs] if isinstance(step, Call) else step.outputs
-                for value in (*values, *given_to(frame)):
-                    for axis in self.f.axes(value):
-                        found.update(runs(axis))
-            self._in_frames[frame] = found
+                values += step.outputs
+                if isinstance(step, Call):
+                    values += step.inputs
+            self._in_frames[frame] = set(self._runs_of(values))
         return self._in_frames[frame]
 
     def _settle(self, left: dict[str, Site], names: Sequence[str], *, one: bool) -> None:
@@ -213,7 +221,7 @@ class ChannelTrial:
         blamed = set(led.blamed)
         if led.ended is not None and led.ended < len(self.f.trace.calls):
             blamed.add(led.ended)
-        return [self.f.trace.calls[at] for at in sorted(blamed)]
+        return list(map(self.f.trace.calls.__getitem__, sorted(blamed)))
 
     def met(self, call: Call, sites: Iterable[Site]) -> list[str]:
         """The sites whose channels a call reads or gives."""
@@ -225,11 +233,7 @@ class ChannelTrial:
 
     def _runs_at(self, call: Call) -> set[Run]:
         if call not in self._on_the_way:
-            found: set[Run] = set()
-            for value in (*call.inputs, *call.outputs):
-                for axis in self.f.axes(value):
-                    found.update(runs(axis))
-            self._on_the_way[call] = found
+            self._on_the_way[call] = set(self._runs_of([*call.inputs, *call.outputs]))
         return self._on_the_way[call]
 
     def leave_out(self, left: dict[str, Site], name: str, call: Call, why: str = "") -> None:
@@ -290,7 +294,7 @@ class ChannelTrial:
         written = Written(path, place, -1 if is_rest else each.size.given)
         wanted: dict[str, Follower] = {}
         for name in counted:
-            count = sum(span.repeats * span.block for span in spans(layout, self.found[name]))
+            count = positions_each(spans(layout, self.found[name]))
             wanted[name] = Follower(module, "", 0 if is_rest else count, written)
         for names in disturbing:
             for name in names:
@@ -312,15 +316,15 @@ class ChannelTrial:
 
     def _varies(self, layout: Layout) -> bool:
         """Whether it counts other things than channels of weights: pixels, for instance."""
-        return not all(run in self._of_weights or run.size == 1 for run in runs(layout))
+        return any(run.size > 1 and run not in self._of_weights for run in runs(layout))
 
     @cached_property
     def _of_weights(self) -> set[Run]:
-        found: set[Run] = set()
-        for value in (*self.f.trace.weights.values(), *self.f.trace.buffers.values()):
-            for axis in self.f.axes(value):
-                found.update(runs(axis))
-        return found
+        return set(self._runs_of([*self.f.trace.weights.values(), *self.f.trace.buffers.values()]))
+
+    def _runs_of(self, values: Iterable[Value]) -> list[Run]:
+        """The channels of some values."""
+        return all_runs(chain.from_iterable(map(self.f.axes, values)))
 
     def _may_be_rest(self, left: Mapping[str, Site], each: Wrong, module: str, path: CallPath, place: int) -> bool:
         """Whether a size may be -1: none of the call is."""

@@ -22,7 +22,7 @@ class Unread:
 
     def __init__(self, trace: Trace) -> None:
         self._shapes: dict[str, tuple[int, ...]] = {}
-        names = {module: name for name, module in trace.model.named_modules()}
+        names = trace.names
         for (module, attribute), value in trace.weights.items():
             if not value.readers and len(value.shape) > 1:
                 self._shapes[f"{names[module]}.{attribute}".lstrip(".")] = value.shape

@@ -220,6 +220,13 @@ def made_by(site: Site) -> tuple[str, ...]:
     return tuple(by_name(filter(None, (site.producer, site.gate))))
 
 
+def _read_by(site: Site) -> tuple[str, ...]:
+    """Names of the maps that read a site's hidden tensor; none where the site comes after all that names its layers."""
+    if site.followed:
+        return ()
+    return tuple(by_name(site.consumers))
+
+
 def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
     """The entries, sites whose producer is another's consumer after that one; otherwise in the order given.
 
@@ -232,7 +239,7 @@ def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
     given = sorted(entries, key=lambda entry: (entry.site.followed, bool(entry.site.lists)))
     _check_apart(given)
     made = _owners(given, made_by, "the layer")
-    read = _owners(given, lambda site: by_name(site.consumers), "the layer")
+    read = _owners(given, _read_by, "the layer")
     behind: list[list[int]] = [[] for _ in given]
     waits_for = [0] * len(given)
     for name, i in read.items():
@@ -267,15 +274,19 @@ def _check_apart(entries: Sequence[Entry]) -> None:
                 changed[m.name, "columns"] = site.name
         if entry.fit is not None:
             for m in site.maps:
-                changed[m.name, "rows"] = changed[m.name, "columns"] = site.name
+                for side in ("rows", "columns"):
+                    changed.setdefault((m.name, side), site.name)
     for entry in entries:
         site_name = entry.site.name
-        for slot in entry.site.slots:
-            other = changed.get((slot.module, slot.side), site_name)
+        sides = [(slot.module, str(slot.side)) for slot in entry.site.slots]
+        if entry.site.followed and entry.fit is not None:
+            sides += [(m.name, "rows") for m in entry.site.consumers]
+        for layer, side in sides:
+            other = changed.get((layer, side), site_name)
             if other != site_name:
                 raise PlanError(
-                    f"{site_name}: the {slot.side} of `{slot.tensor}` are already changed by the entry of "
-                    f"`{other}`. Apply one of the two first, and find the sites again in the result"
+                    f"{site_name}: the {side} of `{layer}` are already changed by the entry of `{other}`. Apply one of "
+                    "the two first, and find the sites again in the result"
                 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import Layout, close, divide, tie
 from shallower.finding.channels.rules.arguments import given, integer, integers, optional, tensor
-from shallower.modules.weight_norms import is_weight_norm
+from shallower.modules.prepared.weight_norms import is_weight_norm
 from shallower.recording.tracing import Call
 
 

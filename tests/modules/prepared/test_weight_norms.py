@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from shallower.modules.weight_norms import hold_plainly, is_weight_norm, place_of_weight, weight_norms
+from shallower.modules.prepared.weight_norms import hold_plainly, is_weight_norm, place_of_weight, weight_norms
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm")
 BOTH = pytest.mark.parametrize(

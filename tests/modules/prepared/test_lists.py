@@ -7,7 +7,7 @@ from torch import nn
 
 from shallower.errors import CheckpointError
 from shallower.modules.edits import Resize, edits, encoded, perform, replay
-from shallower.modules.lists import Entries
+from shallower.modules.prepared.lists import Entries
 
 
 def lists() -> nn.ModuleDict:

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from shallower.modules.attention import is_stock
 from shallower.modules.edits import Dense, StructuralEdit
+from shallower.modules.prepared.attention import is_stock
 
 
 def ready_for_cuts(model: nn.Module, tensors: Iterable[str]) -> list[StructuralEdit]:

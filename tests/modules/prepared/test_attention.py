@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shallower.modules.attention import DenseAttention, count_attention_anew, is_stock, make_dense
+from shallower.modules.prepared.attention import DenseAttention, count_attention_anew, is_stock, make_dense
 
 
 def dense(layer: nn.MultiheadAttention) -> DenseAttention:
