@@ -151,7 +151,8 @@ def test_an_argument_on_which_the_forward_branches_is_held_and_guarded() -> None
 
 def test_a_site_is_refused_where_the_model_was_called_with_such_an_argument() -> None:
     sites = find_sites(Network(), {"x": rows(), "shift": torch.ones(6)})
-    assert any("torch.fx does not see" in reason or "branches on" in reason for reason in sites.skipped.values())
+    reasons = [*sites.skipped.values(), *(site.not_linear for site in sites)]
+    assert any("torch.fx does not see" in reason or "branches on" in reason for reason in reasons)
 
 
 def test_gradients_reach_the_weights_through_the_new_module() -> None:

@@ -10,8 +10,8 @@ from shallower.errors import PlanError
 from shallower.modules.edits import Edit, Resize, Sized, Weights
 from shallower.modules.numbers import fallen
 from shallower.modules.prepared.lists import Entries
-from shallower.modules.prepared.preparing import ready_for_cuts
 from shallower.modules.prepared.weight_norms import weight_norms
+from shallower.modules.preparing import ready_for_cuts
 from shallower.planning.entries import Entry
 from shallower.planning.forms import Form
 from shallower.planning.geometry import resized_map

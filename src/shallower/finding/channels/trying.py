@@ -28,7 +28,7 @@ from shallower.modules.edits import Sized, perform
 from shallower.modules.numbers import fallen
 from shallower.modules.offloading import weightless
 from shallower.modules.prepared.lists import Entries
-from shallower.modules.prepared.preparing import ready_for_cuts
+from shallower.modules.preparing import ready_for_cuts
 from shallower.modules.written import CallPath, leaves, path_along
 from shallower.planning.entries import Entry
 from shallower.planning.forms.cuts import TensorsLeft

@@ -6,7 +6,7 @@ from torch import nn
 
 from shallower.modules.edits import Dense, edits, encoded, perform, replay
 from shallower.modules.prepared.attention import DenseAttention
-from shallower.modules.prepared.preparing import ready_for_cuts
+from shallower.modules.preparing import ready_for_cuts
 
 
 def test_attention_becomes_dense_before_one_of_its_tensors_is_cut() -> None:
