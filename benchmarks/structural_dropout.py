@@ -2,8 +2,8 @@
 
 The paper's MLP on the digits of scikit-learn, a VGG-like network and a small ViT on CIFAR-10, and a MiniLM classifier
 on SST-2. Every hidden width is cut to the same share, attention heads too, by: networks of that width that are trained
-for themselves (the upper anchor), magnitude pruning and squeezing of the dense network (heads, which squeezing does not
-choose, go by magnitude), Structural Dropout as it was published (one width a site and step, p = 0.5), and with this
+for themselves (the upper anchor), magnitude pruning and squeezing of the dense network (heads, which squeezing did not
+choose yet, go by magnitude), Structural Dropout as it was published (one width a site and step, p = 0.5), and with this
 project's defaults: for as many steps, for as much time as the published rule takes, and from the dense network with
 half as many steps, which takes about as long in all as as many steps from the start. Trainings are short, for a CPU:
 longer ones would lift all rows, and a part of what is gained from the dense network is that it was trained for longer.

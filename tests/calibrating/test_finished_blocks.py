@@ -44,7 +44,7 @@ def batches(count: int = 3) -> list[Tensor]:
 
 
 def sites_of(model: nn.Module) -> list[Site]:
-    return list(find_sites(model, batches()[0]))
+    return [site for site in find_sites(model, batches()[0]) if not site.followed]
 
 
 def walked(model: nn.Module) -> tuple[Walk, int]:

@@ -138,3 +138,10 @@ def test_batches_and_outputs_that_do_not_fit_are_errors() -> None:
         certify(dense, dense, iter(images()))
     with pytest.raises(ModelError, match="return"):
         certify(dense, nn.Linear(6, 2), images())
+
+
+def test_a_row_that_comes_twice_counts_once() -> None:
+    model = classifier()
+    row = images(1, 1)[0]
+    certificate = certify(model, changed(model), [torch.cat([row] * 50)])
+    assert certificate.rows == 1

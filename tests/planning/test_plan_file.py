@@ -203,6 +203,7 @@ ATTACKS: dict[str, tuple[Callable[[Any], None], str]] = {
     "a layer between that is none": (_set(*SITE, "between", to=[{"map": None}]), "map: None"),
     "layers between that are no list": (_set(*SITE, "between", to="all"), "not a list"),
     "heads as they were": (_set(*SITE, "heads", to={"module": "x"}), "'heads' is not a key of Site"),
+    "lists without slots": (_set(*SITE, "lists", to=[{"module": "x", "read": [], "params": 0}]), "lists|do not fit"),
     "heads of another kind of site": (_set(*SITE, "kind", to="heads"), "do not fit"),
     "a flag that is a number": (_set(*SITE, "activation_shared", to=1), "activation_shared: 1 is not true or false"),
     "a path without its second half": (_set("entries", 0, "fit", "ups", to=[]), "not the second"),

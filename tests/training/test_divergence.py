@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from shallower.training.divergence import counted, kl_divergence, relative_divergence
+from shallower.training.divergence import counted, kl_at_positions, kl_divergence, relative_divergence
 
 
 def test_kl_is_torchs_and_zero_of_equal_logits() -> None:
@@ -37,3 +37,8 @@ def test_half_precision_is_computed_in_float32_and_double_in_double() -> None:
     half = torch.randn(3, 4).bfloat16()
     assert kl_divergence(half, half).dtype == torch.float32
     assert kl_divergence(half.double(), half.double()).dtype == torch.float64
+
+
+def test_a_class_that_is_impossible_to_both_adds_nothing() -> None:
+    logits = torch.tensor([[1.0, 2.0, -torch.inf], [0.5, -torch.inf, 0.1]])
+    assert torch.equal(kl_at_positions(logits, logits), torch.zeros(2))

@@ -213,7 +213,7 @@ def collect(
 
     Args:
         model: on the device to compute on; batches are moved there.
-        sites: of kinds that have an activation.
+        sites: those without an activation are left out.
         batches: a list, a DataLoader, or `Batches` that were read before.
         inputs_of: picks the model's inputs out of a batch.
         mask_of: picks the mask out of a batch; by default a two-dimensional `attention_mask`. It applies to sites that
@@ -227,7 +227,7 @@ def collect(
     device = model_device(model)
     with raised_anywhere(), ExitStack() as stack:
         calibration = Batches.read(batches, inputs_of, mask_of)
-        recorders = list(map(_ActivationRecorder, sites))
+        recorders = [_ActivationRecorder(site) for site in sites if site.activation is not None]
         modules = stack.enter_context(attachment.exposed(model, [recorder.place for recorder in recorders]))
         stack.enter_context(evaluating(model))
         watched, before, after = _hooks(model, modules, recorders)

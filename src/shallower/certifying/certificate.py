@@ -95,7 +95,7 @@ class Certificate:
     answers (tokens), one position of each is drawn.
 
     Attributes:
-        rows: that were compared.
+        rows: that were compared, equal ones counted once.
         changed: of these, with another answer; None where there are no answers, only features.
         bound: the rate of changed answers is at most this, with 95 % confidence (one-sided, Clopper-Pearson).
         tokens: answers in all rows together; None where each row has one.

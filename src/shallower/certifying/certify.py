@@ -56,7 +56,7 @@ def certify(
         small: what was made of it.
         batches: read once; labels are not needed. A tensor, a tuple or a dict each, with a row in dimension 0.
         seen: the plan that `small` was made by, or digests of rows: rows that its calibration has seen are not
-            compared_rows, and counted as left out.
+            compared, and are counted as left out.
         greedy: how the texts of language models are compared; by default `Greedy()`.
         inputs_of, mask_of: pick the model's inputs and the mask of what counts out of a batch; by default a
             two-dimensional `attention_mask`.
@@ -144,11 +144,12 @@ def _digests_of(seen: Plan | Collection[str]) -> Collection[str]:
 
 
 def _everybodys(rows: list[ComparedRow]) -> list[ComparedRow]:
-    """The rows of all processes."""
-    found = []
+    """The rows of all processes, equal ones once: a row that comes twice says nothing new."""
+    found: dict[str, ComparedRow] = {}
     for own in gathered(rows):
-        found += own
-    return found
+        for row in own:
+            found.setdefault(row.digest, row)
+    return list(found.values())
 
 
 def _refuse_nothing(rows: Sequence[ComparedRow], left_out: int) -> None:

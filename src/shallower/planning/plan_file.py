@@ -294,6 +294,8 @@ def _check_widths(site: Site, what: str) -> None:
         fitting = site.width == 0 and not site.consumers and site.gate is None
     else:
         fitting = _maps_fit(site)
+    if not site.followed and (site.followers or site.averages or site.choices or site.lists):
+        fitting = False  # these are of channels that stand in slots
     whole = all(m.d_in % m.groups == 0 and m.d_out % m.groups == 0 for m in site.maps)
     if not (fitting and whole):
         raise PlanError(

@@ -1,6 +1,6 @@
 """What can be squeezed in a model, as data.
 
-A site is a place where an activation stands between linear maps:
+A site is channels that can be kept, dropped or made linear together. Most stand between linear maps:
 
     x --producer--> h --activation--> z --consumer--> y
 
@@ -53,7 +53,7 @@ experts       the experts of a mixture; one channel per expert
 
 @dataclass(frozen=True)
 class Site:
-    """A place where an activation stands between linear maps, and what is around it.
+    """Channels that can be kept, dropped or made linear together, and what is around them.
 
     Attributes:
         name: unique in the model, readable: the common part of its modules' names, or the producer's.

@@ -187,9 +187,9 @@ class Written:
         Written((("window_partition(x, self.window)", 0), ("x.view(B, H // ws, ws, W // ws, ws, C)", 0)), 6, 96)
 
     Attributes:
-        path: texts of calls, of each the how manieth it is of this text in its function: the first stands in the
-            forward, each further one in the function that the one before it calls, and the last is given the number.
-        place: the how manieth of what the call is given; sequences count by what is in them, a slice is three.
+        path: texts of calls, of each how many calls of the same text come before it in its function: the first stands
+            in the forward, each further one in the function that the one before it calls; the last is given the number.
+        place: which of what the call is given, counted from 0; sequences count by what is in them, a slice is three.
         value: the number, as the site was found; -1 for a size that becomes whatever the others leave.
     """
 

@@ -27,7 +27,9 @@ def kl_at_positions(given: Tensor, wanted: Tensor, temperature: float = 1.0) -> 
     each = kl_at_positions(student(x), teacher(x))
     """
     p, q = ((_wide(logits) / temperature).log_softmax(-1) for logits in (wanted, given))
-    each: Tensor = (p.exp() * (p - q)).sum(-1) * temperature**2
+    # a class that is impossible to both (-inf) adds nothing
+    terms = torch.where(p.isneginf() & q.isneginf(), 0.0, p.exp() * (p - q))
+    each: Tensor = terms.sum(-1) * temperature**2
     return each
 
 

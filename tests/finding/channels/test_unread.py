@@ -41,3 +41,23 @@ def test_a_branch_that_was_not_taken_closes_what_it_may_read() -> None:
 def test_what_lies_within_an_expert_is_not_read_by_another() -> None:
     sites = find_sites(drawn(Experts()), torch.randn(2, 4), kinds="hidden")
     assert [site.name for site in sites] == ["experts.0.0"]
+
+
+class Masked(Branch):
+    """A token that takes the place of others while the model is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Linear(3, 3)
+        self.token = nn.Parameter(torch.zeros(1, 1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.training:
+            h = h + self.token[0]
+        return self.c(self.b(h))
+
+
+def test_a_vector_that_was_not_added_closes_nothing() -> None:
+    sites = find_sites(drawn(Masked()), torch.randn(2, 4), kinds="hidden")
+    assert "a" in sites.names

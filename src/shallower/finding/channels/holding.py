@@ -50,7 +50,7 @@ class HeldNumbers:
             left: sites by name; changed.
             chosen: those that were cut in the pass.
             led: the pass.
-            one: whether they lost one channel, and not half.
+            one: whether they lost a few channels, and not a share.
         """
         names = list(map(attrgetter("name"), chosen))
         took = False

@@ -1,12 +1,12 @@
 """Weights that a pass did not read: experts without tokens, branches not taken, heads that only train.
 
-They may read the channels of a space in another pass, which a cut would break.
+They may read the channels of a space in another pass, which a cut would break. A vector, a mask token for instance,
+reads nothing: it stays as it is, and a pass that adds it to fewer channels ends in an error that says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 from shallower.finding.matching import common_prefix
 from shallower.recording.tracing import Trace
@@ -24,7 +24,7 @@ class Unread:
         self._shapes: dict[str, tuple[int, ...]] = {}
         names = trace.names
         for (module, attribute), value in trace.weights.items():
-            if not value.readers and len(value.shape) > 1:
+            if not value.readers and sum(size > 1 for size in value.shape) > 1:
                 self._shapes[f"{names[module]}.{attribute}".lstrip(".")] = value.shape
 
     def reason(self, slots: Sequence[Slot]) -> str:
@@ -39,6 +39,6 @@ class Unread:
         lengths = {slot.shape[slot.axis] for slot in slots if slot.side}
         for name, shape in self._shapes.items():
             inside = not around or name.startswith(f"{around}.")
-            if inside and (lengths & set(shape) or prod(shape) in lengths):
+            if inside and lengths & set(shape):
                 return f"`{name}` is not used on the example inputs, and may read the same channels on others"
         return ""

@@ -169,6 +169,9 @@ def not_computed(site: Site) -> Refusal | None:
     """Why the first channels of a site alone cannot be computed; None where they can."""
     if site.bridge.not_narrow is not None or not site.followed:
         return site.bridge.not_narrow
+    for follower in site.followers:
+        if follower.written is not None:
+            return Refusal(f"the forward of `{follower.module}` writes out a number that training cannot change")
     plain = {name for name, _ in produced(site)} | {m.name for m in site.consumers}
     for slot in site.slots:
         if slot.module not in plain or slot.attribute not in ("weight", "bias"):

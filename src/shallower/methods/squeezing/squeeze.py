@@ -132,8 +132,8 @@ def _detached(model: nn.Module) -> nn.Module:
 def narrowable(sites: Sites) -> Sites:
     """The sites whose channels can be kept one by one, and whose consumers can be fitted anew to them.
 
-    Of sites that share a layer, those are left out that are cut wherever their channels stand: a layer that is fitted
-    for one is not cut for another in the same plan.
+    A layer that is fitted for one site is not cut for another in the same plan: of sites that are cut wherever their
+    channels stand, those are left out that share a layer with one before them, or with one that has layers by name.
 
     Raises:
         SiteError: there is none; the error says why.
