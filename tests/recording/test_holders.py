@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shallower.errors import SiteError
 from shallower.finding.kinds import find_sites
 from shallower.recording.holders import check_copyable, held_elsewhere
+from tests.finding.test_matching import linear
 
 
 class Net(nn.Module):
@@ -104,9 +105,9 @@ def test_what_a_copy_binds_anew_is_no_obstacle(change: Callable[[Any], None]) ->
 def test_a_compiled_part_is_no_obstacle_and_a_compiled_layer_is_skipped() -> None:
     x = torch.randn(2, 4)
     model = nn.Sequential(torch.compile(Net(), backend="eager"), Net())
-    assert len(find_sites(model, x)) == 2
+    assert len(linear(model, x)) == 2
     model[1].up = torch.compile(model[1].up, backend="eager")
-    sites = find_sites(model, x)
+    sites = linear(model, x)
     assert len(sites) == 1
     assert any("was compiled alone" in reason for reason in sites.skipped.values())
 
@@ -120,7 +121,7 @@ def test_layers_that_a_collection_keeps_are_skipped_with_the_reason(kept: Any) -
 
     model = Listed()
     assert list(held_elsewhere(model)) == [model.up, model.act, model.down]
-    sites = find_sites(model, torch.randn(2, 4))
+    sites = linear(model, torch.randn(2, 4))
     assert not len(sites)
     assert "`layers` of the model, through which a forward may call it" in sites.skipped["up"]
 
@@ -128,4 +129,4 @@ def test_layers_that_a_collection_keeps_are_skipped_with_the_reason(kept: Any) -
 def test_a_scripted_part_is_passed_over() -> None:
     with pytest.warns(DeprecationWarning, match="torch.jit"):
         scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
-    assert len(find_sites(nn.Sequential(Net(), scripted), torch.randn(2, 4))) == 1
+    assert len(linear(nn.Sequential(Net(), scripted), torch.randn(2, 4))) == 1

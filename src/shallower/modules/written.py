@@ -57,7 +57,10 @@ def _leaves(given: Any) -> Iterator[Any]:
 def with_leaves(
     args: Sequence[Any], kwargs: Mapping[str, Any], numbers: Mapping[int, float]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of a call with other numbers at some places."""
+    """The arguments of a call with other numbers at some places; places below 0 are counted from the end."""
+    if min(numbers, default=0) < 0:
+        count = len(leaves(args, kwargs))
+        numbers = {place % count: number for place, number in numbers.items()}
     counter = iter(range(1 << 30))
     given = _rebuilt([*args], numbers, counter)
     named = _rebuilt([*kwargs.values()], numbers, counter)

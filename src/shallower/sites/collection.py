@@ -137,6 +137,31 @@ class Sites(Sequence[Site]):
             raise error(nothing)
         return usable.only(usable, refused)
 
+    def apart(self) -> Sites:
+        """Those that one plan can change, whatever is fitted in it; the reasons of the others go to `skipped`.
+
+            sites.apart()
+
+        A layer that is fitted for one site is not cut for another in the same plan: of sites that are cut wherever
+        their channels stand, those are left out that share a layer with one before them, or with one that has layers
+        by name.
+        """
+        holding: dict[str, str] = {}
+        for site in self.ordered:
+            if not site.followed:
+                holding |= dict.fromkeys(site.layers, site.name)
+        left: dict[str, str] = {}
+        chosen: list[Site] = []
+        for site in self.ordered:
+            others = holding.keys() & site.layers
+            if site.followed and others:
+                other = holding[min(others)]
+                left[site.name] = f"it shares a layer with {other}; narrow it by itself, before or after"
+                continue
+            chosen.append(site)
+            holding |= dict.fromkeys(site.layers, site.name)
+        return self.only(chosen, left)
+
     @property
     def params_held(self) -> int:
         """Parameters of all layers that some site can make smaller, each counted once."""

@@ -347,6 +347,9 @@ def _not_narrow(site: Site) -> Refusal | None:
 
 
 def _not_refitted(site: Site) -> Refusal | None:
+    written = any(follower.written is not None for follower in site.followers)
+    if site.followed and written:
+        return Refusal("a forward writes out a number for it; a plan by hand can narrow it (Entry.narrow)")
     if site.followed and site.consumers:
         if site.width > 1:
             return None

@@ -189,12 +189,13 @@ class Written:
     Attributes:
         path: texts of calls, of each how many calls of the same text come before it in its function: the first stands
             in the forward, each further one in the function that the one before it calls; the last is given the number.
-        place: which of what the call is given, counted from 0; sequences count by what is in them, a slice is three.
+        place: which of what the call is given, counted from 0, or from the end where it is below 0; sequences count by
+            what is in them, a slice is three.
         value: the number, as the site was found; -1 for a size that becomes whatever the others leave.
     """
 
     path: Annotated[tuple[tuple[Annotated[str, Bounds(1, 1000)], Count], ...], Bounds(1, 16)]
-    place: Count
+    place: Annotated[int, Bounds(-1024, MOST_CHANNELS)]
     value: Annotated[int, Bounds(-MOST_CHANNELS, MOST_CHANNELS)] | float
 
 

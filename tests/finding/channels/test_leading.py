@@ -35,9 +35,8 @@ def led(width: int, model: nn.Module) -> Led:
 
 def test_all_sizes_and_numbers_that_do_not_follow_are_shown_in_one_pass() -> None:
     found = led(4, Net(4))
-    assert sorted(wrong.size.given for wrong in found.wrong.values()) == [6, 6, 6]
-    assert [wrong.size.computed for wrong in found.wrong.values()].count(True) == 1
-    assert not found.blamed
+    assert sorted(wrong.size.given for wrong in found.wrong.values()) == [6, 6]
+    assert found.blamed == {4}  # nobody knows what else than the width is in the number that it divides by
     assert found.ended is None
 
 
@@ -48,7 +47,7 @@ def test_nothing_is_shown_where_nothing_is_cut() -> None:
 def test_a_result_of_another_shape_is_the_fault_of_its_call() -> None:
     model = Net(4)
     model.b = nn.Linear(5, 2)
-    assert led(4, model).blamed == {5}
+    assert led(4, model).blamed == {4, 5}
 
 
 def test_a_forward_that_makes_other_calls_ends_the_pass() -> None:

@@ -703,7 +703,7 @@ class Stream(nn.Module):
 
 def test_channels_of_a_residual_sum_are_explained() -> None:
     model, x = Stream(), torch.randn(2, 6)
-    sites = find_sites(model.eval(), x, kinds=("hidden", "activation"))
+    sites = find_sites(model.eval(), x, kinds="activation")
     with pytest.raises(MethodError, match=r"residual sum .* narrowed with it"):
         StructuralDropout(model, sites)
 

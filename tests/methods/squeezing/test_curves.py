@@ -8,6 +8,7 @@ from torch import nn
 from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.options import SqueezeOptions
+from shallower.methods.squeezing.squeeze import narrowable
 from shallower.methods.squeezing.sweeping import Sweep
 
 
@@ -16,7 +17,7 @@ def curves(walking: bool = True, collapse: bool = True) -> list[dict[int, float]
     model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6), nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 3))
     batches = [torch.randn(64, 6) for _ in range(4)]
     calibration = Calibration(batches, SqueezeOptions(collapse=collapse))
-    return list(Sweep(model, find_sites(model, batches[0]), calibration, walking=walking).errors.values())
+    return list(Sweep(model, narrowable(find_sites(model, batches[0])), calibration, walking=walking).errors.values())
 
 
 def test_an_error_falls_with_the_width_to_nothing_with_all_channels() -> None:

@@ -16,6 +16,7 @@ from shallower.planning.plan import Plan
 from shallower.saving.checkpoint import load, save
 from shallower.sites import LinearMap
 from shallower.surgery.applying import apply
+from tests.finding.test_matching import linear
 from tests.networks import Block, _randomised
 from tests.planning.forms.samples import X, block, checked, mixed
 
@@ -62,7 +63,7 @@ def test_grouped_convolutions_merge_or_stay_apart_exactly(g1, g2, becomes):
     up, down = nn.Conv2d(4, 8, 3, groups=g1), nn.Conv2d(8, 4, 1, groups=g2)
     norm = nn.BatchNorm2d(8)
     model = _randomised(Block(up, nn.ReLU(), down, norm, nn.Identity(), residual=False), torch.float64)
-    (site,) = find_sites(model, X)
+    (site,) = linear(model, X)
     small = checked(model, Plan((mixed(site, becomes=becomes),)))
     if becomes == "merged":
         assert small.down.groups == min(g1, g2)

@@ -121,9 +121,7 @@ class HeldNumbers:
         others = self.trial.blamed_calls(led)
         for wrong in led.wrong.values():
             call = self.trial.f.trace.calls[wrong.at]
-            if wrong.size.computed:
-                others.append(call)
-            elif run in runs(wrong.size.layout):
+            if run in runs(wrong.size.layout):
                 given = abs(int(wrong.size.given))
                 each = positions_each(spans(wrong.size.layout, run))
                 yield call, {given: each}
@@ -159,7 +157,7 @@ class HeldNumbers:
         found: set[tuple[int, int]] = set()
         for at, place in led.entries:
             wrong = led.wrong.get((at, place))
-            if wrong is not None and not wrong.size.computed:
+            if wrong is not None:
                 if run in runs(wrong.size.layout):
                     found.add((at, place))
             elif self.trial.holds(calls[at], run):

@@ -28,7 +28,6 @@ class Sizing:
         layout: the positions.
         negative: whether it counts them from the end.
         bounds: the layout of the whole axis, where it is a bound of a slice.
-        computed: whether it is no size: the call computes with it, so that it stays.
     """
 
     place: int
@@ -36,12 +35,9 @@ class Sizing:
     layout: Layout
     negative: bool = False
     bounds: Layout | None = None
-    computed: bool = False
 
     def expected(self, fewer: Mapping[Run, int]) -> float:
         """The number when some runs have fewer channels."""
-        if self.computed:
-            return self.given
         size = size_of(self.layout, fewer)
         return -size if self.negative else size
 

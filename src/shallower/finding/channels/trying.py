@@ -42,6 +42,9 @@ MANY = 8
 SHARES = (3 / 4, 5 / 8, 7 / 8, 1 / 2, 11 / 16, 9 / 16, 13 / 16)
 """Of how many channels the sites of one kind leave, where they have at least so many."""
 
+SHAPED = ("view", "reshape", "expand", "broadcast_to")
+"""Functions whose last arguments are a shape."""
+
 DOES_NOT_FOLLOW = "the forward does not follow fewer channels"
 DEPENDS = "the size depends on the inputs"
 TWO = "channels of two kinds are in one number"
@@ -119,7 +122,21 @@ class ChannelTrial:
             self._settle(left, list(left)[start::2], one=True)
         self._settle_without(left)
         self._prune(left)
+        self._leave_out_dependent(left)
         return left
+
+    def _leave_out_dependent(self, left: dict[str, Site]) -> None:
+        """Leave out the sites of one kind that cannot be cut alone: what others changed for them may have gone."""
+        kinds: dict[object, list[str]] = {}
+        for name, site in left.items():
+            kinds.setdefault(kind_of_site(site), []).append(name)
+        if len(kinds) < 2:
+            return
+        for names in kinds.values():
+            if not self.led(list(map(left.__getitem__, names))).is_clean:
+                for name in names:
+                    del left[name]
+                    self.why[name] = f"{DOES_NOT_FOLLOW} where nothing else is cut"
 
     def _prune(self, left: dict[str, Site]) -> None:
         """Take numbers from sites that can be cut without their being written: their forwards stay as they are."""
@@ -288,7 +305,10 @@ class ChannelTrial:
         layout = resolved(each.size.layout)
         is_rest = self._varies(layout) or self._is_product(layout, {self.found[name] for name in counted})
         path, before_places = found
+        call = self.f.trace.calls[each.at]
         place = each.size.place - before_places
+        if call.name in SHAPED and not call.kwargs:  # from the end: how many axes stand before may differ
+            place = each.size.place - len(leaves(call.args, {}))
         if is_rest and not self._may_be_rest(left, each, module, path, place):
             return Refusal(DEPENDS if self._varies(layout) else TWO)
         written = Written(path, place, -1 if is_rest else each.size.given)

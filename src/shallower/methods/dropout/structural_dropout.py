@@ -107,7 +107,7 @@ class StructuralDropout(Method):
     ) -> None:
         if isinstance(sort, str) and sort != "magnitude":
             raise MethodError(f"sort={sort!r} must be 'magnitude', batches to measure on, or None")
-        super().__init__(model, sites.usable(_refusal, "no site can be narrowed", MethodError))
+        super().__init__(model, sites.usable(_refusal, "no site can be narrowed", MethodError).apart())
         check_free(model, self.sites)
         self.options = options or DropoutOptions()
         self.inputs_of, self.output_of = inputs_of, output_of

@@ -132,24 +132,13 @@ def _detached(model: nn.Module) -> nn.Module:
 def narrowable(sites: Sites) -> Sites:
     """The sites whose channels can be kept one by one, and whose consumers can be fitted anew to them.
 
-    A layer that is fitted for one site is not cut for another in the same plan: of sites that are cut wherever their
-    channels stand, those are left out that share a layer with one before them, or with one that has layers by name.
+    Of those that share a layer some are left out, see `Sites.apart`.
 
     Raises:
         SiteError: there is none; the error says why.
     """
     usable = sites.usable(lambda site: site.bridge.not_refitted, "the model has no site that can be made narrower")
-    holding = {layer: site.name for site in usable if not site.followed for layer in site.layers}
-    left: dict[str, str] = {}
-    for site in usable:
-        if not site.followed:
-            continue
-        other = next((holding[layer] for layer in site.layers if layer in holding), None)
-        if other is not None:
-            left[site.name] = f"it shares a layer with {other}; squeeze it by itself, before or after"
-            continue
-        holding |= dict.fromkeys(site.layers, site.name)
-    return usable.only((site for site in usable if site.name not in left), left)
+    return usable.apart()
 
 
 def _refuse_misplaced(misplaced: dict[str, object]) -> None:

@@ -66,7 +66,7 @@ def weight_norms(model: nn.Module) -> Iterator[Normed]:
 def parametrizations_of(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """The weights of a module that are computed of others, by name, and how."""
     found: dict[str, parametrize.ParametrizationList] = {}
-    lists = module._modules.get("parametrizations")
+    lists = getattr(module, "parametrizations", None)
     if isinstance(lists, nn.ModuleDict):
         for name, own in lists.items():
             if isinstance(own, parametrize.ParametrizationList):
