@@ -23,7 +23,7 @@ from shallower.core.inputs import Inputs
 from shallower.core.tensors import has_no_numbers
 from shallower.core.text import listing
 from shallower.core.trees import mapped
-from shallower.errors import ForwardError, ModelError, SurgeryError
+from shallower.errors import ForwardError, ModelError, OutOfMemoryError, ShallowerError, SurgeryError
 from shallower.modules.attachment import detached_copy
 from shallower.modules.edits import edits, replay
 from shallower.modules.offloading import is_mapped, weightless
@@ -58,7 +58,7 @@ class StockPart:
         """What its class makes of a config; None where it does not take it."""
         try:
             return Structure.of(sketch(self.source, config))
-        except ModelError:
+        except (ModelError, OutOfMemoryError):  # some numbers make tables that fit into no memory
             return None
 
     @cached_property
@@ -164,7 +164,7 @@ def _is_true(model: nn.Module, owner: StockPart, changes: Numbers, inputs: Input
         return True
     try:
         same = _agree(before, answer(_with_stock(model, owner, changes), inputs))
-    except (ForwardError, SurgeryError, ModelError):
+    except ShallowerError:  # the surgery is done and proven; a config that cannot be tried says nothing
         return False
     if same:
         undo = _set(owner, changes)
