@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -230,7 +231,8 @@ class ByHand(nn.Module):
         q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
         if self.order == "turned":
             q = q.flip(1)
-        scores = q @ k.transpose(-1, -2) / 2
+        scale = math.sqrt(q.shape[-1]) if self.order == "counted" else 2
+        scores = q @ k.transpose(-1, -2) / scale
         if self.order == "slopes":
             scores = scores + self.slopes
         z = (F.softmax(scores, -1) @ v).transpose(1, 2)
@@ -240,7 +242,7 @@ class ByHand(nn.Module):
         return x + self.o(z)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("order", ["rows", "slopes", "gate"])
+@pytest.mark.parametrize("order", ["rows", "slopes", "gate", "counted"])
 def test_attention_in_plain_calls_is_found(order: str) -> None:
     model, x = ByHand(order=order).double(), torch.randn(2, 5, 16).double()
     (site,) = head_sites(model, x)

@@ -21,6 +21,7 @@ from shallower.finding.kinds import find_sites
 from shallower.measuring.cost import cost_of
 from shallower.methods.collapsing.layer_collapse import LayerCollapse
 from shallower.methods.dropout.options import DropoutOptions
+from shallower.methods.dropout.prefix import not_computed
 from shallower.methods.dropout.structural_dropout import StructuralDropout
 from shallower.modules.attachment import detached_copy
 from shallower.planning.plan import Plan
@@ -67,7 +68,7 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def check_written_equals_live(model: nn.Module, x: Tensor, draw: Callable[[int, int], int], rescale: float) -> None:
     """At random widths the small model is what the live one was; at the full width nothing has changed."""
     sites = sites_of(model, x)
-    if not any(site.width > 1 and not site.not_narrow for site in sites):
+    if not any(site.width > 1 and not_computed(site) is None for site in sites):
         return
     before = model(x)
     keys = list(model.state_dict())

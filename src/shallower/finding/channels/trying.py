@@ -38,6 +38,9 @@ from shallower.sites.slots import positions_each
 
 MOST_TRIALS = 100
 
+MOST_KINDS = 12
+"""Kinds of sites that are tried alone to find out which is to blame."""
+
 MANY = 8
 SHARES = (3 / 4, 5 / 8, 7 / 8, 1 / 2, 11 / 16, 9 / 16, 13 / 16)
 """Of how many channels the sites of one kind leave, where they have at least so many."""
@@ -228,9 +231,26 @@ class ChannelTrial:
     # ------------------------------------------------------------------------------------------------- blame
 
     def _leave_out_blamed(self, left: dict[str, Site], chosen: Sequence[Site], led: Led) -> None:
-        """Leave out the sites whose channels the calls read or give at which the pass was another one."""
-        for call in self.blamed_calls(led):
-            for name in self.met(call, chosen):
+        """Leave out the sites because of which calls gave something else.
+
+        Those are to blame at whose kind alone a call does so too: it need not read their channels, as where scores are
+        divided by what the features of a head were counted to be. Where none is alone, all that meet there are.
+        """
+        blamed = self.blamed_calls(led)
+        kinds: dict[object, list[str]] = {}
+        for site in chosen:
+            if blamed and site.name in left:
+                kinds.setdefault(kind_of_site(left[site.name]), []).append(site.name)
+        alone: dict[object, list[Call]] = {}
+        if 1 < len(kinds) <= MOST_KINDS:
+            for kind, names in kinds.items():
+                alone[kind] = self.blamed_calls(self.led(list(map(left.__getitem__, names))))
+        for call in blamed:
+            guilty: list[str] = []
+            for kind, names in kinds.items():
+                if call in alone.get(kind, ()):
+                    guilty += names
+            for name in guilty or self.met(call, chosen):
                 self.leave_out(left, name, call)
 
     def blamed_calls(self, led: Led) -> list[Call]:
