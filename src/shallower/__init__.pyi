@@ -73,6 +73,7 @@ from .sites.slots import Follower as Follower
 from .sites.slots import Listed as Listed
 from .sites.slots import Slot as Slot
 from .sites.slots import Span as Span
+from .sites.slots import Written as Written
 from .surgery.applying import apply as apply
 from .surgery.padding import border_error as border_error
 from .surgery.padding import move_padding as move_padding

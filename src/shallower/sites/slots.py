@@ -184,7 +184,7 @@ class Slot:
 class Written:
     """A number that a call is given, where the call is written in the forward of a module or in what that calls.
 
-        Written((("window_partition(x, self.window)", 0), ("x.view(B, H // ws, ws, W // ws, ws, C)", 0)), 6, 96)
+        sh.Written((("window_partition(x, self.window)", 0), ("x.view(B, H // ws, ws, W // ws, ws, C)", 0)), 6, 96)
 
     Attributes:
         path: texts of calls, of each how many calls of the same text come before it in its function: the first stands
