@@ -164,6 +164,9 @@ def test_the_checkpoint_of_another_healing_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(TrainingError, match="another healing"):
             heal(changed, dense, batches, options, cpu=True, checkpoint=path)
+    another = Matching(output_of=lambda output: output[..., :1])
+    with pytest.raises(TrainingError, match="another healing"):
+        heal(start, dense, data(), Healing(passes=1), matching=another, cpu=True, checkpoint=path)
     history = heal(start, dense, data(), Healing(passes=1), cpu=True, checkpoint=path)
     assert history.resumed > 0
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), start.parameters(), strict=True))

@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
+from shallower.finding.channels.readers import HOOKS
 from shallower.finding.pointwise import ACTIVATIONS, PRODUCTS, UNCHANGED, is_pointwise
 from shallower.recording.holders import held_elsewhere
 from shallower.recording.tracing import Call, Frame, Trace, Value
@@ -118,7 +119,7 @@ class Graph:
     def hook_problem(self, module: nn.Module) -> str:
         """Why a module cannot be exchanged: hooks, an instance's own forward."""
         name = self.names[module][0] if module in self.names else type(module).__name__
-        for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for table in HOOKS:
             if getattr(module, table, None):
                 return f"{name} has a {table.strip('_').replace('_', ' ')[:-1]}, which would be lost; remove it first"
         if "forward" in vars(module):

@@ -49,17 +49,16 @@ def edits_of_cut(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
         if name in left:
             edits.append(Sized(module_name, attribute, tuple(tensor.shape)))
         edits.append(Weights(module_name, {attribute: tensor}, as_held=True))
-    for own in _fitted(entry).values():
-        edits += own
+    edits += _fitted(entry)
     for listed in entry.site.lists:
         edits.append(Entries(listed.module, tuple(entry.kept.tolist())))
     return edits
 
 
-def _fitted(entry: Entry) -> dict[str, list[Edit]]:
-    """The edits that give the layers which read the channels their fitted weights, by name."""
+def _fitted(entry: Entry) -> list[Edit]:
+    """The edits that give the layers which read the channels their fitted weights."""
     site, fit = entry.site, entry.fit
-    found: dict[str, list[Edit]] = {}
+    found: list[Edit] = []
     if fit is None:
         return found
     for m, weight, bias in zip(site.consumers, fit.consumers, fit.biases, strict=True):
@@ -67,7 +66,7 @@ def _fitted(entry: Entry) -> dict[str, list[Edit]]:
         numbers = {"weight": weight}
         if has_bias:
             numbers["bias"] = bias
-        found[m.name] = [Resize.to(resized_map(m, d_in=weight.shape[1], bias=has_bias)), Weights(m.name, numbers)]
+        found += [Resize.to(resized_map(m, d_in=weight.shape[1], bias=has_bias)), Weights(m.name, numbers)]
     return found
 
 

@@ -22,7 +22,7 @@ from shallower.core.inputs import InputsOf, model_device
 from shallower.core.modes import evaluating, in_eval_mode
 from shallower.core.options import Options, option
 from shallower.core.processes import agreed, agreed_result
-from shallower.core.tensors import hash_of_weights
+from shallower.core.tensors import hash_of_weights, told_apart
 from shallower.core.trees import cut, rows_of, to_device
 from shallower.errors import SiteError, TrainingError
 from shallower.training.accelerating import placed, started
@@ -124,7 +124,7 @@ def guided(
             recipe, steps = recipe_in(file)
         else:
             recipe, steps = healing.recipe(len(held), start)
-        identity = _identity_of(small, teacher, data.digest, options)
+        identity = _identity_of(small, teacher, data.digest, options, floor)
         history = healing.train(recipe, steps, identity, floor=floor, checkpoint=checkpoint, label="healing")
         history.lr = recipe.lr
         return history
@@ -306,11 +306,12 @@ def _nearness(teacher: Teacher, held: Lessons) -> Score:
     return score
 
 
-def _identity_of(small: nn.Module, teacher: Teacher, data: str, options: Healing) -> str:
+def _identity_of(small: nn.Module, teacher: Teacher, data: str, options: Healing, floor: float | None) -> str:
     """What the result depends on, hashed."""
     matching = teacher.matching
     compared = matching.match, matching.temperature, matching.logits, matching.names
-    parts = hash_of_weights(small), hash_of_weights(teacher.model), data, options, compared
+    functions = told_apart([matching.output_of, matching.mask_of])
+    parts = hash_of_weights(small), hash_of_weights(teacher.model), data, options, compared, functions, floor
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -11,6 +11,7 @@ from shallower.modules.layers import is_conv1d
 from shallower.sites import LinearMap, Slot, Span
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps what somebody has put on it, which another in its place would not have."""
 
 
 def plain_readers(

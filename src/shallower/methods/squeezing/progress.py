@@ -15,20 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shallower import __version__
 from shallower.core.files import read_json, replacing, write_json
 from shallower.core.processes import from_first_process, gathered
-from shallower.core.tensors import content, hash_of_weights
+from shallower.core.tensors import hash_of_weights, told_apart
 from shallower.errors import CheckpointError, PlanError
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.planning.entries import Entry
@@ -42,9 +40,6 @@ T = TypeVar("T")
 
 _IDENTITY = "identity.json"
 _CURVES = "curves.json"
-
-_READ_GLOBALLY = (bool, int, float, str, tuple, Tensor, types.FunctionType)
-"""Kinds of global values by which functions that read them are told apart."""
 
 
 class Progress:
@@ -172,7 +167,7 @@ def identity_of(model: nn.Module, sites: Iterable[Site], data: str, options: Squ
         data: hash of the calibration set as read by this process.
         options: with their functions, which are told apart by their code and by what they have enclosed.
     """
-    chosen = {field.name: _told_apart(getattr(options, field.name)) for field in fields(options)}
+    chosen = {field.name: told_apart(getattr(options, field.name)) for field in fields(options)}
     return {
         "version": f"{__version__}, torch {torch.__version__}",
         "modules": _hashed(*map(_module_text, model.named_modules())),
@@ -205,63 +200,3 @@ def _module_text(named: tuple[str, nn.Module]) -> str:
 def _hashed(*values: Any) -> str:
     """The first half of the SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:32]
-
-
-def _told_apart(value: Any, seen: dict[int, int] | None = None) -> Any:
-    """Plain data that differ where the value does; of a function its code, and what it encloses or finds globally.
-
-    Each object is described once, and named by its number where it comes again.
-    """
-    if isinstance(value, (bool, int, float, str, type(None))):
-        return value
-    seen = {} if seen is None else seen
-    if id(value) in seen:
-        return f"object {seen[id(value)]}"
-    seen[id(value)] = len(seen)
-    inside = partial(_told_apart, seen=seen)
-    if isinstance(value, Tensor):
-        return hashlib.sha256(content(value)).hexdigest()
-    if isinstance(value, (tuple, list)):
-        return list(map(inside, value))
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(repr, value))  # their order differs from process to process
-    if isinstance(value, Mapping):
-        return list(map(inside, list(value.items())))
-    if isinstance(value, partial):
-        return list(map(inside, (value.func, value.args, value.keywords)))
-    if isinstance(value, types.MethodType):
-        return [inside(value.__func__), inside(value.__self__)]
-    if isinstance(value, types.FunctionType):
-        enclosed = list(map(_cell, value.__closure__ or ()))
-        own: dict[str, Any] = {}
-        for name in value.__code__.co_names:
-            item = value.__globals__.get(name)
-            if isinstance(item, _READ_GLOBALLY):
-                own[name] = item
-        return [_code(value.__code__), inside(enclosed), inside(value.__defaults__), inside(own)]
-    named = [type(value).__module__, type(value).__qualname__, str(getattr(value, "__qualname__", ""))]
-    if isinstance(value, (type, types.ModuleType)) or not hasattr(value, "__dict__"):
-        return named
-    return [*named, inside(vars(value))]
-
-
-def _cell(cell: types.CellType) -> Any:
-    """What a function encloses; None for a name that has no value yet."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
-
-
-def _code(code: types.CodeType) -> str:
-    """A hash of what a function's code does, without its place in a file."""
-    digest = hashlib.sha256(code.co_code)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            digest.update(_code(constant).encode())
-        elif isinstance(constant, frozenset):
-            digest.update(repr(sorted(map(repr, constant))).encode())  # their order differs from process to process
-        else:
-            digest.update(repr(constant).encode())
-    digest.update(repr((code.co_names, code.co_varnames, code.co_freevars)).encode())
-    return digest.hexdigest()
