@@ -31,6 +31,7 @@ from .measuring.measurement import Measurement as Measurement
 from .measuring.measurement import compare as compare
 from .measuring.measurement import measure as measure
 from .methods.base import Method as Method
+from .methods.baselines.baseline import baseline as baseline
 from .methods.collapsing.layer_collapse import LayerCollapse as LayerCollapse
 from .methods.collapsing.layer_folding import LayerFolding as LayerFolding
 from .methods.collapsing.stages import StageResult as StageResult

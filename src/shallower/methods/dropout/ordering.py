@@ -31,11 +31,19 @@ _RIDGE = 1e-4
 
 
 def by_magnitude(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
-    """For each site, (n,) int64: its channels, those with the largest weights first.
+    """For each site, (n,) int64: its channels, those with the largest weights first; see `magnitudes`."""
+    orders = {}
+    for name, size in magnitudes(model, sites).items():
+        orders[name] = size.argsort(descending=True, stable=True)
+    return orders
+
+
+def magnitudes(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
+    """For each site, (n,) float64: the sizes of its channels.
 
     The size of a channel is the product of the norms of its rows, of a BatchNorm's scale and of its columns.
     """
-    orders = {}
+    sizes = {}
     for site in sites:
         size = torch.ones(site.width, dtype=torch.float64)
         for name, blocks in produced(site):
@@ -48,9 +56,8 @@ def by_magnitude(model: nn.Module, sites: Iterable[Site]) -> dict[str, Tensor]:
             scale, var = norm.weight, cast("Tensor | None", norm.running_var)
             if scale is not None and var is not None:
                 size *= cast("Tensor", scale).detach().double().cpu().abs() / (var.double().cpu() + norm.eps).sqrt()
-        size *= _norms_of_columns(model, site)
-        orders[site.name] = size.argsort(descending=True, stable=True)
-    return orders
+        sizes[site.name] = size * _norms_of_columns(model, site)
+    return sizes
 
 
 def by_elimination(

@@ -1,0 +1,1 @@
+"""Published ways to choose channels, on the same sites, data and surgery as this project's own."""
