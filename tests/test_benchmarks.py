@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import results, zoo
 from benchmarks.__main__ import execute, main
-from benchmarks.families import Family, axes
+from benchmarks.families import Family, axes, of_transformers
 from benchmarks.families.tiny import fields, tiny_config
 
 CACHE = Path(__file__).parents[1] / ".cache" / "benchmarks"
@@ -189,3 +189,31 @@ def test_configurations_are_made_tiny_with_all_their_parts(name: str) -> None:
     sizes = [value for key, value in fields(config).items() if key.endswith(("hidden_size", "intermediate_size"))]
     assert sizes
     assert max(sizes) <= 64
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("llava", "pixel_values"), ("qwen2_vl", "image_grid_thw"), ("qwen2_audio", "input_features")]
+)
+def test_models_of_text_with_pictures_or_sounds_are_given_both(name: str, read: str) -> None:
+    pytest.importorskip("transformers")
+    model, inputs = of_transformers.made(name)
+    assert {"input_ids", read} <= set(inputs)
+    towers = [width for width in axes.widths(model, inputs) if "language_model" not in width.tensor]
+    assert len(towers) > 5
+
+
+def test_weights_that_no_operation_uses_are_not_counted_where_there_are_no_gradients() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 6), nn.Linear(4, 6)
+            self.last = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.used(x).sigmoid()
+            hidden.data.mul_(2)
+            hidden += 1
+            return self.last(hidden).exp().mul_(1).detach()
+
+    counted = {width.tensor for width in axes.widths(InPlace(), torch.randn(5, 4))}
+    assert counted == {"used.weight"}

@@ -61,7 +61,7 @@ def widths(model: nn.Module, inputs: Inputs) -> list[Width]:
     watching = _Watching(model)
     with torch.enable_grad(), watching:
         outputs = floats(called(model, inputs))
-    read = _read(model, outputs)
+    read = _read(model, outputs, watching.used)
     shapes = [output.shape for output in outputs]
     found = []
     for name, parameter in model.named_parameters():
@@ -78,15 +78,19 @@ def widths(model: nn.Module, inputs: Inputs) -> list[Width]:
 
 
 class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes along which axis each parameter gives channels."""
+    """Notes which parameters are used, and along which axis each gives channels."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.axes: dict[str, int] = {}
+        self.used: set[str] = set()
         self._held = {p.untyped_storage().data_ptr(): (name, p) for name, p in model.named_parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and self._is_held(leaf):
+                self.used.add(self._held[leaf.untyped_storage().data_ptr()][0])
         if name in PRODUCTS:
             left, right = args[PRODUCTS[name] : PRODUCTS[name] + 2]
             self._note(left, -2)
@@ -125,16 +129,16 @@ def _usual_axis(model: nn.Module, name: str, parameter: Tensor) -> int:
     return max((i for i in range(parameter.dim()) if parameter.shape[i] > 1), default=0)
 
 
-def _read(model: nn.Module, outputs: Sequence[Tensor]) -> set[str]:
-    """The parameters that the outputs depend on."""
+def _read(model: nn.Module, outputs: Sequence[Tensor], used: set[str]) -> set[str]:
+    """The parameters that the outputs depend on: those with a gradient, or those used where there are no gradients."""
     named = dict(model.named_parameters())
     made = [output.abs().sum() for output in outputs if output.requires_grad]
     if not made:
-        return set(named)
+        return used
     try:
         gradients = torch.autograd.grad(sum(made[1:], made[0]), list(named.values()), allow_unused=True)
     except RuntimeError:  # something was changed in place
-        return set(named)
+        return used
     return {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
 
 

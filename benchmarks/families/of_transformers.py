@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.families import Family, Made
 from benchmarks.families.axes import called, floats
+from benchmarks.families.mixed import mixed_inputs
 from benchmarks.families.tiny import VARIANTS, fields, tiny_config
 
 TASKS = (
@@ -103,7 +104,8 @@ def _model(name: str, config: Any) -> nn.Module:
 
 
 def _inputs(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
-    """What the model may take, the likeliest first."""
+    """What the model may take, the likeliest first: all that it can read, where it reads more than text."""
+    yield from mixed_inputs(model, config)
     main = getattr(model, "main_input_name", "input_ids")
     known = fields(config)
     ids = torch.randint(5, 90, (2, 8))

@@ -75,6 +75,8 @@ LISTS: tuple[tuple[Callable[[int], int], str], ...] = (
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types")
+MARKED = {"image": 91, "audio": 92, "video": 93}
+"""The ids that stand for what is not text."""
 MARKS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "cls_token_id": 1}
 
 
@@ -112,6 +114,10 @@ def _fit_together(config: Any, given: dict[str, Any], known: set[str]) -> None:
         value = getattr(config, name, None)
         if isinstance(value, int) and value >= WORDS and name in known:
             given[name] = number
+    for kind, number in MARKED.items():
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            if isinstance(getattr(config, name, None), int) and name in known:
+                given[name] = number
     if "use_cache" in known:
         given["use_cache"] = False
     if "qk_rope_head_dim" in given and "head_dim" in given:
