@@ -74,6 +74,12 @@ USAGES = [
         "x:4,6 m:bool:4 y:4,6",
         "x1 y1",
     ),
+    Usage(
+        "rows filled in order by a mask without channels",
+        lambda x, m, y: x.masked_scatter(m[:, None], y),
+        "x:4,6 m:bool:4 y:4,6",
+        "x1 y1",
+    ),
     Usage("masked_select", lambda x, m: x.masked_select(m), "x:2,6 m:bool:2,6", ""),
     Usage("nonzero", lambda x: x.nonzero(), "x:2,6", ""),
     Usage(

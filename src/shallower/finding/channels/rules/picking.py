@@ -241,7 +241,9 @@ def masked_scatter(f: Following, call: Call) -> Axes:
 
 
 def _repeats_last(value: Value) -> bool:
-    """Whether a tensor has equal numbers along its last axis, one that was expanded."""
+    """Whether a tensor has equal numbers along its last axis, one that is or will be expanded."""
+    if value.shape[-1:] == (1,):
+        return True
     while value.call is not None and value.call.inputs:
         source = value.call.inputs[0]
         if value.call.name in ("expand", "expand_as", "broadcast_to"):
