@@ -102,3 +102,22 @@ def test_a_buffer_that_repeats_one_number_is_zero_only_where_channels_go() -> No
     assert simulated.get_buffer("scale").nonzero().flatten().tolist() == [1, 2, 5]
     assert model.scale.tolist() == [2.0] * 8
     torch.testing.assert_close(sh.apply(model, plan, x)(x + 1), simulated(x + 1))
+
+
+def test_a_norm_that_holds_its_size_computes_on_what_stays() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normalized_shape = (6,)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x, self.normalized_shape, None, None, eps=1e-5)
+
+    model, x = nn.Sequential(nn.Linear(4, 6), Plain(), nn.Linear(6, 3)), torch.randn(5, 4)
+    (site,) = find_sites(model, x, kinds="hidden")
+    plan = sh.Plan((sh.Entry.narrow(site, [0, 2, 5]),))
+    small = sh.apply(model, plan, x)
+    y = model[0](x)[:, [0, 2, 5]]
+    expected = F.layer_norm(y, (3,), eps=1e-5) @ model[2].weight[:, [0, 2, 5]].T + model[2].bias
+    torch.testing.assert_close(small(x), expected)
+    torch.testing.assert_close(sh.simulate(model, plan)(x), expected)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from shallower.core.trees import mapped, tensors
 from shallower.modules.layers import count_anew
+from shallower.modules.numbers import fallen
 from shallower.modules.prepared.weight_norms import hold_plainly, weight_norms
 from shallower.planning.entries import Entry
-from shallower.sites import Span
+from shallower.sites import Follower, Span
 
 
 def impose_cuts(model: nn.Module, entries: Iterable[Entry]) -> None:
@@ -85,6 +87,12 @@ class _OnWhatStays:
             for slot in entry.site.slots:
                 if f"{slot.module}.".startswith(f"{name}."):
                     _leave(part, slot.module[len(name) + 1 :], slot.attribute, slot.axis, self.stays)
+            within: list[Follower] = []
+            for follower in entry.site.followers:
+                if f"{follower.module}.".startswith(f"{name}."):
+                    within.append(replace(follower, module=follower.module[len(name) + 1 :]))
+            for edit in fallen(part, within, len(entry.dropped)):
+                edit.perform(part)
         # in a list: the hook is copied with its module, and this is no child of it
         self.part = [part.eval()]
 
