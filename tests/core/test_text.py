@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shallower.core.text import amount, listing, table
+from shallower.core.text import amount, common_prefix, listing, table
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,8 @@ def test_long_lists_are_cut(names: str, text: str) -> None:
 
 def test_columns_are_aligned() -> None:
     assert table(("name", "n"), [("a", "10"), ("long", "9")], right=[1]) == "name   n\na     10\nlong   9"
+
+
+def test_names_have_their_leading_parts_in_common_but_never_the_last() -> None:
+    assert common_prefix(["a.b.c", "a.b.d.e"]) == "a.b"
+    assert common_prefix(["a.b", "a.b"]) == "a"

@@ -17,6 +17,7 @@ from shallower.modules.layers import (
     is_the_map,
     kind_of,
     normal_after,
+    resize_tensors,
     resized,
     resized_norm,
     weight_of,
@@ -150,3 +151,15 @@ def test_a_recurrent_cell_counts_its_channels_anew() -> None:
         cell._parameters[name] = parameter
     count_anew(cell)
     assert (cell.input_size, cell.hidden_size) == (5, 7)
+
+
+def test_tensors_get_new_shapes_wherever_they_are_held() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 6), "b": nn.Linear(4, 6), "norm": nn.BatchNorm1d(6)})
+    model["b"].weight = model["a"].weight
+    resize_tensors(model, {"a.weight": (3, 4), "norm.running_mean": (3,), "norm.weight": (3,)})
+    assert model["b"].weight is model["a"].weight
+    assert (model["b"].out_features, model["norm"].num_features) == (3, 3)
+    assert model["norm"].running_mean.shape == (3,)
+    assert "running_mean" in model["norm"]._buffers
+    with pytest.raises(PlanError, match="no tensor 'weight' of 3 dimensions"):
+        resize_tensors(model, {"a.weight": (3, 4, 1)})

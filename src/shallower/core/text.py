@@ -40,3 +40,14 @@ def listing(names: Iterable[str], most: int = 8) -> str:
     if len(known) > most:
         return f"{shown} and {len(known) - most} more"
     return shown
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """The common leading components of dotted names, at most all but the last of each."""
+    parts = [name.split(".")[:-1] for name in names]
+    common: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)

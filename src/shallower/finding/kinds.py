@@ -15,7 +15,7 @@ from shallower.finding.channels import rules as rules  # registers them
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.spaces import followed_sites
 from shallower.finding.channels.standing_in import like_twins
-from shallower.finding.channels.trying import that_follow
+from shallower.finding.channels.trials.trying import that_follow
 from shallower.finding.graph import Graph
 from shallower.finding.matching import Matcher
 from shallower.modules.offloading import with_mapped_weights

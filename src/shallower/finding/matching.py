@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from shallower.core.text import common_prefix
 from shallower.finding.candidates import MOST_STEPS, Found, Walk
 from shallower.finding.graph import Graph, Step, Unit, channel_dim, sizes
 from shallower.finding.long_sites import long_sites
@@ -456,14 +457,3 @@ def not_narrow(producer: LinearMap, consumers: Sequence[LinearMap]) -> str:
             how = "depthwise" if m.groups == m.d_in == m.d_out else "grouped"
             return f"{m.name} is a {how} convolution, which ties the channels on its two sides together"
     return ""
-
-
-def common_prefix(names: Sequence[str]) -> str:
-    """The common leading components of dotted names, at most all but the last of each."""
-    parts = [name.split(".")[:-1] for name in names]
-    common: list[str] = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return ".".join(common)

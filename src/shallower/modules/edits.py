@@ -30,11 +30,10 @@ from shallower.modules.activations import (
     Twice,
     narrowed_activation,
 )
-from shallower.modules.layers import count_anew, kind_of, resized, resized_norm, weight_of
+from shallower.modules.layers import kind_of, resize_tensors, resized, resized_norm, weight_of
 from shallower.modules.offloading import device_around, own_weights
 from shallower.modules.prepared.attention import is_stock, make_dense
 from shallower.modules.prepared.lists import Entries
-from shallower.modules.prepared.weight_norms import parametrizations_of
 from shallower.modules.records import forget, note, noted
 from shallower.modules.rewriting import externalise, write_number
 from shallower.sites import LinearMap, Place, Written
@@ -258,24 +257,7 @@ class Sized:
 
     def perform(self, model: nn.Module) -> None:
         """Exchange the tensor."""
-        holder = model.get_submodule(self.name)
-        own = {**holder._parameters, **holder._buffers}.get(self.attribute)
-        if own is None or own.dim() != len(self.shape):
-            raise PlanError(f"`{self.name}` has no tensor {self.attribute!r:.80} of {len(self.shape)} dimensions")
-        made = own.new_empty(self.shape)
-        if own.dim() == 4 and own.is_contiguous(memory_format=torch.channels_last) and not own.is_contiguous():
-            made = made.contiguous(memory_format=torch.channels_last)
-        if isinstance(own, nn.Parameter):
-            made = nn.Parameter(made, requires_grad=own.requires_grad)
-        for module in model.modules():
-            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for table in tables:
-                for name in [name for name, tensor in table.items() if tensor is own]:
-                    table[name] = made
-                    count_anew(module)
-        for module in model.modules():
-            if holder in parametrizations_of(module).values():
-                count_anew(module)
+        resize_tensors(model, {f"{self.name}.{self.attribute}".lstrip("."): self.shape})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from shallower.errors import PlanError
 from shallower.modules.prepared.attention import DenseAttention, count_attention_anew
-from shallower.modules.prepared.weight_norms import place_of_weight
+from shallower.modules.prepared.weight_norms import parametrizations_of, place_of_weight
 from shallower.sites import LinearMap, Slot
 
 
@@ -240,6 +241,51 @@ def is_the_map(module: nn.Module, m: LinearMap) -> bool:
     if not isinstance(module, nn.Conv2d):
         return True
     return geometry_of(module) == _geometry(m)
+
+
+def resize_tensors(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give parameters and buffers new shapes, wherever a model holds them; their numbers are not set.
+
+        resize_tensors(model, {"fc1.weight": (3, 8), "fc1.bias": (3,)})
+
+    Sizes that layers hold beside them, such as `in_channels`, follow.
+
+    Args:
+        model: changed in place.
+        shapes: of each tensor, by its dotted name.
+
+    Raises:
+        PlanError: there is no such tensor, or it has another number of dimensions.
+    """
+    made: dict[Tensor, Tensor] = {}
+    for name, shape in shapes.items():
+        owner, _, attribute = name.rpartition(".")
+        holder = model.get_submodule(owner)
+        own = {**holder._parameters, **holder._buffers}.get(attribute)
+        if own is None or own.dim() != len(shape):
+            raise PlanError(f"`{owner}` has no tensor {attribute!r:.80} of {len(shape)} dimensions")
+        made[own] = _of_shape(own, shape)
+    changed: set[nn.Module] = set()
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor in made:
+                    table[name] = made[tensor]
+                    changed.add(module)
+    for module in model.modules():
+        if module in changed or not changed.isdisjoint(parametrizations_of(module).values()):
+            count_anew(module)
+
+
+def _of_shape(own: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor like another in everything but its shape."""
+    made = own.new_empty(shape)
+    if own.dim() == 4 and own.is_contiguous(memory_format=torch.channels_last) and not own.is_contiguous():
+        made = made.contiguous(memory_format=torch.channels_last)
+    if isinstance(own, nn.Parameter):
+        return nn.Parameter(made, requires_grad=own.requires_grad)
+    return made
 
 
 def count_anew(module: nn.Module) -> None:

@@ -318,6 +318,10 @@ class _Recorder(TorchFunctionMode):
     def record(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         """Add a call that has just run."""
         name = canonical(function)
+        if self.lead is not None:
+            if not is_metadata(name) or next(tensors(result), None) is not None:
+                self.trace.calls.append(Call(name, function, (), {}, [], [], self.frame, 0, False))
+            return
         inplace = _writes(function, name, kwargs)
         written = [t for t in tensors(args[:1]) if inplace] + list(tensors(kwargs.get("out")))
         returned = list(tensors(result))
@@ -400,7 +404,7 @@ def trace_forward(model: nn.Module, example_inputs: Inputs, lead: Lead | None = 
         model: not changed.
         example_inputs: what it is called with.
         lead: runs the functions instead of their being called, to see or change what they are given and give. Then
-            operations are not counted.
+            operations are not counted, and of calls and frames only the names are recorded.
 
     Raises:
         SiteError: `model` is not a module, has no parameters, or does not run on these inputs.
@@ -415,7 +419,8 @@ def trace_forward(model: nn.Module, example_inputs: Inputs, lead: Lead | None = 
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise SiteError("a scripted model cannot be looked into; pass the torch.nn.Module it was made from")
-    check_copyable(model)
+    if lead is None:
+        check_copyable(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
         inputs = stack.enter_context(_placed(model, example_inputs))
@@ -463,8 +468,9 @@ def trace_forward(model: nn.Module, example_inputs: Inputs, lead: Lead | None = 
             frame = recorder.frame
             while frame.module is not module and frame.parent is not None:
                 frame = frame.parent
-            frame.args, frame.kwargs = recorder.described(args), recorder.described(kwargs)
-            frame.outputs = [recorder.value(t) for t in tensors(output)]
+            if lead is None:
+                frame.args, frame.kwargs = recorder.described(args), recorder.described(kwargs)
+                frame.outputs = [recorder.value(t) for t in tensors(output)]
             if frame.parent is not None and frame.parent.parent is None:
                 for item in (item for each in names for item in vars(each).values() if isinstance(item, Tensor)):
                     if id(item) in recorder.known:

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from shallower.errors import PlanError
 from shallower.modules.edits import Edit, Resize, Sized, Weights
-from shallower.modules.numbers import fallen
 from shallower.modules.prepared.lists import Entries
 from shallower.modules.prepared.weight_norms import weight_norms
-from shallower.modules.preparing import ready_for_cuts
+from shallower.modules.shrinking import before_cut, fallen
 from shallower.planning.entries import Entry
 from shallower.planning.forms import Form
 from shallower.planning.geometry import resized_map
@@ -28,7 +27,7 @@ def edits_of_cut(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
     Raises:
         PlanError: a tensor has another shape than the plan expects.
     """
-    edits: list[Edit] = [*ready_for_cuts(model, (cut.tensor for cut in form.cuts if cut.kept))]
+    edits: list[Edit] = [*before_cut(model, (cut.tensor for cut in form.cuts if cut.kept))]
     edits += fallen(model, entry.site.followers, len(entry.dropped))
     left: dict[str, Tensor] = {}
     for cut in form.cuts:

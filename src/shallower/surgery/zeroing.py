@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from shallower.core.trees import mapped, tensors
 from shallower.modules.layers import count_anew
-from shallower.modules.numbers import fallen
 from shallower.modules.prepared.weight_norms import hold_plainly, weight_norms
+from shallower.modules.shrinking import fallen
 from shallower.planning.entries import Entry
 from shallower.sites import Follower, Span
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from shallower.errors import SiteError
+from shallower.finding.channels.indices import carry_indices
 from shallower.finding.channels.layout import ONE, Layout, Run, close, fixed, resolved, runs, tie
-from shallower.finding.channels.naming import carry_numbers
 from shallower.finding.channels.standing_in import follow_unrun
 from shallower.finding.channels.turns import Turns, carry_turns, close_picked
 from shallower.recording.tracing import Call, Trace, Value
@@ -123,7 +123,7 @@ class Following:
         """Say where the channels go that a call reads."""
         if call.outputs:
             self._follow(call)
-        carry_numbers(self, call)
+        carry_indices(self, call)
         carry_turns(self, call)
 
     def _follow(self, call: Call) -> None:

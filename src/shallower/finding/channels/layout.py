@@ -158,12 +158,15 @@ def reason_of(layout: Layout) -> str:
 
 def size_of(layout: Layout, fewer: Mapping[Run, int]) -> int:
     """The positions of a layout when some runs have fewer channels."""
-    layout = resolved(layout)
+    return _size_left(resolved(layout), fewer)
+
+
+def _size_left(layout: Layout, fewer: Mapping[Run, int]) -> int:
     if isinstance(layout, Run):
         return fewer.get(layout, layout.size)
     if isinstance(layout, Cat):
-        return sum(size_of(part, fewer) for part in layout.parts)
-    return prod(size_of(factor, fewer) for factor in layout.factors)
+        return sum(_size_left(part, fewer) for part in layout.parts)
+    return prod(_size_left(factor, fewer) for factor in layout.factors)
 
 
 def is_open(layout: Layout) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shallower.finding.matching import common_prefix
+from shallower.core.text import common_prefix
 from shallower.recording.tracing import Trace
 from shallower.sites import Slot
 

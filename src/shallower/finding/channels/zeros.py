@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.layout import Layout, Run, close, runs
+from shallower.finding.channels.layout import Layout, Run, all_runs, close, runs
 from shallower.recording.tracing import Call, Value
 
 LINEAR = {
@@ -52,15 +52,15 @@ REASON = "adds up channels that are not zero when their weights are"
 
 def close_sums(f: Following) -> None:
     """Close the channels that are added up without weights and may not be zero."""
-    known: dict[tuple[Value, Run], bool] = {}
+    zero = _Zeros(f)
     for layout, call in (*f.contracted, *_lengths(f)):
         for run in set(runs(layout)):
             if run.closed:
                 continue
             zeros: list[bool] = []
             for value in call.inputs:
-                if _holds(f, value, run):
-                    zeros.append(_is_zero(f, value, run, known))
+                if run in zero.held(value):
+                    zeros.append(zero.of(value, run))
             # a product is zero where one factor is, a distance where both are
             right = any(zeros)
             if call.name in LENGTHS:
@@ -79,35 +79,44 @@ def _lengths(f: Following) -> Iterator[tuple[Layout, Call]]:
                 yield axis, call
 
 
-def _holds(f: Following, value: Value, run: Run) -> bool:
-    return any(run in set(runs(axis)) for axis in f.axes(value))
+class _Zeros:
+    """Which channels are zero in which values when all parameters are zero there."""
 
+    def __init__(self, f: Following) -> None:
+        self.f = f
+        self._known: dict[tuple[Value, Run], bool] = {}
+        self._held: dict[Value, set[Run]] = {}
 
-def _is_zero(f: Following, value: Value, run: Run, known: dict[tuple[Value, Run], bool]) -> bool:
-    """Whether the channels of a run are zero in a value when all parameters are zero there."""
-    waiting = [(value, False)]
-    while waiting:
-        current, done = waiting.pop()
-        if (current, run) in known:
-            continue
-        if current in f.unchosen and run in set(runs(f.unchosen[current])):
-            known[current, run] = True
-            continue
-        sources = _sources(f, current, run)
-        if not done and sources:
-            waiting.append((current, True))
-            waiting += [(source, False) for source in sources if (source, run) not in known]
-            continue
-        known[current, run] = _follows(current, sources, [known.get((source, run), False) for source in sources])
-    return known[value, run]
+    def held(self, value: Value) -> set[Run]:
+        """The channels that stand in a value."""
+        if value not in self._held:
+            self._held[value] = set(all_runs(self.f.axes(value)))
+        return self._held[value]
 
+    def of(self, value: Value, run: Run) -> bool:
+        """Whether the channels of a run are."""
+        known, waiting = self._known, [(value, False)]
+        while waiting:
+            current, done = waiting.pop()
+            if (current, run) in known:
+                continue
+            if current in self.f.unchosen and run in set(runs(self.f.unchosen[current])):
+                known[current, run] = True
+                continue
+            sources = self._sources(current, run)
+            if not done and sources:
+                waiting.append((current, True))
+                waiting += [(source, False) for source in sources if (source, run) not in known]
+                continue
+            known[current, run] = _follows(current, sources, [known.get((source, run), False) for source in sources])
+        return known[value, run]
 
-def _sources(f: Following, value: Value, run: Run) -> list[Value]:
-    """What a value's channels of a run are made of."""
-    call = value.call
-    if call is None or value.origin in ("parameter", "buffer"):
-        return []
-    return [source for source in call.inputs if _holds(f, source, run)]
+    def _sources(self, value: Value, run: Run) -> list[Value]:
+        """What a value's channels of a run are made of."""
+        call = value.call
+        if call is None or value.origin in ("parameter", "buffer"):
+            return []
+        return [source for source in call.inputs if run in self.held(source)]
 
 
 def _follows(value: Value, sources: list[Value], zeros: list[bool]) -> bool:

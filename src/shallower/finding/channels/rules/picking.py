@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
+from shallower.finding.channels.indices import close_positions, is_blank, named
 from shallower.finding.channels.layout import ONE, Layout, close, divide, fixed, is_open, tie
-from shallower.finding.channels.naming import close_positions, is_blank, named
 from shallower.finding.channels.rules.arguments import given, integer, tensor
 from shallower.finding.channels.rules.parting import stretch, take_at
 from shallower.recording.tracing import Call, Value

@@ -19,19 +19,17 @@ from torch import nn
 from shallower.core.inputs import Inputs
 from shallower.errors import Refusal, ShallowerError
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.holding import HeldNumbers, kind_of_site
 from shallower.finding.channels.layout import Cat, Layout, Prod, Run, all_runs, resolved, runs, spans
-from shallower.finding.channels.leading import Expected, Led, Wrong
 from shallower.finding.channels.spaces import Found
-from shallower.modules.attachment import copied
-from shallower.modules.edits import Sized, perform
-from shallower.modules.numbers import fallen
+from shallower.finding.channels.trials.holding import HeldNumbers, kind_of_site
+from shallower.finding.channels.trials.leading import Expected, Led, Wrong
+from shallower.finding.channels.trials.skeletons import Skeleton
+from shallower.modules.edits import perform
+from shallower.modules.layers import resize_tensors
 from shallower.modules.offloading import weightless
 from shallower.modules.prepared.lists import Entries
-from shallower.modules.preparing import ready_for_cuts
+from shallower.modules.shrinking import before_cut, fallen
 from shallower.modules.written import CallPath, leaves, path_along
-from shallower.planning.entries import Entry
-from shallower.planning.forms.cuts import TensorsLeft
 from shallower.recording.tracing import Call, Frame, Value
 from shallower.sites import Follower, Site, Written
 from shallower.sites.slots import positions_each
@@ -98,8 +96,12 @@ class ChannelTrial:
         self.found = found
         self.why: dict[str, str] = {}
         self._expected = Expected(f)
+        self._tensors: dict[str, Value] = {}
+        for (module, attribute), value in chain(f.trace.weights.items(), f.trace.buffers.items()):
+            self._tensors[f"{f.trace.names[module]}.{attribute}".lstrip(".")] = value
         self._held = HeldNumbers(self)
         self._with_data: bool | None = None
+        self._skeleton = Skeleton(model, weightless(model.parameters()))
         self._trials = 0
         self._kinds: dict[object, int] = {}
         self._on_the_way: dict[Call, set[Run]] = {}
@@ -129,15 +131,24 @@ class ChannelTrial:
         return left
 
     def _leave_out_dependent(self, left: dict[str, Site]) -> None:
-        """Leave out the sites of one kind that cannot be cut alone: what others changed for them may have gone."""
+        """Leave out the sites of one kind that cannot be cut alone: what others changed for them may have gone.
+
+        Halves of the kinds are tried first, so that of any two each is cut once without the other.
+        """
         kinds: dict[object, list[str]] = {}
         for name, site in left.items():
             kinds.setdefault(kind_of_site(site), []).append(name)
-        if len(kinds) < 2:
-            return
-        for names in kinds.values():
-            if not self.led(list(map(left.__getitem__, names))).is_clean:
-                for name in names:
+        doubtful: dict[int, None] = {}
+        several = list(kinds.values())
+        for bit in range((len(several) - 1).bit_length()):
+            for side in (0, 1):
+                half = [i for i in range(len(several)) if i >> bit & 1 == side]
+                names = list(chain.from_iterable(several[i] for i in half))
+                if not self.led(list(map(left.__getitem__, names))).is_clean:
+                    doubtful.update(dict.fromkeys(half))
+        for i in doubtful:
+            if not self.led(list(map(left.__getitem__, several[i]))).is_clean:
+                for name in several[i]:
                     del left[name]
                     self.why[name] = f"{DOES_NOT_FOLLOW} where nothing else is cut"
 
@@ -211,6 +222,8 @@ class ChannelTrial:
         """Whether the forward looks at numbers, so that it does not run without them, even with nothing cut."""
         self._with_data = False
         self._with_data = not self.led([]).is_clean
+        if self._with_data:
+            self._skeleton = Skeleton(self.model, {})
         return self._with_data
 
     def _give_up(self, left: dict[str, Site], chosen: Iterable[Site]) -> None:
@@ -389,14 +402,13 @@ class ChannelTrial:
             kept[site.name] = few_less(site) if one else self._share_of(site)
             fewer[self.found[site.name]] = kept[site.name]
         led = Led(self._expected, fewer)
-        memo = {} if self._with_data else weightless(self.model.parameters())
-        trial = copied(self.model, memo)
-        try:
-            self._cut(trial, sites, kept)
-        except ShallowerError:
-            led.ended = 0
-            return led
-        led.run(trial, self.inputs)
+        with self._skeleton.lent() as trial:
+            try:
+                self._cut(trial, sites, kept, fewer)
+            except ShallowerError:
+                led.ended = 0
+                return led
+            led.run(trial, self.inputs)
         return led
 
     def _share_of(self, site: Site) -> int:
@@ -408,22 +420,24 @@ class ChannelTrial:
             lost = site.width // 2
         return max(site.width - lost, site.least)
 
-    def _cut(self, trial: nn.Module, sites: Sequence[Site], kept: Mapping[str, int]) -> None:
+    def _cut(self, trial: nn.Module, sites: Sequence[Site], kept: Mapping[str, int], fewer: Mapping[Run, int]) -> None:
         """Leave the first channels of each site, without numbers."""
-        tensors = TensorsLeft()
+        shapes: dict[str, tuple[int, ...]] = {}
         for site in sites:
-            entry = Entry.narrow(site, range(kept[site.name]))
-            for edit in ready_for_cuts(trial, (slot.tensor for slot in site.slots)):
-                perform(trial, edit)
-            for edit in fallen(trial, site.followers, site.width - kept[site.name]):
-                perform(trial, edit)
-            for cut in tensors.cut(entry, {}, set()):
-                if not cut.kept:  # a list that loses entries
-                    continue
-                name, _, attribute = cut.tensor.rpartition(".")
-                perform(trial, Sized(name, attribute, cut.after))
-                if self._with_data:
-                    getattr(trial.get_submodule(name), attribute).detach().zero_()
+            for slot in site.slots:
+                shapes[slot.tensor] = ()
+        for edit in before_cut(trial, shapes):
+            perform(trial, edit)
+        for site in sites:
+            for fall in fallen(trial, site.followers, site.width - kept[site.name]):
+                perform(trial, fall)
+        for name in shapes:
+            shapes[name] = self._expected.shape(self._tensors[name], fewer)
+        resize_tensors(trial, shapes)
+        if self._with_data:
+            for name, tensor in chain(trial.named_parameters(), trial.named_buffers()):
+                if name in shapes:
+                    tensor.detach().zero_()
         for site in sites:
             for listed in site.lists:
                 perform(trial, Entries(listed.module, tuple(range(kept[site.name]))))

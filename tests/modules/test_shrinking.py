@@ -1,12 +1,13 @@
-"""Numbers fall with the channels that go, wherever they stand."""
+"""Layers are made ready to lose channels, and numbers fall with those that go, wherever they stand."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from shallower.modules.edits import Attribute, Number, perform
-from shallower.modules.numbers import fallen
+from shallower.modules.edits import Attribute, Dense, Number, edits, encoded, perform, replay
+from shallower.modules.prepared.attention import DenseAttention
+from shallower.modules.shrinking import before_cut, fallen
 from shallower.sites import Follower, Written
 
 
@@ -40,3 +41,18 @@ def test_a_number_that_fell_falls_on() -> None:
 def test_a_size_that_becomes_what_is_left_is_written_as_minus_one() -> None:
     rest = Written(VIEW.path, 2, -1)
     assert fallen(Parts(), [Follower("", "", 0, rest)], 5) == [Number("", rest, -1)]
+
+
+def test_attention_becomes_dense_before_one_of_its_tensors_is_cut() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 6, batch_first=True), 2)
+    assert before_cut(model, ["layers.0.linear1.weight"]) == []
+    made = before_cut(model, ["layers.0.self_attn.in_proj_weight", "layers.0.self_attn.out_proj.bias"])
+    assert made == [Dense("layers.0.self_attn")]
+    perform(model, made[0])
+    assert isinstance(model.layers[0].self_attn, DenseAttention)
+    assert not model.use_nested_tensor
+    assert before_cut(model, ["layers.0.self_attn.in_proj_weight"]) == []
+    fresh = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 6, batch_first=True), 2)
+    replay(fresh, [encoded(edit) for edit in edits(model)])
+    assert isinstance(fresh.layers[0].self_attn, DenseAttention)
+    assert not isinstance(fresh.layers[1].self_attn, DenseAttention)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from shallower.finding.channels import rules as rules
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.layout import Run
-from shallower.finding.channels.leading import Expected, Led
+from shallower.finding.channels.trials.leading import Expected, Led
 from shallower.recording.tracing import trace_forward
 
 

@@ -13,14 +13,14 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from shallower.finding.channels.layout import runs, spans
-from shallower.finding.channels.leading import Led
+from shallower.finding.channels.trials.leading import Led
 from shallower.modules.written import leaves
 from shallower.recording.tracing import Call
 from shallower.sites import Follower, Site
 from shallower.sites.slots import positions_each
 
 if TYPE_CHECKING:
-    from shallower.finding.channels.trying import ChannelTrial
+    from shallower.finding.channels.trials.trying import ChannelTrial
 
 FOLLOWING_TENSORS = {
     "in_features", "out_features", "in_channels", "out_channels", "num_features", "num_channels", "embedding_dim",

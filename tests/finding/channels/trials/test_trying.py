@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from shallower.finding.channels import rules as rules
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.spaces import followed_sites
-from shallower.finding.channels.trying import that_follow
+from shallower.finding.channels.trials.trying import that_follow
 from shallower.recording.tracing import trace_forward
 from shallower.sites import Site
 

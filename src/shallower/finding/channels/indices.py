@@ -36,7 +36,7 @@ JOINING = {"cat", "concat", "concatenate", "stack", "hstack"}
 BLANK = {"zeros", "zeros_like", "new_zeros"}
 
 
-def carry_numbers(f: Following, call: Call) -> None:
+def carry_indices(f: Following, call: Call) -> None:
     """Say of a call's results that they are numbers of channels, or close the channels where it computes with them."""
     if call.name in JOINING and call.inputs and f.numbers.keys() >= set(call.inputs):
         _join(f, call)

@@ -25,11 +25,12 @@ from shallower.core.failures import is_out_of_memory
 from shallower.core.inputs import Inputs
 from shallower.core.trees import mapped, tensors
 from shallower.errors import ShallowerError
-from shallower.finding.channels.following import Following
-from shallower.finding.channels.layout import Run, size_of
-from shallower.finding.channels.numbers import SIZED, Sizing, sizes_of
+from shallower.finding.channels.following import Axes, Following
+from shallower.finding.channels.layout import Run, all_runs, size_of
+from shallower.finding.channels.trials.dataless import Results
+from shallower.finding.channels.trials.sizes import SIZED, Sizing, sizes_of
 from shallower.modules.written import Waypoint, leaves, way_to, with_leaves
-from shallower.recording.tracing import Call, Frame, StoppedError, Trace, canonical, is_metadata, trace_forward
+from shallower.recording.tracing import Call, Frame, StoppedError, Trace, Value, canonical, is_metadata, trace_forward
 
 SLOW = {"interpolate", "grid_sample"}
 """Functions that take long without data, too, and whose results have the channels that they read."""
@@ -60,6 +61,7 @@ class Expected:
     Attributes:
         sizes: of each call.
         computed: the numbers that each call computes with.
+        results: what functions give without data.
     """
 
     def __init__(self, f: Following) -> None:
@@ -67,8 +69,23 @@ class Expected:
         self.calls = f.trace.calls
         self.sizes = [sizes_of(f, call) for call in self.calls]
         self.computed: list[list[float]] = []
+        self.results = Results()
         for call, sizes in zip(self.calls, self.sizes, strict=True):
             self.computed.append(_computed_numbers(call.name, call.args, call.kwargs, sizes))
+        self._axes: dict[Value, tuple[Axes, set[Run]]] = {}
+
+    def shape(self, value: Value, fewer: Mapping[Run, int]) -> tuple[int, ...]:
+        """The shape of a value when some runs have fewer channels."""
+        if value not in self._axes:
+            axes = self.f.axes(value)
+            self._axes[value] = axes, set(all_runs(axes))
+        axes, inside = self._axes[value]
+        if inside.isdisjoint(fewer):
+            return value.shape
+        shape: list[int] = []
+        for axis in axes:
+            shape.append(size_of(axis, fewer))
+        return tuple(shape)
 
 
 class Led:
@@ -136,7 +153,7 @@ class Led:
         if name in SLOW and all(t.is_meta for t in tensors(args)):
             return self._instead(call, args, None)
         try:
-            result = function(*args, **kwargs)
+            result = self.expected.results.of(function, args, kwargs)
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise
@@ -162,13 +179,7 @@ class Led:
         return tuple(changed), named
 
     def _shapes(self, call: Call) -> list[tuple[int, ...]]:
-        shapes = []
-        for value in call.outputs:
-            shape: list[int] = []
-            for axis in self.expected.f.axes(value):
-                shape.append(size_of(axis, self.fewer))
-            shapes.append(tuple(shape))
-        return shapes
+        return [self.expected.shape(value, self.fewer) for value in call.outputs]
 
     def _checked(self, i: int, call: Call, args: Sequence[Any], result: Any) -> Any:
         """A result, where it has the shapes that the layouts say; others where it has not."""

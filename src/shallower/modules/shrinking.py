@@ -1,4 +1,8 @@
-"""Whole numbers that fall with channels: those that modules hold, and those that are written in forwards."""
+"""What else becomes of a model where channels are cut out of its tensors: layers made ready, and numbers that fall.
+
+for edit in (*before_cut(model, ["encoder.self_attn.in_proj_weight"]), *fallen(model, site.followers, 3)):
+    perform(model, edit)
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,25 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from shallower.modules.edits import Attribute, Number
+from shallower.modules.edits import Attribute, Dense, Number, StructuralEdit
+from shallower.modules.prepared.attention import is_stock
 from shallower.modules.written import numbers_written
 from shallower.sites import Follower
+
+
+def before_cut(model: nn.Module, tensors: Iterable[str]) -> list[StructuralEdit]:
+    """The edits of layers that cannot lose channels as they are, before some of their tensors do.
+
+    Args:
+        model: not changed.
+        tensors: dotted names.
+    """
+    found: dict[str, StructuralEdit] = {}
+    for name in dict.fromkeys(tensor.rpartition(".")[0] for tensor in tensors):
+        for place in (name, name.rpartition(".")[0]):
+            if is_stock(model.get_submodule(place)):
+                found[place] = Dense(place)
+    return list(found.values())
 
 
 def fallen(model: nn.Module, followers: Iterable[Follower], gone: int) -> list[Attribute | Number]:

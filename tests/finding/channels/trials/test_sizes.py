@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from shallower.finding.channels import rules as rules
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.numbers import sizes_of
+from shallower.finding.channels.trials.sizes import sizes_of
 from shallower.recording.tracing import trace_forward
 
 CALLS: list[tuple[Callable[[Tensor], object], list[tuple[int, int]]]] = [
