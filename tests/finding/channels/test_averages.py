@@ -73,3 +73,31 @@ def test_an_average_in_the_forward_itself_is_refused_with_the_reason() -> None:
     sites = find_sites(Outside(), torch.randn(2, 4), kinds="hidden")
     assert len(sites) == 0
     assert sites.skipped["a"] == AVERAGED
+
+
+def test_a_norm_that_reads_a_gate_computes_on_what_stays_of_both() -> None:
+    class GatedNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(6) + 0.5)
+
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            if gate is not None:
+                x = x * torch.nn.functional.silu(gate)
+            return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.gate, self.norm, self.b = nn.Linear(4, 6), nn.Linear(4, 6), GatedNorm(), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.norm(self.a(x), self.gate(x)))
+
+    model, x = drawn(Gated()), torch.randn(5, 4)
+    (site,) = find_sites(model, x)
+    assert set(site.layers) == {"a", "gate", "norm", "b"}
+    plan = sh.Plan((sh.Entry.narrow(site, [0, 3, 4, 5]),))
+    small = sh.apply(model, plan, x)
+    assert small.norm.weight.shape == (4,)
+    torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))
