@@ -16,8 +16,9 @@ from benchmarks.families.mixed import mixed_inputs
 from benchmarks.families.tiny import VARIANTS, fields, tiny_config
 
 TASKS = (
-    "CAUSAL_LM",
     "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "CAUSAL_LM",
     "SEQUENCE_CLASSIFICATION",
     "IMAGE_CLASSIFICATION",
     "AUDIO_CLASSIFICATION",
@@ -26,7 +27,6 @@ TASKS = (
     "SEMANTIC_SEGMENTATION",
     "OBJECT_DETECTION",
     "CTC",
-    "SPEECH_SEQ_2_SEQ",
     "IMAGE_TEXT_TO_TEXT",
     "DEPTH_ESTIMATION",
     "TIME_SERIES_PREDICTION",
@@ -145,6 +145,7 @@ def _inputs(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
             {"input_values": torch.randn(2, 4000)},
             {"input_values": torch.randn(2, known.get("max_length") or 64, mels)},
             {"input_values": torch.randn(2, 800), "decoder_input_ids": ids},
+            {"input_values": torch.randn(2, 4000), "decoder_input_ids": ids},
         ],
         "input_features": lambda: [
             {"input_features": torch.randn(2, 40, mels)},
