@@ -54,3 +54,19 @@ def test_a_forward_that_makes_other_calls_ends_the_pass() -> None:
     model = Net(4)
     model.a = nn.Sequential(nn.Linear(3, 4), nn.ReLU())  # type: ignore[assignment]
     assert led(4, model).ended == 1
+
+
+def test_numbers_of_a_check_do_not_count() -> None:
+    class Checked(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            if not bool(torch.tensor(len(x)) * h.shape[-1] == h.numel()):
+                raise ValueError
+            y: Tensor = self.b(h)
+            return y
+
+    f = Following(trace_forward(Checked(), torch.randn(2, 3)))
+    (run,) = [axis for axis in f.axes(f.trace.weights[f.trace.model.a, "weight"])[:1] if isinstance(axis, Run)]
+    found = Led(Expected(f), {run: 4})
+    found.run(Checked(4), torch.randn(2, 3))
+    assert found.is_clean

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from types import FrameType
 from typing import Any
 
@@ -60,7 +61,7 @@ class Expected:
 
     Attributes:
         sizes: of each call.
-        computed: the numbers that each call computes with.
+        computed: the numbers that each call computes with; None where no result depends on it, as on a check.
         results: what functions give without data.
     """
 
@@ -68,10 +69,14 @@ class Expected:
         self.f = f
         self.calls = f.trace.calls
         self.sizes = [sizes_of(f, call) for call in self.calls]
-        self.computed: list[list[float]] = []
+        self.computed: list[list[float] | None] = []
         self.results = Results()
+        used = _used_calls(f.trace)
         for call, sizes in zip(self.calls, self.sizes, strict=True):
-            self.computed.append(_computed_numbers(call.name, call.args, call.kwargs, sizes))
+            numbers = None
+            if call in used:
+                numbers = _computed_numbers(call.name, call.args, call.kwargs, sizes)
+            self.computed.append(numbers)
         self._axes: dict[Value, tuple[Axes, set[Run]]] = {}
 
     def shape(self, value: Value, fewer: Mapping[Run, int]) -> tuple[int, ...]:
@@ -146,7 +151,8 @@ class Led:
             raise _OutOfStepError(f"`{name}` instead of another call")
         call, sizes = self.expected.calls[i], self.expected.sizes[i]
         # numbers to compute with cannot be told from those that the inputs' sizes are in: a call with others is blamed
-        if _computed_numbers(name, args, kwargs, sizes) != self.expected.computed[i]:
+        computed = self.expected.computed[i]
+        if computed is not None and computed != _computed_numbers(name, args, kwargs, sizes):
             self.blamed.add(i)
         if sizes:
             args, kwargs = self._put_right(i, frame, sizes, args, kwargs)
@@ -228,6 +234,23 @@ def _blanks(shapes: Sequence[tuple[int, ...]], read: Sequence[Tensor], made: Seq
     if like is None:
         like = next(iter((*made, *read)), torch.empty(0))
     return [like.new_zeros(shape) for shape in shapes]
+
+
+def _used_calls(trace: Trace) -> set[Call]:
+    """The calls on which something depends that the model returns, keeps or writes into."""
+    found: set[Call] = set()
+    waiting = list(trace.cached)
+    for call in trace.calls:
+        waiting += filter(attrgetter("output"), call.outputs)
+        if call.inplace:
+            found.add(call)
+            waiting += call.inputs
+    while waiting:
+        made = waiting.pop().call
+        if made is not None and made not in found:
+            found.add(made)
+            waiting += made.inputs
+    return found
 
 
 def _computed_numbers(
