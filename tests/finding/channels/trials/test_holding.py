@@ -30,3 +30,28 @@ def test_repeated_blocks_get_the_same_numbers_and_no_call_is_written() -> None:
     assert found["1"] == {("1", "heads", 1), ("1", "all", 3)}
     assert found["2"] == {("2", "heads", 1), ("2", "all", 3)}
     assert not found["0:stream"]
+
+
+class Checking(nn.Module):
+    """Says that its input has to have as many channels as it was made for."""
+
+    def __init__(self, num_channels: int, width: int) -> None:
+        super().__init__()
+        self.num_channels = num_channels
+        self.projection = nn.Conv2d(num_channels, width, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != self.num_channels:
+            raise ValueError("these are not the channels of the configuration")
+        return self.projection(x)
+
+
+def test_a_number_that_a_forward_only_checks_falls_with_the_channels_that_it_checks() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Checking(8, 6), Checking(6, 4), nn.Flatten())
+    x = torch.randn(2, 3, 8, 8)
+    sites = sh.find_sites(model, x)
+    assert [site.width for site in sites] == [8, 6]
+    plan = sh.Plan(tuple(sh.Entry.narrow(site, range(0, site.width, 2)) for site in sites))
+    small = sh.apply(model, plan, x)
+    assert (small[1].num_channels, small[2].num_channels) == (4, 3)
+    torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import shallower as sh
 from shallower.finding.channels import rules as rules
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.spaces import followed_sites
@@ -96,3 +97,26 @@ def test_what_does_not_follow_does_not_keep_others_from_it(count: int) -> None:
     found, skipped = tried(model, torch.randn(2, 4))
     assert sorted(site.width for site in found if not site.name.endswith("stream"))[-count:] == [6] * count
     assert any("does not follow" in reason for reason in skipped.values())
+
+
+class OneNumberForTwo(nn.Module):
+    """Gives the width of one layer to a reshape of what another of the same width makes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, width), nn.Linear(width, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        n, width = h.shape
+        return self.c(self.b(h).reshape(n, width))
+
+
+@pytest.mark.parametrize("width", [8, 12, 20])
+def test_two_layers_of_one_width_are_cut_by_themselves(width: int) -> None:
+    model, x = OneNumberForTwo(width).eval(), torch.randn(5, 4)
+    sites = sh.find_sites(model, x)
+    assert [site.width for site in sites] == [width, width]
+    for site in sites:
+        plan = sh.Plan((sh.Entry.narrow(site, range(width // 2)),))
+        torch.testing.assert_close(sh.apply(model, plan, x)(x + 1), sh.simulate(model, plan)(x + 1))

@@ -12,8 +12,11 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from shallower.finding.channels.layout import runs, spans
+from torch import Tensor
+
+from shallower.finding.channels.layout import Run, runs, spans
 from shallower.finding.channels.trials.leading import Led
+from shallower.modules.prepared.weight_norms import place_of_weight
 from shallower.modules.written import leaves
 from shallower.recording.tracing import Call
 from shallower.sites import Follower, Site
@@ -26,7 +29,7 @@ FOLLOWING_TENSORS = {
     "in_features", "out_features", "in_channels", "out_channels", "num_features", "num_channels", "embedding_dim",
     "num_embeddings", "nx", "nf",
 }  # fmt: skip
-"""Sizes that layers hold beside their tensors and that follow these."""
+"""Sizes that layers hold beside their weight and that follow it."""
 
 MOST_FRAMES = 3
 """Modules around a call that may hold its numbers: the one whose forward makes it, and those that call that."""
@@ -101,8 +104,9 @@ class HeldNumbers:
                 if frame.name is None:
                     continue
                 module = self.trial.model.get_submodule(frame.name)
+                weighty = isinstance(getattr(*place_of_weight(module), None), Tensor)
                 for attribute, value in vars(module).items():
-                    own = type(value) is int and attribute not in FOLLOWING_TENSORS
+                    own = type(value) is int and not (weighty and attribute in FOLLOWING_TENSORS)
                     if own and value in numbers and (frame.name, attribute) not in held:
                         follower = Follower(frame.name, attribute, numbers[value])
                         together.setdefault(frame.name, {})[attribute] = follower
@@ -132,7 +136,18 @@ class HeldNumbers:
                     if type(number) is int and number >= width and number % width == 0:
                         yield call, {number: number // width}
                         factors.append((call, _factors(number, width)))
+                if led.ended is not None and call in self.trial.f.trace.calls[led.ended : led.ended + 1]:
+                    yield call, self._sizes_before(call, run)
         yield from factors
+
+    def _sizes_before(self, call: Call, run: Run) -> dict[int, int]:
+        """The sizes of what a call reads that count the channels: a forward may check them before it makes the call."""
+        found: dict[int, int] = {}
+        for value in call.inputs:
+            for axis in self.trial.f.axes(value):
+                if run in runs(axis):
+                    found[axis.size] = positions_each(spans(axis, run))
+        return found
 
     # ------------------------------------------------------------------------------------------------- judgement
 

@@ -103,6 +103,7 @@ class ChannelTrial:
         self._with_data: bool | None = None
         self._skeleton = Skeleton(model, weightless(model.parameters()))
         self._trials = 0
+        self._by_experts = any(call.name == "grouped_mm" for call in f.trace.calls)
         self._kinds: dict[object, int] = {}
         self._on_the_way: dict[Call, set[Run]] = {}
         self._in_frames: dict[Frame, set[Run]] = {}
@@ -399,7 +400,7 @@ class ChannelTrial:
         kept: dict[str, int] = {}
         fewer: dict[Run, int] = {}
         for site in sites:
-            kept[site.name] = few_less(site) if one else self._share_of(site)
+            kept[site.name] = self._few_less(site) if one else self._share_of(site)
             fewer[self.found[site.name]] = kept[site.name]
         led = Led(self._expected, fewer)
         with self._skeleton.lent() as trial:
@@ -414,11 +415,21 @@ class ChannelTrial:
     def _share_of(self, site: Site) -> int:
         """How many channels a trial leaves: half of few, and of many a share that no other kind has, nearly."""
         kind = self._kinds.setdefault(kind_of_site(site), len(self._kinds))
-        unit = unit_of(site)
+        unit = self._unit_of(site)
         lost = max(unit, round(site.width * (1 - SHARES[kind % len(SHARES)]) / unit) * unit)
         if site.width < MANY:
             lost = site.width // 2
         return max(site.width - lost, site.least)
+
+    def _few_less(self, site: Site) -> int:
+        """How many channels a trial leaves that takes few."""
+        return max(site.width - self._unit_of(site), site.least)
+
+    def _unit_of(self, site: Site) -> int:
+        """How many channels a trial takes at a time: one, but products by experts count in 16 bytes."""
+        if not self._by_experts or site.width <= 4:
+            return 1
+        return 8 if site.width > 16 else 4
 
     def _cut(self, trial: nn.Module, sites: Sequence[Site], kept: Mapping[str, int], fewer: Mapping[Run, int]) -> None:
         """Leave the first channels of each site, without numbers."""
@@ -454,15 +465,3 @@ def _is_list(given: object) -> bool:
 
 def _same_number(one: Written | None, other: Written) -> bool:
     return one is not None and (one.path, one.place) == (other.path, other.place)
-
-
-def unit_of(site: Site) -> int:
-    """How many channels a trial takes at a time: products by experts count in 16 bytes."""
-    if site.width > 16:
-        return 8
-    return 4 if site.width > 4 else 1
-
-
-def few_less(site: Site) -> int:
-    """How many channels a trial leaves that takes few."""
-    return max(site.width - unit_of(site), site.least)
