@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from types import FrameType
 from typing import Any
@@ -27,7 +28,7 @@ from shallower.core.inputs import Inputs
 from shallower.core.trees import mapped, tensors
 from shallower.errors import ShallowerError
 from shallower.finding.channels.following import Axes, Following
-from shallower.finding.channels.layout import Run, all_runs, size_of
+from shallower.finding.channels.layout import Run, all_runs, fixed, size_of
 from shallower.finding.channels.trials.dataless import Results
 from shallower.finding.channels.trials.sizes import SIZED, Sizing, sizes_of
 from shallower.modules.written import Waypoint, leaves, way_to, with_leaves
@@ -63,6 +64,7 @@ class Expected:
         sizes: of each call.
         computed: the numbers that each call computes with; None where no result depends on it, as on a check.
         results: what functions give without data.
+        tensors: the parameters and buffers by name.
     """
 
     def __init__(self, f: Following) -> None:
@@ -71,6 +73,9 @@ class Expected:
         self.sizes = [sizes_of(f, call) for call in self.calls]
         self.computed: list[list[float] | None] = []
         self.results = Results()
+        self.tensors: dict[str, Value] = {}
+        for (module, attribute), value in chain(f.trace.weights.items(), f.trace.buffers.items()):
+            self.tensors[f"{f.trace.names[module]}.{attribute}".lstrip(".")] = value
         used = _used_calls(f.trace)
         for call, sizes in zip(self.calls, self.sizes, strict=True):
             numbers = None
@@ -78,6 +83,15 @@ class Expected:
                 numbers = _computed_numbers(call.name, call.args, call.kwargs, sizes)
             self.computed.append(numbers)
         self._axes: dict[Value, tuple[Axes, set[Run]]] = {}
+
+    def keep(self, i: int, place: int) -> None:
+        """Let a number that a call computes with be what it is, and not blame the call for another."""
+        call, computed = self.calls[i], self.computed[i]
+        if computed is None or call.name in SIZED or any(size.place == place for size in self.sizes[i]):
+            return
+        given = leaves(call.args, call.kwargs)[place]
+        self.sizes[i].append(Sizing(place, given, fixed(1, "a number"), stays=True))
+        self.computed[i] = _computed_numbers(call.name, call.args, call.kwargs, self.sizes[i])
 
     def shape(self, value: Value, fewer: Mapping[Run, int]) -> tuple[int, ...]:
         """The shape of a value when some runs have fewer channels."""

@@ -28,6 +28,7 @@ class Sizing:
         layout: the positions.
         negative: whether it counts them from the end.
         bounds: the layout of the whole axis, where it is a bound of a slice.
+        stays: whether it is a number to compute with, made of the sizes of channels: the same where fewer are left.
     """
 
     place: int
@@ -35,9 +36,12 @@ class Sizing:
     layout: Layout
     negative: bool = False
     bounds: Layout | None = None
+    stays: bool = False
 
     def expected(self, fewer: Mapping[Run, int]) -> float:
         """The number when some runs have fewer channels."""
+        if self.stays:
+            return self.given
         size = size_of(self.layout, fewer)
         return -size if self.negative else size
 

@@ -23,6 +23,7 @@ from shallower.finding.channels.layout import Cat, Layout, Prod, Run, all_runs, 
 from shallower.finding.channels.spaces import Found
 from shallower.finding.channels.trials.holding import HeldNumbers, kind_of_site
 from shallower.finding.channels.trials.leading import Expected, Led, Wrong
+from shallower.finding.channels.trials.origins import made_of
 from shallower.finding.channels.trials.skeletons import Skeleton
 from shallower.modules.edits import perform
 from shallower.modules.layers import resize_tensors
@@ -96,11 +97,9 @@ class ChannelTrial:
         self.found = found
         self.why: dict[str, str] = {}
         self._expected = Expected(f)
-        self._tensors: dict[str, Value] = {}
-        for (module, attribute), value in chain(f.trace.weights.items(), f.trace.buffers.items()):
-            self._tensors[f"{f.trace.names[module]}.{attribute}".lstrip(".")] = value
         self._held = HeldNumbers(self)
         self._with_data: bool | None = None
+        self._knows_numbers = False
         self._skeleton = Skeleton(model, weightless(model.parameters()))
         self._trials = 0
         self._by_experts = any(call.name == "grouped_mm" for call in f.trace.calls)
@@ -209,6 +208,8 @@ class ChannelTrial:
                 if led.is_clean:
                     return
                 continue
+            if led.blamed and self._keeps_numbers():
+                continue
             before = dict(left)
             if self._held.take(left, chosen, led, one=one):
                 led = self.led([left[site.name] for site in chosen], one=one)
@@ -226,6 +227,21 @@ class ChannelTrial:
         if self._with_data:
             self._skeleton = Skeleton(self.model, {})
         return self._with_data
+
+    def _keeps_numbers(self) -> bool:
+        """Whether calls compute with numbers that are made of the sizes of channels alone, which can be written."""
+        if self._knows_numbers:
+            return False
+        self._knows_numbers = True
+        with self._skeleton.lent() as trial:
+            found = made_of(self._expected, trial, self.inputs)
+        known, kept = set(self.found.values()), 0
+        for (i, place), axes in found.items():
+            # an axis with channels of a site, and nothing that may be larger with other inputs
+            if all(known.intersection(runs(axis)) and not self._varies(axis) for axis in axes):
+                kept += 1
+                self._expected.keep(i, place)
+        return kept > 0
 
     def _give_up(self, left: dict[str, Site], chosen: Iterable[Site]) -> None:
         for site in chosen:
@@ -443,7 +459,7 @@ class ChannelTrial:
             for fall in fallen(trial, site.followers, site.width - kept[site.name]):
                 perform(trial, fall)
         for name in shapes:
-            shapes[name] = self._expected.shape(self._tensors[name], fewer)
+            shapes[name] = self._expected.shape(self._expected.tensors[name], fewer)
         resize_tensors(trial, shapes)
         if self._with_data:
             for name, tensor in chain(trial.named_parameters(), trial.named_buffers()):
