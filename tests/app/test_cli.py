@@ -80,7 +80,7 @@ def compress(shallower: Shallower, data: Path, output: Path, *options: object, m
 
 def squeeze(shallower: Shallower, data: Path, output: Path, *options: object, model: str = NET) -> Finished:
     """Without training."""
-    fixed = ("--task", "image-classification", "--device", "cpu", "--samples", 64)
+    fixed = ("--method", "squeeze", "--task", "image-classification", "--device", "cpu", "--samples", 64)
     return shallower("compress", model, "--data", data, "--output", output, *fixed, *options)
 
 
@@ -220,6 +220,35 @@ def test_classes_that_do_not_fit_do_not_keep_from_squeezing(shallower: Shallower
     finished = squeeze(shallower, tmp_path / "many.npz", tmp_path / "out", "--target", "params:70%")
     assert finished.status == 0, finished.err
     assert "the labels were not used: the data has 5 classes" in finished.out
+
+
+def test_without_a_method_the_minutes_decide(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
+    given = ("compress", NET, "--data", pictures, "--task", "image-classification", "--device", "cpu")
+    finished = shallower(*given, "--target", "params:40%", "--minutes", "0.5", "--output", tmp_path / "out")
+    assert finished.status == 0, finished.err
+    assert "squeezing on 135 rows (about" in finished.err
+    told = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert finished.out.rstrip().endswith(told["summary"])
+    assert told["options"]["method"] == "auto"
+    assert told["seconds"] < 36
+
+
+def test_a_result_far_below_the_original_is_a_warning_and_strictly_a_failure(
+    shallower: Shallower, pictures: Path, tmp_path: Path
+) -> None:
+    (status, err), (strictly, _) = [
+        (finished.status, finished.err)
+        for finished in (
+            compress(shallower, pictures, tmp_path / name, "--target", "params:5%", "--lr", "1.0", *more)
+            for name, more in (("out", ()), ("strict", ("--strict",)))
+        )
+    ]
+    assert (status, strictly) == (0, 4)
+    assert "warning: the accuracy fell from" in err
+    told = json.loads((tmp_path / "strict" / "result.json").read_text())
+    assert "fell from" in told["alarms"][0]
+    for name in ("report.html", "README.md"):
+        assert told["alarms"][0] in (tmp_path / "strict" / name).read_text()
 
 
 def test_a_squeezed_model_heals_by_distillation(shallower: Shallower, pictures: Path, tmp_path: Path) -> None:
@@ -405,9 +434,12 @@ def test_a_target_that_is_not_met_exits_with_3(
         (("--target", "weight:1%"), "not of the form UNIT:AMOUNT"),
         (("--target", "params:100%"), "less than 100 %"),
         (("--target", "params:50%", "--strength", "1"), "it belongs to --method layer-collapse"),
-        (("--target", "params:50%", "--epochs", "2"), "--heal 2 distils"),
-        (("--target", "params:50%", "--lr", "0.1"), "does not train, unless with --heal"),
-        (("--target", "params:50%", "--method", "layer-collapse", "--uniform"), "it belongs to --method squeeze"),
+        (("--target", "params:50%", "--epochs", "2"), "--minutes say how long"),
+        (("--target", "params:50%", "--method", "squeeze", "--epochs", "2"), "--heal 2 distils"),
+        (("--target", "params:50%", "--method", "squeeze", "--lr", "0.1"), "does not train, unless with --heal"),
+        (("--target", "params:50%", "--method", "layer-collapse", "--uniform"), "it belongs to --method auto"),
+        (("--target", "params:50%", "--method", "squeeze", "--minutes", "2"), "is not bounded by minutes"),
+        (("--target", "params:50%", "--minutes", "0"), "minutes=0.0: above 0"),
         (("--target", "params:50%", "--eval-data", "x.csv", "--held-out", "0.2"), "leave one of the two out"),
         (("--target", "params:50%", "--method", "magic"), "magic"),
         (("--target", "params:50%", "--samples", "3"), "--samples"),
@@ -460,7 +492,8 @@ def test_a_language_model_is_collapsed_and_then_squeezed(shallower: Shallower, d
     assert "perplexity" in first.out
     assert task_of(str(tmp_path / "collapsed")) == "causal-lm"
     transformers.AutoTokenizer.from_pretrained(tmp_path / "collapsed")
-    second = shallower("compress", tmp_path / "collapsed", *texts, *options, "--output", tmp_path / "squeezed")
+    squeezing = ("--method", "squeeze", "--output", tmp_path / "squeezed")
+    second = shallower("compress", tmp_path / "collapsed", *texts, *options, *squeezing)
     assert second.status == 0, second.err
     assert "4 sites" in shallower("inspect", tmp_path / "collapsed").out
     params = [
@@ -477,7 +510,7 @@ def test_a_new_head_has_the_classes_of_the_data(shallower: Shallower, tmp_path: 
     (tmp_path / "films.csv").write_text("text,label\n" + rows)
     finished = shallower(
         *("compress", tmp_path / "bert", "--data", tmp_path / "films.csv", "--task", "text-classification"),
-        *("--target", "macs:80%", "--device", "cpu", "--output", tmp_path / "out"),
+        *("--target", "macs:80%", "--device", "cpu", "--output", tmp_path / "out", "--minutes", "1"),
     )
     assert finished.status == 0, finished.err
     assert "the head was new" in finished.out
@@ -492,7 +525,8 @@ def test_text_is_varied_and_linear_paths_are_allowed(shallower: Shallower, tmp_p
     (tmp_path / "films.csv").write_text("text\n" + "good film\nbad film film\ngood bad good\n" * 10)
     finished = shallower(
         *("compress", tmp_path / "bert", "--data", tmp_path / "films.csv", "--task", "feature-extraction"),
-        *("--target", "params:80%", "--vary", "--linear-path", "--device", "cpu", "--output", tmp_path / "out"),
+        *("--method", "squeeze", "--target", "params:80%", "--vary", "--linear-path", "--device", "cpu"),
+        *("--output", tmp_path / "out"),
     )
     assert finished.status == 0, finished.err
     assert load(tmp_path / "out").num_parameters() <= 0.8 * load_dense(tmp_path / "bert")
@@ -530,7 +564,7 @@ def test_real_pictures_go_through_a_timm_model(shallower: Shallower, data: Path,
     pytest.importorskip("timm")
     finished = shallower(
         *("compress", TIMM, "--data", data / "cifar10" / "test.parquet", "--limit", 24, "--batch-size", 8),
-        *("--target", "macs:80%", "--uniform", "--device", "cpu", "--output", tmp_path / "out"),
+        *("--target", "macs:80%", "--uniform", "--heal", 1, "--device", "cpu", "--output", tmp_path / "out"),
     )
     assert finished.status == 0, finished.err
     sites = json.loads(shallower("inspect", tmp_path / "out", "--json").out)["sites"]

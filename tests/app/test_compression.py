@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from shallower.app.compression import compress, cost_after, cost_of, preview, site_rows
+from shallower.app.batching import drawn_rows
+from shallower.app.compression import cost_after, cost_of, preview, run_method, site_rows
 from shallower.app.runs.layer_collapse import LayerCollapseRun
 from shallower.app.runs.squeeze import SqueezeRun
 from shallower.errors import SiteError, TargetError
@@ -22,7 +23,7 @@ from tests.app.small import batches, network, work
 
 def test_a_result_meets_its_target_and_both_models_are_judged() -> None:
     given = work("params:60%")
-    result = compress(given, SqueezeRun(samples=96))
+    result = run_method(given, SqueezeRun(samples=96))
     dense, small = result.verdict.dense, result.verdict.small
     assert small.params == sum(p.numel() for p in result.model.parameters()) <= 0.6 * dense.params
     assert 0 <= small.score <= 1
@@ -32,7 +33,7 @@ def test_a_result_meets_its_target_and_both_models_are_judged() -> None:
 
 def test_a_result_is_certified_on_test_rows() -> None:
     given = work("params:60%")
-    result = compress(given, SqueezeRun(samples=96))
+    result = run_method(given, SqueezeRun(samples=96))
     certificate = result.certificate
     assert certificate is not None
     assert (certificate.rows, certificate.left_out, result.uncertified) == (40, 0, "")
@@ -47,17 +48,17 @@ def test_without_enough_test_rows_there_is_no_certificate() -> None:
     given = work("params:60%")
     few = DataLoader(TensorDataset(*given.batches.test.dataset[:10]), 40)
     for test, reason in ((given.batches.validation, "no test rows"), (few, "10 test rows are too few")):
-        result = compress(replace(given, batches=replace(given.batches, test=test)), SqueezeRun(samples=96))
+        result = run_method(replace(given, batches=replace(given.batches, test=test)), SqueezeRun(samples=96))
         assert result.certificate is None
         assert reason in result.uncertified
 
 
 def test_a_sample_of_the_test_rows_is_the_same_in_every_call() -> None:
     given = work()
-    first = torch.cat([x for x, _ in given.test_sample(30)])
+    first = torch.cat([x for x, _ in drawn_rows(given.batches.test, 30, 0)])
     assert len(first) == 30
-    assert torch.equal(first, torch.cat([x for x, _ in given.test_sample(30)]))
-    assert len(given.test_sample(10**6).dataset) == 40  # type: ignore[arg-type]
+    assert torch.equal(first, torch.cat([x for x, _ in drawn_rows(given.batches.test, 30, 0)]))
+    assert len(drawn_rows(given.batches.test, 10**6, 0).dataset) == 40  # type: ignore[arg-type]
 
 
 def test_a_preview_changes_nothing() -> None:
@@ -77,18 +78,18 @@ def test_rows_to_calibrate_on_do_not_depend_on_what_was_trained_before() -> None
     list(given.batches.train)
     given.batches.train.generator.manual_seed(99)  # type: ignore[union-attr]
     assert torch.equal(first, torch.cat([x for x, _ in given.sample(64)]))
-    assert given.sample_size(50) == 64
-    assert given.sample_size(10**18) == 160
+    assert given.batches.sample_size(50) == 64
+    assert given.batches.sample_size(10**18) == 160
 
 
 def test_sites_that_are_not_there_are_named() -> None:
     with pytest.raises(SiteError, match=r"--sites 'encoder\.\*'"):
-        compress(work("params:60%", sites="encoder.*"), SqueezeRun(samples=96))
+        run_method(work("params:60%", sites="encoder.*"), SqueezeRun(samples=96))
 
 
 def test_a_model_below_the_floor_is_refused_before_any_work() -> None:
     with pytest.raises(TargetError, match="the unchanged model"):
-        compress(work("params:60%", floor=1.0), SqueezeRun(samples=96))
+        run_method(work("params:60%", floor=1.0), SqueezeRun(samples=96))
 
 
 def test_a_method_without_a_target_is_told_to_have_one() -> None:
@@ -97,7 +98,7 @@ def test_a_method_without_a_target_is_told_to_have_one() -> None:
 
 
 def test_the_unchanged_model_is_trained_first_if_asked_for(tmp_path: Path) -> None:
-    trained = compress(work("params:60%", folder=tmp_path, dense_epochs=6), SqueezeRun(samples=96))
+    trained = run_method(work("params:60%", folder=tmp_path, dense_epochs=6), SqueezeRun(samples=96))
     assert trained.verdict.dense.score > 0.6
     assert (tmp_path / "dense.safetensors").is_file()
 

@@ -61,7 +61,8 @@ def test_an_interrupted_squeezing_goes_on_and_ends_as_an_undisturbed_one(
     )
 
     def command(output: str) -> list[object]:
-        given = ("--data", tmp_path / "rows.npz", "--task", "image-classification", "--device", "cpu", "--uniform")
+        given = ("--data", tmp_path / "rows.npz", "--task", "image-classification", "--device", "cpu")
+        given = (*given, "--method", "squeeze", "--uniform")
         return ["compress", DEEP, *given, "--target", "params:40%", "--output", tmp_path / output, *options]
 
     progress = tmp_path / ".out.progress" / "squeeze"

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 import shallower as sh
-from shallower.app.compression import compress
+from shallower.app.compression import run_method
 from shallower.app.jobs import record_of, write
 from shallower.app.models import LoadedModel
 from shallower.app.picking import pick
@@ -33,10 +33,10 @@ FACTORY = f"{__name__}:make_network"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `compress --method structural-dropout` wrote."""
     given, output = work(normed=True), tmp_path_factory.mktemp("all") / "all"
-    result = compress(given, StructuralDropoutRun(points=3))
+    result = run_method(given, StructuralDropoutRun(points=3))
     outcome = result.outcome
     options = {"model": FACTORY, "data": "rows", "method": "structural-dropout", "target": ""}
-    record = record_of(result, options, given.batches, seconds=1.0)
+    record = record_of(result, options, seconds=1.0)
     loaded = LoadedModel(given.model, "")
     write(outcome.model, output, loaded, outcome.plan, record, points=outcome.points, files=outcome.files)
     return output

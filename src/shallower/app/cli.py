@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from shallower.app.failures import DEBUG, one_line, plain_warnings, print_traceback, terminable
+from shallower.app.failures import DEBUG, on_stderr, one_line, plain_warnings, print_traceback, terminable
 from shallower.app.options import (
     METHODS,
     MOST_SEED,
@@ -75,8 +75,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="A MODEL is a directory (of Transformers, or one that a command here wrote), a name on the hub, timm:NAME, "
     "torchvision:NAME or package.module:factory; the last three with options, 'NAME?num_classes=10'. "
-    "Exit codes: 0 success, 1 error (one line on stderr), 2 wrong usage, 3 target not met, 130 interrupted.",
+    "Exit codes: 0 success, 1 error (one line on stderr), 2 wrong usage, 3 target not met, "
+    "4 far below the original (with --strict), 130 interrupted.",
 )
+
+FAR_BELOW = 4
+"""The exit status of `compress --strict` where the result is far below the original."""
 
 _KINDS_HELP = "Which sites: hidden, heads, stream, experts, activation; several with commas, or all."
 _MODEL_HELP = "A directory, a hub name, timm:NAME, torchvision:NAME or package.module:factory."
@@ -178,36 +182,49 @@ def compress(
 ) -> None:
     """Make MODEL smaller with the help of DATA, and write the smaller model.
 
-    Squeezing, the default, needs a few hundred rows, no labels and no training. The other methods train the model on
-    DATA. The result is in --output: model.safetensors and shallower.json (shallower.load reads them), the tokenizer,
-    the plan, and result.json with all numbers. It is written at the end, and only if the target was met. After Ctrl-C
-    the work so far is kept beside the output, and the same command continues from there.
+    It takes --minutes: channels are squeezed on a few hundred rows, what is left of the time heals the result by
+    distillation, and where DATA has labels and time is left even then, layers that collapse by training are tried.
+    No labels are needed. The last words are what was done, what it cost, and what more time would bring. Other
+    methods do only what they say (--method).
+
+    The result is in --output: model.safetensors and shallower.json (shallower.load reads them), the tokenizer, the
+    plan, a report, and result.json with all numbers. It is written at the end, and only if the target was met. After
+    Ctrl-C the work so far is kept beside the output, and the same command continues from there.
+
+    A result far below the original (more than a third of what that has above chance is lost, or the perplexity
+    doubled) is a warning in red, and with --strict the exit status 4.
 
     \b
     Examples:
       shallower compress ./my-bert --data reviews.csv --target params:80% \\
         --output smaller
       shallower compress timm:resnet18 --data photos/ --target latency:1.5x \\
-        --heal 1 --output smaller
+        --minutes 10 --output smaller
       shallower compress ./my-llama --data stories.txt --target drop:2% \\
         --output smaller --dry-run
       shallower compress ./my-bert --data reviews.csv --target macs:80% \\
         --method layer-collapse --epochs 3 --output smaller
     """
-    _check_usage(given_options(context), method, goal, training, rows)
+    given = given_options(context)
+    _check_usage(given, method, goal, training, rows)
     from shallower.app.jobs import Job, dry_run, run
     from shallower.app.runs import run_of
 
     target = _target(goal.target) if goal.target else None
-    job = Job(model, goal.data, target, goal.output.expanduser(), run_of(method), scope, rows, training, machine)
+    output = goal.output.expanduser()
+    job = Job(model, goal.data, target, output, run_of(method), scope, rows, training, machine, goal.minutes)
     try:
         with _speaking(manner.as_json, manner.quiet):
-            answer = dry_run(job) if manner.dry_run else run(job, resume=manner.resume)
-        _tell(answer.text, answer.data, manner.as_json, manner.quiet)
+            answer = dry_run(job) if manner.dry_run else run(job, resume=manner.resume, tell=on_stderr)
     except KeyboardInterrupt:
         if not manner.dry_run:
             print(f"interrupted; the same command continues from {job.progress}", file=sys.stderr)
         raise
+    _tell(answer.text, answer.data, manner.as_json, manner.quiet)
+    for alarm in () if manner.quiet else answer.alarms:
+        typer.secho(f"warning: {alarm}", fg=typer.colors.RED, bold=True, err=True)
+    if answer.alarms and manner.strict:
+        raise typer.Exit(FAR_BELOW)
 
 
 @app.command(cls=Sections)
@@ -403,12 +420,16 @@ def _check_usage(
     """
     if method.needs_target and not goal.target:
         raise wrong_usage("say how small, how fast or how good: params:60%", "target")
+    if "minutes" in given and not method.decides:
+        raise wrong_usage(f"--method {method.name} is not bounded by minutes: leave --method out", "minutes")
     if not method.needs_target and goal.target:
         raise wrong_usage(
             f"--method {method.name} trains all sizes at once: choose one afterwards, with shallower pick "
             f"{goal.output} --target {goal.target}",
             "target",
         )
+    if "epochs" in given and method.decides:
+        raise wrong_usage(f"--method {method.name}: the --minutes say how long it trains", "epochs")
     if "epochs" in given and not method.needs_labels:
         raise wrong_usage(
             f"--method {method.name} does not train; --heal {training.epochs} distils the result from the original",

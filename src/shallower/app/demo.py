@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from shallower.app.batching import TaskBatches
-from shallower.app.compression import MethodRun, Result, Work, compress
+from shallower.app.compression import MethodRun, Result, Work, run_method
 from shallower.app.jobs import record_of, write
 from shallower.app.models import LoadedModel
 from shallower.app.results import verdict_table
@@ -194,9 +194,9 @@ def run(output: Path, *, seed: int = 0, quick: bool = False) -> str:
         for method, way in zip(runs, WAYS, strict=True):
             print(f"{name}: {way} to {target}", file=sys.stderr)
             started = time.perf_counter()
-            result = compress(Work(model, batches, task, target, trained, cpu=True), method)
+            result = run_method(Work(model, batches, task, target, trained, cpu=True), method)
             options = {"model": name, "data": "digits", "method": method.name, "target": str(target), "seed": seed}
-            record = record_of(result, options, batches, seconds=time.perf_counter() - started)
+            record = record_of(result, options, seconds=time.perf_counter() - started)
             write(result.model, output / f"{name}-{way}", LoadedModel(model, ""), result.outcome.plan, record)
             _keep_answers(result, batches, output / f"{name}-{way}-{ANSWERS}")
             found = result.verdict.rows(task.quality, name, result.outcome.note)

@@ -88,6 +88,11 @@ def foreign_code(kind: type[ShallowerError], where: str) -> Iterator[None]:
             raise
 
 
+def on_stderr(text: str) -> None:
+    """Say something to whoever waits, apart from what a program may read."""
+    print(text, file=sys.stderr)
+
+
 def print_traceback(error: BaseException) -> None:
     """The traceback on stderr, where it was asked for."""
     if os.environ.get(DEBUG):

@@ -6,8 +6,7 @@ import hashlib
 import json
 import platform
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -19,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shallower.app.batching import TaskBatches, make_batches
-from shallower.app.compression import MethodRun, Result, Work, compress, preview, site_rows
+from shallower.app.batching import make_batches
+from shallower.app.compression import MethodRun, Result, Work, preview, run_method, say_nothing, site_rows
 from shallower.app.data.rows import Rows, read_rows
+from shallower.app.deciding.clock import Clock
 from shallower.app.models import LoadedModel, config_of, load_model
-from shallower.app.options import TASK_NAMES, DataOptions, RunOptions, Scope, TaskName, TrainingOptions
+from shallower.app.options import MINUTES, TASK_NAMES, DataOptions, RunOptions, Scope, TaskName, TrainingOptions
 from shallower.app.report.card import write_card
 from shallower.app.report.page import write_report
 from shallower.app.report.stock import stock_sentence
@@ -65,6 +65,7 @@ class Job:
         target: what the result has to reach.
         output: folder for the result.
         method: with its own options.
+        minutes: that all of it may take; methods that are told how long to train do not look at them.
     """
 
     model: str
@@ -76,12 +77,12 @@ class Job:
     rows: DataOptions = DataOptions()
     training: TrainingOptions = TrainingOptions()
     machine: RunOptions = RunOptions()
+    minutes: float = MINUTES
 
     @property
     def progress(self) -> Path:
-        """Where the state of an unfinished run is kept, beside the output."""
-        output = self.output.expanduser().resolve()
-        return output.with_name(f".{output.name}.progress")
+        """Where the state of an unfinished run is kept."""
+        return progress_of(self.output)
 
     @cached_property
     def options(self) -> dict[str, Any]:
@@ -89,46 +90,42 @@ class Job:
         asked = {"model": self.model, "data": self.data, "target": str(self.target or ""), "output": str(self.output)}
         for part in (self.scope, self.rows, self.training, self.machine, self.method):
             asked |= asdict(part)  # type: ignore[arg-type]
-        return {**asked, "method": self.method.name}
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of all options but the output: a run continues only as the same run."""
-        options = {name: value for name, value in self.options.items() if name != "output"}
-        return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+        return {**asked, "method": self.method.name, "minutes": self.minutes}
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a command prints: text for people, plain data for --json."""
+    """What a command prints: text for people, plain data for --json, and what nobody may miss."""
 
     text: str
     data: Mapping[str, Any]
+    alarms: tuple[str, ...] = ()
 
 
-def run(job: Job, *, resume: bool = True) -> Output:
+def run(job: Job, *, resume: bool = True, tell: Callable[[str], object] = say_nothing) -> Output:
     """Do a job. The directory of the result appears at the end, whole.
 
     Args:
         job: what to do.
         resume: continue an interrupted run of the same job.
+        tell: is told what is being done.
 
     Raises:
         ShallowerError: the first thing that is wrong, before anything is written.
     """
-    started = time.perf_counter()
+    clock = Clock.begun(job.minutes)
     check_replaceable(job.output.expanduser().resolve())
     task = job.scope.task or task_of(job.model)
     device = device_named(job.machine.device)
-    with _checkpoints(job, resume) as checkpoints:
+    with checkpoints_beside(job.output, job.options, resume) as checkpoints:
         loaded, work = _prepared(job, task, device)
-        result = compress(replace(work, checkpoints=checkpoints), job.method)
-        seconds = time.perf_counter() - started
-        record = record_of(result, job.options, work.batches, seconds=seconds, warnings=work.remarks)
+        result = run_method(replace(work, checkpoints=checkpoints, clock=clock, tell=tell), job.method)
+        remarks = (*work.remarks, *result.remarks)
+        record = record_of(result, job.options, seconds=clock.spent, warnings=remarks)
         outcome = result.outcome
         outcome.model.to("cpu", loaded.dtype)
         write(outcome.model, job.output, loaded, outcome.plan, record, points=outcome.points, files=outcome.files)
-    return Output(_text(job, loaded, work, result), {**encode(record), "output": str(job.output)})
+    return Output(_text(job, loaded, work, result), {**encode(record), "output": str(job.output)}, result.alarms)
 
 
 def dry_run(job: Job) -> Output:
@@ -229,15 +226,12 @@ def device_named(name: str) -> torch.device:
     return torch.device("cuda")
 
 
-def record_of(
-    result: Result, options: Mapping[str, Any], batches: TaskBatches, *, seconds: float, warnings: Sequence[str] = ()
-) -> Record:
+def record_of(result: Result, options: Mapping[str, Any], *, seconds: float, warnings: Sequence[str] = ()) -> Record:
     """What result.json says of a run.
 
     Args:
         result: of the run.
         options: what it was asked for.
-        batches: of its data.
         seconds: that it took.
         warnings: what people should know of it.
     """
@@ -246,6 +240,7 @@ def record_of(
     if name == "cuda":
         name = torch.cuda.get_device_name(device)
     shape: tuple[int, ...] = ()
+    batches = result.batches
     for first in islice(tensors(batches.example), 1):
         shape = tuple(first.shape)
     verdict, details = result.verdict, dict(result.outcome.details)
@@ -270,6 +265,8 @@ def record_of(
             "shallower": version("shallower"),
         },
         seconds=seconds,
+        summary=result.summary,
+        alarms=result.alarms,
         warnings=tuple(warnings),
         details=details,
         certificate=result.certificate,
@@ -394,19 +391,36 @@ class _Note:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+def progress_of(output: Path) -> Path:
+    """Where the state of an unfinished run is kept, beside its output."""
+    output = output.expanduser().resolve()
+    return output.with_name(f".{output.name}.progress")
+
+
 @contextmanager
-def _checkpoints(job: Job, resume: bool) -> Iterator[Path]:
-    """The folder for the state of this run. It stays where the run was interrupted, so that it can continue."""
-    folder = job.progress
+def checkpoints_beside(output: Path, options: Mapping[str, Any], resume: bool = True) -> Iterator[Path]:
+    """The folder for the state of a run. It stays where the run was interrupted, so that it can continue.
+
+    Args:
+        output: of the run.
+        options: it continues only as a run with the same ones, but for the output.
+        resume: continue; if not, start over.
+
+    Raises:
+        CheckpointError: the folder belongs to another run, or cannot be written.
+    """
+    folder = progress_of(output)
     note = folder / _NOTE
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
-    _check_same(note, job)
+    asked = {name: value for name, value in options.items() if name != "output"}
+    fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    _check_same(note, fingerprint)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
-    write_json(note, encode(_Note(job.fingerprint, job.options)), error=CheckpointError)
+    write_json(note, encode(_Note(fingerprint, options)), error=CheckpointError)
     try:
         yield folder
     except ShallowerError as error:
@@ -417,7 +431,7 @@ def _checkpoints(job: Job, resume: bool) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_same(note: Path, job: Job) -> None:
+def _check_same(note: Path, fingerprint: str) -> None:
     """Raise CheckpointError where the folder belongs to another run, or its note is damaged."""
     if not note.exists():
         return
@@ -425,7 +439,7 @@ def _check_same(note: Path, job: Job) -> None:
         found = decode(_Note, read_json(note, error=CheckpointError), at=str(note), error=CheckpointError)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; --fresh starts over") from error
-    if found.fingerprint != job.fingerprint:
+    if found.fingerprint != fingerprint:
         raise CheckpointError(
             f"{note.parent} belongs to an interrupted run with other options: repeat that command, or add --fresh"
         )
@@ -449,8 +463,11 @@ def _text(job: Job, loaded: LoadedModel, work: Work, result: Result) -> str:
         verdict_table(task.quality, result.verdict.rows(task.quality, "dense", outcome.note)),
         certified,
         *work.remarks,
+        *result.remarks,
         f"saved in {output}; load it with shallower.load({output!r}{again})",
         *filter(None, [stock_sentence(job.output.expanduser())]),
+        "",
+        result.summary,
     ]
     return "\n".join(lines)
 

@@ -22,6 +22,8 @@ TaskName = Literal[
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 
 TARGET_TEXT = "params:60%, macs:50%, size:40MB, latency:1.5x or drop:1%."
+MINUTES = 5.0
+"""That a compression may take, where nobody says."""
 MOST_SEED = 2**32 - 1
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 """What a model or a data set on the hub is called."""
@@ -40,6 +42,7 @@ class Goal(Options):
     data: str = option(text="A file, a folder or a name on the hub.", flags=("--data", "-d"))
     output: Path = option(text="Folder for the result.", flags=("--output", "-o"))
     target: str = option("", TARGET_TEXT, flags=("--target", "-t"))
+    minutes: float = option(MINUTES, "Minutes for all of it.", above=0)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Manner(Options):
 
     resume: bool = option(True, "Continue an interrupted run, or start over.", flags=("--resume/--fresh",))
     dry_run: bool = option(False, "Print the plan and write nothing.", flags=("--dry-run", "-n"))
+    strict: bool = option(False, "Exit with 4 where the result is far below the original.")
     as_json: bool = option(False, "Print one JSON object and nothing else.", flags=("--json",))
     quiet: bool = option(False, "Print errors only.", flags=("--quiet", "-q"))
 
@@ -127,6 +131,8 @@ class MethodOptions(Options):
     """Whether it trains on the task's loss."""
     needs_target: ClassVar[bool] = True
     """Whether it works towards one size, not all of them at once."""
+    decides: ClassVar[bool] = False
+    """Whether it decides by the minutes that it has."""
 
     @property
     def trains(self) -> bool:
@@ -156,6 +162,19 @@ class Squeezing(MethodOptions):
     def trains(self) -> bool:
         """Only to heal."""
         return self.heal > 0
+
+
+@dataclass(frozen=True)
+class Deciding(Squeezing):
+    """Whatever gains most in the minutes that are given."""
+
+    name: ClassVar = "auto"
+    title: ClassVar = "Squeezing, and healing as --minutes allow (--method auto, or squeeze)"
+    spoken: ClassVar = "calibrated squeezing"
+    home: ClassVar = "shallower.app.runs.auto:AutoRun"
+    decides: ClassVar = True
+
+    heal: int = option(8, "Passes of distillation afterwards, at most; none with squeeze.", least=0)
 
 
 @dataclass(frozen=True)
@@ -202,6 +221,6 @@ class StructuralDropping(MethodOptions):
 
 
 METHODS: Mapping[str, type[MethodOptions]] = {
-    method.name: method for method in (Squeezing, LayerCollapsing, TillLayersCollapsing, StructuralDropping)
+    method.name: method for method in (Deciding, Squeezing, LayerCollapsing, TillLayersCollapsing, StructuralDropping)
 }
 """The methods of the command line, the default first."""

@@ -174,7 +174,8 @@ def _chosen(
                 raise wrong_usage(
                     f"{flag_of(choice)} {name} has no such option (it belongs to {flag_of(choice)} {other})", field.name
                 )
-    return _made(variants[name], values)
+    # a default is the chosen variant's own, whatever the others with such an option have
+    return _made(variants[name], {field: values[field] for field in given_options(context) if field in values})
 
 
 def _plain_default(value: Any) -> Any:

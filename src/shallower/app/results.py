@@ -225,7 +225,9 @@ class Record:
         classes: their names, where they have some.
         machine: where it ran, and with which versions.
         seconds: that it took.
-        warnings: what the reader should know before anything else.
+        summary: in a paragraph, what was done, what it cost, and what more time would bring.
+        alarms: why nobody should use the result unwarned.
+        warnings: what the reader should know besides.
         details: what only some methods write.
         certificate: how often answers change, on test rows; None where that was not counted.
     """
@@ -242,6 +244,8 @@ class Record:
     classes: tuple[str, ...] | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
     seconds: Seconds | None = None
+    summary: str = ""
+    alarms: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     certificate: Certificate | None = None

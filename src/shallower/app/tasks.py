@@ -33,6 +33,10 @@ class Task(Protocol):
 
     quality: str
     """What `show` shows: "accuracy", "perplexity"."""
+    labelled: bool
+    """Whether there is a loss to train on."""
+    features: bool
+    """Whether the answers are features, not logits."""
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The training loss of one batch, a scalar."""
@@ -46,11 +50,15 @@ class Task(Protocol):
     def score_of(self, quality: float) -> float:
         """The score of a quality as people say it: an accuracy of 0.9, a perplexity of 20."""
 
+    def chance(self, original: nn.Module, batches: Iterable[Any]) -> float:
+        """The score that answering always the same gives on these batches; 0 where that means nothing."""
+
 
 class Classification:
     """One class for each input: cross-entropy, judged by accuracy."""
 
     quality = "accuracy"
+    labelled, features = True, False
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Mean cross-entropy of (rows, classes) logits."""
@@ -83,11 +91,16 @@ class Classification:
             raise DataError(f"an accuracy lies between 0 and 1, not at {quality:g}")
         return quality
 
+    def chance(self, original: nn.Module, batches: Iterable[Any]) -> float:  # noqa: ARG002 - labels say it
+        """The share of the most frequent class."""
+        return _largest_share(torch.cat([labels_of(batch).flatten() for batch in batches]))
+
 
 class LanguageModelling:
     """The next token: cross-entropy, judged by the mean loss of a token and shown as perplexity."""
 
     quality = "perplexity"
+    labelled, features = True, False
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Mean cross-entropy over the tokens that are predicted; labels of -100 count for nothing."""
@@ -120,6 +133,10 @@ class LanguageModelling:
             raise DataError(f"a perplexity is at least 1, not {quality:g}")
         return -math.log(quality)
 
+    def chance(self, original: nn.Module, batches: Iterable[Any]) -> float:  # noqa: ARG002
+        """Nothing: a perplexity is compared with the original's."""
+        return 0.0
+
     def _token_losses(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         logits, labels = _answer(model, batch)
         targets = labels[:, 1:].reshape(-1)
@@ -140,6 +157,8 @@ class Likeness:
         features: whether the answer is features, not logits.
         original: the model to be like.
     """
+
+    labelled = False
 
     def __init__(self, features: bool, original: nn.Module | None = None) -> None:
         self.features = features
@@ -167,7 +186,9 @@ class Likeness:
         Raises:
             DataError: there are no rows.
         """
-        original = model if self.original is None else self.original
+        original = self.original
+        if original is None or original is model:
+            return 1.0
         pairs = []
         with evaluating(model), evaluating(original):
             for batch in _progress(batches, label):
@@ -194,6 +215,13 @@ class Likeness:
             raise DataError(f"the {self.quality} lies between 0 and 1, not at {quality:g}")
         return quality
 
+    def chance(self, original: nn.Module, batches: Iterable[Any]) -> float:
+        """The share of the original's most frequent answer; of features 0."""
+        if self.features:
+            return 0.0
+        with evaluating(original):
+            return _largest_share(torch.cat([self._answer(original, batch) for batch in batches]))
+
     def _answer(self, model: nn.Module, batch: Any) -> Tensor:
         """(rows,) classes, or (rows, d) features in float64, on the CPU."""
         inputs = default_inputs_of(batch)
@@ -201,6 +229,10 @@ class Likeness:
         if not self.features:
             return logits_of(output).argmax(-1).cpu()
         return _features(output, inputs.get("attention_mask") if isinstance(inputs, Mapping) else None)
+
+
+def _largest_share(values: Tensor) -> float:
+    return float(values.unique(return_counts=True)[1].max()) / len(values)  # type: ignore[no-untyped-call]
 
 
 def _features(output: Any, mask: Tensor | None) -> Tensor:

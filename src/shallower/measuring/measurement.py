@@ -31,6 +31,10 @@ from shallower.measuring.devices import device_name
 from shallower.modules.attachment import attached_places, detached_copy
 
 _BLOCK_SECONDS = 2e-3
+_LEAST_ROUNDS = 5
+"""Of a comparison, however long they take."""
+_PASSES_IN_TIME = 40
+"""Passes for which there is time where nothing is said of slow ones."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,12 @@ def measure(
 
 
 def compare(
-    models: Mapping[str, nn.Module], example_inputs: Inputs, *, rounds: int = 30, warmup: int = 3
+    models: Mapping[str, nn.Module],
+    example_inputs: Inputs,
+    *,
+    rounds: int = 30,
+    warmup: int = 3,
+    seconds: float = math.inf,
 ) -> dict[str, Comparison]:
     """Latencies of several models, timed in turn, and each one's ratio to the first.
 
@@ -156,6 +165,14 @@ def compare(
 
     Every round times each model once, so that what the machine does meanwhile falls on all of them alike; the ratios
     are taken within a round. The order stays the same: a model that follows itself finds its weights in the cache.
+
+    Args:
+        models: by name; the first is what the others are compared with.
+        example_inputs: what they are called with; they are moved to each model's device.
+        rounds: how often each is timed, at most.
+        warmup: passes before the first that counts, at most.
+        seconds: after about so long there are no more rounds; five of them are taken in any case, if so many are asked
+            for. Passes long enough for the limit to matter get one pass to warm up.
 
     Raises:
         ModelError: there is no model, a model is on the meta device, or `rounds` or `warmup` is not positive.
@@ -174,9 +191,12 @@ def compare(
         numbers = {}
         for name, run in passes.items():
             with running(models[name]):
-                numbers[name] = _block(run, warmup)[0]
+                numbers[name] = _block(run, warmup, seconds / _PASSES_IN_TIME)[0]
         times: defaultdict[str, list[float]] = defaultdict(list)
-        for _ in range(rounds):
+        start = timer()
+        for done in range(rounds):
+            if done >= _LEAST_ROUNDS and timer() - start >= seconds:
+                break
             for name, run in passes.items():
                 with running(models[name]):
                     times[name].append(_seconds(run, numbers[name]))
@@ -189,7 +209,7 @@ def compare(
             spread=_interquartile(times[name]),
             ratio=statistics.median(ratios),
             ratio_spread=_interquartile(ratios),
-            rounds=rounds,
+            rounds=len(ratios),
         )
     return result
 
@@ -211,10 +231,16 @@ def _times(model: nn.Module, inputs: Inputs, repeats: int, warmup: int, seconds:
         return [_seconds(run, number) for _ in range(max(repeats, math.ceil(seconds / block)))]
 
 
-def _block(run: Callable[[], Any], warmup: int) -> tuple[int, float]:
-    """How many passes make a block so long that reading the clock does not matter, and its seconds; warms up first."""
-    _seconds(run, warmup)
-    single = _seconds(run, 1)
+def _block(run: Callable[[], Any], warmup: int, long: float = math.inf) -> tuple[int, float]:
+    """How many passes make a block so long that reading the clock does not matter, and its seconds; warms up first.
+
+    A pass of so many seconds as `long` is the last one to warm up.
+    """
+    single = 0.0
+    for _ in range(warmup + 1):
+        single = _seconds(run, 1)
+        if single >= long:
+            break
     number = max(1, math.ceil(_BLOCK_SECONDS / single))
     return number, number * single
 

@@ -161,7 +161,7 @@ class _Run:
 
     def train(self, pair: Prepared, batches: Iterable[Any], loss: Loss, label: str) -> None:
         total, main = self.steps * self.recipe.epochs, self.accelerator.is_main_process
-        with tqdm(total=total, initial=self.position, desc=label, disable=not main) as bar:
+        with tqdm(total=total, initial=self.position, desc=label, delay=2, leave=False, disable=not main) as bar:
             while not self.finished:
                 started_at = time.perf_counter()
                 self.epoch(pair, batches, loss, bar)

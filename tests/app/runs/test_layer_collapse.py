@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shallower.app.compression import compress, preview
+from shallower.app.compression import preview, run_method
 from shallower.app.runs.layer_collapse import LayerCollapseRun
 from shallower.errors import SiteError
 from shallower.finding.kinds import find_sites
@@ -22,7 +22,7 @@ def test_as_few_sites_collapse_as_meet_the_target() -> None:
 
 
 def test_sites_collapse_in_training() -> None:
-    result = compress(work("params:50%", epochs=12), LayerCollapseRun(strength=2.0, order="last-first"))
+    result = run_method(work("params:50%", epochs=12), LayerCollapseRun(strength=2.0, order="last-first"))
     assert result.outcome.details["collapsed"] == ["2"]
     assert result.outcome.note == "1 collapsed"
 

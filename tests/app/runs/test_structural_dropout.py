@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shallower.app.compression import compress, preview
+from shallower.app.compression import preview, run_method
 from shallower.app.runs.structural_dropout import StructuralDropoutRun, at_point, set_statistics, statistics
 from shallower.errors import MethodError
 from shallower.finding.kinds import find_sites
@@ -13,7 +13,7 @@ from tests.app.small import network, work
 
 
 def test_all_widths_of_a_network_with_norms_are_measured_and_the_full_one_stays() -> None:
-    result = compress(work(normed=True), StructuralDropoutRun(points=3))
+    result = run_method(work(normed=True), StructuralDropoutRun(points=3))
     points, files = result.outcome.points, result.outcome.files
     assert len(points) >= 2
     assert {point.norms for point in points} == set(files)
@@ -25,7 +25,7 @@ def test_all_widths_of_a_network_with_norms_are_measured_and_the_full_one_stays(
 
 def test_a_point_becomes_a_model_of_its_own() -> None:
     given = work()
-    result = compress(given, StructuralDropoutRun(points=3))
+    result = run_method(given, StructuralDropoutRun(points=3))
     smallest = min((known.point for known in result.outcome.points), key=lambda point: point.cost.params)
     x = torch.randn(4, 8)
     small, plan = at_point(result.model, find_sites(result.model, x), smallest, x)

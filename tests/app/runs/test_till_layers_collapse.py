@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shallower.app.compression import compress, preview
+from shallower.app.compression import preview, run_method
 from shallower.app.runs.till_layers_collapse import TillLayersCollapseRun
 from shallower.core.codec import encode
 from shallower.errors import CheckpointError, TargetError
@@ -17,7 +17,7 @@ from tests.app.small import work
 
 
 def test_activations_go_and_every_round_is_a_point(tmp_path: Path) -> None:
-    result = compress(work("params:50%", epochs=3, folder=tmp_path), TillLayersCollapseRun("entropy"))
+    result = run_method(work("params:50%", epochs=3, folder=tmp_path), TillLayersCollapseRun("entropy"))
     removed = result.outcome.details["removed"]
     assert [point.removed for point in result.outcome.points] == list(range(1, len(removed) + 1))
     assert json.loads((tmp_path / "points.json").read_text()) == encode(result.outcome.points)
@@ -32,7 +32,7 @@ def test_a_preview_removes_what_would_go_now() -> None:
 def test_damaged_points_of_an_interrupted_run_are_named(tmp_path: Path) -> None:
     (tmp_path / "points.json").write_text("[{")
     with pytest.raises(CheckpointError, match=r"points\.json"):
-        compress(work("params:50%", folder=tmp_path), TillLayersCollapseRun("entropy"))
+        run_method(work("params:50%", folder=tmp_path), TillLayersCollapseRun("entropy"))
 
 
 def test_where_nothing_can_go_the_first_one_is_named() -> None:
@@ -40,4 +40,4 @@ def test_where_nothing_can_go_the_first_one_is_named() -> None:
     train(given.model, given.batches.train, given.task.loss, Recipe(6, 1e-2), cpu=True)
     given = replace(given, recipe=Recipe(1, 1e-9))
     with pytest.raises(TargetError, match="no activation could go"):
-        compress(given, TillLayersCollapseRun("entropy", per_round=2))
+        run_method(given, TillLayersCollapseRun("entropy", per_round=2))

@@ -70,11 +70,13 @@ def card(report: Report) -> str:
     if record.certificate is not None:
         answers = "\n" + " ".join(record.certificate.sentences) + "\n"
     notes = "".join(f"\n> {warning}\n" for warning in record.warnings)
+    alarms = "".join(f"\n> [!CAUTION]\n> {alarm}\n" for alarm in record.alarms)
+    summary = f"\n{record.summary}\n" if record.summary else ""
     return f"""{_front_matter(report)}
 # {title(report)}
 
 `{made_from}` made smaller by {report.method}{target}. {headline(report)}
-{notes}
+{alarms}{summary}{notes}
 | | before | after |
 |---|---:|---:|
 {table}

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from shallower.app import quality as qualities
+from shallower.app.deciding.telling import FASTER
 from shallower.app.report import charts
 from shallower.app.report.data import Report, read_report
 from shallower.app.results import Measured, SiteRow
@@ -28,9 +29,6 @@ _TEMPLATE = "page.html"
 
 _UNITS = {"params": "parameters", "macs": "MACs", "size": "size", "latency": "latency"}
 _NOUNS = {"params": "parameters", "macs": "MACs", "size": "", "latency": ""}
-
-_FASTER = 1.005
-"""Below this speed-up a model is no faster."""
 
 _LEAST_DIFFERENCE = 1e-12
 """In the place of a cost of nothing, to divide by."""
@@ -174,7 +172,7 @@ def headline(report: Report) -> str:
 def _speed(report: Report, speedup: float) -> str:
     if report.record.verdict.is_noise:
         return "not faster beyond the noise"
-    if speedup < _FASTER:
+    if speedup < FASTER:
         return "no faster"
     return f"{speedup:.2f} times as fast"
 

@@ -35,7 +35,7 @@ _COUNTED: Mapping[str, PaidUnit] = {"params": "params", "size": "params", "macs"
 class LayerCollapseRun(LayerCollapsing):
     """LayerCollapse.
 
-    compress(work, LayerCollapseRun(strength=1.0))
+    run_method(work, LayerCollapseRun(strength=1.0))
     """
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:

@@ -35,7 +35,7 @@ FEWEST = 16
 class SqueezeRun(Squeezing):
     """Squeezing by calibration.
 
-    compress(work, SqueezeRun(samples=256))
+    run_method(work, SqueezeRun(samples=256))
     """
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:
@@ -62,14 +62,17 @@ class SqueezeRun(Squeezing):
         plan = self._plan(work, sites, calibration)
         small = apply(work.model, plan, work.example).eval()
         small, recalibrated = _recalibrated(small, work, calibration)
-        details: dict[str, Any] = {"batchnorm_recalibrated": recalibrated, "calibrated": work.sample_size(self.samples)}
+        details: dict[str, Any] = {
+            "batchnorm_recalibrated": recalibrated,
+            "calibrated": work.batches.sample_size(self.samples),
+        }
         if self.heal:
             details["healing"] = asdict(self._healed(small, work))
         healing = "" if self.heal else ", heal (--heal 1)"
         advice = f"ask for less{healing}, or calibrate on more (--samples, {self.samples} now)"
         return Outcome(small, plan, "healed" if self.heal else "squeezed", advice, details=details)
 
-    def _healed(self, small: nn.Module, work: Work) -> History:
+    def _healed(self, small: nn.Module, work: Work, **limits: Any) -> History:
         from shallower.training.guiding import Healing
         from shallower.training.healing import heal
         from shallower.training.matching import Matching
@@ -79,7 +82,7 @@ class SqueezeRun(Squeezing):
             small,
             work.model,
             work.batches.sampled(),
-            Healing(self.heal, lr=work.lr, precision=recipe.precision, seed=recipe.seed),
+            Healing(self.heal, lr=work.lr, precision=recipe.precision, seed=recipe.seed, **limits),
             Matching(logits=work.logits),
             checkpoint=work.kept("healing.safetensors"),
             cpu=work.cpu,

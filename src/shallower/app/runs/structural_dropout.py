@@ -38,7 +38,7 @@ NORM_ROWS = 512
 class StructuralDropoutRun(StructuralDropping):
     """Structural Dropout.
 
-    compress(work, StructuralDropoutRun(points=4))
+    run_method(work, StructuralDropoutRun(points=4))
     """
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:

@@ -37,7 +37,7 @@ _TIMED = 10
 class TillLayersCollapseRun(TillLayersCollapsing):
     """TLC.
 
-    compress(work, TillLayersCollapseRun(criterion="loss"))
+    run_method(work, TillLayersCollapseRun(criterion="loss"))
     """
 
     def find(self, model: nn.Module, example: Inputs) -> Sites:

@@ -121,7 +121,8 @@ class Times:
     @cached_property
     def before(self) -> float:
         """Of the model as it is."""
-        return compare({"dense": self.dense}, self.inputs, rounds=_TIMING_ROUNDS)["dense"].latency
+        models = {"dense": self.dense}
+        return compare(models, self.inputs, rounds=_TIMING_ROUNDS, seconds=_TIMING_SECONDS / 2)["dense"].latency
 
     @cached_property
     def latencies(self) -> dict[str, Latency]:
@@ -145,7 +146,7 @@ class Times:
         """Of the model with its sites at these widths, timed in turns with the dense model."""
         small = narrowed_copy(self.dense, self.sites, widths, paths=self.options.linear_path)
         models = {"dense": self.dense, "small": small}
-        found = compare(models, self.inputs, rounds=_TIMING_ROUNDS)["small"]
+        found = compare(models, self.inputs, rounds=_TIMING_ROUNDS, seconds=_TIMING_SECONDS)["small"]
         # the spread of a median falls with the root of the number of rounds
         wanted = round((found.ratio_spread / found.ratio / _PRECISION) ** 2)
         affordable = round(_TIMING_SECONDS / (2 * max(self.before, _ROUND_SECONDS)))

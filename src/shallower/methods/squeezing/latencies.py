@@ -55,7 +55,7 @@ _MOST_SHARE = 100
 
 _ROUNDS = 15
 _SECONDS = 1.0
-"""At most about so long for each measured width, but never fewer than three rounds."""
+"""At most about so long for each measured width, but never fewer than two rounds."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _in_turns(
             stack.enter_context(clock.watching(sites))
             clock.run(inputs)
         start = timer()
-        while len(rounds) < _ROUNDS and (len(rounds) < 3 or timer() - start < _SECONDS):
+        while len(rounds) < _ROUNDS and (len(rounds) < 2 or timer() - start < _SECONDS):
             turn.reverse()  # each is first in every other round
             for clock in turn:
                 clock.run(inputs)

@@ -1,0 +1,1 @@
+"""What `compress` decides by: the minutes it has, what work takes of them, and what people are told of the result."""
