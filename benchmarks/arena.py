@@ -117,17 +117,16 @@ class Bout:
                 yield At(HIDDEN, first, method, seed)
         if self.quick:
             return
-        if self.network.heads:
-            for seed in seeds:
-                for method in (*OURS, *WITH_HEADS):
-                    yield At(HEADS, 0.5, method, seed)
         for seed in seeds:
             for cut in others:
                 for method in self.methods:
                     yield At(HIDDEN, cut, method, seed)
-        if others:
-            for method in ("squeeze", best_rival(self.network, self.done()), "magnitude"):
-                yield At(HIDDEN, 0.5, method, 0, healed=True)
+            if self.network.heads:
+                for method in (*OURS, *WITH_HEADS):
+                    yield At(HEADS, 0.5, method, seed)
+            if others and seed == 0:
+                for method in ("squeeze", best_rival(self.network, self.done()), "magnitude"):
+                    yield At(HIDDEN, 0.5, method, seed, healed=True)
 
     @property
     def methods(self) -> Sequence[str]:
