@@ -1,14 +1,14 @@
 """Rivals in the arena: published ways to choose channels against squeezing, on the same sites, data and surgery.
 
 Every method narrows the same sites to the same MACs, calibrated on the same data, without training: `squeeze` as it
-is by default, `squeeze, equal` with the same share of every site, the rivals that `sh.baseline` has, and
-Torch-Pruning 1.6.1's group magnitude on hidden channels. Calibrated on 100 stories (Llama), 1,000 STS-B sentences
-(MiniLM), 800 CIFAR-10 images (ResNet-56), 250 of 500 ImageNet images (EfficientNet-Lite0; the other 250 report, then
-the reverse), 100 spoken sentences (Whisper tiny.en). Figures are means over three sets of calibration data, the same
-for all methods; the intervals are of the difference from `squeeze` on the same set, 95 % by Student's t with two
-degrees of freedom. Time is that of one thread, memory what the process grows by at most, both without judging.
-Whisper and EfficientNet-Lite0 stand at one half, with three rivals. Healing is `sh.heal` for the same two passes over
-the calibration data, of the first set.
+is by default, `squeeze, equal` with the same share of every site, the same with the rows that make the channels left
+as they are (`consumers only`), the rivals that `sh.baseline` has, and Torch-Pruning 1.6.1's group magnitude on hidden
+channels. Calibrated on 100 stories (Llama), 1,000 STS-B sentences (MiniLM), 800 CIFAR-10 images (ResNet-56), 250 of
+500 ImageNet images (EfficientNet-Lite0; the other 250 report, then the reverse), 100 spoken sentences (Whisper
+tiny.en). Figures are means over three sets of calibration data, the same for all methods; the intervals are of the
+difference from `squeeze` on the same set, 95 % by Student's t with two degrees of freedom. Time is that of one
+thread, memory what the process grows by at most, both without judging. Whisper and EfficientNet-Lite0 stand at one
+half, with three rivals. Healing is `sh.heal` for the same two passes over the calibration data, of the first set.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from shallower.errors import DataError, ShallowerError
 from shallower.measuring.cost import count_macs, count_params
 from shallower.methods.baselines.baseline import baseline
 from shallower.methods.baselines.rivals import RIVALS
+from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import narrowable, squeeze
 from shallower.methods.squeezing.sweeping import CalibrationWarning
 from shallower.methods.squeezing.uniformity import UniformWarning
@@ -42,7 +43,8 @@ from shallower.surgery.applying import apply
 from shallower.training.guiding import Healing
 from shallower.training.healing import heal
 
-OURS = ("squeeze", "squeeze, equal")
+CONSUMERS = "squeeze, equal, consumers only"
+OURS = ("squeeze", "squeeze, equal", CONSUMERS)
 TORCH_PRUNING = "Torch-Pruning"
 BEST = ("flap", "nystrom", "osscar")
 """Rivals that large networks are narrowed by."""
@@ -65,6 +67,7 @@ def run(data: Path, quick: bool, cache: Path, network: str = "") -> dict[str, An
     """
     if network and network not in NETWORKS:
         raise DataError(f"there is no network {network!r} in the arena; there are {', '.join(NETWORKS)}")
+    _provenance()
     rows: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
     for name, entry in NETWORKS.items():
@@ -212,7 +215,8 @@ def narrowed(subject: Subject, at: At) -> nn.Module:
         warnings.simplefilter("ignore", CalibrationWarning)
         warnings.simplefilter("ignore", UniformWarning)
         if at.method in OURS:
-            plan = squeeze(model, sites, subject.batches, target, uniform="equal" in at.method)
+            options = SqueezeOptions(producers=at.method != CONSUMERS)
+            plan = squeeze(model, sites, subject.batches, target, uniform="equal" in at.method, options=options)
         else:
             plan = baseline(at.method, model, sites, subject.batches, target, seed=at.seed)
     first: Any = subject.batches[0]
@@ -220,8 +224,9 @@ def narrowed(subject: Subject, at: At) -> nn.Module:
     return apply(model, plan, example)
 
 
+@cache
 def _provenance() -> dict[str, Any]:
-    """Where and with what a row was made."""
+    """Where and with what a row was made; the code is that with which the process began."""
     folder = Path(__file__).parent
     told = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=False
