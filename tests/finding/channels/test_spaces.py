@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections import Counter
 
+import torch
+from torch import Tensor, nn
+
+import shallower as sh
 from shallower.finding.channels import rules as rules
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.layout import reason_of
 from shallower.finding.channels.spaces import followed_sites
 from shallower.finding.kinds import find_sites
 from shallower.recording.tracing import trace_forward
-from tests.followed import Attending, Excited, Stages
+from tests.followed import Attending, Excited, Stages, drawn
 
 
 def followed(model: nn.Module, *shape: int) -> Following:
@@ -62,3 +65,36 @@ def test_channels_that_are_refused_say_why_wherever_they_stand() -> None:
     _, closed = followed_sites(f, ())
     assert closed["a"].startswith("an average is taken over its channels")
     assert reason_of(f.axes(f.trace.weights[model.b, "weight"])[1]) == closed["a"]
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank adapter beside it."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(d_in, d_out)
+        self.down, self.up = nn.Linear(d_in, 3, bias=False), nn.Linear(3, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class AdaptedBlock(nn.Module):
+    """A gated MLP whose layers have adapters, in a residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.wide, self.narrow = nn.Linear(8, 12), Adapted(8, 12), Adapted(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.narrow(torch.sigmoid(self.gate(x)) * self.wide(x))
+
+
+def test_adapters_are_cut_with_their_layers_and_make_no_stream_of_what_is_hidden() -> None:
+    model, x = drawn(nn.Sequential(nn.Linear(5, 8), AdaptedBlock(), AdaptedBlock(), nn.Linear(8, 4))), torch.randn(3, 5)
+    sites = find_sites(model, x, kinds=("hidden", "stream"))
+    assert Counter((site.kind, site.width) for site in sites) == {("stream", 8): 1, ("hidden", 12): 2, ("hidden", 3): 4}
+    plan = sh.Plan(tuple(sh.Entry.narrow(site, range(1, site.width)) for site in sites))
+    small = sh.apply(model, plan, x)
+    assert (small[1].wide.base.out_features, small[1].wide.up.out_features) == (11, 11)
+    torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))

@@ -70,7 +70,7 @@ class Following:
     Attributes:
         trace: the recorded pass.
         written, contracted: the calls that give channels of a layout as linear maps, and those that add them up.
-        sums: layouts that are the sum of two values which depend on the inputs.
+        sums: calls that add two values which depend on the inputs.
         averages: layouts over which a call takes an average.
         choices: what a call chooses among, which of its input's dimensions that is, and how many it needs.
         numbers: values that are numbers of channels, and of which.
@@ -84,7 +84,7 @@ class Following:
         self.trace = trace
         self.written: list[tuple[Layout, Call]] = []
         self.contracted: list[tuple[Layout, Call]] = []
-        self.sums: list[Layout] = []
+        self.sums: list[Call] = []
         self.averages: list[tuple[Layout, Call]] = []
         self.choices: list[tuple[Layout, Call, int, int]] = []
         self.numbers: dict[Value, Layout] = {}

@@ -22,7 +22,7 @@ from shallower.finding.channels.unread import Unread
 from shallower.finding.channels.weights import ATTENTION, WeightUse, attended_products, is_picked, uses_of
 from shallower.finding.channels.zeros import close_sums
 from shallower.modules.prepared.weight_norms import place_of_weight
-from shallower.recording.tracing import Value
+from shallower.recording.tracing import Call, Value
 from shallower.sites import Follower, LinearMap, Listed, Site, Slot, Span
 from shallower.sites.slots import positions_each
 
@@ -239,7 +239,7 @@ def _projection(f: Following, *layers: nn.MultiheadAttention) -> Iterator[Value]
 
 
 def _streams(f: Following, spaces: Iterable[_Space]) -> set[Run]:
-    """Runs that linear maps read, write back to and add to themselves."""
+    """Runs that linear maps read and write back to, x + F(x): what is added to the channels is computed from them."""
     below: dict[Run, set[Run]] = {}
     columns: dict[str, list[Run]] = {}
     for space in spaces:
@@ -251,10 +251,36 @@ def _streams(f: Following, spaces: Iterable[_Space]) -> set[Run]:
             if slot.side == "rows":
                 for run in columns.get(slot.tensor, ()):
                     below.setdefault(run, set()).add(space.run)
-    found: set[Run] = set()
-    for run in all_runs(f.sums):
-        if run in below and _reaches(run, below):
-            found.add(run)
+    return {run for run in _added_to(f) if run in below and _reaches(run, below)}
+
+
+def _added_to(f: Following) -> list[Run]:
+    """Runs to which something is added that a linear map has computed from them."""
+    bits: dict[Run, int] = {}
+    for call in f.sums:
+        for run in all_runs(f.axes(call.outputs[0])):
+            bits.setdefault(run, 1 << len(bits))
+    sums = set(f.sums)
+    contracted: dict[Call, int] = {}
+    for layout, call in f.contracted:
+        contracted[call] = contracted.get(call, 0) | _mask([layout], bits)
+    # for each value the runs that linear maps have read on the way to it, one bit each
+    behind: dict[Value, int] = {}
+    found = 0
+    for call in f.trace.calls:
+        read = contracted.get(call, 0)
+        for value in call.inputs:
+            read |= behind.get(value, 0)
+        behind |= dict.fromkeys(call.outputs, read)
+        if call in sums:
+            found |= read & _mask(f.axes(call.outputs[0]), bits)
+    return [run for run, bit in bits.items() if found & bit]
+
+
+def _mask(layouts: Iterable[Layout], bits: dict[Run, int]) -> int:
+    found = 0
+    for run in all_runs(layouts):
+        found |= bits.get(run, 0)
     return found
 
 

@@ -55,7 +55,7 @@ def together(f: Following, call: Call) -> Axes:
         # the biases of each token's expert make no sum of two streams
         whole = [value for value in call.inputs if value.fed and value.shape == output.shape and not is_picked(value)]
         if len(whole) > 1:
-            f.sums += axes
+            f.sums.append(call)
     return axes
 
 
