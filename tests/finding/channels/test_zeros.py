@@ -27,7 +27,16 @@ class Summed(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "f", [torch.relu, torch.tanh, lambda h: h * 2, lambda h: h / 3, lambda h: h.masked_fill(h > 1, 0.0)]
+    "f",
+    [
+        torch.relu,
+        torch.tanh,
+        lambda h: h * 2,
+        lambda h: h / 3,
+        lambda h: h**2,
+        lambda h: torch.pow(h, exponent=3),
+        lambda h: h.masked_fill(h > 1, 0.0),
+    ],
 )
 def test_sums_of_what_is_zero_are_cut_exactly(f: Callable[[Tensor], Tensor]) -> None:
     model, x = drawn(Summed(f)), torch.randn(5, 4)
@@ -44,6 +53,8 @@ def test_sums_of_what_is_zero_are_cut_exactly(f: Callable[[Tensor], Tensor]) -> 
         torch.sigmoid,
         lambda h: h + 1,
         lambda h: 1 / h,
+        lambda h: 2**h,
+        lambda h: h**0,
         lambda h: torch.where(h > 0, h, 2.0),
         lambda h: h.masked_fill(h > 0, 2.0),
     ],

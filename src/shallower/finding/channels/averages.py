@@ -41,7 +41,7 @@ def _refuse_shared(
         calls.setdefault(frame.name or "", []).append(frame)
     for run, norms in found.items():
         for name in norms:
-            for frame in calls[name]:
+            for frame in calls.get(name, ()):  # none of an entry of a list that did not run
                 if frame not in known:
                     known[frame] = _sources(frame)
                 if not known[frame] or run not in set(all_runs(f.axes(known[frame][0]))):

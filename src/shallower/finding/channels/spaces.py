@@ -130,8 +130,9 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
         )
         found.append(Found(space.position, site, space.run))
     for each in found:
-        for layer in each.site.layers:
-            closed.pop(layer, None)
+        for slot in each.site.slots:
+            if slot.side == "rows":
+                closed.pop(slot.module, None)
     return found, closed | refused
 
 

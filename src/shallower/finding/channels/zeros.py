@@ -132,12 +132,19 @@ def _follows(value: Value, sources: list[Value], zeros: list[bool]) -> bool:
         # a number or a tensor without these channels that is added is not zero
         return all(zeros) and count == len(call.inputs) and not _adds_number(call)
     if call.name == "div":
-        turned = str(getattr(call.function, "__name__", "")).startswith("__r")  # a number divided by the channels
-        return all(zeros) and count == 1 and call.inputs[0] in sources and not turned
+        return all(zeros) and count == 1 and call.inputs[0] in sources and not _is_turned(call)
+    if call.name == "pow":
+        exponent = [*call.args[1:], *call.kwargs.values()][0]
+        return zeros == [True] and isinstance(exponent, (int, float)) and exponent > 0 and not _is_turned(call)
     if call.name in FILLS:
         filled = sources[0] is call.inputs[0] and zeros[0]
         return filled and not _adds_number(call) and not any(isinstance(item, Value) for item in call.args[2:])
     return call.name in KEEPS_ZERO and all(zeros)
+
+
+def _is_turned(call: Call) -> bool:
+    """Whether it is a number that is divided, or taken to the power of the channels."""
+    return str(getattr(call.function, "__name__", "")).startswith("__r")
 
 
 def _adds_number(call: Call) -> bool:
