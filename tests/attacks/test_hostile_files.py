@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from shallower.errors import CheckpointError
+from shallower.errors import CheckpointError, ShallowerError
 from shallower.finding.kinds import find_sites
+from shallower.planning.entries import Entry
 from shallower.planning.plan import Plan
 from shallower.saving.checkpoint import load, save
+from shallower.sites import Follower, Written
 from shallower.surgery.applying import apply
 
 IDS = torch.arange(3, 23).view(2, 10)
@@ -553,3 +557,61 @@ def test_any_byte_exchanged_in_a_header_is_refused_or_harmless(
             load(attacked)
     finally:
         shutil.copy(honest / path.name, path)
+
+
+# -------------------------------------------------------------------------------- numbers that are written in forwards
+
+
+class Writing(nn.Module):
+    """Its forward makes tensors, lists and loops of numbers that are written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(1):
+            x = x + torch.zeros(1, 6)
+        sizes = list(map(int, [4, 4]))
+        parts = self.up(x).split(sizes, 1)
+        return self.down(torch.cat(parts, 1).view(len(x), 8)) * math.sqrt(1)
+
+
+NUMBERS = {
+    "a loop": ("range(1)", 0, 32),
+    "an iterator": ("map(int, [4, 4])", 1, 3),
+    "the mathematics": ("math.sqrt(1)", 0, 2.0),
+    "a tensor of gigabytes": ("torch.zeros(1, 6)", 1, 2**24),
+    "a shape": ("torch.cat(parts, 1).view(len(x), 8)", 1, -(2**24)),
+    "nothing": ("torch.zeros(6, 1)", 1, 1),
+}
+
+
+@pytest.mark.parametrize("number", NUMBERS.values(), ids=NUMBERS)
+def test_numbers_are_written_in_calls_of_pytorch_only_and_are_no_larger_than_tensors(
+    number: tuple[str, int, float], tmp_path: Path
+):
+    text, place, value = number
+    save(Writing(), tmp_path / "out")
+    edit = {
+        "edit": "number",
+        "name": "",
+        "written": {"path": [[text, 0]], "place": place, "value": 1},
+        "value": value,
+    }
+    rewrite(tmp_path / "out" / "shallower.json", lambda data: data["edits"].append(edit))
+    with pytest.raises(CheckpointError, match=r"no call of PyTorch|than any tensor|has no call"):
+        load(tmp_path / "out", model=Writing())
+
+
+@pytest.mark.parametrize("number", [NUMBERS["a loop"], NUMBERS["a tensor of gigabytes"]], ids=["loop", "gigabytes"])
+def test_a_plan_whose_channels_take_such_numbers_with_them_is_refused(number: tuple[str, int, float]):
+    torch.manual_seed(0)
+    model, x = Writing().eval(), torch.randn(3, 6)
+    site = find_sites(model, x)[0]
+    text, place, value = number
+    follower = Follower("", "", 0, Written(((text, 0),), place, value))
+    hostile = replace(site, followers=(*site.followers, follower))
+    plan = Plan((Entry.narrow(hostile, torch.arange(hostile.width // 2)),))
+    with pytest.raises(ShallowerError, match=r"no call of PyTorch|than any tensor"):
+        apply(model, plan, x)

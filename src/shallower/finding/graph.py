@@ -11,8 +11,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 
-from shallower.finding.channels.readers import HOOKS
 from shallower.finding.pointwise import ACTIVATIONS, PRODUCTS, UNCHANGED, is_pointwise
+from shallower.modules.forwards import foreign
 from shallower.recording.holders import held_elsewhere
 from shallower.recording.tracing import Call, Frame, Trace, Value
 from shallower.sites import LinearMap
@@ -119,12 +119,7 @@ class Graph:
     def hook_problem(self, module: nn.Module) -> str:
         """Why a module cannot be exchanged: hooks, an instance's own forward."""
         name = self.names[module][0] if module in self.names else type(module).__name__
-        for table in HOOKS:
-            if getattr(module, table, None):
-                return f"{name} has a {table.strip('_').replace('_', ' ')[:-1]}, which would be lost; remove it first"
-        if "forward" in vars(module):
-            return f"the forward of {name} has been replaced on the instance"
-        return ""
+        return foreign(module, name)
 
     def module_problem(self, module: nn.Module) -> str:
         """Why a map or norm cannot be exchanged: as `hook_problem`, and it must have one name only."""

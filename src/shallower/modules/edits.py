@@ -30,7 +30,7 @@ from shallower.modules.activations import (
     Twice,
     narrowed_activation,
 )
-from shallower.modules.layers import kind_of, resize_tensors, resized, resized_norm, weight_of
+from shallower.modules.layers import kind_of, longest_axis, resize_tensors, resized, resized_norm, weight_of
 from shallower.modules.offloading import device_around, own_weights
 from shallower.modules.prepared.attention import is_stock, make_dense
 from shallower.modules.prepared.lists import Entries
@@ -39,6 +39,8 @@ from shallower.modules.rewriting import externalise, write_number
 from shallower.sites import LinearMap, Place, Written
 
 _MOST_WEIGHTS = 2**36
+_MOST_TIMES = 4
+"""How often the longest axis of a model's tensors goes into a number that is written in a forward, at most."""
 
 
 ModuleName = Annotated[str, Bounds(1, 1000)]
@@ -236,6 +238,8 @@ class Number:
 
     def perform(self, model: nn.Module) -> None:
         """Write the forward anew."""
+        if abs(self.value) > _MOST_TIMES * longest_axis(model):
+            raise PlanError(f"`{self.written.path[-1][0]:.80}`: {self.value} is more than any tensor has channels")
         write_number(model.get_submodule(self.name), self.written, self.value)
 
 

@@ -288,6 +288,14 @@ def _of_shape(own: Tensor, shape: tuple[int, ...]) -> Tensor:
     return made
 
 
+def longest_axis(model: nn.Module) -> int:
+    """The size of the longest axis of all parameters and buffers."""
+    found = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        found = max(found, *tensor.shape, 0)
+    return found
+
+
 def count_anew(module: nn.Module) -> None:
     """Set the sizes that a layer holds beside its tensors to what these have now: `in_features`, `num_channels`, ..."""
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):

@@ -18,6 +18,7 @@ from typing import Any
 from torch import fx, nn
 
 from shallower.errors import Refusal, SiteError
+from shallower.modules.forwards import Forward, has_foreign_forward
 from shallower.modules.graphs import Forwards, Held, forwards_of, names_loaded
 from shallower.modules.regions import STOCK, module_of, region_of
 from shallower.modules.written import base_forward, give_number
@@ -101,15 +102,10 @@ def write_number(owner: nn.Module, written: Written, value: float) -> None:
     Raises:
         SiteError: there is no such call, or the forward cannot be written anew.
     """
-    if _is_foreign(owner):
+    if has_foreign_forward(owner):
         raise SiteError(f"the forward of {type(owner).__name__} has been replaced on the instance")
     give_number(owner, written.path, written.place, value)
     _rebind(owner)
-
-
-def _is_foreign(owner: nn.Module) -> bool:
-    """Whether somebody else has replaced the forward on the instance."""
-    return "forward" in vars(owner) and not _new_children(owner) and base_forward(owner) is None
 
 
 _NESTED = "_shallower_nested"
@@ -239,7 +235,7 @@ def _change(
     attribute = _attribute(owner, place)
     if attribute is not None:
         return attribute
-    if _is_foreign(owner):
+    if has_foreign_forward(owner):
         return Refusal(f"the forward of {place.module or 'the model'} has been replaced on the instance")
     if not set(place.calls).isdisjoint(chain.from_iterable(_rewritten_places(owner))):
         return Refusal("a part of it has been made a module already")
@@ -305,13 +301,21 @@ def _child_name(owner: nn.Module, place: Place) -> str:
 
 def _rebind(owner: nn.Module) -> None:
     """Give `owner` the forward in which every externalised place is a call of its child, and numbers are its own."""
-    changes = _new_children(owner)
     vars(owner).pop("forward", None)
+    if _new_children(owner) or base_forward(owner) is not None:
+        vars(owner)["forward"] = Forward(owner, forward_of, forward_of(owner))
+
+
+def forward_of(owner: nn.Module) -> Callable[..., Any]:
+    """The function that a module's forward is with what was changed in it.
+
+    Raises:
+        SiteError: it cannot be written anew.
+    """
+    changes = _new_children(owner)
     base = base_forward(owner)
     if not changes:
-        if base is not None:
-            vars(owner)["forward"] = types.MethodType(base, owner)
-        return
+        return base or type(owner).forward
     forwards = forwards_of(owner)
     if isinstance(forwards, Refusal):
         raise SiteError(str(forwards))
@@ -336,7 +340,7 @@ def _rebind(owner: nn.Module) -> None:
     forward = evaluation
     if train_code != eval_code or forwards.held or _takes_more(type(owner).forward):
         forward = _by_mode(type(owner).forward, train, evaluation, forwards.held)
-    vars(owner)["forward"] = types.MethodType(forward, owner)
+    return forward
 
 
 def _takes_more(function: Callable[..., Any]) -> bool:

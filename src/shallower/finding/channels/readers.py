@@ -7,11 +7,9 @@ from typing import Literal
 
 from torch import nn
 
+from shallower.modules.forwards import foreign
 from shallower.modules.layers import is_conv1d
 from shallower.sites import LinearMap, Slot, Span
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""Where a module keeps what somebody has put on it, which another in its place would not have."""
 
 
 def plain_readers(
@@ -47,14 +45,9 @@ def _reader(layer: nn.Module, slot: Slot, width: int) -> LinearMap | None:
         kind = "conv1d"
     elif type(layer).forward is not nn.Linear.forward:
         return None
-    if slot.attribute != "weight" or len(slot.shape) != 2 or _is_watched(layer):
+    if slot.attribute != "weight" or len(slot.shape) != 2 or foreign(layer):
         return None
     d_in, d_out = slot.shape[slot.axis], slot.shape[1 - slot.axis]
     if slot.spans != (Span(0, 1, 0, d_in // width),):
         return None
     return LinearMap(slot.module, kind, d_in, d_out, getattr(layer, "bias", None) is not None, slot.uses)
-
-
-def _is_watched(layer: nn.Module) -> bool:
-    """Whether somebody's hooks or forward are on a layer, which another in its place would not have."""
-    return "forward" in vars(layer) or any(getattr(layer, table, None) for table in HOOKS)
