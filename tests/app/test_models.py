@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +296,54 @@ def test_a_config_cannot_choose_an_attention_that_is_fetched():
 def test_missing_directory_is_not_looked_for_on_the_hub(spec: str) -> None:
     with pytest.raises(ModelError, match="no such directory"):
         load_model(spec)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """A directory with a low-rank adapter, and the model with the adapter beside its layers."""
+    peft = pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("adapted")
+    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    chosen = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the libraries to each other
+        model = peft.get_peft_model(base, chosen).eval()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+        model.save_pretrained(folder / "adapter")
+    return folder / "adapter", model
+
+
+def test_an_adapter_is_merged_into_the_model_it_was_trained_on(adapted: tuple[Path, nn.Module]) -> None:
+    path, model = adapted
+    loaded = load_model(str(path))
+    assert type(loaded.model) is transformers.LlamaForCausalLM
+    ids = torch.randint(5, 30, (2, 7))
+    torch.testing.assert_close(loaded.model(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"base_model_name_or_path": "os:system?command=x"}, "no directory here"),
+        ({"base_model_name_or_path": "/nowhere/at/all"}, "no directory here"),
+    ],
+)
+def test_an_adapter_of_something_else_runs_nothing(
+    adapted: tuple[Path, nn.Module], tmp_path: Path, changed: dict[str, str], said: str
+) -> None:
+    described = json.loads((adapted[0] / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described | changed))
+    (tmp_path / "adapter_model.safetensors").write_bytes((adapted[0] / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(ModelError, match=said):
+        load_model(str(tmp_path))
+
+
+def test_an_adapter_that_is_pickled_is_not_read(adapted: tuple[Path, nn.Module], tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text((adapted[0] / "adapter_config.json").read_text())
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="safetensors"):
+        load_model(str(tmp_path))

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -43,6 +45,7 @@ from shallower.saving.sources import (
 )
 from shallower.saving.vision import import_torchvision
 
+ADAPTER = "adapter_config.json"
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\?.*)?")
 _AUTO_CLASSES: Mapping[TaskName, str] = {
     "text-classification": "AutoModelForSequenceClassification",
@@ -51,7 +54,12 @@ _AUTO_CLASSES: Mapping[TaskName, str] = {
     "feature-extraction": "AutoModel",
     "image-feature-extraction": "AutoModel",
 }
-
+_ADAPTED_TASKS: Mapping[str, TaskName] = {
+    "SEQ_CLS": "text-classification",
+    "CAUSAL_LM": "causal-lm",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+"""What an adapter was trained for, in the words of peft."""
 
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
 
@@ -121,7 +129,8 @@ def load_model(
         load_model("my.models:make_net?width=64")                # called; returns a model or (model, example_inputs)
 
     Args:
-        spec: a directory written by `save`, a Transformers directory or hub name, `timm:NAME`, `torchvision:NAME` or
+        spec: a directory written by `save`, a Transformers directory or hub name, a directory of a low-rank adapter
+            (written by peft; it is merged into the model that it was trained on), `timm:NAME`, `torchvision:NAME` or
             `package.module:factory`; the last three with options, as in `NAME?option=value&option=value`. The
             factory's module is imported, also from the current directory.
         task: which head a Transformers model gets; by default the one it was saved with.
@@ -136,6 +145,8 @@ def load_model(
     if path.is_dir():
         if (path / DESCRIPTION).exists():
             return _saved(path)
+        if (path / ADAPTER).exists():
+            return _adapted(path, task, num_labels)
         if not (path / "config.json").exists():
             raise ModelError(f"{spec}: neither a Transformers directory (config.json) nor one that save wrote")
         return _load_transformers(str(path), task, num_labels, pretrained)
@@ -228,6 +239,30 @@ def _load_transformers(spec: str, task: TaskName | None, num_labels: int | None,
         if model.config.pad_token_id is None:
             model.config.pad_token_id = processor.pad_token_id
     return LoadedModel(model.eval(), source_of(model), processor, no_processor=no_processor)
+
+
+def _adapted(path: Path, task: TaskName | None, num_labels: int | None) -> LoadedModel:
+    """The model that a low-rank adapter was trained on, with the adapter merged into its layers."""
+    if not (path / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{path}: an adapter lies there without adapter_model.safetensors; save it as safetensors")
+    with failing(ModelError, str(path / ADAPTER)):
+        described = json.loads((path / ADAPTER).read_text())
+        base = str(described["base_model_name_or_path"])
+        task = task or _ADAPTED_TASKS.get(described.get("task_type") or "")
+    if not Path(base).is_dir() and not HUB_NAME.fullmatch(base):
+        raise ModelError(f"{path / ADAPTER}: the adapter was trained on {base!r:.80}, which is no directory here")
+    import_transformers()
+    try:
+        peft = importlib.import_module("peft")
+    except ImportError as error:
+        raise ModelError(
+            f"{path}: a low-rank adapter is read by peft ({error}); install it: pip install peft"
+        ) from error
+    loaded = _load_transformers(base, task, num_labels, pretrained=True)
+    with failing(ModelError, str(path)), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the libraries to each other
+        merged = peft.PeftModel.from_pretrained(loaded.model, str(path)).merge_and_unload()
+    return LoadedModel(merged.eval(), source_of(merged), loaded.processor, no_processor=loaded.no_processor)
 
 
 @contextmanager
