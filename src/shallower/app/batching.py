@@ -166,6 +166,7 @@ def make_batches(
     *,
     augment: bool = False,
     seed: int = 0,
+    learns: bool = False,
 ) -> TaskBatches:
     """The batches of `rows` that a model takes. One of them is tried: what comes later has a model that runs.
 
@@ -177,6 +178,7 @@ def make_batches(
             for the blocks of a language model; the size of images, by default what the model is known to want.
         augment: shift and mirror the images of the training split at random.
         seed: of the order of the training rows.
+        learns: the model is trained on these classes first, so that their order in the alphabet is as good as any.
 
     Raises:
         DataError: the classes do not fit the model, text has no tokenizer, or what is not images is to be augmented.
@@ -200,7 +202,10 @@ def make_batches(
     output = first_output(loaded.model, example)
     classes: tuple[str, ...] = ()
     if isinstance(reader, TextReader | ImageReader) and reader.labels is not None:
-        labels = reader.labels.fitted(class_count(output), _class_names(loaded.model))
+        own = reader.labels
+        if learns:
+            own = replace(own, alphabetical=False)
+        labels = own.fitted(class_count(output), _class_names(loaded.model))
         reader, classes = replace(reader, labels=labels), labels.names
     validation = test = loader(first, reader, size)
     if parts["test"] is not None:

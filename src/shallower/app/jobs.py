@@ -303,13 +303,15 @@ def _prepared(job: Job, name: TaskName, device: torch.device) -> tuple[LoadedMod
     loaded = _savable(loaded, remarks)
     # Training and calibration want at least float32.
     loaded.model.to(device, torch.promote_types(loaded.dtype, torch.float32))
+    reading: dict[str, Any] = {"augment": job.training.augment, "seed": job.machine.seed}
+    reading["learns"] = job.training.dense_epochs > 0
     try:
-        batches = make_batches(rows, name, loaded, job.rows, augment=job.training.augment, seed=job.machine.seed)
+        batches = make_batches(rows, name, loaded, job.rows, **reading)
     except DataError as error:
         if trains or job.rows.label_column or rows.labels is None:
             raise
         rows = rows.unlabelled()
-        batches = make_batches(rows, name, loaded, job.rows, augment=job.training.augment, seed=job.machine.seed)
+        batches = make_batches(rows, name, loaded, job.rows, **reading)
         remarks.append(f"the labels were not used: {error}")
     task = task_named(name, labelled=rows.labels is not None)
     if rows.labels is None and name != "causal-lm":

@@ -219,6 +219,27 @@ def test_labels_take_the_order_of_a_model_with_the_same_classes() -> None:
     assert (labels("no"), labels("yes")) == (1, 0)
 
 
+def test_names_of_classes_are_never_numbered_by_the_alphabet(tmp_path: Path) -> None:
+    (tmp_path / "films.csv").write_text("text,label\n" + "good,pos\nbad,neg\n" * 10)
+    labels = read_rows(str(tmp_path / "films.csv"), "text-classification").labels
+    assert labels is not None
+    assert labels.fitted(2, ("POS", "NEG")).numbers == {"pos": 0, "neg": 1}
+    for names in ((), ("LABEL_0", "LABEL_1"), ("good", "bad")):
+        with pytest.raises(DataError, match="nothing says which is which"):
+            labels.fitted(2, names)
+
+
+def test_numbers_written_as_text_are_numbers(tmp_path: Path) -> None:
+    for name in ("2", "10"):
+        folder = tmp_path / "photos" / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (4, 4)).save(folder / f"{i}.png")
+    labels = read_rows(str(tmp_path / "photos"), "image-classification").labels
+    assert labels is not None
+    assert (labels.names, labels.count, sorted(labels.numbers.values())) == ((), 11, [2, 10])
+
+
 def test_language_data_is_read_as_text_or_as_tokens(tmp_path: Path) -> None:
     text = read_rows(write(tmp_path / "book.txt", "one line\nand another\n"), "causal-lm")
     assert text.columns.text == ("text",)

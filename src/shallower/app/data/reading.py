@@ -98,8 +98,7 @@ def _folder(path: Path) -> dict[str, Any]:
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         with failing(DataError, f"{path}: this saved data set cannot be read"):
             return _split_up(datasets_library().load_from_disk(str(path)))
-    readable = (*_FORMATS, ".npz")
-    files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in readable)
+    files = _tables_in(path)
     if len(files) == 1:
         return _file(files[0])
     if files:
@@ -107,6 +106,18 @@ def _folder(path: Path) -> dict[str, Any]:
     if any(p.suffix.lower() in _PICTURES for p in path.rglob("*")):
         return dict(_load(f"{path}: the data cannot be read", "imagefolder", data_dir=str(path), drop_labels=False))
     raise DataError(f"{path}: the folder holds no data: no {_READABLE} files and no pictures")
+
+
+def numbers_by_alphabet(source: str) -> bool:
+    """Whether the classes of a source are the names of folders, whose numbers nobody chose."""
+    path = Path(source).expanduser()
+    saved = (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+    return path.is_dir() and not saved and not _tables_in(path)
+
+
+def _tables_in(folder: Path) -> list[Path]:
+    readable = (*_FORMATS, ".npz")
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in readable)
 
 
 def _files_by_split(folder: Path, files: list[Path]) -> Iterator[tuple[str, Any]]:

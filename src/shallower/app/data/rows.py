@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shallower.app.data.reading import IMAGE_NAMES, LABEL_NAMES, datasets_library, parts_of
+from shallower.app.data.reading import IMAGE_NAMES, LABEL_NAMES, datasets_library, numbers_by_alphabet, parts_of
 from shallower.app.options import DataOptions, TaskName
 from shallower.core.text import listing
 from shallower.errors import DataError
@@ -62,11 +62,13 @@ class Labels:
         names: of the classes, in the order of the data; empty where the data holds bare numbers.
         count: how many classes there are; with bare numbers, the largest plus one.
         numbers: value in the data -> output of the model.
+        alphabetical: the data only names its classes; their numbers are their order in the alphabet.
     """
 
     names: tuple[str, ...]
     count: int
     numbers: Mapping[Any, int]
+    alphabetical: bool = False
 
     def __call__(self, value: Any) -> int:
         """The model's number for a value of the label column."""
@@ -86,16 +88,19 @@ class Labels:
                 f"the data has {self.count} classes{classes} and the model has {outputs} outputs: "
                 "use a model whose head was made for this data, or another label column"
             )
-        if not self.names or not names:
+        if not self.names or (not names and not self.alphabetical):
             return self
         own, theirs = list(map(str.casefold, self.names)), list(map(str.casefold, names))
         if set(own) == set(theirs):
             return replace(self, numbers={value: theirs.index(own[number]) for value, number in self.numbers.items()})
-        if all(map(_UNNAMED.fullmatch, names)) and str not in set(map(type, self.numbers)):
+        if all(map(_UNNAMED.fullmatch, names)) and not self.alphabetical:
             return self
+        theirs_told = "the model does not name its own"
+        if names:
+            theirs_told = f"the model's are {listing(names)}"
         raise DataError(
-            f"the classes of the data are {listing(self.names)}, the model's are {listing(names)}, and nothing says "
-            "which is which: put the model's class numbers into the label column, or the names into the model's config "
+            f"the classes of the data are {listing(self.names)}, {theirs_told}, and nothing says which is which: put "
+            "the model's class numbers into the label column, or the names into the model's config "
             "(id2label)"
         )
 
@@ -301,11 +306,13 @@ def _labels(parts: dict[str, Any], column: str, source: str) -> Labels:
     if None in values:
         raise DataError(f"{source}: the label column {column!r} is empty in some rows; remove them")
     names: tuple[str, ...] = ()
+    alphabetical = False
     if isinstance(feature, datasets_library().ClassLabel):
         names = tuple(feature.names)
         numbers: dict[Any, int] = dict(zip(range(len(names)), range(len(names)), strict=True))
+        alphabetical = numbers_by_alphabet(source)
     elif set(map(type, values)) == {str}:
-        names = tuple(sorted(values))
+        names, alphabetical = tuple(sorted(values)), True
         numbers = dict(zip(names, range(len(names)), strict=True))
     elif all(map(_is_class, values)):
         numbers = dict(zip(values, map(int, values), strict=True))
@@ -314,6 +321,10 @@ def _labels(parts: dict[str, Any], column: str, source: str) -> Labels:
             f"{source}: the label column {column!r} holds {listing(map(str, values[:4]))}; a class is a text or a "
             "number from 0, and scores (regression) are not a task here"
         )
+    if alphabetical and all(map(str.isdecimal, names)):
+        # numbers that are written as text, or as names of folders
+        numbers = {value: int(names[number]) for value, number in numbers.items()}
+        names, alphabetical = (), False
     for name in ("validation", "test"):
         if name not in parts or column not in parts[name].features:
             continue
@@ -335,7 +346,7 @@ def _labels(parts: dict[str, Any], column: str, source: str) -> Labels:
             f"{source}: the label column {column!r} holds {count - 1}; a number is the model's number of a class, from "
             "0: number the classes anew, or write their names"
         )
-    return Labels(names, count, numbers)
+    return Labels(names, count, numbers, alphabetical)
 
 
 def _is_class(value: Any) -> bool:
