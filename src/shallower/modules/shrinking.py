@@ -1,6 +1,6 @@
 """What else becomes of a model where channels are cut out of its tensors: layers made ready, and numbers that fall.
 
-for edit in (*before_cut(model, ["encoder.self_attn.in_proj_weight"]), *fallen(model, site.followers, 3)):
+for edit in (*before_cut(model, ["encoder.self_attn.in_proj_weight"]), *fallen(model, site.followers, site.width, 3)):
     perform(model, edit)
 """
 
@@ -31,12 +31,13 @@ def before_cut(model: nn.Module, tensors: Iterable[str]) -> list[StructuralEdit]
     return list(found.values())
 
 
-def fallen(model: nn.Module, followers: Iterable[Follower], gone: int) -> list[Attribute | Number]:
+def fallen(model: nn.Module, followers: Iterable[Follower], width: int, gone: int) -> list[Attribute | Number]:
     """The edits with which numbers fall when so many channels go.
 
     Args:
         model: as earlier edits left it; not changed.
         followers: of one site.
+        width: how many channels it has.
         gone: how many of its channels go.
     """
     edits: list[Attribute | Number] = []
@@ -49,6 +50,8 @@ def fallen(model: nn.Module, followers: Iterable[Follower], gone: int) -> list[A
             continue
         now = numbers_written(module).get(written.path, {}).get(written.place, written.value)
         fewer = follower.each * gone
+        if follower.each * width == written.value:  # by its share of what channels of other sites, too, have left
+            fewer = int(now) // width * gone
         # a slice counts from the end where it is negative
         edits.append(Number(follower.module, written, now + fewer if now < 0 < fewer else now - fewer))
     return edits

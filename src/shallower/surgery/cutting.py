@@ -28,7 +28,7 @@ def edits_of_cut(model: nn.Module, entry: Entry, form: Form) -> list[Edit]:
         PlanError: a tensor has another shape than the plan expects.
     """
     edits: list[Edit] = [*before_cut(model, (cut.tensor for cut in form.cuts if cut.kept))]
-    edits += fallen(model, entry.site.followers, len(entry.dropped))
+    edits += fallen(model, entry.site.followers, entry.site.width, len(entry.dropped))
     left: dict[str, Tensor] = {}
     for cut in form.cuts:
         if not cut.kept:  # a bias that the fit adds, or a list that loses entries

@@ -91,7 +91,7 @@ class _OnWhatStays:
             for follower in entry.site.followers:
                 if f"{follower.module}.".startswith(f"{name}."):
                     within.append(replace(follower, module=follower.module[len(name) + 1 :]))
-            for edit in fallen(part, within, len(entry.dropped)):
+            for edit in fallen(part, within, entry.site.width, len(entry.dropped)):
                 edit.perform(part)
         # in a list: the hook is copied with its module, and this is no child of it
         self.part = [part.eval()]

@@ -213,12 +213,14 @@ class ChannelTrial:
             before = dict(left)
             if self._held.take(left, chosen, led, one=one):
                 led = self.led([left[site.name] for site in chosen], one=one)
-            self._write(left, chosen, led.wrong.values())
+            within = self._write(left, chosen, led.wrong.values())
             if left == before:
                 self._leave_out_blamed(left, chosen, led)
-                if left == before:
-                    self._halve(left, chosen, one=one)
-                    return
+            if left == before:
+                self._leave_out_within(left, within)
+            if left == before:
+                self._halve(left, chosen, one=one)
+                return
 
     def _needs_data(self) -> bool:
         """Whether the forward looks at numbers, so that it does not run without them, even with nothing cut."""
@@ -310,8 +312,11 @@ class ChannelTrial:
 
     # ------------------------------------------------------------------------------------------------- writing
 
-    def _write(self, left: dict[str, Site], chosen: Sequence[Site], wrong: Iterable[Wrong]) -> None:
-        """Let calls take numbers of their own, for the sites whose channels these count and those that disturb them."""
+    def _write(self, left: dict[str, Site], chosen: Sequence[Site], wrong: Iterable[Wrong]) -> Counter[str]:
+        """Let calls take numbers of their own, for the sites whose channels these count and those that disturb them.
+
+        Returns the sites whose channels are with those of others in numbers that do not follow, by how often.
+        """
         by_run = {self.found[name]: name for name in left}
         before = {name: site.followers for name, site in left.items()}
         within: Counter[str] = Counter()
@@ -329,7 +334,11 @@ class ChannelTrial:
             else:
                 for name, follower in made.items():
                     left[name] = replace(left[name], followers=(*left[name].followers, follower))
-        for name, _ in within.most_common(1):  # the others can be cut without it
+        return within
+
+    def _leave_out_within(self, left: dict[str, Site], within: Counter[str]) -> None:
+        """Leave out the site whose channels are most often in numbers with those of others: these go without it."""
+        for name, _ in within.most_common(1):
             if left.pop(name, None) is not None:
                 self.why[name] = f"{DOES_NOT_FOLLOW}: {TWO}"
 
@@ -353,18 +362,27 @@ class ChannelTrial:
         if module is None:
             return Refusal("its module has no name")
         layout = resolved(each.size.layout)
-        is_rest = self._varies(layout) or self._is_product(layout, {self.found[name] for name in counted})
+        counts: dict[str, int] = {}
+        for name in counted:
+            counts[name] = positions_each(spans(layout, self.found[name]))
+        # of channels within each other a number falls by the share of each, where it counts nothing else
+        in_parts = all(count * left[name].width == each.size.given for name, count in counts.items())
+        is_product = self._is_product(layout, {self.found[name] for name in counted})
         path, before_places = found
         call = self.f.trace.calls[each.at]
         place = each.size.place - before_places
         if call.name in SHAPED and not call.kwargs:  # from the end: how many axes stand before may differ
             place = each.size.place - len(leaves(call.args, {}))
+        is_rest = self._varies(layout) or is_product
         if is_rest and not self._may_be_rest(left, each, module, path, place):
-            return Refusal(DEPENDS if self._varies(layout) else TWO)
+            if self._varies(layout):
+                return Refusal(DEPENDS)
+            if not in_parts:
+                return Refusal(TWO)
+            is_rest = False
         written = Written(path, place, -1 if is_rest else each.size.given)
         wanted: dict[str, Follower] = {}
-        for name in counted:
-            count = positions_each(spans(layout, self.found[name]))
+        for name, count in counts.items():
             wanted[name] = Follower(module, "", 0 if is_rest else count, written)
         for names in disturbing:
             for name in names:
@@ -456,7 +474,7 @@ class ChannelTrial:
         for edit in before_cut(trial, shapes):
             perform(trial, edit)
         for site in sites:
-            for fall in fallen(trial, site.followers, site.width - kept[site.name]):
+            for fall in fallen(trial, site.followers, site.width, site.width - kept[site.name]):
                 perform(trial, fall)
         for name in shapes:
             shapes[name] = self._expected.shape(self._expected.tensors[name], fewer)
