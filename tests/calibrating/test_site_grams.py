@@ -15,19 +15,19 @@ def rows(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return z, x, y
 
 
-def test_one_row_in_four_is_held_out() -> None:
+def test_one_row_in_eight_is_held_out() -> None:
     z, x, y = rows(40)
     grams = SiteGrams.of(z, x, y)
-    assert (grams.fit.count, grams.held.count) == (30, 10)
+    assert (grams.fit.count, grams.held.count) == (35, 5)
     assert grams.all.count == 40
-    torch.testing.assert_close(grams.held.centred().mean_z, z[30:].mean(0))
+    torch.testing.assert_close(grams.held.centred().mean_z, z[35:].mean(0))
 
 
-def test_of_small_batches_every_fourth_is_held_out() -> None:
+def test_of_small_batches_every_eighth_is_held_out() -> None:
     total = SiteGrams.of(*rows(2), number=0)
-    for number in range(1, 8):
+    for number in range(1, 16):
         total += SiteGrams.of(*rows(2, number), number=number)
-    assert (total.fit.count, total.held.count) == (12, 4)
+    assert (total.fit.count, total.held.count) == (28, 4)
 
 
 def test_moments_of_both_sides_are_kept_only_where_asked_for() -> None:
@@ -44,11 +44,11 @@ def test_sums_of_batches_add_up_and_nothing_changes_nothing() -> None:
     one, other = (SiteGrams.of(*rows(40, seed), joint=True) for seed in (0, 1))
     total = one + other
     assert total.inputs is not None
-    assert total.fit.count == 60
-    assert total.inputs[1].count == 20
+    assert total.fit.count == 70
+    assert total.inputs[1].count == 10
     same = total + SiteGrams.empty(total.shapes, torch.device("cpu"))
     torch.testing.assert_close(same.fit.centred().zz, total.fit.centred().zz)
-    assert same.over_processes().fit.count == 60
+    assert same.over_processes().fit.count == 70
 
 
 def test_rows_come_in_chunks_that_fit() -> None:

@@ -17,8 +17,8 @@ _HIDDEN_VALUES = 1 << 22
 Shapes = Mapping[str, tuple[int, int]]
 """Columns and outputs of the Gram matrices "fit", "inputs" and "joint"."""
 
-HELD_OUT = 4
-"""One row in four is held out."""
+HELD_OUT = 8
+"""One row in eight is held out."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class SiteGrams:
     def of(cls, z: Tensor, x: Tensor | None, y: Tensor, *, joint: bool = False, number: int = 0) -> SiteGrams:
         """The rows of one call, of which the last ones are held out: z, x and y at the same positions.
 
-        Of calls with fewer than four rows whole ones are held out, every fourth by their `number`.
+        Of calls with fewer than eight rows whole ones are held out, every eighth by their `number`.
         """
         # the last rows, not some in between: neighbours are alike, and would make the held-out error too small
         cut = fitted_rows(len(y), number)

@@ -9,16 +9,20 @@ Gauss-Newton steps towards the same outputs,
 
     (J^T J + a D) delta = J^T r,
 
-with J the derivative of the weighted outputs by the producers' rows, r what is missing of them, and D a diagonal of
-slopes times the moments of the inputs. The steps are found by conjugate gradients, so that only products with J are
-needed, and D is the preconditioner. No labels and no gradient through the rest of the network.
+with J the derivative of the weighted outputs by the producers' rows, and r what is missing of them. Were the slopes
+independent of the inputs, J^T J would be G x A: A are the moments of the inputs, and G, between the producers' rows,
+those of the slopes times the products of the consumers' columns. So D is diag(G) x A, and the steps are found by
+conjugate gradients, which need only products with J, preconditioned by (G + a diag(G)) x A. No labels and no gradient
+through the rest of the network.
 
 The rows are those of all processes: each adds up its own, and one without rows takes part in every sum.
 
 References: Levenberg, A method for the solution of certain non-linear problems in least squares, 1944; Hestenes and
 Stiefel, Methods of conjugate gradients for solving linear systems, 1952; Golub and Pereyra, The differentiation of
 pseudo-inverses and nonlinear least squares problems whose variables separate, 1973, for solving for the consumers
-within each step.
+within each step; Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, 2015,
+for G x A; Byrd, Chin, Neveitt and Nocedal, On the use of stochastic Hessian information, 2011, for curvature from some
+of the rows.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,6 +58,13 @@ _WORTHWHILE = 0.98
 """A step that leaves more of the held-out error than this is the last."""
 
 _LEAST_NORM = 1e-12
+
+_CURVATURE = 64
+_THIN = 4
+"""Outputs for each number to be fitted that tell the curvature, of at least one row in so many."""
+
+_Slopes = tuple[Tensor, dict[str, Tensor], list[Tensor]]
+"""What producers read; the slopes at their hidden tensors; those of the later activations."""
 
 
 @dataclass(frozen=True)
@@ -192,11 +204,13 @@ def _missing_output(layers: SiteLayers, part: SiteRows, fitted: _Fitted, root: T
 class _Linearised:
     """The squared error around the present producers, to first order in a change of their rows.
 
-    A change is one flat vector, see `unpacked`.
+    A change is one flat vector, see `unpacked`. The gradient is of all rows, the curvature of some, which are enough
+    for the direction of a step.
 
     Attributes:
         layers: around which it is.
         damping: a, see the module.
+        gradient: J^T r.
     """
 
     def __init__(
@@ -205,39 +219,53 @@ class _Linearised:
         self.layers = layers
         self.damping = damping
         self._consumer = _kernel(root.T @ fitted[0], layers.consumer)
-        self._seen: list[tuple[Tensor, dict[str, Tensor], list[Tensor], Tensor]] = []
+        self._seen: list[_Slopes] = []
         producer = layers.producers["producer"]
-        moments = producer.weight.new_zeros(producer.columns + 1, producer.columns + 1)
-        slopes: dict[str, Tensor] = {}
-        for name, made in layers.producers.items():
-            slopes[name] = made.weight.new_zeros(len(made.weight))
-        positions = 0
+        weight = producer.weight
+        gradient = weight.new_zeros(sum(math.prod(p.unknowns) for p in layers.producers.values()))
+        made = weight.new_zeros(self._rows, self._rows)
+        read = weight.new_zeros(producer.columns + 1, producer.columns + 1)
+        (positions,) = summed_over_processes(sum(each.positions for each in rows))
+        thin = min(_THIN, max(1, int(positions * len(root) / (_CURVATURE * len(gradient)))))
+        chosen = 0
         for part in _row_parts(layers, rows):
             z, found, later = layers.linearised(part.x)
-            self._seen.append((part.x, found, later, _missing_output(layers, part, fitted, root, z)))
-            for name, slope in found.items():
-                slopes[name] += flat(slope, slope.dim() > 2).square().sum(0)
-            moments += _input_moments(part.x, producer.map)
-            positions += part.positions
-        self._count = summed_over_processes(positions)[0]
-        self._moments = summed(moments).to(moments) / self._count
-        self._moments.diagonal().add_(_INPUT_RIDGE * self._moments.diagonal().mean())
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(self._moments.double())).to(moments)
-        self._sizes = self._diagonal(slopes)
+            missing = _missing_output(layers, part, fitted, root, z)
+            seen = part.x, found, later
+            gradient += self._pulled_back(seen, gradient, partial(torch.mul, missing))
+            sloped = torch.cat([flat(slope, slope.dim() > 2) for slope in found.values()], 1)
+            made += sloped.T @ sloped
+            read += _input_moments(part.x, producer.map)
+            self._seen.append(_thinned(seen, thin))
+            chosen += SiteRows(part.x[::thin], part.y[::thin]).positions
+        (self._count,) = summed_over_processes(chosen)
+        self.gradient = summed(gradient).to(gradient) / positions
+        self._read = summed(read).to(read) / positions
+        self._read.diagonal().add_(_INPUT_RIDGE * self._read.diagonal().mean())
+        self._read_inverse = _inverse(self._read)
+        coupled = summed(made).to(made) / positions * self._coupling()
+        self._sizes = coupled.diagonal() + _LEAST_NORM
+        coupled.diagonal().add_(damping * self._sizes + _INPUT_RIDGE * self._sizes.mean())
+        self._made_inverse = _inverse(coupled)
 
-    def _diagonal(self, slopes: Deltas) -> Deltas:
-        """The weight of a channel's hidden tensor in the error: mean f'^2, times its consumers' columns, squared."""
-        weights = self._consumer.transpose(0, 1).flatten(1).square().sum(1)
-        sizes: dict[str, Tensor] = {}
+    @property
+    def _rows(self) -> int:
+        return sum(len(producer.weight) for producer in self.layers.producers.values())
+
+    def _coupling(self) -> Tensor:
+        """(rows, rows) of all producers: products of the columns with which the consumers read them."""
+        columns = self._consumer.transpose(0, 1).flatten(1)
+        found: list[Tensor] = []
         for name, producer in self.layers.producers.items():
             kept = len(producer.weight)
-            own = weights[:kept]
+            own = columns[:kept]
             if name == "path":  # the consumers read it behind the channels
-                own = weights[-kept:]
+                own = columns[-kept:]
             if producer.scale is not None:
-                own = own * producer.scale.square()
-            sizes[name] = summed(slopes[name]).to(own) / self._count * own + _LEAST_NORM
-        return sizes
+                own = own * producer.scale[:, None]
+            found.append(own)
+        every = torch.cat(found)
+        return every @ every.T
 
     def unpacked(self, change: Tensor) -> Deltas:
         """The changes of the producers in one vector of all."""
@@ -249,43 +277,53 @@ class _Linearised:
             start += rows * columns
         return deltas
 
-    def _packed(self, deltas: Deltas) -> Tensor:
-        return torch.cat([delta.flatten() for delta in deltas.values()])
-
-    @property
-    def gradient(self) -> Tensor:
-        """J^T r."""
-        unknowns = sum(math.prod(p.unknowns) for p in self.layers.producers.values())
-        return self._folded(lambda change, residual: change * residual, self._consumer.new_zeros(unknowns))
-
     def times(self, change: Tensor) -> Tensor:
         """(J^T J + a D) times a change."""
-        product = self._folded(lambda outputs, _: outputs.square() / 2, change)
-        damped: dict[str, Tensor] = {}
-        for name, delta in self.unpacked(change).items():
-            columns = delta.shape[1]
-            damped[name] = self._sizes[name][:, None] * (delta @ self._moments[:columns, :columns])
-        return product + self.damping * self._packed(damped)
+        total = torch.zeros_like(change)
+        for seen in self._seen:
+            total += self._pulled_back(seen, change, lambda outputs: outputs.square() / 2)
+        damped = self._sizes[:, None] * (self._stacked(change) @ self._read)
+        return summed(total).to(total) / self._count + self.damping * self._packed(damped)
 
     def conditioned(self, change: Tensor) -> Tensor:
-        """D^-1 times a change."""
-        divided: dict[str, Tensor] = {}
-        for name, delta in self.unpacked(change).items():
-            columns = delta.shape[1]
-            divided[name] = (delta / self._sizes[name][:, None]) @ self._inverse[:columns, :columns]
-        return self._packed(divided)
+        """(G + a diag(G))^-1 times a change times A^-1."""
+        return self._packed(self._made_inverse @ self._stacked(change) @ self._read_inverse)
 
-    def _folded(self, of: Callable[[Tensor, Tensor], Tensor], change: Tensor) -> Tensor:
-        """The gradient, by a change, of the mean over positions of `of(change of the outputs, residual)`."""
-        total = torch.zeros_like(change)
+    def _stacked(self, change: Tensor) -> Tensor:
+        """The rows of all producers one above the other, a column for the shift behind; 0 where there is none."""
+        columns = len(self._read)
+        return torch.cat([F.pad(delta, (0, columns - delta.shape[1])) for delta in self.unpacked(change).values()])
+
+    def _packed(self, stacked: Tensor) -> Tensor:
+        found: list[Tensor] = []
+        start = 0
+        for producer in self.layers.producers.values():
+            rows, columns = producer.unknowns
+            found.append(stacked[start : start + rows, :columns].flatten())
+            start += rows
+        return torch.cat(found)
+
+    def _pulled_back(self, seen: _Slopes, change: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The gradient, by a change, of the sum over positions of `of(change of the outputs)`."""
         given = change.detach().requires_grad_()
-        for x, slopes, later, residual in self._seen:
-            with torch.enable_grad():
-                hidden = self.layers.change(x, slopes, later, self.unpacked(given))
-                outputs = linear(hidden, self._consumer, self.layers.consumer)
-                (gradient,) = torch.autograd.grad(of(outputs, residual).sum(), given)
-            total += gradient
-        return summed(total).to(total) / self._count
+        with torch.enable_grad():
+            hidden = self.layers.change(*seen, self.unpacked(given))
+            outputs = linear(hidden, self._consumer, self.layers.consumer)
+            (gradient,) = torch.autograd.grad(of(outputs).sum(), given)
+        found: Tensor = gradient
+        return found
+
+
+def _thinned(seen: _Slopes, thin: int) -> _Slopes:
+    """One row in so many."""
+    x, slopes, later = seen
+    some = {name: slope[::thin].clone() for name, slope in slopes.items()}
+    return x[::thin].clone(), some, [slope[::thin].clone() for slope in later]
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """Of a positive definite matrix, computed in float64."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix.double())).to(matrix)
 
 
 def _conjugate_gradients(problem: _Linearised, iterations: int) -> Tensor:
