@@ -41,6 +41,7 @@ from .methods.dropout.options import DropoutOptions as DropoutOptions
 from .methods.dropout.structural_dropout import StructuralDropout as StructuralDropout
 from .methods.squeezing.options import SqueezeOptions as SqueezeOptions
 from .methods.squeezing.squeeze import squeeze as squeeze
+from .methods.squeezing.squeeze import squeeze_family as squeeze_family
 from .methods.squeezing.sweeping import CalibrationWarning as CalibrationWarning
 from .methods.squeezing.uniformity import UniformWarning as UniformWarning
 from .methods.tlc.choosing import choose_forms as choose_forms
@@ -52,6 +53,8 @@ from .planning.curve import Curve as Curve
 from .planning.curve import Point as Point
 from .planning.entries import Entry as Entry
 from .planning.entries import Fate as Fate
+from .planning.family import Family as Family
+from .planning.family import Member as Member
 from .planning.fits import Fit as Fit
 from .planning.moving import worth_moving as worth_moving
 from .planning.plan import CostWarning as CostWarning

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -70,6 +70,7 @@ def output_metrics(
     output_of: OutputOf = default_output_of,
     logits: bool | None = None,
     seed: int = 0,
+    thin: int = 1,
 ) -> dict[str, Centred]:
     """For each layer second moments: `zz` (d, d) is the mean over positions of g g^T, g the gradient at its output.
 
@@ -89,6 +90,7 @@ def output_metrics(
         logits: whether the output is logits of classes in its last dimension; by default, whether the model returns
             something that has `logits`.
         seed: of the random projections.
+        thin: of each batch one row in so many is used, where its rows are independent.
 
     Raises:
         FitError: there are no batches, `mask_of` returns a mask that fits no layer, or a gradient is not finite; the
@@ -121,14 +123,23 @@ def output_metrics(
         calibration = Batches.read(batches, inputs_of, mask_of)
         room = max(_ROOM, held_bytes(model))
         if len(calibration) and not rows_are_independent(model, calibration[0].on(device).inputs, output_of):
-            room = sys.maxsize
+            room, thin = sys.maxsize, 1
         stack.enter_context(evaluating(model, gradients=True))
         stack.callback(_require_no_gradients(model))
         stack.enter_context(watching(model, after={name: gradients.after(name) for name in names}))
-        in_pieces(tqdm(calibration, desc="measuring sensitivity", delay=5, leave=False), model, room, backward)
+        bar = tqdm(calibration, desc="measuring sensitivity", delay=5, leave=False)
+        in_pieces(_some_rows(bar, thin), model, room, backward)
     if not summed_over_processes(calibration.rows)[0]:
         raise FitError("calibration needs data: `batches` is empty. Give a few hundred samples")
     return gradients.found()
+
+
+def _some_rows(batches: Iterable[Batch], thin: int) -> Iterator[Batch]:
+    """One row in so many of each batch; all where it cannot be cut."""
+    for batch in batches:
+        if thin > 1 and rows_of(batch.inputs) is not None:
+            batch = cut(batch, slice(None, None, thin))
+        yield batch
 
 
 class _Gradients:

@@ -80,6 +80,22 @@ def test_the_curve_knows_of_copies_and_of_the_collapse() -> None:
     assert curve[0] > curve[8]
 
 
+def test_widths_for_which_there_are_too_few_rows_are_not_offered() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 32)).eval()
+    (site,) = find_sites(model, torch.zeros(2, 64))
+
+    def offered(images: int) -> set[int]:
+        x = torch.randn(images, 64, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            z = model[:2](x)
+            grams = SiteGrams.of(z, None, model[2](z))
+        return set(error_curve(site, grams, metric_of(site, {}, grams)))
+
+    assert offered(200) <= {*range(1, 64), site.width}
+    assert offered(20_000) == set(range(1, site.width + 1))
+
+
 def test_one_row_is_too_little() -> None:
     model, site = network()
     _, grams = seen(model, rows=1)

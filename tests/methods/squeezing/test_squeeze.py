@@ -17,7 +17,7 @@ from shallower.errors import CheckpointError, FitError, MethodError, SiteError, 
 from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.options import SqueezeOptions
-from shallower.methods.squeezing.squeeze import squeeze
+from shallower.methods.squeezing.squeeze import squeeze, squeeze_family
 from shallower.methods.squeezing.sweeping import CalibrationWarning, Sweep
 from shallower.planning.forms import form_of
 from shallower.planning.plan import Plan
@@ -428,3 +428,22 @@ def test_channels_that_are_read_through_a_pooling_are_squeezed() -> None:
     with torch.no_grad():
         torch.testing.assert_close(found(batches[0]), small(batches[0]), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found(batches[0]), model(batches[0]), rtol=1e-2, atol=1e-2)
+
+
+def test_a_family_has_a_plan_for_every_size_down_to_the_smallest() -> None:
+    model = Mlp().eval()
+    batches = rows_of()
+    sites = find_sites(model, batches[0])
+    family = squeeze_family(model, sites, batches, "params:50%", count=3)
+    shares = [member.cost.params / family.before.params for member in family]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] <= 0.5 < shares[-2] <= 2 / 3
+    for target, least in (("params:50%", 0.4), ("params:58%", 0.5), ("params:90%", 0.8)):
+        plan = family.plan(model, target)
+        small = apply(model, plan, batches[0])
+        assert least < share(model, plan) <= float(target[7:-1]) / 100
+        assert error(small, model, batches[0]) < 0.05
+    with pytest.raises(TargetError, match="has to be measured"):
+        squeeze_family(model, sites, batches, "drop:1%")
+    with pytest.raises(MethodError, match="at least one member"):
+        squeeze_family(model, sites, batches, "params:50%", count=0)

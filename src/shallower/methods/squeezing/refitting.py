@@ -39,6 +39,12 @@ _LEAST = 1e-4
 _TRIALS = 2
 """Splits into channels and a linear path that are tried on held-out rows."""
 
+_PARTS = 8
+_LICENCE = 1.5
+_NEGLIGIBLE = 1e-3
+"""A width is offered if there its error on held-out rows is at most so many times that on rows for fitting, or this
+part of the variance; tried at so many parts of the site's width."""
+
 _EQUATIONS = 16
 """Outputs seen for each number to be fitted, below which producers stay as they are: what fits the calibration data
 better, and held-out data like them, then takes other data farther from the dense network."""
@@ -149,16 +155,21 @@ def collapsed_fit(site: Site, grams: SiteGrams, metric: Metric) -> Entry:
 def error_curve(site: Site, grams: SiteGrams, metric: Metric, *, paths: int = 0) -> dict[int, float]:
     """The error at every width, in units of `metric`; at width 0, of a full collapse, where `grams` has the inputs.
 
-    With `paths` (see `narrowed_fit`), at each width the error of the best split into channels and a linear path.
+    As held-out rows have it, where these say more than the rows for fitting: a width at which they say much more has
+    too few rows for what is fitted there, and is left out. With `paths` (see `narrowed_fit`), at each width the error
+    of the best split into channels and a linear path.
     """
     elimination = metric.elimination(_moments(site, grams), ridge=_SELECTION_RIDGE, keep=0, taps=site.columns_each)
     whole = elimination.error(0)
     found = None
     if paths:
         found = _paths(site, grams, metric)
+    excess = _excess(site, grams, metric, elimination)
     curve: dict[int, float] = {}
     for k in range(1, site.width + 1):
-        error = elimination.error(k)
+        if k < site.width and excess[k] > _LICENCE:
+            continue
+        error = elimination.error(k) * max(1.0, float(excess[k]))
         if found is not None:
             error = max(0.0, min(error, found[1].best(k, paths)[2]))
         curve[k] = _damage(error, whole)
@@ -167,6 +178,26 @@ def error_curve(site: Site, grams: SiteGrams, metric: Metric, *, paths: int = 0)
         if math.isfinite(error):
             curve[0] = _damage(error * whole, whole)
     return curve
+
+
+def _excess(site: Site, grams: SiteGrams, metric: Metric, elimination: Elimination) -> Tensor:
+    """(n + 1,) how many times the error of the fitting rows the held-out rows have at each width.
+
+    Measured at eighths of the width and linear in between. An error too small to matter counts as none.
+    """
+    n, intercept = site.width, _intercept(site)
+    widths, ratios = [0], [1.0]
+    for width in sorted({n * part // _PARTS for part in range(1, _PARTS)} - {0}):
+        choice = _Choice.of(site, grams, metric, elimination.kept(width))
+        if math.isfinite(choice.error):
+            fitted = choice.seen[0].centred(intercept)
+            widths.append(width)
+            ratios.append(choice.error / max(_part_left(fitted, fitted, choice.ridge, metric), _NEGLIGIBLE))
+    known, found, every = torch.tensor(widths), torch.tensor(ratios), torch.arange(n + 1)
+    above = torch.searchsorted(known, every).clamp(max=len(widths) - 1)
+    below = (above - 1).clamp(min=0)
+    part = ((every - known[below]) / (known[above] - known[below]).clamp(min=1)).clamp(0, 1)
+    return torch.lerp(found[below], found[above], part)
 
 
 def _damage(error: float, whole: float) -> float:
@@ -311,18 +342,24 @@ def _best_ridge(site: Site, pair: tuple[Gram, Gram], metric: Metric) -> tuple[fl
     if pair[0].count < 2 or pair[1].count < 2:
         return RIDGES[-1], float("inf")
     fit, held = pair[0].centred(intercept), pair[1].centred(intercept)
-    yy = float((held.yy * metric.diagonal).sum())
     best, least = RIDGES[-1], float("inf")
     for ridge in RIDGES:
         try:
-            error = ridge_error(fit, held, ridge, metric.diagonal)
+            error = _part_left(fit, held, ridge, metric)
         except FitError:
             continue
         if error < least:
             best, least = ridge, error
-    if not yy > 0:
-        return best, 0.0
-    return best, least / yy
+    return best, least
+
+
+def _part_left(fit: Centred, held: Centred, ridge: float, metric: Metric) -> float:
+    """The error on `held` of the ridge fit to `fit`, as a part of the variance there."""
+    error = ridge_error(fit, held, ridge, metric.diagonal)
+    variance = float((held.yy * metric.diagonal).sum())
+    if not variance > 0:
+        return 0.0
+    return error / variance
 
 
 def _by_consumer(site: Site, weight: Tensor, bias: Tensor, width: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -1,12 +1,16 @@
 """Which widths meet a target: allocated by the sites' curves of error, the same share everywhere, or by bisection.
 
+What is allocated is not compared with equal widths by a network whose consumers alone are refitted: on the small Llama
+that ranks equal widths first (divergence 1.331 against 1.372), and with producers refitted they are 5 % worse in
+perplexity. A late site can make up for what earlier ones left, and the more so the more of it is refitted.
+
 search = Search(sweep, counts, times, round_to=8)
 plan = search.plan(Target.parse("macs:60%"), score=None)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -16,6 +20,7 @@ from shallower.methods.squeezing.costing import SiteWidths, Times, WidthCosts
 from shallower.methods.squeezing.sweeping import Sweep
 from shallower.planning.allocation import Choice, allocate, in_proportion
 from shallower.planning.costs import Cost
+from shallower.planning.family import Member
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
 from shallower.sites import Site, Sites
@@ -41,7 +46,6 @@ class Search:
         times: how long the model takes with them.
         round_to: widths are multiples of this.
         uniform: keep the same share of every site's channels.
-        fixed: names of sites that keep their width then.
     """
 
     sweep: Sweep
@@ -49,7 +53,6 @@ class Search:
     times: Times
     round_to: int
     uniform: bool = False
-    fixed: frozenset[str] = frozenset()
 
     @property
     def sites(self) -> Sites:
@@ -66,10 +69,26 @@ class Search:
         if target.unit == "kv" and not any(site.cached_each for site in self.sites):
             self._refuse_kv(target)
         if target.unit != "drop":
-            return self._best(target, score)
+            return self.sweep.plan(self.widths(target))[0]
         if score is None:
             raise MethodError(f"the target {target} needs score=, a function from a model to its quality")
         return self._within(target, score)
+
+    def members(self, smallest: Target, count: int) -> Iterator[Member]:
+        """Plans for so many targets, evenly between the whole model and the smallest one.
+
+        Raises:
+            TargetError: the smallest cannot be reached.
+        """
+        if smallest.unit == "kv" and not any(site.cached_each for site in self.sites):
+            self._refuse_kv(smallest)
+        before = self.counts.before
+        gone = 1 - smallest.limit(before) / smallest.amount_of(before)
+        # the smallest first: if it cannot be reached that is said at once
+        for number in range(count, 0, -1):
+            widths = self.widths(Target(smallest.unit, "share", 1 - gone * number / count))
+            plan, small = self.sweep.plan(widths)
+            yield Member(plan, self.counts.after(widths), self.sweep.divergence(small))
 
     def _refuse_kv(self, target: Target) -> NoReturn:
         """Say that no widths lead to a target of the KV cache."""
@@ -79,23 +98,6 @@ class Search:
             f"{len(self.sites)} sites takes anything from it: only attention heads do. Find the sites with "
             'kinds=("hidden", "heads")'
         )
-
-    def _best(self, target: Target, score: Score | None) -> Plan:
-        """The better of equal and allocated widths; or equal ones, where these were asked for.
-
-        Both are judged by a draft, with the consumers fitted only: by the score, or without one by how little the
-        model's output changes.
-        """
-        if self.uniform:
-            return self.sweep.plan(self.widths(target))[0]
-        allocated = self.widths(target)
-        chosen = replace(self, uniform=True, fixed=frozenset(self.sweep.fixed)).widths(target)
-        if allocated != chosen:
-            judge = score or self.sweep.likeness
-            equal = agreed_result(judge, self.sweep.draft(chosen)[1])
-            if agreed_result(judge, self.sweep.draft(allocated)[1]) >= equal:
-                chosen = allocated
-        return self.sweep.plan(chosen)[0]
 
     def _within(self, target: Target, score: Score) -> Plan:
         """The smallest plan found by bisection whose score is not below the floor of a `drop:` target.
@@ -198,11 +200,11 @@ class Search:
     def _in_proportion(
         self, target: Target, widths: SiteWidths, met: Callable[[SiteWidths], bool]
     ) -> dict[str, int]:  # fmt: skip
-        """The same share of the width of every site that is not fixed, and of which the target counts anything."""
+        """The same share of the width of every site of which the target counts anything."""
         free: dict[str, int] = {}
         for site in self.sites:
             counts = target.unit != "kv" or site.cached_each > 0
-            if counts and site.name not in self.fixed:
+            if counts:
                 free[site.name] = site.width
         multiples = {site.name: self._multiple(site) for site in self.sites}
         return {**widths, **in_proportion(free, lambda chosen: met({**widths, **chosen}), multiples)}

@@ -3,13 +3,15 @@
 For each site, in order: choose the channels from which least squares predicts best what the consumers should return,
 weighted by their influence on the model's output, and fit the consumers anew. Each site is calibrated on the network
 whose earlier sites are squeezed already, towards what the dense network does there. How many channels each site keeps
-follows from the sites' curves of error against cost, or is the same share everywhere, whichever does better. Where the
-target is a latency, the cost is what was measured on this machine (latencies.py), and the whole model is timed again.
+follows from the sites' curves of error against cost, in units of the model's output; or is the same share everywhere,
+where that is asked for. Where the target is a latency, the cost is what was measured on this machine (latencies.py),
+and the whole model is timed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from shallower.core.inputs import Inputs, InputsOf, model_device
 from shallower.core.modes import without_inference_mode
 from shallower.core.processes import raised_anywhere
 from shallower.core.trees import to_device
-from shallower.errors import FitError
+from shallower.errors import FitError, MethodError, TargetError
 from shallower.methods.squeezing.calibration import Calibration, reader_of
 from shallower.methods.squeezing.costing import Times, WidthCosts
 from shallower.methods.squeezing.diagnosing import check_call, check_model, explained
@@ -34,6 +36,7 @@ from shallower.methods.squeezing.sweeping import Sweep
 from shallower.methods.squeezing.uniformity import only_expressible
 from shallower.modules.attachment import attached_places, detached_copy
 from shallower.modules.offloading import with_mapped_weights
+from shallower.planning.family import Family
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
 from shallower.sites import Sites
@@ -65,9 +68,7 @@ def squeeze(
         sites: of this model, or a selection of them.
         batches: a few hundred samples of what the model is used on, labels are not needed. They are read once.
         target: `params:`, `macs:`, `size:`, `latency:` on this device, or `drop:`, which needs `score`; see `Target`.
-        score: quality of a model, higher is better. Needed for `drop:`. Widths allocated by the sites' curves of error
-            and equal widths are both tried, and the better one by this score is taken; without a score, the one whose
-            output differs less from the model's on the batches.
+        score: quality of a model, higher is better; for `drop:` alone.
         uniform: keep the same share of every site's channels, so that a stock class can load the result. Sites of a
             Transformers model whose width its config does not express (a pooler, a classifier) stay as they are.
         inputs_of: returns the model's inputs in a batch. By default a batch is what the model takes, or (inputs,
@@ -93,33 +94,103 @@ def squeeze(
         UniformWarning: no stock class can load the result, though `uniform` was asked for.
     """
     _refuse_misplaced(misplaced)
-    options = options or SqueezeOptions()
-    if uniform:
-        options = replace(options, collapse=False)
     if isinstance(target, str):
         target = Target.parse(target)
     with raised_anywhere(), without_inference_mode():
-        dense = _detached(with_mapped_weights(model))
-        squeezable = narrowable(sites)
-        check_model(dense, squeezable)
-        if uniform:
-            squeezable = only_expressible(dense, squeezable)
-        calibration = _calibration(dense, squeezable, batches, options, inputs_of, example_inputs)
-        progress = None
-        if checkpoint is not None:
-            progress = Progress(checkpoint, identity_of(dense, squeezable, calibration.batches.digest, options))
-        sweep = Sweep(dense, squeezable, calibration, progress)
-        times = Times(dense, squeezable, _timed_on(calibration, example_inputs, dense), options)
-        search = Search(sweep, WidthCosts(dense, squeezable), times, options.round_to, uniform)
-        try:
+        search = _search(model, sites, batches, options, uniform, inputs_of, example_inputs, checkpoint)
+        with _explaining(search):
             plan = search.plan(target, score)
-        except Exception as error:
-            cause = explained(dense, squeezable, calibration, error)
-            if cause is None:
-                raise
-            raise cause from error
-        sweep.warn_of_shortage(plan)
-        return replace(plan, seen=calibration.batches.seen())
+        search.sweep.warn_of_shortage(plan)
+        return replace(plan, seen=search.sweep.calibration.batches.seen())
+
+
+def squeeze_family(
+    model: nn.Module,
+    sites: Sites,
+    batches: Iterable[Any],
+    smallest: str | Target,
+    count: int = 5,
+    *,
+    uniform: bool = False,
+    inputs_of: InputsOf | None = None,
+    checkpoint: str | Path | None = None,
+    options: SqueezeOptions | None = None,
+) -> Family:
+    """Plans from large to small, from which any size in between is made without data.
+
+        family = sh.squeeze_family(model, sites, batches, "macs:30%")
+        family.save("family/")
+        small = sh.apply(model, family.plan(model, "macs:47%"), example_inputs)
+
+    What the members share (the weight of errors, the curves of error, what the model itself returns) is found once.
+
+    Args:
+        model, sites, batches, uniform, inputs_of, checkpoint, options: see `squeeze`.
+        smallest: of params, MACs, size or KV cache: what the smallest member leaves. The others are spread evenly
+            between it and the whole model.
+        count: how many members.
+
+    Raises:
+        TargetError: the smallest cannot be reached, or is of a latency or a score.
+        MethodError: `count` is not positive.
+        SiteError, FitError, CheckpointError: see `squeeze`.
+
+    Of several processes all raise what one of them raises.
+    """
+    if isinstance(smallest, str):
+        smallest = Target.parse(smallest)
+    if smallest.unit in ("latency", "drop"):
+        raise TargetError(f"the target {smallest} has to be measured: a family is made for params, macs, size or kv")
+    if not isinstance(count, int) or count < 1:
+        raise MethodError(f"count={count!r:.40}: a family has at least one member")
+    with raised_anywhere(), without_inference_mode():
+        search = _search(model, sites, batches, options, uniform, inputs_of, None, checkpoint)
+        with _explaining(search):
+            members = tuple(reversed(list(search.members(smallest, count))))
+        seen = search.sweep.calibration.batches.seen()
+        for member in members:
+            search.sweep.warn_of_shortage(member.plan)
+        kept = [replace(member, plan=replace(member.plan, seen=seen)) for member in members]
+        return Family(tuple(kept), search.counts.before, tuple(search.sites.names))
+
+
+def _search(
+    model: nn.Module,
+    sites: Sites,
+    batches: Iterable[Any],
+    options: SqueezeOptions | None,
+    uniform: bool,
+    inputs_of: InputsOf | None,
+    example_inputs: Inputs | None,
+    checkpoint: str | Path | None,
+) -> Search:
+    """Everything that a squeezing needs, checked."""
+    options = options or SqueezeOptions()
+    dense = _detached(with_mapped_weights(model))
+    squeezable = narrowable(sites)
+    check_model(dense, squeezable)
+    if uniform:
+        options = replace(options, collapse=False)
+        squeezable = only_expressible(dense, squeezable)
+    calibration = _calibration(dense, squeezable, batches, options, inputs_of, example_inputs)
+    progress = None
+    if checkpoint is not None:
+        progress = Progress(checkpoint, identity_of(dense, squeezable, calibration.batches.digest, options))
+    sweep = Sweep(dense, squeezable, calibration, progress)
+    times = Times(dense, squeezable, _timed_on(calibration, example_inputs, dense), options)
+    return Search(sweep, WidthCosts(dense, squeezable), times, options.round_to, uniform)
+
+
+@contextmanager
+def _explaining(search: Search) -> Iterator[None]:
+    """Tell what was wrong with the data where something fails because of them."""
+    try:
+        yield
+    except Exception as error:
+        cause = explained(search.sweep.dense, search.sites, search.sweep.calibration, error)
+        if cause is None:
+            raise
+        raise cause from error
 
 
 def _detached(model: nn.Module) -> nn.Module:

@@ -91,7 +91,6 @@ class Sweep:
         # by site, what was seen of it while it was squeezed: positions of its producers, and rows to fit
         self._positions: dict[str, float] = {}
         self._counts: dict[str, float] = {}
-        self._drafts: dict[str, list[Entry]] = {}
         self._groups: dict[str, int] = {}
         for number, group in enumerate(overlapping(sites)):
             self._groups.update((site.name, number) for site in group)
@@ -102,11 +101,19 @@ class Sweep:
         Raises:
             FitError: the calibration data are too few or not finite; the error names the site.
         """
-        return self._squeezed(widths, self.calibration.options.producers)
-
-    def draft(self, widths: Mapping[str, int]) -> tuple[Plan, nn.Module]:
-        """The same, with the producers left as they are: quicker; `plan` repeats of it what it can."""
-        return self._squeezed(widths, False)
+        key = ",".join(f"{site.name}={widths[site.name]}" for site in self.sites)
+        entries = [] if self.progress is None else self.progress.entries(key)
+        # what surgery writes into gets memory of its own
+        small = detached_copy(self.dense, lent(self.dense.parameters()))
+        for done in steps(entries):
+            operate(small, done)
+        changing = [site for site in self.sites if widths[site.name] != site.width]
+        for entry in self._remaining(changing, widths, entries, small):
+            if self.progress is not None:
+                self.progress.keep(key, len(entries), entry)
+            entries.append(entry)
+            operate(small, self._step(entry, entries))
+        return bound_plan(self.dense, entries, "squeeze"), small
 
     @cached_property
     def metrics(self) -> dict[str, Centred]:
@@ -128,14 +135,9 @@ class Sweep:
             self.progress.keep_curves(found)
         return found
 
-    @property
-    def fixed(self) -> set[str]:
-        """Sites that cannot be calibrated, by their curves of error; they keep their width."""
-        return {name for name, curve in self.errors.items() if len(curve) < 2}
-
-    def likeness(self, small: nn.Module) -> float:
-        """Minus the mean divergence of its output from the dense network's, on some of the batches."""
-        return -mean_divergence(self.calibration, self.dense, small)
+    def divergence(self, small: nn.Module) -> float:
+        """How far its output is from the dense network's, on some of the batches."""
+        return mean_divergence(self.calibration, self.dense, small)
 
     def warn_of_shortage(self, plan: Plan) -> None:
         """Warn where each of the consumers' outputs has several numbers to fit for each position that was seen."""
@@ -159,46 +161,11 @@ class Sweep:
             stacklevel=3,
         )
 
-    def _squeezed(self, widths: Mapping[str, int], producers: bool) -> tuple[Plan, nn.Module]:
-        chosen = ",".join(f"{site.name}={widths[site.name]}" for site in self.sites)
-        key = chosen
-        if not producers:
-            key = f"consumers only: {chosen}"
-        entries = self._known(key, chosen, producers)
-        # what surgery writes into gets memory of its own
-        small = detached_copy(self.dense, lent(self.dense.parameters()))
-        for done in steps(entries):
-            operate(small, done)
-        changing = [site for site in self.sites if widths[site.name] != site.width]
-        for entry in self._remaining(changing, widths, entries, small, producers):
-            if self.progress is not None:
-                self.progress.keep(key, len(entries), entry)
-            entries.append(entry)
-            operate(small, self._step(entry, entries))
-        if not producers:
-            self._drafts[chosen] = list(entries)
-        return bound_plan(self.dense, entries, "squeeze"), small
-
     def _step(self, entry: Entry, entries: Sequence[Entry]) -> Step:
         """The form that an entry's site takes after the earlier ones; only those that it overlaps with matter."""
         group = self._groups[entry.site.name]
         related = [other for other in entries if self._groups[other.site.name] == group]
         return next(step for step in steps(related) if step.entry is entry)
-
-    def _known(self, key: str, chosen: str, producers: bool) -> list[Entry]:
-        """Entries that need not be made again: kept in a checkpoint, or those of the draft that would be the same."""
-        known: list[Entry] = []
-        if self.progress is not None:
-            known = self.progress.entries(key)
-        if known or not producers:
-            return known
-        for entry in self._drafts.get(chosen, ()):
-            kept = len(entry.kept)
-            positions = self._positions.get(entry.site.name, math.inf)
-            if kept and _untouched(entry.site, known) and enough_for_producers(entry.site, kept, positions):
-                break
-            known.append(entry)
-        return known
 
     def _remaining(
         self,
@@ -206,7 +173,6 @@ class Sweep:
         widths: Mapping[str, int],
         entries: Sequence[Entry],
         small: nn.Module,
-        producers: bool,
     ) -> Iterator[Entry]:
         """Entries of the sites that are not done, one after the other; `small` is changed before the next is asked for.
 
@@ -215,7 +181,6 @@ class Sweep:
             widths: by site.
             entries: of the sites that are done; grows between the sites.
             small: the network with these sites squeezed.
-            producers: fit the producers too.
         """
         finished = {entry.site.name for entry in entries}
         waiting = [site for site in changing if site.name not in finished]
@@ -228,7 +193,7 @@ class Sweep:
         for i, site in enumerate(bar):
             if not walk.on and (not goals or site.name not in goals[0]):
                 goals = self.calibration.goals(self.dense, waiting[i:])
-            made = producers and widths[site.name] > 0 and _untouched(site, entries)
+            made = self.calibration.options.producers and widths[site.name] > 0 and _untouched(site, entries)
             paths = self._path_multiple(site, changing)
             yield self._one(site, widths[site.name], metrics, small, goals, walk, made, paths)
             give_back()

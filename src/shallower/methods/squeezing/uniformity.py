@@ -49,14 +49,14 @@ def only_expressible(model: nn.Module, sites: Sites) -> Sites:
             f"no stock class will load the result, but `load` of this library will: {_REASON.replace('its', 'the')} "
             f"at {listing(left, 4)}",
             UniformWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return sites
     warnings.warn(
         f"these sites keep their width, so that the stock class loads the result: {listing(left, 4)} ({_REASON}). "
         "Without uniform=True they are squeezed too",
         UniformWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return chosen.only(chosen, left)
 
