@@ -23,7 +23,7 @@ def test_one_row_in_eight_is_held_out() -> None:
     torch.testing.assert_close(grams.held.centred().mean_z, z[35:].mean(0))
 
 
-def test_of_small_batches_every_eighth_is_held_out() -> None:
+def test_of_small_batches_one_row_in_eight_is_held_out() -> None:
     total = SiteGrams.of(*rows(2), number=0)
     for number in range(1, 16):
         total += SiteGrams.of(*rows(2, number), number=number)

@@ -75,7 +75,7 @@ class SiteGrams:
     def of(cls, z: Tensor, x: Tensor | None, y: Tensor, *, joint: bool = False, number: int = 0) -> SiteGrams:
         """The rows of one call, of which the last ones are held out: z, x and y at the same positions.
 
-        Of calls with fewer than eight rows whole ones are held out, every eighth by their `number`.
+        Of calls with fewer than eight rows not every one has one of these, by their `number`.
         """
         # the last rows, not some in between: neighbours are alike, and would make the held-out error too small
         cut = fitted_rows(len(y), number)
@@ -139,12 +139,11 @@ class SiteGrams:
 
 
 def fitted_rows(rows: int, number: int) -> int:
-    """How many of some rows are for fitting; those behind them are held out."""
-    if rows >= HELD_OUT:
-        return rows - rows // HELD_OUT
-    if number % HELD_OUT == HELD_OUT - 1:
-        return 0
-    return rows
+    """How many of a call's rows are for fitting; those behind them are held out.
+
+    Of calls alike one row in eight is, however few each has.
+    """
+    return rows - ((number + 1) * rows // HELD_OUT - number * rows // HELD_OUT)
 
 
 def read_alike(site: Site) -> bool:

@@ -391,7 +391,7 @@ def test_the_benchmark_beats_magnitude_on_a_real_language_model(data: Path, tmp_
 def test_too_few_calibration_data_are_told_with_how_many_would_do() -> None:
     model = Mlp(different=96, n=96)
     sites = find_sites(model, rows_of()[0])
-    with pytest.warns(CalibrationWarning, match=r"is fitted with 5\d numbers on 9 positions.* or more \(12 now"):
+    with pytest.warns(CalibrationWarning, match=r"is fitted with 5\d numbers on 11 positions.* or more \(12 now"):
         squeeze(model, sites, rows_of(count=3, rows=4), "params:60%", uniform=True)
 
 
