@@ -45,7 +45,7 @@ def test_what_the_consumers_read_and_give_is_seen() -> None:
     x = torch.cat([b.reshape(-1, 6) for b in batches()])
     z = torch.relu(model.up[0](x)).detach().double()
     torch.testing.assert_close(grams[sites[0].name].all.centred(False).zz, z.T @ z / len(z), rtol=1e-5, atol=1e-5)
-    assert grams[sites[0].name].held.count == 6
+    assert grams[sites[0].name].held.count == 7
 
 
 def test_padding_does_not_count() -> None:

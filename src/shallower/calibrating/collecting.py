@@ -194,8 +194,7 @@ class _SiteSoFar:
         grams: the sums; None before any rows were seen.
         rows: for fitting and held out.
         units: of the consumers' outputs, once they were seen.
-        calls, parts, positions: calls that were added, parts of rows that were taken, and positions of those for
-            fitting.
+        calls, positions: calls that were added, and positions of the rows for fitting that were taken.
         refusal: why the site cannot be calibrated.
     """
 
@@ -203,7 +202,6 @@ class _SiteSoFar:
     rows: tuple[list[SiteRows], list[SiteRows]] = field(default_factory=lambda: ([], []))
     units: Tensor | None = None
     calls: int = 0
-    parts: int = 0
     positions: float = 0.0
     refusal: Refusal | None = None
 
@@ -292,7 +290,6 @@ class _Passes:
             grams = seen.grams + grams
         seen.grams = grams
         for part, held_out in self._taken(site, source.inputs, i, wanted, mask):
-            seen.parts += 1
             if not held_out:
                 seen.positions += part.positions
             if self._options.rows:
@@ -316,7 +313,7 @@ class _Passes:
         # rounded up, so that all batches together keep no more than that many positions
         step = max(1, -(-len(x) * positions * self._batches // _POSITIONS))
         rows = SiteRows(x[::step], y[::step])
-        cut = fitted_rows(len(rows.x), self._seen[site.name].parts)
+        cut = fitted_rows(len(rows.x), self._seen[site.name].calls - 1)
         for part, held_out in ((slice(None, cut), False), (slice(cut, None), True)):
             if len(rows.x[part]):
                 yield SiteRows(rows.x[part], rows.y[part]), held_out
