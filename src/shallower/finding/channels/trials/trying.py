@@ -11,29 +11,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from itertools import chain
 
 from torch import nn
 
 from shallower.core.inputs import Inputs
-from shallower.errors import Refusal, ShallowerError
+from shallower.errors import ShallowerError
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.layout import Cat, Layout, Prod, Run, all_runs, resolved, runs, spans
+from shallower.finding.channels.layout import Run, all_runs, runs
 from shallower.finding.channels.spaces import Found
 from shallower.finding.channels.trials.holding import HeldNumbers, kind_of_site
-from shallower.finding.channels.trials.leading import Expected, Led, Wrong
+from shallower.finding.channels.trials.leading import Expected, Led
 from shallower.finding.channels.trials.origins import made_of
 from shallower.finding.channels.trials.skeletons import Skeleton
+from shallower.finding.channels.trials.writing import TWO, WrittenNumbers
 from shallower.modules.edits import perform
 from shallower.modules.layers import resize_tensors
 from shallower.modules.offloading import weightless
 from shallower.modules.prepared.lists import Entries
 from shallower.modules.shrinking import before_cut, fallen
-from shallower.modules.written import CallPath, leaves, path_along
+from shallower.modules.written import leaves
 from shallower.recording.tracing import Call, Frame, Value
-from shallower.sites import Follower, Site, Written
-from shallower.sites.slots import positions_each
+from shallower.sites import Follower, Site
 
 MOST_TRIALS = 100
 
@@ -44,13 +43,7 @@ MANY = 8
 SHARES = (3 / 4, 5 / 8, 7 / 8, 1 / 2, 11 / 16, 9 / 16, 13 / 16)
 """Of how many channels the sites of one kind leave, where they have at least so many."""
 
-SHAPED = ("view", "reshape", "expand", "broadcast_to")
-"""Functions whose last arguments are a shape."""
-
 DOES_NOT_FOLLOW = "the forward does not follow fewer channels"
-DEPENDS = "the size depends on the inputs"
-TWO = "channels of two kinds are in one number"
-OFTEN = "the call is made several times with other numbers"
 
 
 def that_follow(
@@ -98,6 +91,7 @@ class ChannelTrial:
         self.why: dict[str, str] = {}
         self._expected = Expected(f)
         self._held = HeldNumbers(self)
+        self._written = WrittenNumbers(self)
         self._with_data: bool | None = None
         self._knows_numbers = False
         self._skeleton = Skeleton(model, weightless(model.parameters()))
@@ -186,7 +180,7 @@ class ChannelTrial:
                 tried.add(own)
                 self._settle(left, [name for name, site in left.items() if kind_of_site(site) not in own], one=False)
 
-    def _runs_in(self, frame: Frame) -> set[Run]:
+    def runs_in(self, frame: Frame) -> set[Run]:
         """The channels of what the forward of a module is given, and of what its own calls read and give."""
         if frame not in self._in_frames:
             values = given_to(frame)
@@ -194,7 +188,7 @@ class ChannelTrial:
                 values += step.outputs
                 if isinstance(step, Call):
                     values += step.inputs
-            self._in_frames[frame] = set(self._runs_of(values))
+            self._in_frames[frame] = set(self.runs_of(values))
         return self._in_frames[frame]
 
     def _settle(self, left: dict[str, Site], names: Sequence[str], *, one: bool) -> None:
@@ -213,7 +207,7 @@ class ChannelTrial:
             before = dict(left)
             if self._held.take(left, chosen, led, one=one):
                 led = self.led([left[site.name] for site in chosen], one=one)
-            within = self._write(left, chosen, led.wrong.values())
+            within = self._written.write(left, chosen, led.wrong.values())
             if left == before:
                 self._leave_out_blamed(left, chosen, led)
             if left == before:
@@ -240,7 +234,7 @@ class ChannelTrial:
         known, kept = set(self.found.values()), 0
         for (i, place), axes in found.items():
             # an axis with channels of a site, and nothing that may be larger with other inputs
-            if all(known.intersection(runs(axis)) and not self._varies(axis) for axis in axes):
+            if all(known.intersection(runs(axis)) and not self._written.varies(axis) for axis in axes):
                 kept += 1
                 self._expected.keep(i, place)
         return kept > 0
@@ -302,7 +296,7 @@ class ChannelTrial:
 
     def _runs_at(self, call: Call) -> set[Run]:
         if call not in self._on_the_way:
-            self._on_the_way[call] = set(self._runs_of([*call.inputs, *call.outputs]))
+            self._on_the_way[call] = set(self.runs_of([*call.inputs, *call.outputs]))
         return self._on_the_way[call]
 
     def leave_out(self, left: dict[str, Site], name: str, call: Call, why: str = "") -> None:
@@ -310,121 +304,15 @@ class ChannelTrial:
         if left.pop(name, None) is not None:
             self.why[name] = f"{DOES_NOT_FOLLOW} at {self.f.title(call)}" + f": {why}" * bool(why)
 
-    # ------------------------------------------------------------------------------------------------- writing
-
-    def _write(self, left: dict[str, Site], chosen: Sequence[Site], wrong: Iterable[Wrong]) -> Counter[str]:
-        """Let calls take numbers of their own, for the sites whose channels these count and those that disturb them.
-
-        Returns the sites whose channels are with those of others in numbers that do not follow, by how often.
-        """
-        by_run = {self.found[name]: name for name in left}
-        before = {name: site.followers for name, site in left.items()}
-        within: Counter[str] = Counter()
-        for each in wrong:
-            call = self.f.trace.calls[each.at]
-            cut = [site.name for site in chosen if site.name in left]
-            counted = [by_run[run] for run in dict.fromkeys(runs(each.size.layout)) if by_run.get(run) in left]
-            near = [name for name in cut if self.found[name] in self._runs_in(call.frame)]
-            made = self._followers(left, each, counted, [[], near, cut], before)
-            if isinstance(made, Refusal) and made.reason == TWO:
-                within.update(counted)
-            elif isinstance(made, Refusal):
-                for name in [name for name in counted if name in cut] or near or cut:
-                    self.leave_out(left, name, call, made.reason)
-            else:
-                for name, follower in made.items():
-                    left[name] = replace(left[name], followers=(*left[name].followers, follower))
-        return within
-
     def _leave_out_within(self, left: dict[str, Site], within: Counter[str]) -> None:
         """Leave out the site whose channels are most often in numbers with those of others: these go without it."""
         for name, _ in within.most_common(1):
             if left.pop(name, None) is not None:
                 self.why[name] = f"{DOES_NOT_FOLLOW}: {TWO}"
 
-    def _followers(
-        self, left: Mapping[str, Site], each: Wrong, counted: Sequence[str],
-        disturbing: Iterable[Sequence[str]], before: Mapping[str, Sequence[Follower]],
-    ) -> dict[str, Follower] | Refusal:  # fmt: skip
-        """For each site the number of a call that falls with it or stays, where it has none; or why it cannot.
-
-        Args:
-            left: all sites by name.
-            each: the size.
-            counted: the sites whose channels it counts.
-            disturbing: sites that may have made it wrong, and more where the first ones have a number already.
-            before: the followers with which it was wrong.
-        """
-        module = self.f.trace.calls[each.at].frame.name
-        found = path_along(each.way)
-        if isinstance(found, Refusal):
-            return found
-        if module is None:
-            return Refusal("its module has no name")
-        layout = resolved(each.size.layout)
-        counts: dict[str, int] = {}
-        for name in counted:
-            counts[name] = positions_each(spans(layout, self.found[name]))
-        # of channels within each other a number falls by the share of each, where it counts nothing else
-        in_parts = all(count * left[name].width == each.size.given for name, count in counts.items())
-        is_product = self._is_product(layout, {self.found[name] for name in counted})
-        path, before_places = found
-        call = self.f.trace.calls[each.at]
-        place = each.size.place - before_places
-        if call.name in SHAPED and not call.kwargs:  # from the end: how many axes stand before may differ
-            place = each.size.place - len(leaves(call.args, {}))
-        is_rest = self._varies(layout) or is_product
-        if is_rest and not self._may_be_rest(left, each, module, path, place):
-            if self._varies(layout):
-                return Refusal(DEPENDS)
-            if not in_parts:
-                return Refusal(TWO)
-            is_rest = False
-        written = Written(path, place, -1 if is_rest else each.size.given)
-        wanted: dict[str, Follower] = {}
-        for name, count in counts.items():
-            wanted[name] = Follower(module, "", 0 if is_rest else count, written)
-        for names in disturbing:
-            for name in names:
-                wanted.setdefault(name, Follower(module, "", 0, written))
-            for name, follower in wanted.items():
-                for known in left[name].followers:
-                    if known != follower and known.module == module and _same_number(known.written, written):
-                        return Refusal(OFTEN)
-            if any(follower not in before[name] for name, follower in wanted.items()):
-                return {name: follower for name, follower in wanted.items() if follower not in left[name].followers}
-        return Refusal(OFTEN)
-
-    def _is_product(self, layout: Layout, cut: set[Run]) -> bool:
-        """Whether channels of two kinds that are cut are within each other."""
-        layout = resolved(layout)
-        if isinstance(layout, Cat):
-            return any(self._is_product(part, cut) for part in layout.parts)
-        return isinstance(layout, Prod) and len(cut.intersection(runs(layout))) > 1
-
-    def _varies(self, layout: Layout) -> bool:
-        """Whether it counts other things than channels of weights: pixels, for instance."""
-        return any(run.size > 1 and run not in self._of_weights for run in runs(layout))
-
-    @cached_property
-    def _of_weights(self) -> set[Run]:
-        return set(self._runs_of([*self.f.trace.weights.values(), *self.f.trace.buffers.values()]))
-
-    def _runs_of(self, values: Iterable[Value]) -> list[Run]:
+    def runs_of(self, values: Iterable[Value]) -> list[Run]:
         """The channels of some values."""
         return all_runs(chain.from_iterable(map(self.f.axes, values)))
-
-    def _may_be_rest(self, left: Mapping[str, Site], each: Wrong, module: str, path: CallPath, place: int) -> bool:
-        """Whether a size may be -1: none of the call is."""
-        call = self.f.trace.calls[each.at]
-        if call.name not in ("view", "reshape") or -1 in call.args or any(-1 in a for a in call.args if _is_list(a)):
-            return False
-        for site in left.values():
-            for known in site.followers:
-                same = known.module == module and known.written is not None and known.written.path == path
-                if same and known.written and known.written.value == -1 and known.written.place != place:
-                    return False
-        return True
 
     # ------------------------------------------------------------------------------------------------- passes
 
@@ -491,11 +379,3 @@ class ChannelTrial:
 def given_to(frame: Frame) -> list[Value]:
     """The values that a module is called with."""
     return [item for item in leaves(frame.args, frame.kwargs) if isinstance(item, Value)]
-
-
-def _is_list(given: object) -> bool:
-    return isinstance(given, (tuple, list))
-
-
-def _same_number(one: Written | None, other: Written) -> bool:
-    return one is not None and (one.path, one.place) == (other.path, other.place)

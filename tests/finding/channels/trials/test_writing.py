@@ -1,0 +1,58 @@
+"""Sizes that are written in calls fall there with the channels that they count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import shallower as sh
+from tests.followed import drawn
+
+
+class Packed(nn.Module):
+    """Attention by one map of three parts: each is the heads times the features of a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed, self.out = nn.Linear(6, 36), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys, values = (part.view(len(x), -1, 4, 3).transpose(1, 2) for part in self.packed(x).split(12, -1))
+        made = (queries @ keys.mT).softmax(-1) @ values
+        y: Tensor = self.out(made.transpose(1, 2).reshape(len(x), -1, 12))
+        return y
+
+
+class InOneFunction(nn.Module):
+    """What is compared and what is averaged have as many features, which one call of a function counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys, self.values, self.out = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def shape(states: Tensor) -> Tensor:
+            return states.view(len(x), -1, 4, 3).transpose(1, 2)
+
+        made = (shape(self.queries(x)) @ shape(self.keys(x)).mT).softmax(-1) @ shape(self.values(x))
+        y: Tensor = self.out(made.transpose(1, 2).flatten(2))
+        return y
+
+
+def cut(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """Cut all sites at once; their kinds and widths."""
+    sites = sh.find_sites(model, x, kinds="all").select(lambda site: site.followed)
+    plan = sh.Plan(tuple(sh.Entry.narrow(site, range(site.width // 2)) for site in sites))
+    small, other = sh.apply(model, plan, x), torch.randn(3, 7, x.shape[-1])
+    torch.testing.assert_close(small(other), sh.simulate(model, plan)(other))
+    return {f"{site.kind} {site.name}": site.width for site in sites}
+
+
+def test_a_number_of_heads_times_features_falls_with_both() -> None:
+    found = cut(drawn(Packed()), torch.randn(2, 5, 6))
+    assert sorted(found.values()) == [3, 4]
+
+
+def test_where_one_call_cannot_have_two_numbers_only_what_it_counts_stays() -> None:
+    found = cut(drawn(InOneFunction()), torch.randn(2, 5, 12))
+    assert list(found.values()) == [4]
