@@ -94,3 +94,22 @@ def test_the_table_says_what_channels_may_become_and_how_much_the_layers_hold() 
     shared = Sites((site("a", up="x", down="y"), site("b", up="y", down="z")), params=1000)
     assert shared.params_held == 3 * 72
     assert "their layers hold 216 params (22%)" in str(shared)
+    # x loses 32 + 4 of 72, y 48 + 4, z 32
+    assert "with half of every width 880 params remain (88%)" in str(shared)
+
+
+def test_reasons_that_many_have_are_said_once_and_no_line_is_long() -> None:
+    skipped = {f"a.long.name.of.a.layer.{i}": "it is tied" for i in range(9)}
+    lines = str(Sites((), skipped)).splitlines()
+    assert [line for line in lines if "it is tied" in line] == ["  it is tied:"]
+    assert all(name in " ".join(lines) for name in skipped)
+    assert max(map(len, lines)) < 100
+
+
+def test_letters_say_which_methods_use_a_site() -> None:
+    table = three().described({three().names[0]: "SL"}, "methods: S squeeze, L layer-collapse")
+    rows = table.splitlines()
+    assert rows[1].endswith("methods")
+    assert rows[2].endswith("SL")
+    assert rows[3].endswith("-")
+    assert "methods: S squeeze, L layer-collapse" in rows

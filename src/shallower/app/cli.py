@@ -155,6 +155,7 @@ def inspect(
     from shallower.app.bench import example_of
     from shallower.app.report.stock import stock_sentence
     from shallower.finding.kinds import find_sites, kinds_of
+    from shallower.methods.offered import LEGEND, lettered, offered
 
     chosen = kinds_of(kinds)
     with _speaking(as_json):
@@ -162,7 +163,8 @@ def inspect(
         example = example_of(loaded, Path(model), batch=batch, length=length, shape=shape)
         sites = find_sites(loaded.model, example, kinds=chosen)
     said = stock_sentence(Path(model).expanduser())
-    _tell(f"{sites}\n{said}".rstrip(), {**_sites_json(sites), "stock": said}, as_json)
+    text = f"{sites.described(lettered(sites), LEGEND)}\n{said}"
+    _tell(text.rstrip(), {**_sites_json(sites), "methods": offered(sites), "stock": said}, as_json)
     if not len(sites):
         raise SiteError(f"{model} has no site that can be squeezed")
 

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import prod
+from textwrap import wrap
 from typing import overload
 
-from shallower.core.text import amount, listing, table
+from shallower.core.text import amount, listing
 from shallower.errors import Refusal, ShallowerError, SiteError
+from shallower.sites.showing import params_of_halves, table_of
 from shallower.sites.site import Site
 
 
@@ -174,54 +176,43 @@ class Sites(Sequence[Site]):
         return sum(held.values()) + sum(followed.values())
 
     def __str__(self) -> str:
-        """A table: site, kind, activation, width, what its channels may become, params and MACs now and if collapsed.
+        """A table: site, kind, activation, width, what its channels may become, params and MACs.
 
-        Then how much of the model the sites' layers hold, why followed channels may not become linear, and what was
-        skipped.
+        Then how much of the model the sites' layers hold and would keep, why followed channels may not become linear,
+        and what was skipped.
         """
-        header = ("site", "kind", "f", "width", "fates", "params", "collapsed", "MACs", "collapsed", "")
-        lines = [f"{len(self)} sites; the model has {amount(self.params)} params and {amount(self.macs)} MACs"]
-        if self.ordered:
-            lines.append(table(header, list(map(_row, self.ordered)), right=(3, 5, 6, 7, 8)))
-            share = self.params_held / max(1, self.params)
-            lines.append(f"their layers hold {amount(self.params_held)} params ({share:.0%})")
-        reasons = {site.name: site.not_linear for site in self.ordered if site.followed and site.not_linear}
-        if reasons:
-            lines.append("not linear:")
-            lines += [f"  {name}: {reason}" for name, reason in reasons.items()]
-        if self.skipped:
-            lines.append("skipped:")
-            lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
-        return "\n".join(lines)
+        return self.described()
 
     __repr__ = __str__
 
-
-def _row(site: Site) -> tuple[str, ...]:
-    """A site's row of the table; "-" where a collapse saves nothing."""
-    params = (amount(site.params), _amount_below(site.params_collapsed, site.params))
-    macs = (amount(site.macs), _amount_below(site.macs_collapsed, site.macs))
-    times = ""
-    if site.calls > 1:
-        times = f"x{site.calls}"
-    width = str(site.width or "")
-    return (site.name, site.kind, site.activation_name, width, _fates(site), *params, *macs, times)
-
-
-def _fates(site: Site) -> str:
-    """What the site's channels may become."""
-    fates: list[str] = []
-    if site.bridge.not_narrow is None:
-        fates += ["keep", "drop"]
-    if site.bridge.not_linear is None:
-        fates.append("linear")
-    return " ".join(fates)
+    def described(self, methods: Mapping[str, str] | None = None, legend: str = "") -> str:
+        """The same, with letters for the methods that use each site, by its name, and what they mean."""
+        lines = [f"{len(self)} sites; the model has {amount(self.params)} params and {amount(self.macs)} MACs"]
+        if self.ordered:
+            lines.append(table_of(self, methods))
+            if legend:
+                lines.append(legend)
+            share = self.params_held / max(1, self.params)
+            lines.append(f"their layers hold {amount(self.params_held)} params ({share:.0%})")
+            left = params_of_halves(self, self.params)
+            if left < self.params:
+                lines[-1] += f"; with half of every width {amount(left)} params remain ({left / self.params:.0%})"
+        lines += _grouped("not linear:", {s.name: s.not_linear for s in self.ordered if s.followed and s.not_linear})
+        lines += _grouped("skipped:", self.skipped)
+        return "\n".join(lines)
 
 
-def _amount_below(count: int, limit: int) -> str:
-    if count < limit:
-        return amount(count)
-    return "-"
+def _grouped(title: str, reasons: Mapping[str, str]) -> list[str]:
+    """Reasons under a title, each once with the names that it is of."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    lines: list[str] = []
+    for reason, own in names.items():
+        lines += [f"  {name}: {reason}" for name in own] if len(own) < 3 else [f"  {reason}:"]
+        if len(own) > 2:
+            lines += wrap(" ".join(own), 96, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+    return [title, *lines] if lines else []
 
 
 def overlapping(sites: Iterable[Site]) -> list[list[Site]]:
