@@ -101,3 +101,20 @@ def test_a_norm_that_reads_a_gate_computes_on_what_stays_of_both() -> None:
     small = sh.apply(model, plan, x)
     assert small.norm.weight.shape == (4,)
     torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))
+
+
+def test_a_norm_of_what_does_not_depend_on_the_inputs_is_one() -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries, self.norm = nn.Embedding(3, 6), OwnNorm(6)
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.norm(self.queries(torch.arange(3))) + self.a(x))
+
+    model, x = drawn(Queries()), torch.randn(5, 3, 4)
+    (site,) = find_sites(model, x)
+    assert [average.module for average in site.averages] == ["norm"]
+    plan = sh.Plan((sh.Entry.narrow(site, [1, 2, 4]),))
+    torch.testing.assert_close(sh.apply(model, plan, x)(x + 1), sh.simulate(model, plan)(x + 1))

@@ -78,7 +78,8 @@ def _sources(frame: Frame) -> list[Value]:
     for call in frame.calls():
         if call.name in LINEAR_MAPS:
             return []
-        read |= dict.fromkeys(value for value in call.inputs if value.fed and value not in made)
+        # what does not depend on the inputs may be read, too: the start of a sequence, queries
+        read |= dict.fromkeys(v for v in call.inputs if (v.fed or v.call is not None) and v not in made)
         made |= set(call.outputs)
     given = [item for item in (*frame.args, *frame.kwargs.values()) if item is not None]
     if not read or len(given) != len(read) or len(frame.outputs) != 1 or frame.outputs[0] not in made:
