@@ -53,3 +53,27 @@ def test_a_site_that_runs_several_times_says_so() -> None:
 
     sites = sh.find_sites(nn.Sequential(Twice(), nn.Linear(4, 2)), torch.randn(3, 4))
     assert " x2" in table_of(sites)
+
+
+def test_a_name_that_is_long_stands_alone_and_no_line_is_wider_than_a_hundred() -> None:
+    outer: nn.Module = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+    for _ in range(9):
+        outer = nn.ModuleDict({"a_long_name_of_a_module": outer})
+    deep = outer
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.within = deep
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner = self.within
+            while isinstance(inner, nn.ModuleDict):
+                inner = inner["a_long_name_of_a_module"]
+            return x + inner(x)
+
+    sites = sh.find_sites(nn.Sequential(Deep(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4))
+    lines = table_of(sites, {}).splitlines()
+    long = next(name for name in sites.names if len(name) > 100)
+    assert long in lines
+    assert max(len(line) for line in lines if line != long) < 100

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 from shallower.core.text import amount, table
 from shallower.sites.site import Site
 from shallower.sites.slots import positions_each
+
+_WIDEST = 99
+_LEAST_NAME = 24
+"""Columns of a table, and of the names in it, at least."""
 
 Shares = dict[int, float]
 """Axis -> the share of its positions in which channels of sites stand."""
@@ -31,7 +35,26 @@ def table_of(sites: Iterable[Site], methods: Mapping[str, str] | None = None) ->
             row.append(methods.get(site.name) or "-")
         row.append(f"x{site.calls}" if site.calls > 1 else "")
         rows.append(row)
-    return table([*header, ""], rows, right=(3, 5, 6))
+    names = [row[0] for row in rows]
+    most = _WIDEST - _width(_rows(header, [["", *row[1:]] for row in rows]))
+    for row in rows:
+        if len(row[0]) > max(most, _LEAST_NAME):
+            row[0] = ""
+    lines = _rows(header, rows)
+    found = lines[:1]
+    for name, row, line in zip(names, rows, lines[1:], strict=True):
+        # a name that is long stands alone
+        found += [line] if row[0] else [name, line]
+    return "\n".join(found)
+
+
+def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return table([*header, ""], rows, right=(3, 5, 6)).splitlines()
+
+
+def _width(lines: Iterable[str]) -> int:
+    """What a table takes beside the names of its sites."""
+    return max(map(len, lines)) - len("site")
 
 
 def fates_of(site: Site) -> str:
