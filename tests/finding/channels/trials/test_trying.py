@@ -120,3 +120,22 @@ def test_two_layers_of_one_width_are_cut_by_themselves(width: int) -> None:
     for site in sites:
         plan = sh.Plan((sh.Entry.narrow(site, range(width // 2)),))
         torch.testing.assert_close(sh.apply(model, plan, x)(x + 1), sh.simulate(model, plan)(x + 1))
+
+
+def test_rows_that_are_shared_out_by_numbers_are_no_sizes() -> None:
+    class SharedOut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.choose = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.b, self.c = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).relu()
+            first = self.choose(h).argmax(-1) == 0
+            rows = torch.cat((h[first], h[~first]))
+            one, two = rows.split([int(first.sum()), int((~first).sum())])
+            return torch.cat((self.b(one), self.c(two)))
+
+    torch.manual_seed(0)
+    found, _ = tried(SharedOut(), torch.randn(20, 4))
+    assert [site.width for site in found] == [6]

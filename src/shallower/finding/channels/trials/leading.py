@@ -212,7 +212,7 @@ class Led:
             return result
         if all(tuple(t.shape) == shape for t, shape in zip(made, shapes, strict=True)):
             return result
-        if not _depends_on_data(call, args):
+        if not _depends_on_data(call, args, self.expected.sizes[i]):
             self.blamed.add(i)
         return self._instead(call, args, result)
 
@@ -227,8 +227,10 @@ class Led:
         return found if len(found) > 1 else found[0]
 
 
-def _depends_on_data(call: Call, args: Sequence[Any]) -> bool:
+def _depends_on_data(call: Call, args: Sequence[Any], sizes: Sequence[Sizing]) -> bool:
     """Whether the numbers of a tensor, which a trial has not, say of what shape a result is."""
+    if call.name == "split" and not sizes:
+        return len(args) > 1 and isinstance(args[1], (list, tuple))
     if call.name in ("where", "nonzero", "unique", "masked_select", "argwhere"):
         return len(call.inputs) == 1 or call.name == "masked_select"
     return call.name == "getitem" and any(t.dtype == torch.bool for t in tensors(args[1:]))

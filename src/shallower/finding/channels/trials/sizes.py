@@ -155,7 +155,10 @@ def _parts(f: Following, call: Call, given: _Given) -> Pairs:
         for own in place:
             yield own, _front(whole, given.numbers[own])
         return
-    yield from zip(place, parts, strict=True)
+    if any(
+        map(is_open, parts)
+    ):  # rows of the inputs are shared out by numbers that they hold: to experts, for instance
+        yield from zip(place, parts, strict=True)
 
 
 def _stretch(f: Following, call: Call, given: _Given) -> Pairs:
