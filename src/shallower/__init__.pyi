@@ -1,6 +1,7 @@
 """The public names, once: `__init__.py` imports each when it is first used."""
 
 from .app.compressing import compress as compress
+from .app.picking import pick as pick
 from .calibrating.augmenting import augment_tokens as augment_tokens
 from .calibrating.augmenting import varied as varied
 from .calibrating.recalibration import recalibrate as recalibrate

@@ -231,28 +231,29 @@ def compress(
 
 @app.command(cls=Sections)
 def pick(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a network trained at all widths.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run that made several sizes.")],
     target: Annotated[str, typer.Option("--target", "-t", help=TARGET_TEXT)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the chosen model.")],
-    original: Annotated[str, typer.Option(help="The factory, for a model of your own class.")] = "",
+    original: Annotated[str, typer.Option(help="The MODEL, if it is a factory or was moved.")] = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write the model of the width that suits, out of DIR, where all were trained.
+    """Write another size of the same run, in seconds: the best one that meets the target.
 
-    Neither data nor training is needed. DIR is what compress --method structural-dropout wrote; its report.html
-    shows the curve.
+    Neither data nor training is needed. DIR is what compress --sizes 5 wrote, or compress --method
+    structural-dropout, which trains all widths; its report.html shows the curve. Sizes that were squeezed are made of
+    the original model again, which has to be where it was.
 
     \b
     Examples:
-      shallower pick all-widths --target size:50% --output half
-      shallower pick all-widths --target drop:1% --output good
+      shallower pick smaller --target size:50% --output half
+      shallower pick smaller --target drop:1% --output good
     """
-    from shallower.app.picking import pick as picked
+    from shallower.app.picking import pick_into
 
     goal = _target(target)
     with _speaking(as_json, quiet):
-        told = picked(directory, goal, output.expanduser(), original=original)
+        told = pick_into(directory, goal, output.expanduser(), original=original)
     _tell(told.text, told.data, as_json, quiet)
 
 

@@ -16,7 +16,7 @@ from shallower.app.batching import EXAMPLE, TaskBatches, loader
 from shallower.app.compression import Result, Work, run_method
 from shallower.app.deciding.clock import Clock
 from shallower.app.failures import on_stderr
-from shallower.app.jobs import checkpoints_beside, record_of, write
+from shallower.app.jobs import checkpoints_beside, record_of, write_result
 from shallower.app.models import LoadedModel
 from shallower.app.options import MINUTES
 from shallower.app.quality import shown
@@ -58,6 +58,7 @@ def compress(
     score: Score | None = None,
     sites: str = "*",
     output: str | Path | None = None,
+    sizes: int = 0,
     tell: Callable[[str], object] | None = None,
     seed: int = 0,
 ) -> nn.Module:
@@ -80,6 +81,7 @@ def compress(
         sites: glob on the names of the sites that may change.
         output: a folder for the result, as the command line writes it, with report and model card; an interrupted run
             that is called again goes on from what is kept beside it. Without one nothing is written.
+        sizes: how many smaller sizes to make besides, for `pick` to choose from; they need an `output`, and time.
         tell: is called with the estimates at first, what is being done, and the paragraph; by default they are printed
             on stderr.
         seed: of the rows that are drawn, and of training.
@@ -112,15 +114,15 @@ def compress(
     work = Work(dense, parts, task, target, sites=sites, cpu=device.type == "cpu", clock=clock, tell=speak)
     work = replace(work, recipe=replace(work.recipe, seed=seed))
     if folder is None:
-        return _told(run_method(work, AutoRun()), speak).to(device)
-    options = asdict(AutoRun()) | {"model": source_of(dense), "method": AutoRun.name, "target": str(target)}
+        return _told(run_method(work, AutoRun(sizes=sizes)), speak).to(device)
+    options = asdict(AutoRun(sizes=sizes)) | {"model": source_of(dense), "method": AutoRun.name, "target": str(target)}
     options |= {"sites": sites, "minutes": minutes, "seed": seed}
     with checkpoints_beside(folder, {**options, "weights": hash_of_weights(dense)}) as checkpoints:
-        result = run_method(replace(work, checkpoints=checkpoints), AutoRun())
-        small, outcome = _told(result, speak).to("cpu"), result.outcome
+        result = run_method(replace(work, checkpoints=checkpoints), AutoRun(sizes=sizes))
+        small = _told(result, speak).to("cpu")
         record = record_of(result, options, seconds=clock.spent, warnings=result.remarks)
         loaded = LoadedModel(dense, str(options["model"]))
-        write(small, folder, loaded, outcome.plan, record, points=outcome.points, files=outcome.files)
+        write_result(result, folder, loaded, record)
     return small.to(device)
 
 

@@ -33,6 +33,7 @@ from shallower.measuring.cost import cost_of
 from shallower.measuring.measurement import compare
 from shallower.modules.attachment import detached_copy
 from shallower.planning.costs import Cost, cost_after
+from shallower.planning.family import Family
 from shallower.planning.forms import steps
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
@@ -147,6 +148,7 @@ class Outcome:
         details: more for result.json, plain data.
         points: of the curve of quality against cost, where the method has one.
         files: more tensors to save, by the name of the file.
+        family: plans of the points, where no tensors tell them apart.
     """
 
     model: nn.Module
@@ -160,6 +162,7 @@ class Outcome:
     details: Mapping[str, Any] = field(default_factory=dict)
     points: Sequence[CurvePoint] = ()
     files: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    family: Family | None = None
 
 
 class MethodRun(Protocol):

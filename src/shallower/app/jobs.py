@@ -27,7 +27,7 @@ from shallower.app.options import MINUTES, TASK_NAMES, DataOptions, RunOptions, 
 from shallower.app.report.card import write_card
 from shallower.app.report.page import write_report
 from shallower.app.report.stock import stock_sentence
-from shallower.app.results import CURVE, RESULT, CurveFile, CurvePoint, Record, points_table, verdict_table
+from shallower.app.results import CURVE, FAMILY, RESULT, CurveFile, CurvePoint, Record, points_table, verdict_table
 from shallower.app.tasks import task_named
 from shallower.core.codec import decode, encode
 from shallower.core.files import read_json, write_json, write_tensors
@@ -36,6 +36,7 @@ from shallower.core.text import amount, table
 from shallower.core.trees import tensors
 from shallower.errors import CheckpointError, DataError, ModelError, ShallowerError, TargetError
 from shallower.planning.costs import Cost
+from shallower.planning.family import Family
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
 from shallower.saving.checkpoint import check_source, read_source, save
@@ -124,7 +125,7 @@ def run(job: Job, *, resume: bool = True, tell: Callable[[str], object] = say_no
         record = record_of(result, job.options, seconds=clock.spent, warnings=remarks)
         outcome = result.outcome
         outcome.model.to("cpu", loaded.dtype)
-        write(outcome.model, job.output, loaded, outcome.plan, record, points=outcome.points, files=outcome.files)
+        write_result(result, job.output, loaded, record)
     return Output(_text(job, loaded, work, result), {**encode(record), "output": str(job.output)}, result.alarms)
 
 
@@ -158,6 +159,7 @@ def write(
     *,
     points: Sequence[CurvePoint] = (),
     files: Mapping[str, Mapping[str, Tensor]] | None = None,
+    family: Family | None = None,
 ) -> None:
     """Write the directory of a result: weights, tokenizer, plan, numbers, curve, report and model card.
 
@@ -169,6 +171,7 @@ def write(
         record: result.json.
         points: of the curve, where there is one.
         files: more tensors, by the name of the file.
+        family: plans of the points.
     """
 
     def beside(directory: Path) -> None:
@@ -179,10 +182,19 @@ def write(
             write_json(directory / CURVE, encode(curve), error=CheckpointError)
         for name, values in (files or {}).items():
             write_tensors(directory / name, values, error=CheckpointError)
+        if family is not None:
+            family.save(directory / FAMILY)
         write_report(directory, at=output)
         write_card(directory, at=output)
 
     save(model, output, loaded.source, loaded.processor, beside=beside)
+
+
+def write_result(result: Result, output: Path, loaded: LoadedModel, record: Record) -> None:
+    """Write the directory of what `run_method` returned; see `write`."""
+    made = result.outcome
+    more: dict[str, Any] = {"points": made.points, "files": made.files, "family": made.family}
+    write(made.model, output, loaded, made.plan, record, **more)
 
 
 def task_of(model: str) -> TaskName:

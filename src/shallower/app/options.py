@@ -156,6 +156,7 @@ class Squeezing(MethodOptions):
     linear_path: bool = same_as(SqueezeOptions, "linear_path")
     heads: bool = option(False, "Narrow attention heads, too (also with structural-dropout).")
     vary: bool = option(False, "Calibrate on rearranged text, too.")
+    sizes: int = option(0, "Smaller sizes to make besides, for pick to choose from.", least=0, most=50)
     heal: int = option(0, "At most so many passes of distillation afterwards.", least=0)
 
     @property

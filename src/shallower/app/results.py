@@ -26,6 +26,8 @@ from shallower.planning.curve import Point, Whole
 
 RESULT = "result.json"
 CURVE = "curve.json"
+FAMILY = "family"
+"""The folder of plans of the curve's points, where these are of squeezing."""
 
 Seconds = Annotated[float, Bounds(0, 1e12)]
 
@@ -333,7 +335,7 @@ def read_points(directory: Path, error: type[ShallowerError] = CheckpointError) 
     """
     path = directory / CURVE
     if not path.is_file():
-        raise error(f"{directory}: there is no {CURVE}; shallower compress --method structural-dropout writes one")
+        raise error(f"{directory}: there is no {CURVE}; shallower compress --sizes 5 writes one")
     curve: CurveFile = decode(CurveFile, _upgraded_curve(read_json(path, error=error)), at=str(path), error=error)
     return curve.points
 

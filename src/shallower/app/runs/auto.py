@@ -42,7 +42,7 @@ class AutoRun(Deciding, SqueezeRun):
             TargetError: the target cannot be met.
             DataError: there are too few rows to calibrate on.
         """
-        schedule = Schedule(work, sites)
+        schedule = Schedule(work, sites, self.sizes)
         work = schedule.work
         samples = schedule.samples(self.samples)
         work.tell(schedule.words(samples))
@@ -96,7 +96,8 @@ class AutoRun(Deciding, SqueezeRun):
             f"{len(collapsed.plan)} of the sites were collapsed by training on {rows:,} rows: on the validation rows "
             f"that is better than squeezing and healing ({work.task.show(reached)} against {work.task.show(score)})."
         )
-        return replace(collapsed, story=story, outlook="More minutes would let it train on more rows.")
+        outlook = "More minutes would let it train on more rows."
+        return replace(collapsed, story=story, outlook=outlook, points=outcome.points, family=outcome.family)
 
 
 def _narrowed(outcome: Outcome) -> str:

@@ -33,6 +33,8 @@ _FEWEST = 64
 """Rows that squeezing gets, however short the time is; of blocks of text, which are long, fewer do."""
 _TIMES, _MOST_TIMES = 200, 25.0
 """Forward passes on the example by which a latency is planned, and their seconds at most."""
+_OF_A_SIZE = 0.6
+"""Of a squeezing, that another size takes."""
 _STEP = 4
 """Forward passes that a step of training takes as long as."""
 _TRIAL_STEPS = 32
@@ -56,13 +58,14 @@ class Schedule:
     Args:
         work: what there is to do, and the time for it.
         sites: that may be narrowed.
+        sizes: that are made besides.
 
     Attributes:
         work: the same, with as many rows to score on as there is time for.
         reporting: seconds that scores, timings and files take.
     """
 
-    def __init__(self, work: Work, sites: Sites) -> None:
+    def __init__(self, work: Work, sites: Sites, sizes: int = 0) -> None:
         self.clock = work.clock
         self.begun = self.clock.spent
         self._decisions = Decisions(work.kept("decisions.json"))
@@ -77,7 +80,9 @@ class Schedule:
         counts = batches.counts
         self._train = counts["train"] or 0
         timing = pace.forward * batches.example_rows
-        scored = row * (counts["test"] or counts["validation"] or 0)
+        judged = counts["test"] or counts["validation"] or 0
+        scored = row * judged + sizes * pace.of_rows(judged + (counts["validation"] or 0), 1)
+        self._squeezings = 1 + _OF_A_SIZE * sizes
         self.reporting = scored + min(_TIMED_PASSES * timing, 2 * TIMING_SECONDS) + _WRITING
         self._fixed = algebra_seconds([site.width * site.columns_each for site in sites])
         if work.target.unit == "latency":
@@ -98,7 +103,7 @@ class Schedule:
         fewest = FEWEST if self.work.task.quality == "perplexity" else _FEWEST
 
         def decide() -> float:
-            return max(fewest, min(most, int((_SHARE * self.left - self._fixed) / row)))
+            return max(fewest, min(most, int((_SHARE * self.left / self._squeezings - self._fixed) / row)))
 
         samples = self.work.batches.sample_size(int(self._decisions.number("samples", decide)))
         needed = self.begun + self._squeezing(samples) + self.reporting
@@ -111,7 +116,7 @@ class Schedule:
         return samples
 
     def _squeezing(self, samples: int) -> float:
-        return self._pace.of_rows(samples, _PASSES) + self._fixed
+        return self._squeezings * (self._pace.of_rows(samples, _PASSES) + self._fixed)
 
     def words(self, samples: int) -> str:
         """What is going to be done, and how long that takes."""

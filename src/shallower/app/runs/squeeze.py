@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import tqdm
 
 from shallower.app import quality as qualities
-from shallower.app.compression import Outcome, Work
+from shallower.app.compression import TIMING_SECONDS, Outcome, Work
 from shallower.app.options import Squeezing
+from shallower.app.results import CurvePoint
 from shallower.calibrating.augmenting import augment_tokens
 from shallower.calibrating.recalibration import recalibrate
 from shallower.core.inputs import Inputs
 from shallower.errors import DataError
 from shallower.finding.kinds import find_sites
+from shallower.measuring.cost import cost_of
+from shallower.measuring.measurement import compare
 from shallower.methods.squeezing.options import SqueezeOptions
-from shallower.methods.squeezing.squeeze import narrowable, squeeze
+from shallower.methods.squeezing.squeeze import narrowable, squeeze, squeeze_family
+from shallower.planning.costs import cost_after
+from shallower.planning.curve import Point
+from shallower.planning.family import Family
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
 from shallower.sites import Sites
@@ -68,9 +76,32 @@ class SqueezeRun(Squeezing):
         }
         if self.heal:
             details["healing"] = asdict(self._healed(small, work))
+        family, points = None, []
+        if self.sizes:
+            family = self._family(work, sites, calibration, plan)
+            points = list(_points(work, family))
         healing = "" if self.heal else ", heal (--heal 1)"
         advice = f"ask for less{healing}, or calibrate on more (--samples, {self.samples} now)"
-        return Outcome(small, plan, "healed" if self.heal else "squeezed", advice, details=details)
+        note = "healed" if self.heal else "squeezed"
+        return Outcome(small, plan, note, advice, details=details, points=points, family=family)
+
+    def _family(self, work: Work, sites: Sites, calibration: list[Any], plan: Plan) -> Family:
+        """Plans down to the size of this one."""
+        smallest = work.target
+        if smallest.unit in ("latency", "drop"):
+            before = cost_of(work.model, work.example)
+            smallest = Target("macs", "share", cost_after(plan, before, work.model).macs / before.macs)
+        work.tell(f"squeezing to {self.sizes} other sizes")
+        return squeeze_family(
+            work.model,
+            sites,
+            calibration,
+            smallest,
+            self.sizes,
+            uniform=self.uniform,
+            checkpoint=work.kept("family"),
+            options=self._options(work),
+        )
 
     def _healed(self, small: nn.Module, work: Work, **limits: Any) -> History:
         from shallower.training.guiding import Healing
@@ -101,9 +132,6 @@ class SqueezeRun(Squeezing):
         if target.unit == "drop":
             assert work.floor is not None
             target, score = Target("drop", "absolute", max(0.0, work.score(work.model) - work.floor)), work.score
-        options = SqueezeOptions(
-            round_to=self.round_to, linear_path=self.linear_path, logits=work.logits, seed=work.recipe.seed
-        )
         return squeeze(
             work.model,
             sites,
@@ -113,8 +141,30 @@ class SqueezeRun(Squeezing):
             uniform=self.uniform,
             example_inputs=work.example,
             checkpoint=work.kept("squeeze"),
-            options=options,
+            options=self._options(work),
         )
+
+    def _options(self, work: Work) -> SqueezeOptions:
+        chosen = {"round_to": self.round_to, "linear_path": self.linear_path}
+        return SqueezeOptions(**chosen, logits=work.logits, seed=work.recipe.seed)
+
+
+def _points(work: Work, family: Family) -> Iterator[CurvePoint]:
+    """The whole model and every size of a family, scored and timed."""
+    models = {"dense": work.model}
+    for number, member in enumerate(family):
+        models[str(number)] = apply(work.model, member.plan, work.example).eval()
+    times = compare(models, work.example, seconds=TIMING_SECONDS)
+    for name, model in tqdm(models.items(), desc="measuring the sizes", delay=2, leave=False):
+        timed = times[name]
+        cost = replace(cost_of(model, work.example), latency=timed.latency)
+        label, widths = "the model as it was", {}
+        if model is not work.model:
+            member = family.members[int(name)]
+            label = f"{cost.params / family.before.params:.0%} of the parameters"
+            widths = {entry.site.name: len(entry.kept) for entry in member.plan.entries}
+        point = Point(label, widths, work.score(model), cost, timed.spread)
+        yield CurvePoint.of(point, test_score=work.task.score(model, work.batches.test))
 
 
 def _recalibrated(small: nn.Module, work: Work, calibration: list[Any]) -> tuple[nn.Module, bool]:
