@@ -92,7 +92,7 @@ def test_another_size_of_a_squeezing_is_picked_without_data(squeezed: Path, tmp_
     whole = sum(p.numel() for p in dense.parameters())
     small = sh.pick(squeezed, "params:80%", tmp_path / "small", model=dense)
     params = sum(p.numel() for p in small.parameters())
-    assert 0.3 * whole < params <= 0.8 * whole
+    assert params <= 0.8 * whole
     record = read_record(tmp_path / "small")
     assert record.small.params == params
     assert record.options["picked_from"] == str(squeezed)

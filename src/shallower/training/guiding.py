@@ -34,9 +34,9 @@ from shallower.training.recipe import Checkpoint, History, Recipe
 _RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _FIRST = 4
 """Of the rates, that which is tried first; then its neighbours, as long as they are better."""
-_TRIAL = (8, 32)
+TRIAL = (8, 32)
 """Steps of a trial, at least and at most."""
-_SHARE_OF_TRIAL = 20
+SHARE_OF_TRIAL = 20
 """A trial has one step for so many of the training."""
 _HARM = 0.5
 """What a trial with the rate above the best may lose, as a part of what the best gains."""
@@ -153,8 +153,8 @@ class _Guided:
         total = self.whole * options.passes
         lr, seconds = options.lr, 0.0
         if lr is None or options.seconds is not None:
-            least, most = _TRIAL
-            lr, seconds = self._best_rate(min(max(total // _SHARE_OF_TRIAL, least), most, self.whole))
+            least, most = TRIAL
+            lr, seconds = self._best_rate(min(max(total // SHARE_OF_TRIAL, least), most, self.whole))
         if options.seconds is not None:
             left = options.seconds - (time.perf_counter() - start)
             total = agreed(min(total, max(1, int(left / seconds))))

@@ -22,10 +22,10 @@ def schedule(given: Work, minutes: float = 1.0) -> Schedule:
 def test_a_small_model_gets_all_the_rows_that_it_may_have() -> None:
     found = schedule(work("params:50%"))
     assert found.samples(96) == 96
-    seconds, rows = found.healing(8)
-    assert rows == 160
+    seconds, rows, passes = found.healing(8)
+    assert (rows, passes) == (160, 8)
     assert 0 < seconds <= 60
-    assert found.healing(0) == (0.0, 0)
+    assert found.healing(0) == (0.0, 0, 0)
     assert "squeezing on 96 rows (about" in found.words(96)
 
 

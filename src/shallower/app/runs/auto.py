@@ -52,10 +52,11 @@ class AutoRun(Deciding, SqueezeRun):
         story = [f"{_narrowed(outcome)} fitted anew on {samples:,} {rows_of(work.task.quality)}, in {took}."]
         details: dict[str, Any] = {**outcome.details, "calibrated": samples, "squeezing_seconds": squeezed}
         history, note = None, outcome.note
-        seconds, rows = schedule.healing(self.heal)
+        seconds, rows, passes = schedule.healing(self.heal)
         if seconds:
             work.tell(f"healing on {rows:,} {rows_of(work.task.quality)}, at most {spoken(seconds)}")
-            history = self._healed(outcome.model, work, seconds=seconds, rows=rows)
+            healing = replace(self, heal=passes)
+            history = healing._healed(outcome.model, work, seconds=seconds, rows=rows)
             story.append(_healing(history, schedule.clock.spent - squeezed))
             details["healing"], note = asdict(history), "healed"
         outcome = replace(outcome, note=note, details=details)

@@ -9,6 +9,7 @@ What a step takes is estimated from what one forward pass and one inverse take, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from shallower.app.batching import MOST_SCORED
@@ -19,6 +20,7 @@ from shallower.app.runs.layer_collapse import SENSITIVITY_ROWS
 from shallower.app.runs.squeeze import FEWEST
 from shallower.errors import MethodError
 from shallower.sites import Sites
+from shallower.training.guiding import SHARE_OF_TRIAL, TRIAL
 
 _PASSES = 14
 """Forward passes over the calibration rows that squeezing takes as long as, beside its algebra."""
@@ -37,8 +39,10 @@ _OF_A_SIZE = 0.6
 """Of a squeezing, that another size takes."""
 _STEP = 4
 """Forward passes that a step of training takes as long as."""
-_TRIAL_STEPS = 32
-"""Steps of the search for a learning rate."""
+_RATES = 4
+"""That are tried until the best one is known."""
+_SLACK = 1.5
+"""So many times the passes that seem to fit are allowed, since what they take is a guess."""
 _SEEN = 2
 """Times, at least, that healing shall see each of its rows."""
 _FEWEST_HEALED, _MOST_HEALED = 500, 20_000
@@ -124,27 +128,30 @@ class Schedule:
         rows = rows_of(self.work.task.quality)
         healing = self.left - squeezing
         words = f"squeezing on {samples:,} {rows} (about {spoken(squeezing)})"
-        if healing > 2 * self._trial(_FEWEST_HEALED):
+        if healing > 2 * self._trial(_FEWEST_HEALED, _SEEN):
             words += f", healing for what is left (at most {spoken(healing)})"
         return f"{words}, scoring and timing (about {spoken(self.reporting)}): {spoken(self.clock.seconds)} in all"
 
-    def healing(self, passes: int) -> tuple[float, int]:
-        """Seconds for healing, and the rows that it reads; none where there is no time for any."""
+    def healing(self, passes: int) -> tuple[float, int, int]:
+        """Seconds for healing, rows and passes, at most; nothing where there is no time for it."""
+        row = self._pace.of_rows(1, _STEP)
 
         def rows() -> float:
-            fitting = self.left / self._pace.of_rows(1, _STEP * _SEEN)
-            return max(_FEWEST_HEALED, min(_MOST_HEALED, int(fitting)))
+            return max(_FEWEST_HEALED, min(_MOST_HEALED, int(self.left / (_SEEN * row))))
 
         read = min(int(self._decisions.number("rows to heal on", rows)), self._train)
         seconds = self._decisions.number("seconds to heal", lambda: self.left)
-        if passes == 0 or self._train < 2 * self.work.batches.size or seconds < 2 * self._trial(read):
-            return 0.0, 0
-        return seconds, read
+        fitting = min(passes, max(1, math.ceil(_SLACK * seconds / max(1e-9, read * row))))
+        if passes == 0 or self._train < 2 * self.work.batches.size or seconds < 2 * self._trial(read, fitting):
+            return 0.0, 0, 0
+        return seconds, read, fitting
 
-    def _trial(self, rows: int) -> float:
-        """Seconds of the search for a learning rate."""
+    def _trial(self, rows: int, passes: int) -> float:
+        """Seconds of the search for a learning rate, see `heal`."""
         step = min(self.work.batches.size, max(1, rows // _STEPS_OF_A_PASS))
-        return self._pace.of_rows(_TRIAL_STEPS * step, _STEP)
+        least, most = TRIAL
+        steps = min(max(passes * rows // step // SHARE_OF_TRIAL, least), most)
+        return self._pace.of_rows(_RATES * steps * step, _STEP)
 
     def collapsing(self) -> int:
         """Rows on which a training that collapses layers has time to train."""

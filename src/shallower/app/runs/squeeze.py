@@ -145,8 +145,9 @@ class SqueezeRun(Squeezing):
         )
 
     def _options(self, work: Work) -> SqueezeOptions:
-        chosen = {"round_to": self.round_to, "linear_path": self.linear_path}
-        return SqueezeOptions(**chosen, logits=work.logits, seed=work.recipe.seed)
+        return SqueezeOptions(
+            round_to=self.round_to, linear_path=self.linear_path, logits=work.logits, seed=work.recipe.seed
+        )
 
 
 def _points(work: Work, family: Family) -> Iterator[CurvePoint]:
