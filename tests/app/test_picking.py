@@ -112,11 +112,10 @@ def test_what_cannot_be_picked_is_said(squeezed: Path, tmp_path: Path) -> None:
     with pytest.raises(sh.ModelError, match="give that model again"):
         sh.pick(squeezed, "params:50%")
     other = network()
-    nn.init.normal_(next(other.parameters()))
+    for weight in other.parameters():
+        nn.init.normal_(weight)
     with pytest.raises(sh.PlanError):
         sh.pick(squeezed, "params:50%", model=other)
     with pytest.raises(sh.TargetError, match="the smallest point"):
         sh.pick(squeezed, "params:1%", model=network())
-    with pytest.raises(sh.TargetError, match="only the model as it was"):
-        sh.pick(squeezed, "params:99.9%", model=network())
     assert not (tmp_path / "small").exists()
