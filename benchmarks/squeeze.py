@@ -3,8 +3,8 @@
 Three trained networks, narrowed by a part of all hidden channels of their feed-forward or convolution blocks, with no
 training anywhere. `Torch-Pruning` is version 1.6.1's group magnitude (p = 2) over its dependency graph: it removes the
 channels whose weights, producers' and consumers' together, are smallest, and corrects nothing. `squeeze, equal` keeps
-the same share at every site, `squeeze` also tries widths allocated by the sites' curves of error, and takes what
-changes the output less. MiniLM is calibrated on 1,000 STS-B training sentences and reported on the STS-B validation set
+the same share at every site, `squeeze` allocates widths by the sites' curves of error.
+MiniLM is calibrated on 1,000 STS-B training sentences and reported on the STS-B validation set
 (Spearman correlation) and on the rank correlation of the pairwise similarities of 300 WikiText-2 test sentences with
 the dense model's; the language model of 260K parameters on stories of the training set, reported on the test stories;
 ResNet-56 on 800 training images of CIFAR-10 and their mirror images, reported on the first 4,000 test images, as
@@ -259,14 +259,10 @@ def dense(subject: Subject) -> dict[str, Any]:
 
 
 def squeezed(subject: Subject, cut: float, method: str, cache: Path) -> dict[str, Any]:
-    """The row of one method at one cut; a squeezing that was interrupted goes on.
-
-    Equal widths are one of the two ways that `squeeze` compares, so that it finds them done, and their time is added.
-    """
+    """The row of one method at one cut; a squeezing that was interrupted goes on."""
     batches = subject.others.get(method, subject.batches)
     ours = f"-{_slug(method)}" if method in subject.others else ""
     checkpoint = cache / f"{subject.name}-{cut}{ours}"
-    equal = cache / f"{subject.name}-{cut}-squeeze-equal.json"
     with growth() as grown:
         start, cpu = time.perf_counter(), time.process_time()
         if method == "Torch-Pruning":
@@ -286,9 +282,6 @@ def squeezed(subject: Subject, cut: float, method: str, cache: Path) -> dict[str
             )
             small = apply(subject.model, plan, _first(subject.batches[0]))
         spent = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-    if method == "squeeze" and equal.exists():
-        before = json.loads(equal.read_text())
-        spent = {unit: value + before[unit] for unit, value in spent.items()}
     return {**_row(subject, cut, method, small), **spent, "growth": grown[0]}
 
 
