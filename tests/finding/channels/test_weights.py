@@ -89,3 +89,18 @@ def test_what_is_no_weight_has_no_sides() -> None:
     use = uses_of(trace.weights[model[1], "weight"])
     assert use.calls == []
     assert use.side(0) == ""
+
+
+def test_an_einsum_says_what_the_axes_of_its_weight_are() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Parameter(torch.randn(7, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("q p, b p d -> b q d", self.mix, x)
+
+    trace = trace_forward(Mixing(), torch.randn(2, 5, 4))
+    use = uses_of(trace.weights[trace.model, "mix"])
+    assert [use.side(axis) for axis in (0, 1)] == ["rows", "columns"]
+    assert use.multiplied == 2 * 4

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from shallower.finding.channels.einsums import einsum_terms
 from shallower.recording.tracing import Call, Value
+
+Side = Literal["", "rows", "columns"]
 
 ROWS_FIRST = {"linear", "conv1d", "conv2d", "conv3d", "bilinear"}
 """Maps whose weight is (outputs, inputs, ...)."""
@@ -41,6 +46,7 @@ class WeightUse:
         calls: in order of execution.
         multiplied: how often each number is multiplied in all of them together.
         output: dimension of its module's output that holds the rows; 0 where the module is no plain linear layer.
+        sides: what each axis is, where an einsum says it.
         turned: whether the maps read the parameter transposed.
         shared_out: whether rows are shared out among the matrices of a stack, experts, each of which reads only its
             own; `multiplied` is then that of all of them together.
@@ -52,12 +58,15 @@ class WeightUse:
     output: Literal[-1, 0, 1] = 0
     turned: bool = False
     shared_out: bool = False
+    sides: tuple[Side, ...] = ()
 
-    def side(self, axis: int) -> Literal["", "rows", "columns"]:
+    def side(self, axis: int) -> Side:
         """What an axis of the parameter is in these maps."""
         if not self.calls or self.dims < 2:
             return ""
         name = self.calls[0].name
+        if name == "einsum":
+            return self.sides[axis] if self.sides else ""
         rows, columns = 0, 1
         if name in COLUMNS_FIRST:
             rows, columns = 1, 0
@@ -93,6 +102,8 @@ def uses_of(weight: Value) -> WeightUse:
                 use.multiplied += times // max(1, weight.elements)
                 use.output = _output_dim(weight, call)
                 use.turned = turned != _is_first_factor(value, call)
+                if call.name == "einsum" and value is weight:
+                    use.sides = tuple(_sides_in_einsum(value, call))
             elif _picks(value, call):
                 picked.update(call.outputs)
                 waiting += [(made, turned, counts) for made in call.outputs if made not in seen]
@@ -115,6 +126,8 @@ def _is_weight_of(value: Value, call: Call) -> bool:
         return len(value.shape) == 2 and value not in call.args[:3]
     if call.name in RECURRENT:
         return value in tree_leaves(call.args[2:])
+    if call.name == "einsum":
+        return isinstance(call.args[0], str) and not value.fed and any(other.fed for other in call.inputs)
     if call.name in PRODUCTS and value in call.inputs[1:] and value is not call.inputs[0]:
         return len(value.shape) > 1
     return _is_first_factor(value, call) and len(value.shape) > 2
@@ -123,6 +136,23 @@ def _is_weight_of(value: Value, call: Call) -> bool:
 def _is_first_factor(value: Value, call: Call) -> bool:
     """Whether a weight stands before what it is multiplied with, (outputs, inputs) like that of a linear layer."""
     return call.name in ("matmul", "bmm") and value is call.inputs[0] and call.inputs[-1].fed
+
+
+def _sides_in_einsum(weight: Value, call: Call) -> Iterator[Side]:
+    """Rows are what only the weight has and passes on, columns what others have, too, and is added up."""
+    terms, made = einsum_terms(call)
+    others: list[str] = []
+    for value, letters in terms:
+        if value is not weight:
+            others += letters
+    (own,) = [letters for value, letters in terms if value is weight][:1]
+    for letter in own:
+        side: Side = ""
+        if letter in made and letter not in others:
+            side = "rows"
+        elif letter in others and letter not in made:
+            side = "columns"
+        yield side
 
 
 def is_picked(value: Value) -> bool:
@@ -141,6 +171,11 @@ def _times_in(weight: Value, call: Call) -> int:
     """How often a call multiplies each number of its weight."""
     if call.name in COLUMNS_FIRST:
         return call.inputs[0].elements // weight.shape[0]
+    if call.name == "einsum":
+        sizes: dict[str, int] = {}
+        for value, letters in einsum_terms(call)[0]:
+            sizes |= dict(zip(letters, value.shape, strict=True))
+        return prod(sizes.values()) // weight.elements
     if call.name == ATTENTION:
         return _attended(weight, call)
     if call.name in RECURRENT:

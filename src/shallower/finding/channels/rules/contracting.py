@@ -6,11 +6,12 @@ torch.einsum("bhid,bhjd->bhij", q, k)
 
 from __future__ import annotations
 
+from shallower.finding.channels.einsums import einsum_terms
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.layout import ONE, Layout, close, divide, fixed, tie, within
-from shallower.finding.channels.rules.arguments import given, integer, of_axis, optional, tensor, values
+from shallower.finding.channels.rules.arguments import given, integer, of_axis, optional, tensor
 from shallower.finding.channels.rules.images import close_pixels, pixels
-from shallower.recording.tracing import Call, Value
+from shallower.recording.tracing import Call
 
 
 @rule("linear")
@@ -141,47 +142,21 @@ def outer_product(f: Following, call: Call) -> Axes:
 @rule("einsum")
 def einsum(f: Following, call: Call) -> Axes:
     """Letters on both sides pass, the others are added up."""
-    equation, operands = given(call, 0, "equation"), _operands(call)
-    if not isinstance(equation, str):
+    if not isinstance(call.args[0], str):
         raise UnknownUseError
-    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms, made = einsum_terms(call)
     letters: dict[str, Layout] = {}
     seen: list[str] = []
-    for term, value in zip(left.split(","), operands, strict=True):
-        for letter, axis in zip(_spelled(term, len(value.shape)), f.axes(value), strict=True):
+    for value, term in terms:
+        for letter, axis in zip(term, f.axes(value), strict=True):
             seen.append(letter)
             (letters[letter],) = f.broadcast([axis], [letters.get(letter, axis)])
-    if not arrow:
-        right = _implied(left, seen)
-    made = _spelled(right, len(call.outputs[0].shape))
     for letter, axis in letters.items():
         if letter not in made:
             f.add_up(call, axis)
         elif seen.count(letter) == 1:
             f.written.append((axis, call))
     return [letters[letter] for letter in made]
-
-
-def _operands(call: Call) -> list[Value]:
-    """Tensors one by one, or in a list."""
-    if isinstance(call.args[1], (tuple, list)):
-        return values(call, 1)
-    return [tensor(call, place) for place in range(1, len(call.args))]
-
-
-def _spelled(term: str, dims: int) -> list[str]:
-    """One letter for each axis; those of "..." are numbered from the right."""
-    before, dots, after = term.partition("...")
-    if not dots:
-        return list(term)
-    count = dims - len(before) - len(after)
-    return [*before, *(str(i) for i in range(count, 0, -1)), *after]
-
-
-def _implied(left: str, seen: list[str]) -> str:
-    """The right side where an equation has none: what stands in it once, in the order of the alphabet."""
-    once = [letter for letter in sorted(set(seen)) if seen.count(letter) == 1 and not letter.isdigit()]
-    return ("..." if "..." in left else "") + "".join(once)
 
 
 @rule("tensordot")
