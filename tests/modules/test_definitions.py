@@ -15,7 +15,7 @@ import torch
 
 import shallower as sh
 from shallower.errors import Refusal
-from shallower.modules.definitions import Source, code_with, source_of
+from shallower.modules.definitions import Source, code_with, definition_of
 from shallower.modules.written import _path_along
 
 NETWORK = '''
@@ -45,7 +45,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[A
     path = tmp_path / "a_network_of_a_test.py"
     path.write_text(NETWORK)
     # functions that are alike are one to these, in whichever file they stand
-    for known in (source_of, code_with, _path_along):
+    for known in (definition_of, code_with, _path_along):
         known.cache_clear()
     monkeypatch.syspath_prepend(str(tmp_path))
     yield importlib.import_module(path.stem), path
@@ -54,7 +54,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[A
 
 
 def test_the_definition_of_what_runs_is_read(written: tuple[Any, Path]) -> None:
-    source = source_of(written[0].Network.forward.__code__)
+    source = definition_of(written[0].Network.forward.__code__)
     assert isinstance(source, Source)
     assert [call.text for call in source.calls][:2] == ["x.dim()", "self.a(x)"]
 
@@ -74,7 +74,7 @@ def test_a_file_that_was_edited_after_it_was_imported_is_refused(written: tuple[
     assert NETWORK.count(old) == 1
     path.write_text(NETWORK.replace(old, new))
     linecache.checkcache()
-    refusal = source_of(module.Network.forward.__code__)
+    refusal = definition_of(module.Network.forward.__code__)
     assert isinstance(refusal, Refusal)
     assert "changed since it was imported" in str(refusal)
 
@@ -83,7 +83,7 @@ def test_what_does_not_matter_may_be_edited(written: tuple[Any, Path]) -> None:
     module, path = written
     path.write_text(NETWORK.replace("dim=1)", "dim=1)  # side by side"))
     linecache.checkcache()
-    assert isinstance(source_of(module.Network.forward.__code__), Source)
+    assert isinstance(definition_of(module.Network.forward.__code__), Source)
 
 
 def test_no_site_that_needs_another_forward_is_offered_from_an_edited_file(written: tuple[Any, Path]) -> None:
@@ -99,4 +99,4 @@ def test_what_was_compiled_again_is_changed_at_its_definition_again(written: tup
     function: FunctionType = written[0].Network.forward
     once = code_with(function.__code__, (("y.split(4, 1)", 0),))
     assert not isinstance(once, Refusal)
-    assert isinstance(source_of(once), Source)
+    assert isinstance(definition_of(once), Source)

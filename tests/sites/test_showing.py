@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import shallower as sh
-from shallower.sites.showing import params_of_halves, table_of
+from shallower.sites.showing import params_of_halves, table_of_sites
 
 
 def test_what_remains_of_halves_is_what_the_surgery_leaves() -> None:
@@ -52,7 +52,7 @@ def test_a_site_that_runs_several_times_says_so() -> None:
             return x
 
     sites = sh.find_sites(nn.Sequential(Twice(), nn.Linear(4, 2)), torch.randn(3, 4))
-    assert " x2" in table_of(sites)
+    assert " x2" in table_of_sites(sites)
 
 
 def test_a_name_that_is_long_stands_alone_and_no_line_is_wider_than_a_hundred() -> None:
@@ -73,7 +73,7 @@ def test_a_name_that_is_long_stands_alone_and_no_line_is_wider_than_a_hundred() 
             return x + inner(x)
 
     sites = sh.find_sites(nn.Sequential(Deep(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4))
-    lines = table_of(sites, {}).splitlines()
+    lines = table_of_sites(sites, {}).splitlines()
     long = next(name for name in sites.names if len(name) > 100)
     assert long in lines
     assert max(len(line) for line in lines if line != long) < 100

@@ -1,6 +1,6 @@
 """Definitions of functions, read as source text and compiled again with some of their calls changed.
 
-    source = source_of(function.__code__)                       # a Refusal where what is on disk is not what runs
+    source = definition_of(function.__code__)                       # a Refusal where what is on disk is not what runs
     code = code_with(function.__code__, (("x.view(9)", 0),))    # with changed(x.view, 9) in the place of x.view(9)
 
 Nothing is executed for it.
@@ -60,7 +60,7 @@ class WrittenCall:
 
 
 @functools.lru_cache(maxsize=1024)
-def source_of(code: types.CodeType) -> Source | Refusal:
+def definition_of(code: types.CodeType) -> Source | Refusal:
     """The definition that a code object was compiled from, or why there is none."""
     name = code.co_name
     try:
@@ -90,15 +90,15 @@ _OF_METHODS = {"LOAD_METHOD": "LOAD_ATTR", "CALL_METHOD": "CALL_FUNCTION"}
 
 def _is_definition_of(tree: ast.FunctionDef, code: types.CodeType) -> bool:
     """Whether a function was compiled from this definition, wherever that stands."""
-    steps = _steps_of(code)
+    steps = _instructions_of(code)
     for imported in ((), code.co_names):
         found = _compiled(copy.deepcopy(tree), code, (), imported)
-        if found is not None and _steps_of(found) == steps:
+        if found is not None and _instructions_of(found) == steps:
             return True
     return False
 
 
-def _steps_of(code: types.CodeType) -> list[Any]:
+def _instructions_of(code: types.CodeType) -> list[Any]:
     """What a function does, step by step."""
     kept: list[dis.Instruction] = []
     before: dict[int, int] = {}
@@ -112,7 +112,7 @@ def _steps_of(code: types.CodeType) -> list[Any]:
         if instruction.opcode in _JUMPS:
             given = before[given]
         elif isinstance(given, types.CodeType):
-            given = _steps_of(given)
+            given = _instructions_of(given)
         elif not isinstance(given, frozenset):
             given = repr(given)  # 1 is not 1.0
         steps.append((_OF_METHODS.get(instruction.opname, instruction.opname), given))
@@ -169,7 +169,7 @@ def identifiers() -> Iterator[str]:
 @functools.lru_cache(maxsize=1024)
 def code_with(code: types.CodeType, steps: tuple[tuple[str, int], ...]) -> types.CodeType | Refusal:
     """The code of a function with calls changed; not executed."""
-    source = source_of(code)
+    source = definition_of(code)
     if isinstance(source, Refusal):
         return source
     tree = copy.deepcopy(source.tree)

@@ -26,10 +26,10 @@ from shallower.modules.definitions import (
     Source,
     WrittenCall,
     code_with,
+    definition_of,
     end_of,
     identifiers,
     is_private,
-    source_of,
 )
 from shallower.modules.forwards import Forward, has_foreign_forward
 
@@ -121,7 +121,7 @@ def _path_along(way: tuple[tuple[types.CodeType, int, int], ...]) -> tuple[CallP
     call: WrittenCall | None = None
     while spots:
         code, at, line = spots.pop(0)
-        name, source = code.co_name, source_of(code)
+        name, source = code.co_name, definition_of(code)
         if isinstance(source, Refusal):
             return source
         if is_private(source):

@@ -12,7 +12,7 @@ from typing import overload
 
 from shallower.core.text import amount, listing
 from shallower.errors import Refusal, ShallowerError, SiteError
-from shallower.sites.showing import params_of_halves, table_of
+from shallower.sites.showing import params_of_halves, table_of_sites
 from shallower.sites.site import Site
 
 
@@ -189,7 +189,7 @@ class Sites(Sequence[Site]):
         """The same, with letters for the methods that use each site, by its name, and what they mean."""
         lines = [f"{len(self)} sites; the model has {amount(self.params)} params and {amount(self.macs)} MACs"]
         if self.ordered:
-            lines.append(table_of(self, methods))
+            lines.append(table_of_sites(self, methods))
             if legend:
                 lines.append(legend)
             share = self.params_held / max(1, self.params)
@@ -197,12 +197,12 @@ class Sites(Sequence[Site]):
             left = params_of_halves(self, self.params)
             if left < self.params:
                 lines[-1] += f"; with half of every width {amount(left)} params remain ({left / self.params:.0%})"
-        lines += _grouped("not linear:", {s.name: s.not_linear for s in self.ordered if s.followed and s.not_linear})
-        lines += _grouped("skipped:", self.skipped)
+        lines += _by_reason("not linear:", {s.name: s.not_linear for s in self.ordered if s.followed and s.not_linear})
+        lines += _by_reason("skipped:", self.skipped)
         return "\n".join(lines)
 
 
-def _grouped(title: str, reasons: Mapping[str, str]) -> list[str]:
+def _by_reason(title: str, reasons: Mapping[str, str]) -> list[str]:
     """Reasons under a title, each once with the names that it is of."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():

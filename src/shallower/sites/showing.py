@@ -17,7 +17,7 @@ Shares = dict[int, float]
 """Axis -> the share of its positions in which channels of sites stand."""
 
 
-def table_of(sites: Iterable[Site], methods: Mapping[str, str] | None = None) -> str:
+def table_of_sites(sites: Iterable[Site], methods: Mapping[str, str] | None = None) -> str:
     """A row for each site: kind, activation, width, what its channels may become, params, MACs, and its calls.
 
     Args:
@@ -36,11 +36,11 @@ def table_of(sites: Iterable[Site], methods: Mapping[str, str] | None = None) ->
         row.append(f"x{site.calls}" if site.calls > 1 else "")
         rows.append(row)
     names = [row[0] for row in rows]
-    most = _WIDEST - _width(_rows(header, [["", *row[1:]] for row in rows]))
+    most = _WIDEST - _beside_names(_table_lines(header, [["", *row[1:]] for row in rows]))
     for row in rows:
         if len(row[0]) > max(most, _LEAST_NAME):
             row[0] = ""
-    lines = _rows(header, rows)
+    lines = _table_lines(header, rows)
     found = lines[:1]
     for name, row, line in zip(names, rows, lines[1:], strict=True):
         # a name that is long stands alone
@@ -48,11 +48,11 @@ def table_of(sites: Iterable[Site], methods: Mapping[str, str] | None = None) ->
     return "\n".join(found)
 
 
-def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return table([*header, ""], rows, right=(3, 5, 6)).splitlines()
 
 
-def _width(lines: Iterable[str]) -> int:
+def _beside_names(lines: Iterable[str]) -> int:
     """What a table takes beside the names of its sites."""
     return max(map(len, lines)) - len("site")
 
