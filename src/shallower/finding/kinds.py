@@ -13,7 +13,6 @@ from shallower.core.text import listing
 from shallower.errors import SiteError
 from shallower.finding.channels import rules as rules  # registers them
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.spaces import followed_sites
 from shallower.finding.channels.standing_in import like_twins
 from shallower.finding.channels.trials.trying import that_follow
 from shallower.finding.graph import Graph
@@ -106,9 +105,8 @@ def _with_followed(model: nn.Module, inputs: Inputs, matcher: Matcher, sites: Si
     if not asked:
         return sites
     f = Following(matcher.graph.trace)
-    spaces, reasons = followed_sites(f, sites)
-    tried = that_follow(model, inputs, f, [each for each in spaces if each.site.kind in asked])
-    found, refused = like_twins(f, sites, *tried)
+    kept, unfit, reasons = that_follow(model, inputs, f, tuple(sites), asked)
+    found, refused = like_twins(f, sites, kept, unfit)
     reached = {slot.module for site in found for slot in site.slots if slot.side == "rows"}
     skipped = dict(sites.skipped)
     for name, reason in {**reasons, **refused}.items():

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 import shallower as sh
 from shallower.finding.channels import rules as rules
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.spaces import followed_sites
 from shallower.finding.channels.trials.trying import that_follow
 from shallower.recording.tracing import trace_forward
 from shallower.sites import Site
@@ -17,7 +16,7 @@ from shallower.sites import Site
 
 def tried(model: nn.Module, x: Tensor) -> tuple[list[Site], dict[str, str]]:
     f = Following(trace_forward(model, x))
-    found, skipped = that_follow(model, x, f, followed_sites(f, ())[0])
+    found, skipped, _ = that_follow(model, x, f, (), ("hidden", "heads", "stream"))
     return found, skipped
 
 
@@ -139,3 +138,52 @@ def test_rows_that_are_shared_out_by_numbers_are_no_sizes() -> None:
     torch.manual_seed(0)
     found, _ = tried(SharedOut(), torch.randn(20, 4))
     assert [site.width for site in found] == [6]
+
+
+class Cascade(nn.Module):
+    """Divides what each of several layers gives by the same numbers, in one loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(5, 11) for _ in range(3))
+        self.last = nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = []
+        for part in self.parts:
+            a, b, v = part(x).split([4, 4, 3], -1)
+            found.append((a * b).sum(-1, keepdim=True).sigmoid() * v)
+        return self.last(torch.cat(found, -1))
+
+
+def test_channels_that_one_number_counts_at_several_calls_are_cut_alike() -> None:
+    model, x = Cascade().eval(), torch.randn(6, 5)
+    sites = sh.find_sites(model, x)
+    assert sorted(site.width for site in sites) == [3, 4]
+    assert all({f"parts.{i}" for i in range(3)} <= set(site.layers) for site in sites)
+    plan = sh.Plan(tuple(sh.Entry.narrow(site, range(1, site.width)) for site in sites))
+    small = sh.apply(model, plan, x)
+    assert [part.out_features for part in small.parts] == [8, 8, 8]
+    torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))
+
+
+class Multiplied(nn.Module):
+    """Depthwise convolutions, the first of which makes two channels of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 12, 3, padding=1, groups=6)
+        self.c, self.d = nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(self.b(self.a(x))))
+
+
+def test_channels_within_each_other_are_cut_each_by_itself() -> None:
+    model, x = Multiplied().eval(), torch.randn(2, 3, 5, 5)
+    wide, narrow = sh.find_sites(model, x)
+    assert (wide.width, narrow.width) == (6, 2)
+    plan = sh.Plan((sh.Entry.narrow(wide, [0, 2, 3, 5]),))
+    small = sh.apply(model, plan, x)
+    assert (small.b.groups, small.c.groups) == (4, 8)
+    torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))

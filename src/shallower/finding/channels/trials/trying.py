@@ -9,7 +9,7 @@ shows every size that does not follow. Numbers that modules hold are changed whe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -18,8 +18,8 @@ from torch import nn
 from shallower.core.inputs import Inputs
 from shallower.errors import ShallowerError
 from shallower.finding.channels.following import Following
-from shallower.finding.channels.layout import Run, all_runs, runs
-from shallower.finding.channels.spaces import Found
+from shallower.finding.channels.layout import Run, all_runs, runs, tie
+from shallower.finding.channels.spaces import followed_sites
 from shallower.finding.channels.trials.holding import HeldNumbers, kind_of_site
 from shallower.finding.channels.trials.leading import Expected, Led
 from shallower.finding.channels.trials.origins import made_of
@@ -46,32 +46,34 @@ SHARES = (3 / 4, 5 / 8, 7 / 8, 1 / 2, 11 / 16, 9 / 16, 13 / 16)
 DOES_NOT_FOLLOW = "the forward does not follow fewer channels"
 
 
+MOST_ROUNDS = 4
+"""How often channels that one number counts are tied."""
+
+
 def that_follow(
-    model: nn.Module, inputs: Inputs, f: Following, found: Sequence[Found]
-) -> tuple[list[Site], dict[str, str]]:
-    """The sites that can be cut, with the numbers that fall with them, and why the others cannot.
+    model: nn.Module, inputs: Inputs, f: Following, known: Sequence[Site], kinds: Container[str]
+) -> tuple[list[Site], dict[str, str], dict[str, str]]:
+    """The sites of some kinds that can be cut, why others cannot, and why other layers are in none.
 
     Args:
         model: not changed.
         inputs: what it is called with.
-        f: the followed pass.
-        found: its spaces.
+        f: the followed pass; channels that can only be cut alike are tied in it.
+        known: sites that were found otherwise.
+        kinds: of the sites.
     """
-    known: dict[str, Run] = {}
-    sites: list[Site] = []
-    for each in found:
-        known[each.site.name] = each.run
-        sites.append(each.site)
-    trial = ChannelTrial(model, inputs, f, known)
-    settled = trial.settled(sites)
-    kept: list[Site] = []
+    for _ in range(MOST_ROUNDS):
+        found, reasons = followed_sites(f, known)
+        found = [each for each in found if each.site.kind in kinds]
+        trial = ChannelTrial(model, inputs, f, {each.site.name: each.run for each in found})
+        settled = trial.settled([each.site for each in found])
+        if not trial.tie_alike(settled):
+            break
     skipped: dict[str, str] = {}
     for each in found:
-        if each.site.name in settled:
-            kept.append(settled[each.site.name])
-        else:
+        if each.site.name not in settled:
             skipped[each.site.name] = trial.why.get(each.site.name, DOES_NOT_FOLLOW)
-    return kept, skipped
+    return list(settled.values()), skipped, reasons
 
 
 class ChannelTrial:
@@ -105,8 +107,8 @@ class ChannelTrial:
         """Those of some sites that can be cut, by name, with the numbers that have to fall.
 
         All are cut together, by other shares where they are of other kinds: where a forward divides one width by
-        another, both cut in half would go unnoticed. Then every second one loses a few channels, then the others, and
-        at last all are cut but those that change a number, which nothing else may need to be changed.
+        another, both cut in half would go unnoticed. Then every second one of each kind loses a few channels, then the
+        others, and at last all are cut but those that change a number, which nothing else may need to be changed.
         """
         left: dict[str, Site] = {}
         others: list[str] = []
@@ -118,7 +120,8 @@ class ChannelTrial:
             self._settle(left, others, one=False)
         self._settle(left, list(left), one=False)
         for start in (0, 1):
-            self._settle(left, list(left)[start::2], one=True)
+            half = [names[start::2] for names in _by_kind(left).values()]
+            self._settle(left, list(chain.from_iterable(half)), one=True)
         self._settle_without(left)
         self._prune(left)
         self._leave_out_dependent(left)
@@ -129,9 +132,7 @@ class ChannelTrial:
 
         Halves of the kinds are tried first, so that of any two each is cut once without the other.
         """
-        kinds: dict[object, list[str]] = {}
-        for name, site in left.items():
-            kinds.setdefault(kind_of_site(site), []).append(name)
+        kinds = _by_kind(left)
         doubtful: dict[int, None] = {}
         several = list(kinds.values())
         for bit in range((len(several) - 1).bit_length()):
@@ -140,8 +141,11 @@ class ChannelTrial:
                 names = list(chain.from_iterable(several[i] for i in half))
                 if not self.led(list(map(left.__getitem__, names))).is_clean:
                     doubtful.update(dict.fromkeys(half))
+        before = dict(left)
         for i in doubtful:
-            if not self.led(list(map(left.__getitem__, several[i]))).is_clean:
+            led = self.led(list(map(left.__getitem__, several[i])))
+            if not led.is_clean:
+                self._written.note_alike(before, list(led.wrong.values()))
                 for name in several[i]:
                     del left[name]
                     self.why[name] = f"{DOES_NOT_FOLLOW} where nothing else is cut"
@@ -305,10 +309,25 @@ class ChannelTrial:
             self.why[name] = f"{DOES_NOT_FOLLOW} at {self.f.title(call)}" + f": {why}" * bool(why)
 
     def _leave_out_within(self, left: dict[str, Site], within: Counter[str]) -> None:
-        """Leave out the site whose channels are most often in numbers with those of others: these go without it."""
-        for name, _ in within.most_common(1):
-            if left.pop(name, None) is not None:
-                self.why[name] = f"{DOES_NOT_FOLLOW}: {TWO}"
+        """Leave out a site whose channels are in numbers with those of others, which can be cut without it.
+
+        It is the one that is in most of them; heads stay rather than their features, and the wider rather than others.
+        """
+        waiting = [name for name in within if name in left]
+        for name in sorted(waiting, key=lambda name: (-within[name], left[name].kind == "heads", left[name].width))[:1]:
+            del left[name]
+            self.why[name] = f"{DOES_NOT_FOLLOW}: {TWO}"
+
+    def tie_alike(self, settled: Container[str]) -> bool:
+        """Tie channels that one number counts and that cannot be cut by themselves; whether there are any."""
+        names = {run: name for name, run in self.found.items()}
+        tied = False
+        for first, *others in self._written.alike:
+            if not any(names[run] in settled for run in (first, *others)):
+                for run in others:
+                    tie(first, run)
+                tied = True
+        return tied
 
     def runs_of(self, values: Iterable[Value]) -> list[Run]:
         """The channels of some values."""
@@ -374,6 +393,14 @@ class ChannelTrial:
         for site in sites:
             for listed in site.lists:
                 perform(trial, Entries(listed.module, tuple(range(kept[site.name]))))
+
+
+def _by_kind(sites: Mapping[str, Site]) -> dict[object, list[str]]:
+    """The names of sites that are alike."""
+    kinds: dict[object, list[str]] = {}
+    for name, site in sites.items():
+        kinds.setdefault(kind_of_site(site), []).append(name)
+    return kinds
 
 
 def given_to(frame: Frame) -> list[Value]:

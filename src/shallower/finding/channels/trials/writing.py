@@ -6,7 +6,7 @@ A size that counts other things than channels, too, becomes whatever the others 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -30,16 +30,23 @@ OFTEN = "the call is made several times with other numbers"
 
 
 class WrittenNumbers:
-    """Lets calls take numbers of their own."""
+    """Lets calls take numbers of their own.
+
+    Attributes:
+        alike: channels that one number counts at several calls: it can fall where they are cut alike.
+    """
 
     def __init__(self, trial: ChannelTrial) -> None:
         self.trial = trial
+        self.alike: list[list[Run]] = []
 
-    def write(self, left: dict[str, Site], chosen: Sequence[Site], wrong: Iterable[Wrong]) -> Counter[str]:
+    def write(self, left: dict[str, Site], chosen: Sequence[Site], wrong: Collection[Wrong]) -> Counter[str]:
         """Let calls take numbers of their own, for the sites whose channels these count and those that disturb them.
 
         Returns the sites whose channels are with those of others in numbers that do not follow, by how often.
         """
+        known = dict(left)
+        often: list[Wrong] = []
         by_run = {self.trial.found[name]: name for name in left}
         before = {name: site.followers for name, site in left.items()}
         within: Counter[str] = Counter()
@@ -55,12 +62,33 @@ class WrittenNumbers:
                 several: list[str] = []
                 if made.reason == OFTEN:
                     several = self._writing(left, each)
+                    often.append(each)
                 for name in several or [name for name in counted if name in cut] or near or cut:
                     self.trial.leave_out(left, name, call, made.reason)
             else:
                 for name, follower in made.items():
                     left[name] = replace(left[name], followers=(*left[name].followers, follower))
+        if often:
+            places = set(map(self._place_of, often))
+            self.note_alike(known, [each for each in wrong if self._place_of(each) in places])
         return within
+
+    def note_alike(self, left: Mapping[str, Site], wrong: Sequence[Wrong]) -> None:
+        """Note the channels that one number counts at several calls, those that change it already among them."""
+        by_run = {self.trial.found[name]: name for name in left}
+        groups: dict[object, dict[Run, None]] = {}
+        for each in wrong:
+            place = self._place_of(each)
+            if isinstance(place, Refusal):
+                continue
+            group = groups.setdefault(place, {})
+            counted = [run for run in runs(each.size.layout) if run in by_run]
+            for run in [*counted, *map(self.trial.found.__getitem__, self._writing(left, each))]:
+                if run.size == each.size.given:
+                    group[run] = None
+        for group in groups.values():
+            if len(group) > 1:
+                self.alike.append(list(group))
 
     def _followers(
         self, left: Mapping[str, Site], each: Wrong, counted: Sequence[str],
