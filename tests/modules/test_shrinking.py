@@ -27,16 +27,24 @@ VIEW = Written((("x.reshape(2, 3, 4)", 0),), 1, 3)
 
 def test_attributes_slices_from_the_end_and_sizes_fall_by_their_own_measure() -> None:
     followers = [Follower("", "first", 2), Follower("", "", 1, SLICE), Follower("", "", 0, VIEW)]
-    edits = fallen(Parts(), followers, 6, 2)
+    edits = fallen(Parts(), followers, 3, 2)
     assert edits == [Attribute("", "first", 2), Number("", SLICE, -1), Number("", VIEW, 3)]
 
 
 def test_a_number_that_fell_falls_on() -> None:
     model = Parts()
-    for _ in range(2):
-        for edit in fallen(model, [Follower("", "", 1, SLICE)], 5, 1):
+    for width in (3, 2):
+        for edit in fallen(model, [Follower("", "", 1, SLICE)], width, 1):
             perform(model, edit)
     assert model(torch.arange(24).view(2, 12))[1].shape == (2, 1)
+
+
+def test_a_number_that_counts_channels_within_others_falls_by_the_share_of_each() -> None:
+    model = Parts()
+    for follower, width, gone in ((Follower("", "first", 3), 2, 1), (Follower("", "first", 2), 3, 1)):
+        for edit in fallen(model, [follower], width, gone):
+            perform(model, edit)
+    assert model.first == 2
 
 
 def test_a_size_that_becomes_what_is_left_is_written_as_minus_one() -> None:

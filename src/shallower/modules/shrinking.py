@@ -46,12 +46,17 @@ def fallen(model: nn.Module, followers: Iterable[Follower], width: int, gone: in
         written = follower.written
         if written is None:
             now = getattr(module, follower.attribute)
-            edits.append(Attribute(follower.module, follower.attribute, now - follower.each * gone))
+            edits.append(Attribute(follower.module, follower.attribute, now - _fall(follower, now, width, gone)))
             continue
         now = numbers_written(module).get(written.path, {}).get(written.place, written.value)
-        fewer = follower.each * gone
-        if follower.each * width == written.value:  # by its share of what channels of other sites, too, have left
-            fewer = int(now) // width * gone
+        fewer = _fall(follower, int(now), width, gone)
         # a slice counts from the end where it is negative
         edits.append(Number(follower.module, written, now + fewer if now < 0 < fewer else now - fewer))
     return edits
+
+
+def _fall(follower: Follower, now: int, width: int, gone: int) -> int:
+    """By how much a number falls: by its share, where it counts these channels times others, which may have gone."""
+    if abs(now) <= follower.each * width:
+        return abs(now) // width * gone
+    return follower.each * gone

@@ -187,3 +187,11 @@ def test_channels_within_each_other_are_cut_each_by_itself() -> None:
     small = sh.apply(model, plan, x)
     assert (small.b.groups, small.c.groups) == (4, 8)
     torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))
+
+
+def test_channels_within_each_other_are_cut_together() -> None:
+    model, x = Multiplied().eval(), torch.randn(2, 3, 5, 5)
+    plan = sh.Plan(tuple(sh.Entry.narrow(site, range(site.width // 2)) for site in sh.find_sites(model, x)))
+    small = sh.apply(model, plan, x)
+    assert (small.b.groups, small.c.groups) == (3, 3)
+    torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))
