@@ -16,6 +16,7 @@ class Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = 6
+        self.register_buffer("held", torch.zeros(4))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return x[:, : self.first], x[:, -3:], x.reshape(2, 3, 4)
