@@ -5,10 +5,11 @@ is by default, `squeeze, equal` with the same share of every site, the same with
 as they are (`consumers only`), the rivals that `sh.baseline` has, and Torch-Pruning 1.6.1's group magnitude on hidden
 channels. Calibrated on 100 stories (Llama), 1,000 STS-B sentences (MiniLM), 800 CIFAR-10 images (ResNet-56), 250 of
 500 ImageNet images (EfficientNet-Lite0; the other 250 report, then the reverse), 100 spoken sentences (Whisper
-tiny.en). Figures are means over three sets of calibration data, the same for all methods; the intervals are of the
-difference from `squeeze` on the same set, 95 % by Student's t with two degrees of freedom. Time is that of one
-thread, memory what the process grows by at most, both without judging. Whisper and EfficientNet-Lite0 stand at one
-half, with three rivals. Healing is `sh.heal` for the same two passes over the calibration data, of the first set.
+tiny.en). Figures are means over three sets of calibration data, the same for all methods, or over as many as have
+been measured (`sets`, at one half); the intervals are of the difference from `squeeze` on the same sets, 95 % by
+Student's t. Time is that of one thread, memory what the process grows by at most, both without judging. Whisper and
+EfficientNet-Lite0 stand at one half, with three rivals. Healing is `sh.heal` for the same two passes over the
+calibration data, of the first set.
 """
 
 from __future__ import annotations
@@ -352,13 +353,13 @@ def _table(network: Network, rows: Sequence[dict[str, Any]]) -> str:
             values = found(rows, (network.title, kinds, 0.5, method), name)
             line.append(_text(_mean(values.values())) if values else "")
         own_rows = [row for row in rows if row["method"] == method and row["cut"] == 0.5 and "cpu" in row]
-        spent = ""
-        grown = ""
+        spent = grown = sets = ""
         if own_rows:
+            sets = str(len(own_rows))
             spent = f"{_mean(row['cpu'] for row in own_rows):.1f} s"
             grown = f"{max(row['growth'] for row in own_rows) / 2**20:.0f} MiB"
-        lines.append((*line, spent, grown))
-    header = ("method", *(f"{cut:.0%}" for cut in cuts), "minus squeeze", *others, "CPU time", "memory growth")
+        lines.append((*line, sets, spent, grown))
+    header = ("method", *(f"{cut:.0%}" for cut in cuts), "minus squeeze", *others, "sets", "CPU time", "memory growth")
     return markdown(header, lines)
 
 
