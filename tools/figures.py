@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 FINDER = {
-    "tracing", "graph", "pointwise", "candidates", "matching", "placing", "long_sites", "attention", "counting",
-    "residuals", "sums",
+    "tracing", "pointwise", "units", "ways", "passages", "placing", "describing", "attention", "counting", "sums",
 }  # fmt: skip
 
 MOST_LINES = 500

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shallower.errors import SiteError
 from shallower.finding.kinds import find_sites
 from shallower.recording.holders import check_copyable, held_elsewhere
-from tests.finding.test_matching import linear
+from tests.finding.linear.networks import linear
 
 
 class Net(nn.Module):

@@ -15,8 +15,7 @@ from shallower.finding.channels import rules as rules  # registers them
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.standing_in import like_twins
 from shallower.finding.channels.trials.trying import that_follow
-from shallower.finding.graph import Graph
-from shallower.finding.matching import Matcher
+from shallower.finding.linear.describing import Describer
 from shallower.modules.offloading import with_mapped_weights
 from shallower.recording.tracing import trace_forward
 from shallower.sites import Site, Sites
@@ -58,9 +57,10 @@ def find_sites(
     """
     wanted = _wanted(kinds)
     model = with_mapped_weights(model)
-    matcher = Matcher(Graph(trace_forward(model, example_inputs)))
-    sites = matcher.sites(places="activation" in wanted)
-    sites = _with_followed(model, example_inputs, matcher, sites, wanted)
+    followed = Following(trace_forward(model, example_inputs))
+    described = Describer(followed)
+    sites = described.sites(places="activation" in wanted)
+    sites = _with_followed(model, example_inputs, followed, described, sites, wanted)
     chosen = sites.select(lambda site: site.followed or _kind_of(site) in wanted)
     return replace(chosen, arguments=arguments_in(example_inputs))
 
@@ -96,7 +96,9 @@ def _wanted(kinds: Collection[str] | str) -> set[str]:
     return chosen
 
 
-def _with_followed(model: nn.Module, inputs: Inputs, matcher: Matcher, sites: Sites, wanted: set[str]) -> Sites:
+def _with_followed(
+    model: nn.Module, inputs: Inputs, f: Following, described: Describer, sites: Sites, wanted: set[str]
+) -> Sites:
     """The sites and, between them, those whose channels were followed through whatever stands between linear maps.
 
     Why such channels may not become linear is said at their site, and is no reason not to keep and drop them.
@@ -104,7 +106,6 @@ def _with_followed(model: nn.Module, inputs: Inputs, matcher: Matcher, sites: Si
     asked = wanted & {"hidden", "heads", "stream", "experts"}
     if not asked:
         return sites
-    f = Following(matcher.graph.trace)
     kept, unfit, reasons = that_follow(model, inputs, f, tuple(sites), asked)
     found, refused = like_twins(f, sites, kept, unfit)
     reached = {slot.module for site in found for slot in site.slots if slot.side == "rows"}
@@ -116,10 +117,10 @@ def _with_followed(model: nn.Module, inputs: Inputs, matcher: Matcher, sites: Si
     for name in list(skipped):
         # the name is that of a layer, or of what holds it and those that read it
         inside = [layer for layer in reached if layer.startswith(f"{name}.")]
-        if name in reached or any(matcher.not_linear.get(layer) == sites.skipped.get(name, "") for layer in inside):
+        if name in reached or any(described.not_linear.get(layer) == sites.skipped.get(name, "") for layer in inside):
             del skipped[name]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    everything = [*sites, *(_with_reason(site, matcher.not_linear) for site in found)]
+    everything = [*sites, *(_with_reason(site, described.not_linear) for site in found)]
     everything.sort(key=lambda site: order.get(_first_layer(site), 0))
     return replace(sites, ordered=tuple(everything), skipped=skipped)
 

@@ -44,18 +44,6 @@ DROPOUT = _names(
 )
 """Functions that are the identity at inference."""
 
-NORMS = _names("layer_norm rms_norm group_norm instance_norm batch_norm local_response_norm normalize")
-
-RESHAPES = _names(
-    """
-    view reshape flatten unflatten permute transpose t squeeze unsqueeze movedim moveaxis swapaxes swapdims
-    view_as reshape_as expand expand_as repeat get.T get.mT pixel_shuffle pixel_unshuffle channel_shuffle ravel
-    roll flip getitem select narrow chunk split unbind gather index_select rearrange unfold fold
-    """
-)
-
-POOLS = _names("mean sum amax amin max min interpolate upsample pad")
-
 PRODUCTS = _names(
     """
     linear addmm matmul mm bmm einsum baddbmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d
@@ -98,26 +86,6 @@ def stays_on(call: Call) -> bool:
     return bool(training) and given.get("p", 0.5) > 0
 
 
-def obstacle(call: Call) -> str:
-    """What a call that may stand between activation and map is, in words; "" where it is none of these."""
-    read = call.inputs[:1] if call.name.endswith("_as") else call.inputs
-    moved = [value for value in read if value.elements > 1]
-    if (
-        len(moved) < 1
-        or any(value.dynamic for value in moved[1:])
-        or not moved[0].dynamic
-        or call.inputs[0] is not moved[0]
-    ):
-        return ""
-    if call.name in NORMS:
-        return "the norm"
-    if "pool" in call.name or call.name in POOLS:
-        return "the pooling"
-    if call.name in RESHAPES:
-        return "the reshape"
-    return ""
-
-
 def averages_all(call: Call) -> bool:
     """Whether a call is the average over all pixels of an image (B, C, H, W): adaptive pooling to 1x1, or a mean."""
     if not call.inputs or not call.outputs or len(call.inputs[0].shape) != 4:
@@ -135,6 +103,8 @@ def averages_all(call: Call) -> bool:
     return call.name == "adaptive_avg_pool2d"
 
 
+_SPLITTING = _names("chunk split tensor_split unsafe_chunk unsafe_split split_with_sizes")
+_FLATTENING = _names("flatten view reshape squeeze getitem")
 _POOLS_OF_IMAGES = _names("max_pool2d avg_pool2d adaptive_max_pool2d adaptive_avg_pool2d interpolate upsample")
 
 
@@ -155,7 +125,7 @@ def pools(call: Call) -> bool:
 
 def flattens(call: Call) -> tuple[int, int] | None:
     """Height and width of the image if a call makes (B, C * height * width) of (B, C, height, width)."""
-    if call.name not in ("flatten", "view", "reshape") or not call.inputs or len(call.outputs) != 1:
+    if call.name not in _FLATTENING or not call.inputs or len(call.outputs) != 1:
         return None
     before, after = call.inputs[0].shape, call.outputs[0].shape
     if len(before) != 4 or after != (before[0], before[1] * before[2] * before[3]):
@@ -173,42 +143,30 @@ def writes_out_features(call: Call) -> bool:
     return not sizes or sizes[-1] != -1
 
 
-def flattens_one_pixel(call: Call) -> bool:
-    """Whether a call makes (B, C) of (B, C, 1, 1)."""
-    if call.name not in RESHAPES or not call.inputs or len(call.outputs) != 1:
-        return False
-    return call.inputs[0].shape == (*call.outputs[0].shape, 1, 1) and len(call.outputs[0].shape) == 2
+def halves(call: Call, dim: int) -> list[tuple[Value, int]]:
+    """The results of a call that are one half of what it reads along a dimension, each with which half it is.
 
-
-def half(value: Value) -> tuple[Value, int, int] | None:
-    """The tensor that a value is one half of, which half, and along which dimension; index -1 where not contiguous."""
-    call = value.call
-    while call is not None and call.name in UNCHANGED:
-        value = call.inputs[0]
-        call = value.call
-    if call is None or not call.inputs:
-        return None
-    base = call.inputs[0]
-    dims = len(base.shape)
-    changed = [i for i in range(dims) if len(value.shape) == dims and value.shape[i] != base.shape[i]]
-    if len(changed) != 1 or value.shape[changed[0]] * 2 != base.shape[changed[0]]:
-        return None
-    dim = changed[0]
-    if call.name in ("chunk", "split", "tensor_split", "unsafe_chunk", "unsafe_split", "split_with_sizes"):
-        return (base, call.outputs.index(value), dim) if len(call.outputs) == 2 else None
-    if call.name == "getitem":
-        index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
-        part = index[dim - dims] if any(item is Ellipsis for item in index) else index[dim]
-        if not isinstance(part, slice):
-            return None
-        start, _, step = part.indices(base.shape[dim])
-        if step != 1:
-            return base, -1, dim
-        return (base, 0 if start == 0 else 1, dim) if start in (0, value.shape[dim]) else None
-    if call.name == "narrow":
+    Of every other position, that is 2.
+    """
+    whole = call.inputs[0].shape
+    parts = [value for value in call.outputs if value.shape[dim : dim + 1] == (whole[dim] / 2,)]
+    if any(value.shape[:dim] + value.shape[dim + 1 :] != whole[:dim] + whole[dim + 1 :] for value in parts):
+        return []
+    if call.name in _SPLITTING and len(parts) == len(call.outputs) == 2:
+        return list(zip(parts, (0, 1), strict=True))
+    if call.name == "narrow" and parts:
         start = call.args[2] if len(call.args) > 2 else call.kwargs.get("start", 0)
-        return base, 0 if start == 0 else 1, dim
-    return None
+        return [(parts[0], int(start > 0))]
+    if call.name != "getitem" or not parts:
+        return []
+    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    part = index[dim - len(whole)] if any(item is Ellipsis for item in index) else index[dim]
+    if not isinstance(part, slice):
+        return []
+    start, _, step = part.indices(whole[dim])
+    if step == 1 and start not in (0, whole[dim] // 2):
+        return []
+    return [(parts[0], 2 if step != 1 else int(start > 0))]
 
 
 def describe(value: Value) -> str:

@@ -24,7 +24,7 @@ from shallower.planning.targets import Target
 from shallower.surgery.applying import apply
 from shallower.surgery.simulation import simulate
 from shallower.training import Checkpoint, Recipe
-from tests.finding.test_matching import linear
+from tests.finding.linear.networks import linear
 
 RECIPE = Recipe(epochs=1, lr=0.01, optimizer="sgd")
 

@@ -16,7 +16,7 @@ from shallower.planning.plan import Plan
 from shallower.saving.checkpoint import load, save
 from shallower.sites import LinearMap
 from shallower.surgery.applying import apply
-from tests.finding.test_matching import linear
+from tests.finding.linear.networks import linear
 from tests.networks import Block, _randomised
 from tests.planning.forms.samples import X, block, checked, mixed
 

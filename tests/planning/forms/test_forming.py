@@ -18,7 +18,7 @@ from shallower.planning.plan import Plan
 from shallower.saving.checkpoint import load, save
 from shallower.surgery.applying import apply
 from shallower.surgery.padding import move_padding
-from tests.finding.test_matching import linear
+from tests.finding.linear.networks import linear
 from tests.networks import Inverted, _randomised
 from tests.planning.forms.samples import X, block, checked, mixed
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from shallower.finding.graph import Graph
+from shallower.finding.linear.units import Graph
 from shallower.finding.pointwise import UNCHANGED
 from shallower.modules.rewriting import Known, reason_not_rewritable
 from shallower.recording.tracing import Call, Frame
