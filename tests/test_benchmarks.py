@@ -249,3 +249,15 @@ def test_weights_that_no_operation_uses_are_not_counted_where_there_are_no_gradi
 
     counted = {width.tensor for width in axes.widths(InPlace(), torch.randn(5, 4))}
     assert counted == {"used.weight"}
+
+
+def test_of_a_table_whose_positions_are_picked_the_other_axis_gives_channels() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.last = nn.Parameter(torch.randn(4, 9)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.table[:, x].movedim(0, -1))
+
+    assert axes.Width("table", 0, 4) in axes.widths(Table(), torch.randint(0, 9, (2, 5)))

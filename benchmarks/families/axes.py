@@ -100,6 +100,11 @@ class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._note(args[1], int(args[6]))
         elif name in ("embedding", "embedding_bag", "_embedding_bag"):
             self._note(args[0], -1)
+        elif name == "index":
+            # a table whose positions are picked by number: the one axis that is left gives channels
+            left = [i for i, size in enumerate(args[0].shape) if size > 1 and (*args[1], *[None] * 9)[i] is None]
+            if len(left) == 1:
+                self._note(args[0], left[0])
         return func(*args, **(kwargs or {}))
 
     def _is_held(self, tensor: Tensor) -> bool:
