@@ -75,3 +75,7 @@ def test_a_number_of_channels_within_others_falls_by_the_share_of_each() -> None
         for edit in fallen(model, [Follower("", "", each, whole)], width, gone):
             perform(model, edit)
     assert numbers_written(model) == {whole.path: {3: 4}}
+    for each, width, gone in ((2, 3, 1), (3, 2, 1)):
+        for edit in fallen(model, [Follower("", "first", each)], width, gone):
+            perform(model, edit)
+    assert model.first == 2
