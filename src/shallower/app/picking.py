@@ -80,9 +80,9 @@ def pick(
     given = None
     if model is not None:
         given = LoadedModel(model.eval(), source_of(model))
-    picked = _picked(Path(directory).expanduser(), target, "", given)
+    picked = _picked_size(Path(directory).expanduser(), target, "", given)
     if folder is not None:
-        _write(picked, target, folder)
+        _write_size(picked, target, folder)
     return picked.model
 
 
@@ -102,8 +102,8 @@ def pick_into(directory: Path, target: Target, output: Path, *, original: str = 
         TargetError: no point meets the target.
     """
     check_replaceable(output.expanduser().resolve())
-    picked = _picked(directory.expanduser(), target, original, None)
-    record = _write(picked, target, output)
+    picked = _picked_size(directory.expanduser(), target, original, None)
+    record = _write_size(picked, target, output)
     rows = picked.verdict.rows(record.quality, picked.before, picked.chosen.label)
     lines = [
         str(picked.plan),
@@ -129,7 +129,7 @@ class _Picked:
     before: str
 
 
-def _picked(directory: Path, target: Target, original: str, given: LoadedModel | None) -> _Picked:
+def _picked_size(directory: Path, target: Target, original: str, given: LoadedModel | None) -> _Picked:
     record, points = read_record(directory), read_points(directory)
     point = Curve(tuple(known.point for known in points), record.quality).best(target)
     chosen = next(known for known in points if known.point == point)
@@ -137,15 +137,15 @@ def _picked(directory: Path, target: Target, original: str, given: LoadedModel |
     if (directory / FAMILY).is_dir():
         if chosen is full:
             raise TargetError(f"the target {target}: of the sizes in {directory} only the model as it was meets it")
-        loaded, before = given or _original(record, original), "dense"
-        example = _example(directory, record, loaded)
+        loaded, before = given or _squeezed_model(record, original), "dense"
+        example = _example_like(directory, record, loaded)
         members = Family.load(directory / FAMILY).members
         # the first point is the model as it was
         plan = members[points.index(chosen) - 1].plan
         small = apply(loaded.model, plan, example).eval()
     elif record.method == StructuralDropoutRun.name:
         loaded, before = given or loaded_with(str(directory), original), "full width"
-        example = _example(directory, record, loaded)
+        example = _example_like(directory, record, loaded)
         kinds: tuple[SiteKind, ...] = ("hidden",)
         if record.options.get("heads"):
             kinds = ("hidden", "heads")
@@ -168,7 +168,7 @@ def _picked(directory: Path, target: Target, original: str, given: LoadedModel |
     return _Picked(small, plan, chosen, points, loaded, verdict, record, directory, before)
 
 
-def _original(record: Record, original: str) -> LoadedModel:
+def _squeezed_model(record: Record, original: str) -> LoadedModel:
     """The model that a run squeezed, with its weights.
 
     Raises:
@@ -186,14 +186,14 @@ def _original(record: Record, original: str) -> LoadedModel:
     return load_model(name, task=record.options.get("task") or task_of(name))
 
 
-def _example(directory: Path, record: Record, loaded: LoadedModel) -> Inputs:
+def _example_like(directory: Path, record: Record, loaded: LoadedModel) -> Inputs:
     length = record.options.get("length") or _LENGTH
     if not isinstance(length, int):
         raise CheckpointError(f"{directory / RESULT}: the length {length!r:.20} is not a number of tokens")
     return example_of(loaded, directory, batch=(*record.example, 1)[0] or 1, length=length)
 
 
-def _write(picked: _Picked, target: Target, output: Path) -> Record:
+def _write_size(picked: _Picked, target: Target, output: Path) -> Record:
     """The directory of what was picked; what result.json says there."""
     record, verdict = picked.record, picked.verdict
     more = {"target": str(target), "output": str(output), "picked_from": str(picked.directory)}

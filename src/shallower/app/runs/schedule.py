@@ -39,7 +39,7 @@ _OF_A_SIZE = 0.6
 """Of a squeezing, that another size takes."""
 _STEP = 4
 """Forward passes that a step of training takes as long as."""
-_RATES = 4
+_RATES_TRIED = 4
 """That are tried until the best one is known."""
 _SLACK = 1.5
 """So many times the passes that seem to fit are allowed, since what they take is a guess."""
@@ -151,7 +151,7 @@ class Schedule:
         step = min(self.work.batches.size, max(1, rows // _STEPS_OF_A_PASS))
         least, most = TRIAL
         steps = min(max(passes * rows // step // SHARE_OF_TRIAL, least), most)
-        return self._pace.of_rows(_RATES * steps * step, _STEP)
+        return self._pace.of_rows(_RATES_TRIED * steps * step, _STEP)
 
     def collapsing(self) -> int:
         """Rows on which a training that collapses layers has time to train."""

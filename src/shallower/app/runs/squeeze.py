@@ -79,7 +79,7 @@ class SqueezeRun(Squeezing):
         family, points = None, []
         if self.sizes:
             family = self._family(work, sites, calibration, plan)
-            points = list(_points(work, family))
+            points = list(_points_of(work, family))
         healing = "" if self.heal else ", heal (--heal 1)"
         advice = f"ask for less{healing}, or calibrate on more (--samples, {self.samples} now)"
         note = "healed" if self.heal else "squeezed"
@@ -150,7 +150,7 @@ class SqueezeRun(Squeezing):
         )
 
 
-def _points(work: Work, family: Family) -> Iterator[CurvePoint]:
+def _points_of(work: Work, family: Family) -> Iterator[CurvePoint]:
     """The whole model and every size of a family, scored and timed."""
     models = {"dense": work.model}
     for number, member in enumerate(family):
