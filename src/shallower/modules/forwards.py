@@ -50,9 +50,13 @@ class Forward:
     def __self__(self) -> nn.Module:
         return self._owner
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(types.MethodType(self.__func__, self._owner))
+    def __getattr__(self, name: str) -> Any:
+        """What inspect and torch.export ask of a function; of the instance alone, for the class has its own."""
+        if name == "__signature__":
+            return inspect.signature(types.MethodType(self.__func__, self._owner))
+        if name == "__code__":
+            return self.__func__.__code__
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it."""
