@@ -9,7 +9,7 @@ from shallower.methods.dropout.prefix import not_computed
 from shallower.planning.paying import paying
 from shallower.sites import Sites
 
-METHODS = ("squeeze", "layer-collapse", "tlc", "structural-dropout")
+OFFERED = ("squeeze", "layer-collapse", "tlc", "structural-dropout")
 LETTERS = "SLTD"
 LEGEND = "methods: S squeeze, L layer-collapse, T tlc, D structural-dropout, - a plan by hand (Entry.narrow)"
 
@@ -28,7 +28,7 @@ def offered(sites: Sites) -> dict[str, tuple[str, ...]]:
             site.bridge.not_linear is None,
             site.width > 1 and not_computed(site) is None,
         )
-        found[site.name] = tuple(name for name, used in zip(METHODS, uses, strict=True) if used)
+        found[site.name] = tuple(name for name, used in zip(OFFERED, uses, strict=True) if used)
     return found
 
 
@@ -36,5 +36,5 @@ def lettered(sites: Sites) -> dict[str, str]:
     """The same as letters: "SLTD"."""
     found: dict[str, str] = {}
     for name, methods in offered(sites).items():
-        found[name] = "".join(LETTERS[METHODS.index(method)] for method in methods)
+        found[name] = "".join(LETTERS[OFFERED.index(method)] for method in methods)
     return found

@@ -23,7 +23,7 @@ from shallower.finding.pointwise import ACTIVATIONS, DROPOUT, UNCHANGED, activat
 from shallower.recording.tracing import Call, Frame, Value
 from shallower.sites import Between, Kind, LinearMap, Place, Residual, Site, Sites
 
-MOST_STEPS = 64
+FARTHEST = 64
 """Values that are looked at on the way back to a map."""
 
 Built = tuple[list[Passage], Site]
@@ -138,7 +138,7 @@ class Describer:
             averaged=first.averaged,
             pooled=", ".join(call.name for call in first.pooled),
             not_linear=self._behind_pooling(first),
-            not_narrow=_not_narrow(producer, consumers),
+            not_narrow=_why_not_narrow(producer, consumers),
         )
         if first.chain is None:
             return site
@@ -384,7 +384,7 @@ class Describer:
     def _is_spatial(self, value: Value) -> bool:
         """Whether a value has its channels in dimension 1, as the convolution that is the next map before it."""
         waiting, seen = [value], {value}
-        while waiting and len(seen) < MOST_STEPS:
+        while waiting and len(seen) < FARTHEST:
             step = self.graph.source(waiting.pop(0))
             if isinstance(step, Unit) and step.kind == "map":
                 return isinstance(step.module, _ConvNd) and len(step.result.shape) == len(value.shape)
@@ -444,7 +444,7 @@ def _around(parts: Sequence[Site]) -> Site:
     )
 
 
-def _not_narrow(producer: LinearMap, consumers: Sequence[LinearMap]) -> str:
+def _why_not_narrow(producer: LinearMap, consumers: Sequence[LinearMap]) -> str:
     """Why channels cannot be kept and dropped one by one, "" if they can."""
     for m in (producer, *consumers):
         if m.groups > 1:

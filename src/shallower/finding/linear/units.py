@@ -18,9 +18,14 @@ from shallower.recording.holders import held_elsewhere
 from shallower.recording.tracing import Call, Frame, Trace, Value
 from shallower.sites import LinearMap
 
-PLAIN = (nn.Parameter, torch.Tensor, FakeTensor)
+PLAIN_WEIGHTS = (nn.Parameter, torch.Tensor, FakeTensor)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-LINEAR = ("linear x weight bias", "linear x weight", "get.T weight, matmul x 0", "get.T weight, matmul x 0, add 1 bias")
+LINEARS = (
+    "linear x weight bias",
+    "linear x weight",
+    "get.T weight, matmul x 0",
+    "get.T weight, matmul x 0, add 1 bias",
+)
 NORMALISING = ("batch_norm x running_mean running_var weight bias", "batch_norm x running_mean running_var")
 """What a plain layer calls: each function with what it reads, the results of earlier ones by their number."""
 
@@ -132,7 +137,7 @@ class Graph:
         if kind == "norm" and any(call.name in ACTIVATIONS for call in calls):
             calls = self._normalising(frame)
             results = [value for call in calls for value in call.outputs]
-        read = _outside(frame, calls, made)
+        read = _read_elsewhere(frame, calls, made)
         if len(results) != 1 or not read or (kind != "norm" and len(frame.outputs) != 1):
             return
         if kind == "whole" and (len(read) > 1 or read[0].shape != results[0].shape):
@@ -180,7 +185,7 @@ class Graph:
         own = False
         if is_adapter(module):
             return f"{name} carries a low-rank adapter ({kind}): call merge_and_unload() first"
-        plain = isinstance(weight, torch.Tensor) and type(weight) in PLAIN and weight.is_floating_point()
+        plain = isinstance(weight, torch.Tensor) and type(weight) in PLAIN_WEIGHTS and weight.is_floating_point()
         if not plain or (module, "weight") not in self.trace.weights:
             return (
                 f"{name} ({kind}) has no plain floating-point weight: it is quantised, made by a hook (weight_norm) "
@@ -193,7 +198,8 @@ class Graph:
                 return f"{name} pads one side more than the other"
         elif isinstance(module, nn.Linear):
             own = (
-                type(module).forward is not nn.Linear.forward and self._form(frame, frame.calls(), source) not in LINEAR
+                type(module).forward is not nn.Linear.forward
+                and self._form(frame, frame.calls(), source) not in LINEARS
             )
         elif kind != "Conv1D" or not is_conv1d(module):
             return f"{name} is a {kind}, which is not supported: only nn.Linear, nn.Conv2d and Transformers' Conv1D are"
@@ -240,7 +246,7 @@ class Graph:
         return own if same and self._form(frame, own, own[0].inputs[0]) in NORMALISING else []
 
     def _form(self, frame: Frame, calls: Iterable[Call], source: Value) -> str:
-        """What a module calls, as `LINEAR` has it."""
+        """What a module calls, as `LINEARS` has it."""
         known = {source: "x"}
         for table in (self.trace.weights, self.trace.buffers):
             for name in (*frame.module._parameters, *frame.module._buffers):
@@ -325,7 +331,7 @@ def channel_dim(step: Step, dims: int) -> int:
     return dims - 3 if isinstance(step, Unit) and isinstance(step.module, nn.Conv2d) and dims > 2 else dims - 1
 
 
-def _outside(frame: Frame, calls: Sequence[Call], made: set[Value]) -> list[Value]:
+def _read_elsewhere(frame: Frame, calls: Sequence[Call], made: set[Value]) -> list[Value]:
     """What calls read that is none of their results and does not belong to the module."""
     own, found = set(frame.module.modules()), dict[Value, None]()
     for value in chain.from_iterable(call.inputs for call in calls):

@@ -132,7 +132,7 @@ class Ways:
                 hidden.readers[step] = None
             if not own:  # it reads the channels beside what it is a step of
                 continue
-            way = _joined(own)
+            way = _joined_ways(own)
             for value, onward in self._past(hidden, step, read, way):
                 hidden.ways[value] = onward
                 waiting.update(self._readers(value))
@@ -249,7 +249,7 @@ def _inputs(step: Passed) -> list[Value]:
     return [step.source] if isinstance(step, Unit) else step.inputs
 
 
-def _joined(ways: list[Way]) -> Way:
+def _joined_ways(ways: list[Way]) -> Way:
     """One way for the values that a call reads."""
     if len(ways) == 1:
         return ways[0]

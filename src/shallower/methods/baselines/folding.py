@@ -14,7 +14,7 @@ from shallower.planning.entries import Entry
 from shallower.planning.fits import Fit
 from shallower.sites import Site
 
-_ROUNDS = 50
+_MOST_ROUNDS = 50
 """Of k-means, at most."""
 
 
@@ -60,7 +60,7 @@ def folded(view: View, width: int) -> Entry:
     kept, member, counts = kept[order], member[order], counts[order]
     changed: dict[str, Tensor | None] = {}
     for name, producer in layers.producers.items():
-        merged = _merged(producer, rows[name], member / counts, kept, repaired=not view.site.bridge.gated)
+        merged = _joined_channels(producer, rows[name], member / counts, kept, repaired=not view.site.bridge.gated)
         changed[name] = merged.weight
         changed[f"{name}_bias"] = merged.held
     by_channel = view.weight.view(len(view.weight), view.site.width, -1)
@@ -94,7 +94,7 @@ def clusters(points: Tensor, k: int, seed: int = 0) -> Tensor:
         chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
     centres = points[chosen]
     label = torch.full((len(points),), -1)
-    for _ in range(_ROUNDS):
+    for _ in range(_MOST_ROUNDS):
         distance = torch.cdist(points, centres)
         found = distance.argmin(1)
         for empty in set(range(k)) - set(found.tolist()):
@@ -119,7 +119,7 @@ def _rows(producer: Producer) -> Tensor:
     return torch.cat([rows, producer.shift.double()[:, None]], 1)
 
 
-def _merged(producer: Producer, rows: Tensor, averaging: Tensor, kept: Tensor, *, repaired: bool) -> Producer:
+def _joined_channels(producer: Producer, rows: Tensor, averaging: Tensor, kept: Tensor, *, repaired: bool) -> Producer:
     """The producer of the channels that stay, with the mean rows of their clusters.
 
     Args:

@@ -76,7 +76,7 @@ class Reader:
                 check_mask(here, recorder.rows)
                 for site in sites:
                     for z in self._read(recorder, site, flat_mask(here.mask)):
-                        grams[site.name] = _added(grams[site.name], z)
+                        grams[site.name] = _added_up(grams[site.name], z)
                 recorder.forget()
         found: dict[str, Gram] = {}
         for name, gram in grams.items():
@@ -102,7 +102,7 @@ class Reader:
         return found
 
 
-def _added(gram: Gram, z: Tensor) -> Gram:
+def _added_up(gram: Gram, z: Tensor) -> Gram:
     nothing = torch.empty(len(z), 0, dtype=z.dtype, device=z.device)
     if gram.columns:
         return gram.seen(z, nothing)

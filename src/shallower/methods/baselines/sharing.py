@@ -16,7 +16,7 @@ from shallower.planning.costs import Cost
 from shallower.planning.targets import Target
 from shallower.sites import Sites
 
-Met = Callable[[SiteWidths], bool]
+Meets = Callable[[SiteWidths], bool]
 
 
 def shared_widths(
@@ -76,7 +76,7 @@ def _with_biases(costs: WidthCosts, cost: Cost, widths: SiteWidths) -> dict[str,
     return {"params": params, "size": size}
 
 
-def above_one_threshold(sites: Sites, scores: Mapping[str, Tensor], met: Met) -> dict[str, int]:
+def above_one_threshold(sites: Sites, scores: Mapping[str, Tensor], met: Meets) -> dict[str, int]:
     """Drop the channels with the least scores of all sites until the target is met; of each site its least stay.
 
     Args:

@@ -34,7 +34,7 @@ from shallower.training.divergence import counted, kl_at_positions
 _SENSITIVE = 32
 """Batches, evenly spaced, on which sensitivity is measured."""
 
-_THIN = 3
+_THINNED = 3
 """Of so many rows one tells the sensitivity: a gradient costs as much as two passes and more."""
 
 _JUDGED = 8
@@ -80,7 +80,7 @@ class Calibration:
             output_of=self.output_of,
             logits=self.options.logits,
             seed=self.options.seed,
-            thin=_THIN,
+            thin=_THINNED,
         )
 
     def goals(self, dense: nn.Module, sites: Sequence[Site]) -> list[Goals]:

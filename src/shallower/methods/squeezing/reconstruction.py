@@ -60,7 +60,7 @@ _WORTHWHILE = 0.98
 _LEAST_NORM = 1e-12
 
 _CURVATURE = 64
-_THIN = 4
+_THINNEST = 4
 """Outputs for each number to be fitted that tell the curvature, of at least one row in so many."""
 
 _Slopes = tuple[Tensor, dict[str, Tensor], list[Tensor]]
@@ -226,7 +226,7 @@ class _Linearised:
         made = weight.new_zeros(self._rows, self._rows)
         read = weight.new_zeros(producer.columns + 1, producer.columns + 1)
         (positions,) = summed_over_processes(sum(each.positions for each in rows))
-        thin = min(_THIN, max(1, int(positions * len(root) / (_CURVATURE * len(gradient)))))
+        thin = min(_THINNEST, max(1, int(positions * len(root) / (_CURVATURE * len(gradient)))))
         chosen = 0
         for part in _row_parts(layers, rows):
             z, found, later = layers.linearised(part.x)
@@ -242,11 +242,11 @@ class _Linearised:
         self.gradient = summed(gradient).to(gradient) / positions
         self._read = summed(read).to(read) / positions
         self._read.diagonal().add_(_INPUT_RIDGE * self._read.diagonal().mean())
-        self._read_inverse = _inverse(self._read)
+        self._read_inverse = _inverted(self._read)
         coupled = summed(made).to(made) / positions * self._coupling()
         self._sizes = coupled.diagonal() + _LEAST_NORM
         coupled.diagonal().add_(damping * self._sizes + _INPUT_RIDGE * self._sizes.mean())
-        self._made_inverse = _inverse(coupled)
+        self._made_inverse = _inverted(coupled)
 
     @property
     def _rows(self) -> int:
@@ -321,7 +321,7 @@ def _thinned(seen: _Slopes, thin: int) -> _Slopes:
     return x[::thin].clone(), some, [slope[::thin].clone() for slope in later]
 
 
-def _inverse(matrix: Tensor) -> Tensor:
+def _inverted(matrix: Tensor) -> Tensor:
     """Of a positive definite matrix, computed in float64."""
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix.double())).to(matrix)
 

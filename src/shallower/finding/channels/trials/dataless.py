@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shallower.core.trees import mapped, tensors
 
-PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...))
+VALUES = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...))
 
 _Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 _Key = tuple[Any, object, tuple[str, ...], object]
@@ -35,7 +35,7 @@ class Results:
         if torch._C._functorch.peek_interpreter_stack() is not None:  # within vmap tensors hold more than they show
             return function(*args, **kwargs)
         try:
-            key = function, _key(args), tuple(kwargs), _key(tuple(kwargs.values()))
+            key = function, _call_key(args), tuple(kwargs), _call_key(tuple(kwargs.values()))
         except _OtherError:
             return function(*args, **kwargs)
         known = self._known.get(key)
@@ -46,7 +46,7 @@ class Results:
         like, forms = known
         if like is None:
             return args[0]
-        made = iter([_blank(form) for form in forms])
+        made = iter([_empty_like(form) for form in forms])
         if isinstance(like, Tensor):
             return next(made)
         return mapped(lambda _: next(made), like)
@@ -57,14 +57,14 @@ class Results:
             return
         read = set(map(id, tensors((args, kwargs))))
         if args and result is args[0]:  # it was written into, or is handed on
-            if _key(args) == key[1]:
+            if _call_key(args) == key[1]:
                 self._known[key] = None, []
             return
         if all(type(t) is Tensor and t.is_meta and id(t) not in read for t in own):
             self._known[key] = result, list(map(_form, own))
 
 
-def _key(item: Any) -> object:
+def _call_key(item: Any) -> object:
     """Something that is equal where a function makes tensors of the same sizes."""
     if isinstance(item, Tensor):
         # whole numbers may be indices, how many decides of sizes
@@ -72,10 +72,10 @@ def _key(item: Any) -> object:
             raise _OtherError
         return item.is_meta, _form(item)
     if isinstance(item, (tuple, list)):
-        return tuple(map(_key, item))
+        return tuple(map(_call_key, item))
     if isinstance(item, slice):
-        return slice, _key((item.start, item.stop, item.step))
-    if not isinstance(item, PLAIN):
+        return slice, _call_key((item.start, item.stop, item.step))
+    if not isinstance(item, VALUES):
         raise _OtherError
     return type(item), item
 
@@ -84,7 +84,7 @@ def _form(tensor: Tensor) -> _Form:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def _blank(form: _Form) -> Tensor:
+def _empty_like(form: _Form) -> Tensor:
     shape, stride, dtype = form
     with torch._C._DisableTorchDispatch():
         return torch.empty_strided(shape, stride, dtype=dtype, device="meta")

@@ -46,7 +46,7 @@ SHARES = (3 / 4, 5 / 8, 7 / 8, 1 / 2, 11 / 16, 9 / 16, 13 / 16)
 DOES_NOT_FOLLOW = "the forward does not follow fewer channels"
 
 
-MOST_ROUNDS = 4
+MOST_TIES = 4
 """How often channels that one number counts are tied."""
 
 
@@ -62,7 +62,7 @@ def that_follow(
         known: sites that were found otherwise.
         kinds: of the sites.
     """
-    for _ in range(MOST_ROUNDS):
+    for _ in range(MOST_TIES):
         found, reasons = followed_sites(f, known)
         found = [each for each in found if each.site.kind in kinds]
         trial = ChannelTrial(model, inputs, f, {each.site.name: each.run for each in found})
