@@ -9,7 +9,7 @@ from torch import nn
 
 import shallower as sh
 from shallower.errors import ShallowerError
-from shallower.methods.offered import LEGEND, LETTERS, METHODS, lettered, offered
+from shallower.methods.offered import LEGEND, LETTERS, OFFERED, lettered, offered
 
 
 class Network(nn.Module):
@@ -33,7 +33,7 @@ def test_each_method_accepts_the_sites_that_it_is_said_to_use() -> None:
     sites = sh.find_sites(model, x, kinds="all")
     uses = offered(sites)
     assert set(uses) == set(sites.names)
-    assert uses["up"] == METHODS  # from 8 to 64 and back: one layer of 8 is cheaper
+    assert uses["up"] == OFFERED  # from 8 to 64 and back: one layer of 8 is cheaper
     narrow = [name for name, methods in uses.items() if "tlc" in methods and "layer-collapse" not in methods]
     assert narrow, uses
     for site in sites:
@@ -56,7 +56,7 @@ def test_each_method_accepts_the_sites_that_it_is_said_to_use() -> None:
 
 
 def test_letters_are_those_of_the_legend() -> None:
-    for letter, method in zip(LETTERS, METHODS, strict=True):
+    for letter, method in zip(LETTERS, OFFERED, strict=True):
         assert f"{letter} {method}" in LEGEND
     with torch.device("meta"):
         sites = sh.find_sites(tv.resnet18(), torch.zeros(1, 3, 32, 32), kinds="all")
