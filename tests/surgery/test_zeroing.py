@@ -121,3 +121,14 @@ def test_a_norm_that_holds_its_size_computes_on_what_stays() -> None:
     expected = F.layer_norm(y, (3,), eps=1e-5) @ model[2].weight[:, [0, 2, 5]].T + model[2].bias
     torch.testing.assert_close(small(x), expected)
     torch.testing.assert_close(sh.simulate(model, plan)(x), expected)
+
+
+def test_a_norm_whose_size_is_written_has_no_tensor_that_bounds_it() -> None:
+    class Written(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.layer_norm(x, (64,), None, None, eps=1e-5)
+
+    model, x = nn.Sequential(nn.Linear(4, 64), Written(), nn.Linear(64, 3)), torch.randn(5, 4)
+    (site,) = find_sites(model, x, kinds="hidden")
+    plan = sh.Plan((sh.Entry.narrow(site, range(32)),))
+    torch.testing.assert_close(sh.apply(model, plan, x)(x + 1), sh.simulate(model, plan)(x + 1))

@@ -236,9 +236,11 @@ class Number:
     value: Annotated[int, Bounds(-(2**24), 2**24)] | float
     edit: Literal["number"] = field(default="number", init=False, repr=False)
 
-    def perform(self, model: nn.Module) -> None:
-        """Write the forward anew."""
-        if abs(self.value) > _MOST_TIMES * longest_axis(model):
+    def perform(self, model: nn.Module, whole: nn.Module | None = None) -> None:
+        """Write the forward anew; the tensors of the whole model, of which this may be a part, bound the number."""
+        if whole is None:
+            whole = model
+        if abs(self.value) > _MOST_TIMES * longest_axis(whole):
             raise PlanError(f"`{self.written.path[-1][0]:.80}`: {self.value} is more than any tensor has channels")
         write_number(model.get_submodule(self.name), self.written, self.value)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shallower.core.trees import mapped, tensors
+from shallower.modules.edits import Number
 from shallower.modules.layers import count_anew
 from shallower.modules.prepared.weight_norms import hold_plainly, weight_norms
 from shallower.modules.shrinking import fallen
@@ -29,7 +30,7 @@ def impose_cuts(model: nn.Module, entries: Iterable[Entry]) -> None:
     given = list(entries)
     for name, norm in _norms(given).items():
         module = model.get_submodule(name)
-        module.register_forward_hook(_OnWhatStays(module, name, norm, given), with_kwargs=True)
+        module.register_forward_hook(_OnWhatStays(model, name, norm, given), with_kwargs=True)
     named = {slot.tensor for entry in given for slot in entry.site.slots}
     for weight in list(weight_norms(model)):
         if weight.direction in named:  # its length would be another without what goes, and all that stays larger
@@ -80,9 +81,9 @@ def _norms(entries: Iterable[Entry]) -> dict[str, tuple[int, Tensor]]:
 class _OnWhatStays:
     """Lets a norm compute on some channels only; it gives zeros for the others."""
 
-    def __init__(self, norm: nn.Module, name: str, place: tuple[int, Tensor], entries: Iterable[Entry]) -> None:
+    def __init__(self, model: nn.Module, name: str, place: tuple[int, Tensor], entries: Iterable[Entry]) -> None:
         self.dim, self.stays = place
-        part = copy.deepcopy(norm)
+        part = copy.deepcopy(model.get_submodule(name))
         for entry in entries:
             for slot in entry.site.slots:
                 if f"{slot.module}.".startswith(f"{name}."):
@@ -92,7 +93,10 @@ class _OnWhatStays:
                 if f"{follower.module}.".startswith(f"{name}."):
                     within.append(replace(follower, module=follower.module[len(name) + 1 :]))
             for edit in fallen(part, within, entry.site.width, len(entry.dropped)):
-                edit.perform(part)
+                if isinstance(edit, Number):
+                    edit.perform(part, model)
+                else:
+                    edit.perform(part)
         # in a list: the hook is copied with its module, and this is no child of it
         self.part = [part.eval()]
 
