@@ -215,8 +215,8 @@ def test_training_without_labels_is_one_line(shallower: Shallower, pictures: Pat
 
 def test_classes_that_do_not_fit_do_not_keep_from_squeezing(shallower: Shallower, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    pixels = random.integers(0, 255, (60, 6, 6), dtype=np.uint8)
-    np.savez(tmp_path / "many.npz", image=pixels, label=np.arange(60) % 5)
+    pixels = random.integers(0, 255, (600, 6, 6), dtype=np.uint8)
+    np.savez(tmp_path / "many.npz", image=pixels, label=np.arange(600) % 5)
     finished = squeeze(shallower, tmp_path / "many.npz", tmp_path / "out", "--target", "params:70%")
     assert finished.status == 0, finished.err
     assert "the labels were not used: the data has 5 classes" in finished.out

