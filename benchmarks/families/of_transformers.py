@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -63,7 +64,10 @@ def made(name: str) -> Made:
 def _run(model: nn.Module, config: Any) -> Made:
     """The model and the first inputs that it runs on."""
     failures = []
+    taken = inspect.signature(model.forward).parameters
     for inputs in _inputs(model, config):
+        if not inputs.keys() <= taken.keys():  # a forward may take whatever it is given, and read none of it
+            continue
         try:
             with torch.no_grad():
                 outputs = called(model, inputs)
@@ -116,13 +120,18 @@ def _inputs(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
     pictures = torch.randn(2, channels if isinstance(channels, int) else 3, int(size), int(size))
     frames = torch.randn(2, 2, 3, int(size), int(size))
     boxes = torch.tensor([1, 2, 5, 7]).expand(2, 8, 4).contiguous()
+    places = torch.arange(6).view(1, 3, 2).expand(2, 3, 2)
+    steps = torch.randint(0, 9, (2, 8, int(known.get("max_depth") or 8)))
     mels = known.get("num_mel_bins") or known.get("feature_size") or known.get("input_feat_per_channel") or 16
     options: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
         "input_ids": lambda: [
+            {"input_ids": ids, "pixel_values": pictures, "bbox": boxes},
+            {"input_ids": ids, "pixel_values": pictures},
+            {"input_ids": ids, "entity_ids": ids[:, :3], "entity_position_ids": places},
+            {"input_ids": ids, "xpath_tags_seq": steps, "xpath_subs_seq": steps},
             {"input_ids": ids},
             {"input_ids": ids, "decoder_input_ids": ids[:, :5]},
             {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-            {"input_ids": ids, "pixel_values": pictures},
             {"input_ids": ids, "bbox": boxes},
             {"input_ids": ids, "bbox": boxes.float() / 9},
             {"input_ids": ids, "bbox": boxes, "decoder_input_ids": ids},
