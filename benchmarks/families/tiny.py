@@ -118,6 +118,9 @@ def _fit_together(config: Any, given: dict[str, Any], known: set[str]) -> None:
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
             if isinstance(getattr(config, name, None), int) and name in known:
                 given[name] = number
+    for name in known:
+        if name.startswith("deepstack") and isinstance(getattr(config, name, None), (list, tuple)):
+            given[name] = [0]  # of layers that there are
     if "use_cache" in known:
         given["use_cache"] = False
     if "qk_rope_head_dim" in given and "head_dim" in given:

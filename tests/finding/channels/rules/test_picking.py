@@ -57,6 +57,7 @@ USAGES = [
     Usage("a number written", lambda x: put(x, (slice(None), 1), 0.0), "x:2,3,6", "x0|x2"),
     Usage("written at numbers", lambda x, i, y: put(x, i, y), "x:5,6 i:int5:3 y:3,6", "x1 y1"),
     Usage("written at a mask", lambda x, m: put(x, m, 0.0), "x:2,3,6 m:bool:2,3", "x2"),
+    Usage("written at a mask, all of it", lambda x, m: put(x, (m, slice(None)), 1.0), "x:2,3,6 m:bool:2,3", "x2"),
     Usage("written at two numbers", lambda x, i, j, y: put(x, (i, j), y), "x:4,5,6 i:int4:3 j:int5:3 y:3,6", "x2 y1"),
     Usage("index_put", lambda x, i, y: x.index_put((i,), y, accumulate=True), "x:5,6 i:int5:3 y:3,6", "x1 y1"),
     Usage("index_select", lambda x, i: x.index_select(1, i), "x:2,5,6 i:int5:3", "x0|x2"),

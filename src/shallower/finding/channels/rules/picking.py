@@ -72,6 +72,8 @@ def _write(f: Following, call: Call, axes: Axes, items: list[Any], value: Value 
 
 def _after_tensors(f: Following, call: Call, axes: Axes, items: list[Any]) -> Axes:
     """The axes that pass where tensors name the first ones; of a tensor of several axes it is not known how many."""
+    while items[-1] is Ellipsis or items[-1] == slice(None):
+        items = items[:-1]
     if not all(isinstance(item, Value) and item.shape for item in items):
         raise UnknownUseError(f"{f.title(call)} writes at places that it is not followed to")
     count = len(items) if len(items) > 1 else len(items[0].shape)
