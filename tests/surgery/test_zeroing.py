@@ -132,3 +132,14 @@ def test_a_norm_whose_size_is_written_has_no_tensor_that_bounds_it() -> None:
     (site,) = find_sites(model, x, kinds="hidden")
     plan = sh.Plan((sh.Entry.narrow(site, range(32)),))
     torch.testing.assert_close(sh.apply(model, plan, x)(x + 1), sh.simulate(model, plan)(x + 1))
+
+
+def test_groups_and_channels_within_them_are_cut_together() -> None:
+    model = drawn(nn.Sequential(nn.Conv2d(3, 16, 1), nn.GroupNorm(4, 16), nn.Conv2d(16, 2, 1)))
+    x = torch.randn(2, 3, 5, 5)
+    sites = find_sites(model, x, kinds="hidden")
+    assert [site.width for site in sites] == [4, 4]
+    plan = sh.Plan(tuple(sh.Entry.narrow(site, [0, 2]) for site in sites))
+    small = sh.apply(model, plan, x)
+    assert (small[1].num_groups, small[1].num_channels) == (2, 4)
+    torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))

@@ -88,9 +88,11 @@ class _OnWhatStays:
             for slot in entry.site.slots:
                 if f"{slot.module}.".startswith(f"{name}."):
                     _leave(part, slot.module[len(name) + 1 :], slot.attribute, slot.axis, self.stays)
+            # of channels that are no part of an average, whole groups for instance, all are there
+            averaged = any(norm.module == name for norm in entry.site.averages)
             within: list[Follower] = []
             for follower in entry.site.followers:
-                if f"{follower.module}.".startswith(f"{name}."):
+                if averaged and f"{follower.module}.".startswith(f"{name}."):
                     within.append(replace(follower, module=follower.module[len(name) + 1 :]))
             for edit in fallen(part, within, entry.site.width, len(entry.dropped)):
                 if isinstance(edit, Number):
