@@ -120,3 +120,8 @@ def test_a_kv_cache_is_limited_where_it_was_counted() -> None:
     assert Target.parse("kv:50%").met(Cost(1, 1, 1, kv=100), Cost(1, 1, 1, kv=50))
     with pytest.raises(TargetError, match="KV cache"):
         Target.parse("kv:50%").limit(DENSE)
+
+
+def test_a_target_is_read_from_itself() -> None:
+    target = Target.parse("macs:60%")
+    assert Target.parse(target) is target

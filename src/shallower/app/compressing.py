@@ -100,8 +100,7 @@ def compress(
         raise MethodError(f"minutes={minutes}: give more than 0")
     clock = Clock.begun(minutes)
     speak = tell or on_stderr
-    if isinstance(target, str):
-        target = Target.parse(target)
+    target = Target.parse(target)
     folder = None
     if output is not None:
         folder = Path(output).expanduser()

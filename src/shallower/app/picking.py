@@ -71,8 +71,7 @@ def pick(
         ModelError: the run's model is not where it was, or `model` is missing.
         PlanError: `model` has other weights than the run's.
     """
-    if isinstance(target, str):
-        target = Target.parse(target)
+    target = Target.parse(target)
     folder = None
     if output is not None:
         folder = Path(output).expanduser()

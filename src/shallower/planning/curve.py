@@ -125,8 +125,7 @@ class Curve:
         Raises:
             TargetError: no point meets it; the error says how far they go.
         """
-        if isinstance(target, str):
-            return self.best(Target.parse(target))
+        target = Target.parse(target)
         if target.unit == "drop":
             floor = target.floor(self.full.score)
             good = [p for p in self.points if p.score >= floor]

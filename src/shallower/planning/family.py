@@ -85,8 +85,7 @@ class Family:
         Raises:
             TargetError: the smallest member does not meet it, or it is of a latency or a score.
         """
-        if isinstance(target, str):
-            target = Target.parse(target)
+        target = Target.parse(target)
         if target.unit in ("latency", "drop"):
             raise TargetError(
                 f"the target {target} has to be measured: a family is chosen from by params, macs or size"

@@ -45,8 +45,8 @@ class Target:
     value: float
 
     @classmethod
-    def parse(cls, text: str) -> Target:
-        """Read `unit:amount`.
+    def parse(cls, text: str | Target) -> Target:
+        """Read `unit:amount`; a target stays what it is.
 
             sh.Target.parse("size:40MB")
 
@@ -56,6 +56,8 @@ class Target:
         Raises:
             TargetError: the text is none of these, or asks for nothing (100 %, 1x) or for the impossible (0 %).
         """
+        if isinstance(text, Target):
+            return text
         if not isinstance(text, str):
             raise TargetError(f"a target is text, for example {_EXAMPLES}; not {type(text).__name__}")
         name, separator, amount = text.strip().partition(":")

@@ -87,8 +87,7 @@ def baseline(
     rival = RIVALS.get(name)
     if rival is None:
         raise MethodError(f"there is no baseline {name!r}; there are {listing(list(RIVALS))}")
-    if isinstance(target, str):
-        target = Target.parse(target)
+    target = Target.parse(target)
     check_sites(model, sites)
     with raised_anywhere(), without_inference_mode():
         dense = model

@@ -94,8 +94,7 @@ def squeeze(
         UniformWarning: no stock class can load the result, though `uniform` was asked for.
     """
     _refuse_misplaced(misplaced)
-    if isinstance(target, str):
-        target = Target.parse(target)
+    target = Target.parse(target)
     with raised_anywhere(), without_inference_mode():
         search = _search(model, sites, batches, options, uniform, inputs_of, example_inputs, checkpoint)
         with _explaining(search):

@@ -295,7 +295,7 @@ class TillLayersCollapse(Method):
         following = list(self._lines(self.rank(validation, loss)).items())
         if count is not None:
             return self._plan(now | dict(following[: count - len(now)]))
-        if isinstance(target, str):
+        if target is not None:
             target = Target.parse(target)
         assert target is not None
         if target.unit == "drop":
