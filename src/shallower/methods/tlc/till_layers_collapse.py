@@ -295,9 +295,8 @@ class TillLayersCollapse(Method):
         following = list(self._lines(self.rank(validation, loss)).items())
         if count is not None:
             return self._plan(now | dict(following[: count - len(now)]))
-        if target is not None:
-            target = Target.parse(target)
         assert target is not None
+        target = Target.parse(target)
         if target.unit == "drop":
             if score is None:
                 raise MethodError(f"the target {target} needs score=, a function of the model")
