@@ -66,7 +66,7 @@ def test_every_part_of_a_fit_and_the_reasons_are_read_back(tmp_path):
     assert "error" not in str(Plan((read.entries[1],)))
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5, 6])
 def test_a_plan_of_an_earlier_version_is_read(tmp_path, version):
     plan = fitted_plan()
     plan.save(tmp_path)
@@ -76,6 +76,8 @@ def test_a_plan_of_an_earlier_version_is_read(tmp_path, version):
         del data["left_out"]
     for entry in data["entries"]:
         site = entry["site"]
+        if version == 6:
+            continue
         site["heads"] = None
         if version == 5:
             continue
@@ -95,6 +97,16 @@ def test_a_plan_of_an_earlier_version_is_read(tmp_path, version):
             del site[key]
     (tmp_path / "plan.json").write_text(json.dumps(data))
     assert same(Plan.load(tmp_path), plan)
+
+
+def test_norms_as_they_were_are_refused(tmp_path):
+    fitted_plan().save(tmp_path)
+    data = json.loads((tmp_path / "plan.json").read_text())
+    data["version"] = 6
+    data["entries"][0]["site"]["averages"] = [{"module": "norm", "dim": -1, "size": 8, "spans": []}]
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanError, match="norms are described otherwise since version 7"):
+        Plan.load(tmp_path)
 
 
 def test_a_description_without_its_tensors_is_refused():
@@ -152,7 +164,7 @@ def _set(*keys: Any, to: Any) -> Callable[[Any], None]:
 SITE = ("entries", 0, "site")
 ATTACKS: dict[str, tuple[Callable[[Any], None], str]] = {
     "another schema": (_set("schema", to="pickle"), "not a plan"),
-    "a later version": (_set("version", to=7), "version 7 of the format"),
+    "a later version": (_set("version", to=8), "version 8 of the format"),
     "a version that is no number": (_set("version", to=[1]), "version"),
     "an error below 0": (_set("entries", 0, "error", to=-0.1), "finite number of at least 0"),
     "an error that is no number": (_set("entries", 0, "error", to="0.1"), "error"),

@@ -27,8 +27,8 @@ from shallower.sites.parts import MOST_CHANNELS
 from shallower.sites.slots import hold
 
 SCHEMA = "shallower.plan"
-VERSION = 6
-_EARLIER = (1, 2, 3, 4, 5)
+VERSION = 7
+_EARLIER = (1, 2, 3, 4, 5, 6)
 """The versions before, whose plans are read too: they had fewer fields."""
 
 _MOST_PLAN_BYTES = 1 << 28
@@ -144,7 +144,7 @@ def from_json(data: object, tensors: Mapping[str, Tensor]) -> Contents:
             "read it with the release of Shallower that wrote it"
         )
     if data["version"] in _EARLIER:
-        data = _without_heads(data)
+        data = _renewed(data)
     entries = data.get("entries")
     if isinstance(entries, list) and len(entries) > _MOST_ENTRIES:
         raise PlanError(f"plan.entries: {len(entries)} entries are more than any model has sites ({_MOST_ENTRIES})")
@@ -166,11 +166,11 @@ def from_json(data: object, tensors: Mapping[str, Tensor]) -> Contents:
     return Contents(made, stored.fingerprint, stored.method, stored.left_out, stored.saves, stored.seen)
 
 
-def _without_heads(data: Mapping[str, Any]) -> Mapping[str, Any]:
+def _renewed(data: Mapping[str, Any]) -> Mapping[str, Any]:
     """An earlier version's plan without the projections of attention heads, which it named for other sites as null.
 
     Raises:
-        PlanError: it names some.
+        PlanError: it names some, or norms as modules.
     """
     data = copy.deepcopy(dict(data))
     entries = data.get("entries")
@@ -180,6 +180,12 @@ def _without_heads(data: Mapping[str, Any]) -> Mapping[str, Any]:
             raise PlanError(
                 f"plan.entries[{i}]: attention heads are described otherwise since version {VERSION} of the format; "
                 'find the sites again with kinds="heads" and make the plan anew'
+            )
+        norms = site.get("averages") if isinstance(site, dict) else None
+        if isinstance(norms, list) and any(isinstance(norm, dict) and "function" not in norm for norm in norms):
+            raise PlanError(
+                f"plan.entries[{i}]: norms are described otherwise since version {VERSION} of the format; find the "
+                "sites again and make the plan anew"
             )
     return data
 
@@ -281,9 +287,8 @@ def _slots_fit(site: Site) -> bool:
     if len({(slot.tensor, slot.axis) for slot in site.slots}) < len(site.slots):
         return False
     places = all(slot.holds(site.width) for slot in site.slots)
-    norms = all(hold(norm.spans, site.width, norm.size) for norm in site.averages)
-    choices = all(hold(choice.spans, site.width, choice.size) for choice in site.choices)
-    return lengths <= _MOST_POSITIONS and places and norms and choices
+    calls = all(hold(call.spans, site.width, call.size) for call in (*site.averages, *site.choices))
+    return lengths <= _MOST_POSITIONS and places and calls
 
 
 def _check_widths(site: Site, what: str) -> None:

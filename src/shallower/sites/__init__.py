@@ -4,12 +4,13 @@ from shallower.sites.bridge import Bridge, Stage
 from shallower.sites.collection import Sites, overlapping
 from shallower.sites.parts import Between, LinearMap, Place, Residual, Tally, by_name, tally
 from shallower.sites.site import Kind, Site
-from shallower.sites.slots import Average, Choice, Follower, Listed, Slot, Span, Written
+from shallower.sites.slots import Average, ChannelCall, Choice, Follower, Listed, Slot, Span, Written
 
 __all__ = [
     "Average",
     "Between",
     "Bridge",
+    "ChannelCall",
     "Choice",
     "Follower",
     "Kind",

@@ -93,7 +93,7 @@ class Site:
         residual: the sum that closes right around the site, where there is one that can be taken away.
         slots: every axis of a parameter or buffer in which the channels stand, where they were followed.
         followers: whole numbers that fall with the channels.
-        averages: norms over the channels.
+        averages: calls that take averages over the channels, those of norms for instance.
         choices: calls that choose among the channels.
         lists: lists of modules whose entries the channels are.
         products_each: MACs of each channel in products of two computed tensors, on the example inputs.

@@ -65,33 +65,10 @@ def hold(spans: Iterable[Span], width: int, size: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Average:
-    """A module that takes an average over the channels: a norm.
+class ChannelCall:
+    """A call that reads channels along one dimension.
 
-        [norm.module for norm in site.averages]
-
-    After a cut its average is that of the channels that stay; simulation computes it so on the whole network.
-
-    Attributes:
-        module: dotted name; it gives one tensor of the shape of the one it reads.
-        dim: dimension of that tensor that holds the channels, counted from its end.
-        size: of that dimension.
-        spans: where the channels stand along it.
-    """
-
-    module: Name
-    dim: Annotated[int, Bounds(-8, -1)]
-    size: Channels
-    spans: Annotated[tuple[Span, ...], Bounds(1, MOST_SPANS)]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A call that chooses among the channels or divides shares among them: top-k or softmax over the experts.
-
-        [choice.function for choice in site.choices]
-
-    A channel that is dropped is never chosen: simulation lets the call read minus infinity there.
+        [call.function for call in (*site.averages, *site.choices)]
 
     Attributes:
         module: dotted name of a module during whose forward the call is made; "" for the model.
@@ -100,7 +77,6 @@ class Choice:
         dim: dimension that holds the channels in what the call reads, counted from its end.
         size: of that dimension.
         spans: where the channels stand along it.
-        least: how many positions must remain along it.
     """
 
     module: Name
@@ -109,6 +85,32 @@ class Choice:
     dim: Annotated[int, Bounds(-8, -1)]
     size: Channels
     spans: Annotated[tuple[Span, ...], Bounds(1, MOST_SPANS)]
+
+
+@dataclass(frozen=True)
+class Average(ChannelCall):
+    """A call that takes an average over the channels: that of a norm, mostly.
+
+        [average.module for average in site.averages]
+
+    After a cut it is the average of the channels that stay: simulation lets the call read only these. Attributes as
+    in `ChannelCall`.
+    """
+
+
+@dataclass(frozen=True)
+class Choice(ChannelCall):
+    """A call that chooses among the channels or divides shares among them: top-k or softmax over the experts.
+
+        [choice.function for choice in site.choices]
+
+    A channel that is dropped is never chosen: simulation lets the call read minus infinity there.
+
+    Attributes:
+        module, function, ordinal, dim, size, spans: as in `ChannelCall`.
+        least: how many positions must remain along the dimension.
+    """
+
     least: Channels = 1
 
 

@@ -36,10 +36,8 @@ def check_fits(model: nn.Module, plan: Plan) -> None:
             check_shape(site.name, parts[m.name], m)
         for slot in site.slots:
             check_tensor(site.name, parts[slot.module], slot)
-        for norm in site.averages:
-            _check_held(site, norm.module, names)
-        for choice in site.choices:
-            _check_held(site, choice.module, names)
+        for call in (*site.averages, *site.choices):
+            _check_held(site, call.module, names)
         for listed in site.lists:
             _check_held(site, listed.module, names)
             if len(list(model.get_submodule(listed.module).children())) != site.width:

@@ -25,8 +25,8 @@ from shallower.planning.fits import Fit
 from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
 from shallower.sites import LinearMap, Site, by_name
+from shallower.surgery.calls import limit_calls
 from shallower.surgery.checking import check_fits
-from shallower.surgery.choosing import forbid_choices
 from shallower.surgery.zeroing import impose_cuts
 
 M = TypeVar("M", bound=nn.Module)
@@ -67,7 +67,7 @@ def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
             externalise(copied, entry.site.residual.place)
     followed = [entry for entry in entries if entry.site.followed]
     impose_cuts(copied, followed)
-    forbid_choices(copied, followed)
+    limit_calls(copied, followed)
     for entry in entries:
         site, fit = entry.site, entry.fit
         if site.followed and fit is not None:

@@ -1,4 +1,4 @@
-"""Norms over channels, and averages that are taken elsewhere."""
+"""Averages over channels: those of norms, and others."""
 
 from __future__ import annotations
 
@@ -69,9 +69,53 @@ def test_the_residual_stream_is_cut_with_its_norms_embeddings_and_tied_head(norm
     torch.testing.assert_close(small(longer), sh.simulate(model, plan)(longer))
 
 
-def test_an_average_in_the_forward_itself_is_refused_with_the_reason() -> None:
-    sites = find_sites(Outside(), torch.randn(2, 4), kinds="hidden")
-    assert len(sites) == 0
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised in every pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = nn.functional.batch_norm(rows, None, None, training=True, eps=1e-5).reshape_as(self.weight)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+class Seen(nn.Module):
+    """Pixels weighted by the average and the extremes of their channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.weight, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 1, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        seen = (h.mean(1, keepdim=True), h.amax(1, keepdim=True), h.std(1, keepdim=True))
+        return self.b(h * self.weight(torch.cat(seen, 1)))
+
+
+def _standardised() -> nn.Module:
+    return nn.Sequential(Standardised(3, 6, 1), nn.ReLU(), Standardised(6, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [(Outside(), (5, 4)), (Seen(), (2, 3, 5, 5)), (_standardised(), (2, 3, 5, 5))]
+)
+def test_an_average_anywhere_is_that_of_the_channels_that_stay(model: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    drawn(model)
+    sites = find_sites(model, x, kinds="hidden")
+    assert all(site.averages for site in list(sites)[:1])
+    plan = sh.Plan(tuple(sh.Entry.narrow(site, [0, 1, 4]) for site in sites))
+    small = sh.apply(model, plan, x)
+    assert next(small.parameters()).shape[0] == 3
+    torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))
+
+
+def test_an_average_over_one_of_two_dimensions_with_the_same_channels_is_refused() -> None:
+    class Pairs(Outside):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b((h[:, :, None] * h[:, None]).mean(1))
+
+    sites = find_sites(Pairs(), torch.randn(2, 4), kinds="hidden")
     assert sites.skipped["a"] == AVERAGED
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import shallower as sh
 from shallower.finding.channels import rules as rules
-from shallower.finding.channels.choices import choices_in
+from shallower.finding.channels.choices import CallPlaces, choices_in
 from shallower.finding.channels.following import Following
 from shallower.finding.kinds import find_sites
 from shallower.recording.tracing import trace_forward
@@ -63,4 +63,4 @@ def test_a_choice_among_other_channels_each_time_is_lost() -> None:
             return self.two(self.two(x))
 
     f = Following(trace_forward(drawn(Often()), torch.randn(9, 5)))
-    assert not choices_in(f).lost
+    assert not choices_in(f, CallPlaces(f)).lost

@@ -1,13 +1,13 @@
 """Calls that choose among channels: where they are made, so that dropped channels can be kept from being chosen.
 
-choices = choices_in(followed)
+choices = choices_in(followed, CallPlaces(followed))
 choices.refusal(run, slots)         # "" where every choice among its channels can be found again
 choices.of(run)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.layout import Run, runs, spans
@@ -56,14 +56,14 @@ class Choices:
         return ""
 
 
-def choices_in(f: Following) -> Choices:
+def choices_in(f: Following, places: CallPlaces) -> Choices:
     """All choices among channels of a pass."""
     found = Choices()
     for layout, call, dim, least in f.choices:
         for run in dict.fromkeys(runs(layout)):
             if run.closed:
                 continue
-            place = _place_of_choice(f, call, dim, run)
+            place = places.of(call, dim, run)
             if place is None:
                 found.lost[run] = f"{f.title(call)} {COMPARES}, among other channels in other calls"
                 continue
@@ -73,22 +73,38 @@ def choices_in(f: Following) -> Choices:
     return found
 
 
-def _place_of_choice(f: Following, call: Call, dim: int, run: Run) -> tuple[Frame, int] | None:
-    """The innermost module all of whose forwards make this call over these channels, and how many come before it."""
-    for frame in call.frame.ancestors():
-        if frame.name is None:
-            continue
-        ordinal = list(_named_calls(frame, call.name)).index(call)
-        same = [other for other in f.trace.frames if other.name == frame.name]
-        if all(_chooses(f, other, call.name, ordinal, dim, run) for other in same):
-            return frame, ordinal
-    return None
+class CallPlaces:
+    """Where calls are made that read channels, so that they can be found again.
 
+    places = CallPlaces(followed)
+    places.of(call, -1, run)        # the module, and how many calls of that name come before
+    """
 
-def _chooses(f: Following, frame: Frame, name: str, ordinal: int, dim: int, run: Run) -> bool:
-    calls = list(_named_calls(frame, name))
-    return ordinal < len(calls) and run in set(runs(f.axes(calls[ordinal].inputs[0])[dim]))
+    def __init__(self, f: Following) -> None:
+        self._f = f
+        self._frames: dict[str, list[Frame]] = {}
+        self._calls: dict[tuple[Frame, str], list[Call]] = {}
+        for frame in f.trace.frames:
+            if frame.name is not None:
+                self._frames.setdefault(frame.name, []).append(frame)
 
+    def of(self, call: Call, dim: int, run: Run) -> tuple[Frame, int] | None:
+        """The innermost module all of whose forwards make a call over some channels, and how many come before it."""
+        for frame in call.frame.ancestors():
+            if frame.name is None:
+                continue
+            ordinal = self._named(frame, call.name).index(call)
+            # none of an entry of a list that did not run
+            if all(self._reads(other, call.name, ordinal, dim, run) for other in self._frames.get(frame.name, ())):
+                return frame, ordinal
+        return None
 
-def _named_calls(frame: Frame, name: str) -> Iterator[Call]:
-    return (call for call in frame.calls() if call.name == name and call.outputs)
+    def _reads(self, frame: Frame, name: str, ordinal: int, dim: int, run: Run) -> bool:
+        calls = self._named(frame, name)
+        return ordinal < len(calls) and run in set(runs(self._f.axes(calls[ordinal].inputs[0])[dim]))
+
+    def _named(self, frame: Frame, name: str) -> list[Call]:
+        if (frame, name) not in self._calls:
+            made = [call for call in frame.calls() if call.name == name and call.outputs]
+            self._calls[frame, name] = made
+        return self._calls[frame, name]

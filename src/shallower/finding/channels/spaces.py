@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from shallower.finding.channels.averages import averages_of
-from shallower.finding.channels.choices import choices_in
+from shallower.finding.channels.choices import CallPlaces, choices_in
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.layout import Layout, Run, all_runs, close, divide, resolved, runs, spans
 from shallower.finding.channels.readers import plain_readers
@@ -27,7 +27,7 @@ from shallower.sites import Follower, LinearMap, Listed, Site, Slot, Span
 from shallower.sites.slots import positions_each
 
 ENTANGLED = "its channels are multiplied with each other"
-AVERAGED = "an average is taken over its channels outside of a norm, which over fewer is another one"
+AVERAGED = "an average over its channels is taken at a place that is not found again"
 
 
 @dataclass(eq=False)
@@ -78,7 +78,8 @@ def followed_sites(f: Following, known: Iterable[Site]) -> tuple[list[Found], di
     covered = set(_sides(known))
     streams = _streams(f, spaces.values())
     products, cached = _products(f), _cached(f)
-    averages, choices = averages_of(f), choices_in(f)
+    places = CallPlaces(f)
+    averages, choices = averages_of(f, places), choices_in(f, places)
     calls = Counter(map(attrgetter("name"), f.trace.frames))
     unread = Unread(f.trace)
     found: list[Found] = []

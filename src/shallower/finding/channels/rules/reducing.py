@@ -36,9 +36,9 @@ def summed(f: Following, call: Call) -> list[Axes]:
     return without(call, axes, dims)
 
 
-@rule("mean var std var_mean std_mean nanmean")
+@rule("mean var std var_mean std_mean nanmean amax amin aminmax logsumexp prod any all median nanmedian")
 def averaged(f: Following, call: Call) -> list[Axes]:
-    """An average over channels is another one over fewer."""
+    """An average over channels is another one over fewer, and so is an extreme."""
     axes = f.axes(call.inputs[0])
     dims = dimensions(call, len(axes))
     for dim in dims:
@@ -56,7 +56,7 @@ def length(f: Following, call: Call) -> list[Axes]:
     return without(call, axes, dims)
 
 
-@rule("min amin argmin prod any all median nanmedian mode aminmax kthvalue")
+@rule("min argmin mode kthvalue")
 def extreme(f: Following, call: Call) -> Axes | list[Axes]:
     """Two tensors elementwise, or the extreme of an axis, which a zero may be."""
     if len(call.inputs) == 2:

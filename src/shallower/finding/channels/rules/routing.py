@@ -55,7 +55,7 @@ def strongest(f: Following, call: Call) -> list[Axes]:
     return [list(axes) for _ in call.outputs]
 
 
-@rule("max amax argmax logsumexp")
+@rule("max argmax")
 def largest(f: Following, call: Call) -> Axes | list[Axes]:
     """Two tensors elementwise, or the largest of an axis, and its number."""
     if len(call.inputs) == 2:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import shallower as sh
 from shallower.sites import Choice, Site, Slot, Span
-from shallower.surgery.choosing import forbid_choices
+from shallower.surgery.calls import limit_calls
 
 
 class Router(nn.Module):
@@ -34,7 +34,7 @@ def entry(function: str, ordinal: int = 0) -> sh.Entry:
 
 def test_only_what_is_kept_is_chosen() -> None:
     model = nn.ModuleDict({"router": Router()})
-    forbid_choices(model, [entry("topk"), entry("softmax")])
+    limit_calls(model, [entry("topk"), entry("softmax")])
     chosen, shares = model["router"](torch.tensor([[1.0, 9.0, 2.0, 8.0]]))
     assert chosen.tolist() == [[2, 0]]
     torch.testing.assert_close(shares[0, [0, 2]], torch.tensor([1.0, 2.0]).softmax(-1))
@@ -43,13 +43,13 @@ def test_only_what_is_kept_is_chosen() -> None:
 
 def test_other_calls_choose_freely() -> None:
     model = nn.ModuleDict({"router": Router()})
-    forbid_choices(model, [entry("topk", ordinal=1)])
+    limit_calls(model, [entry("topk", ordinal=1)])
     assert model["router"](torch.tensor([[1.0, 9.0, 2.0, 8.0]]))[0].tolist() == [[1, 3]]
 
 
 def test_a_forward_that_fails_leaves_nothing_behind() -> None:
     model = nn.ModuleDict({"router": Router()})
-    forbid_choices(model, [entry("topk")])
+    limit_calls(model, [entry("topk")])
     with pytest.raises(ValueError, match="no scores"):
         model["router"](torch.tensor([[torch.nan, 1.0, 2.0, 3.0]]))
     assert torch.tensor([1.0, 9.0, 2.0, 8.0]).topk(2)[1].tolist() == [1, 3]
