@@ -82,7 +82,7 @@ app = typer.Typer(
 FAR_BELOW = 4
 """The exit status of `compress --strict` where the result is far below the original."""
 
-_KINDS_HELP = "Which sites: hidden, heads, stream, experts, activation; several with commas, or all."
+_KINDS_HELP = "Which sites: hidden, heads, stream, experts, activation, branch; several with commas, or all."
 _MODEL_HELP = "A directory, a hub name, timm:NAME, torchvision:NAME or package.module:factory."
 
 

@@ -11,16 +11,17 @@ from torch import nn
 from shallower.core.inputs import Inputs, arguments_in
 from shallower.core.text import listing
 from shallower.errors import SiteError
+from shallower.finding.branches.describing import branches_of
 from shallower.finding.channels import rules as rules  # registers them
 from shallower.finding.channels.following import Following
 from shallower.finding.channels.standing_in import like_twins
 from shallower.finding.channels.trials.trying import that_follow
 from shallower.finding.linear.describing import Describer
 from shallower.modules.offloading import with_mapped_weights
-from shallower.recording.tracing import trace_forward
+from shallower.recording.tracing import Trace, trace_forward
 from shallower.sites import Site, Sites
 
-SiteKind = Literal["hidden", "heads", "stream", "experts", "activation"]
+SiteKind = Literal["hidden", "heads", "stream", "experts", "activation", "branch"]
 """What to look for:
 
 hidden      channels between linear maps: feed-forward, gated, classifier, convolution, and all others that are followed
@@ -29,6 +30,7 @@ heads       attention heads, or key-value groups with their query heads
 stream      the coupled channels of a stage: what its blocks read and add to; for keep and drop only
 experts     the experts of a mixture, of which a router chooses; for keep and drop only
 activation  activations without a width of their own, which can only become linear
+branch      F of x + F(x), attention or a feed-forward part for instance, and whole layers; dropped as one part
 """
 
 KINDS: tuple[SiteKind, ...] = get_args(SiteKind)
@@ -61,14 +63,16 @@ def find_sites(
     described = Describer(followed)
     sites = described.sites(places="activation" in wanted)
     sites = _with_followed(model, example_inputs, followed, described, sites, wanted)
+    if "branch" in wanted:
+        sites = _with_branches(followed.trace, sites)
     chosen = sites.select(lambda site: site.followed or _kind_of(site) in wanted)
     return replace(chosen, arguments=arguments_in(example_inputs))
 
 
 def _kind_of(site: Site) -> SiteKind:
     """Which of the kinds to look for a site is that was not followed."""
-    if site.kind == "activation":
-        return "activation"
+    if site.kind in ("activation", "branch"):
+        return site.kind
     return "hidden"
 
 
@@ -123,6 +127,12 @@ def _with_followed(
     everything = [*sites, *(_with_reason(site, described.not_linear) for site in found)]
     everything.sort(key=lambda site: order.get(_first_layer(site), 0))
     return replace(sites, ordered=tuple(everything), skipped=skipped)
+
+
+def _with_branches(trace: Trace, sites: Sites) -> Sites:
+    """The sites, and behind them the branches and layers."""
+    found, reasons = branches_of(trace)
+    return sites.only([*sites, *found.values()], reasons)
 
 
 def _with_reason(site: Site, reasons: Mapping[str, str]) -> Site:

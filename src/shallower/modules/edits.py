@@ -32,8 +32,9 @@ from shallower.modules.activations import (
 )
 from shallower.modules.layers import kind_of, longest_axis, resize_tensors, resized, resized_norm, weight_of
 from shallower.modules.offloading import device_around, own_weights
+from shallower.modules.prepared.absent import Absent
 from shallower.modules.prepared.attention import is_stock, make_dense
-from shallower.modules.prepared.lists import Entries
+from shallower.modules.prepared.lists import Entries, Settings
 from shallower.modules.records import forget, note, noted
 from shallower.modules.rewriting import externalise, write_number
 from shallower.sites import LinearMap, Place, Written
@@ -381,6 +382,7 @@ StructuralEdit = (
     | Padding
     | Attribute
     | Entries
+    | Absent
     | Number
     | Sized
     | Dense
@@ -390,7 +392,7 @@ StructuralEdit = (
 )
 """The edits of a model's structure, which are recorded on it."""
 
-Edit = StructuralEdit | Weights
+Edit = StructuralEdit | Weights | Settings
 """One change of a model."""
 
 
@@ -403,7 +405,7 @@ def perform(model: nn.Module, edit: Edit) -> None:
     name = place_of(edit)
     before = model.get_submodule(name)
     edit.perform(model)
-    if isinstance(edit, Weights):
+    if isinstance(edit, (Weights, Settings)):
         return
     changed = model.get_submodule(name)
     if changed is before:

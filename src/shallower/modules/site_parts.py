@@ -62,6 +62,9 @@ def _module_names(site: Site) -> Iterator[str]:
         yield slot.module
     for listed in site.lists:
         yield listed.module
+    if site.branch is not None:
+        for gone in site.branch.emptied:
+            yield gone.module
     if site.residual is not None and site.residual.norm:
         yield site.residual.norm
 

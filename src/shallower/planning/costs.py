@@ -6,6 +6,7 @@ after = cost_after(plan, before, model)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -54,6 +55,8 @@ def cost_after(plan: Plan, before: Cost, model: nn.Module) -> Cost:
 def size_saved(step: Step, model: nn.Module) -> int:
     """Bytes that a site takes less than its step found: parameters, and buffers of BatchNorms."""
     site, form = step.entry.site, step.form
+    if site.branch is not None:
+        return _branch_bytes(model, site.layers)
     if form.cuts:
         return sum(_cut_bytes(cut, model) for cut in form.cuts)
     each = _bytes_each(step, model)
@@ -68,6 +71,22 @@ def size_saved(step: Step, model: nn.Module) -> int:
     if step.entry.fold_skip and site.residual is not None and site.residual.norm:
         saved += _norm_saved(model.get_submodule(site.residual.norm), form.consumers[0].d_out, 0, each)
     return saved
+
+
+def _branch_bytes(model: nn.Module, names: Iterable[str]) -> int:
+    """Bytes of the parameters and buffers of some modules that no other module has."""
+    gone: set[nn.Module] = set()
+    for name in names:
+        gone.update(model.get_submodule(name).modules())
+    own: dict[int, Tensor] = {}
+    others: set[int] = set()
+    for module in model.modules():
+        held = {id(t): t for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
+        if module in gone:
+            own |= held
+        else:
+            others |= held.keys()
+    return sum(t.numel() * t.element_size() for key, t in own.items() if key not in others)
 
 
 def _cut_bytes(cut: TensorCut, model: nn.Module) -> int:
@@ -91,7 +110,7 @@ def kv_saved(step: Step, model: nn.Module) -> int:
 def _bytes_each(step: Step, model: nn.Module) -> int:
     """Bytes of one number of a site's weights."""
     site = step.entry.site
-    names = [m.name for m in site.maps] or [slot.module for slot in site.slots]
+    names = list(site.layers)
     names += [place.module for place in site.bridge.activations]
     for name in names:
         for weight in model.get_submodule(name).parameters():

@@ -107,6 +107,8 @@ class Entry:
 
     def _check_allowed(self) -> None:
         site, bridge, kept = self.site, self.site.bridge, len(self.kept)
+        if site.branch is not None and (kept or self.fit is not None or self.alphas is not None or self.shifts_dropped):
+            raise PlanError(f"{site.name}: an entry of a branch drops it; leave it out of the plan to keep it")
         linear = len(self.linear) > 0
         if self.fit is not None:  # its path says so then, and the fates do not
             linear = bool(self.fit.ups)
@@ -206,6 +208,20 @@ class Entry:
             constants = torch.zeros(n, dtype=torch.float64)
         slopes = torch.ones(n, dtype=torch.float64)
         return cls(site, fates, slopes, constants, fit=fit, note=note, error=error)
+
+    @classmethod
+    def drop(cls, site: Site, *, note: str = "") -> Entry:
+        """A branch or a layer goes.
+
+            sh.Plan((sh.Entry.drop(sites["model.layers.3:layer"]),))
+
+        Raises:
+            PlanError: the site is none.
+        """
+        if not isinstance(site, Site) or site.branch is None:
+            name = site.name if isinstance(site, Site) else type(site).__name__
+            raise PlanError(f"{name}: only a branch or a layer is dropped as a whole; find_sites(..., kinds='branch')")
+        return cls.narrow(site, (), note=note)
 
     @cached_property
     def kept(self) -> Tensor:

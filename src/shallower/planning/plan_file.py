@@ -295,10 +295,14 @@ def _check_widths(site: Site, what: str) -> None:
     """Check that a site's maps are of the sizes that its width says."""
     if site.followed or site.kind in ("hidden", "heads", "stream"):
         fitting = site.followed and site.producer is None and site.gate is None and _slots_fit(site)
+    elif site.branch is not None:
+        fitting = site.width == 1 and not site.maps and site.kind == "branch"
     elif site.producer is None:
         fitting = site.width == 0 and not site.consumers and site.gate is None
     else:
         fitting = _maps_fit(site)
+    if (site.branch is not None) != (site.kind == "branch"):
+        fitting = False
     if not site.followed and (site.followers or site.averages or site.choices or site.lists):
         fitting = False  # these are of channels that stand in slots
     whole = all(m.d_in % m.groups == 0 and m.d_out % m.groups == 0 for m in site.maps)

@@ -89,6 +89,7 @@ class Call:
         frame: the module invocation whose own forward made the call.
         ordinal: how many calls of this name the frame's original forward makes before it.
         inplace: it wrote into its first argument.
+        macs: multiply-accumulate operations that it took.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Call:
     frame: Frame
     ordinal: int
     inplace: bool
+    macs: int = 0
 
 
 @dataclass(eq=False)
@@ -114,6 +116,7 @@ class Frame:
         steps: the calls and module invocations of its own forward, in order.
         args, kwargs: what it was called with, each tensor replaced by its value.
         outputs: tensors it returned.
+        returned: the tensor, tuple or list that it returned, each tensor replaced by its value; else None.
     """
 
     module: nn.Module
@@ -124,6 +127,7 @@ class Frame:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     outputs: list[Value] = field(default_factory=list)
+    returned: Any = None
     counts: Counter[Any] = field(default_factory=Counter)
 
     def calls(self) -> Iterator[Call]:
@@ -279,6 +283,8 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.trace = trace
         self.lead = lead
+        self.counter = mac_counter()
+        self.counted = 0
         self.frame = trace.root
         self.known: dict[int, Value] = {}
         self.alive: list[Any] = []
@@ -331,6 +337,8 @@ class _Recorder(TorchFunctionMode):
         produced = list({id(t): t for t in [*written, *returned]}.values())
         frame = self.frame
         counted = bool(produced) and bool(inputs)
+        total = self.counter.get_total_flops() // 2
+        macs, self.counted = total - self.counted, total
         made = Call(
             name=name,
             function=function,
@@ -341,6 +349,7 @@ class _Recorder(TorchFunctionMode):
             frame=frame,
             ordinal=original_ordinal(frame.module, name, frame.counts[name]),
             inplace=bool(written),
+            macs=macs,
         )
         if counted:
             frame.counts[name] += 1
@@ -471,6 +480,8 @@ def trace_forward(model: nn.Module, example_inputs: Inputs, lead: Lead | None = 
             if lead is None:
                 frame.args, frame.kwargs = recorder.described(args), recorder.described(kwargs)
                 frame.outputs = [recorder.value(t) for t in tensors(output)]
+                if isinstance(output, (Tensor, tuple, list)):
+                    frame.returned = recorder.described(output)
             if frame.parent is not None and frame.parent.parent is None:
                 for item in (item for each in names for item in vars(each).values() if isinstance(item, Tensor)):
                     if id(item) in recorder.known:
@@ -483,7 +494,7 @@ def trace_forward(model: nn.Module, example_inputs: Inputs, lead: Lead | None = 
         stack.callback(handle.remove)
         # PyTorch forgets this entry when the handle is removed, and torch.compile then warns of global hooks for good.
         stack.callback(global_hooks._global_forward_hooks_with_kwargs.pop, handle.id, None)
-        counter = mac_counter() if lead is None else contextlib.nullcontext()
+        counter = recorder.counter if lead is None else contextlib.nullcontext()
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)`")
@@ -498,8 +509,7 @@ def trace_forward(model: nn.Module, example_inputs: Inputs, lead: Lead | None = 
             ) from error
         for tensor in tensors(without_heads(output)):
             recorder.value(tensor).output = True
-        if not isinstance(counter, contextlib.nullcontext):
-            trace.macs = counter.get_total_flops() // 2
+        trace.macs = recorder.counter.get_total_flops() // 2
         trace.kv = kv_of(output)
         trace.cached = [recorder.value(tensor) for tensor in cached(output)]
         trace.root = trace.frames[0]

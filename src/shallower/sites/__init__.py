@@ -1,5 +1,6 @@
 """What of a network can be lost: sites and their parts, as data."""
 
+from shallower.sites.branch import Branch, Emptied
 from shallower.sites.bridge import Bridge, Stage
 from shallower.sites.collection import Sites, overlapping
 from shallower.sites.parts import Between, LinearMap, Place, Residual, Tally, by_name, tally
@@ -9,9 +10,11 @@ from shallower.sites.slots import Average, ChannelCall, Choice, Follower, Listed
 __all__ = [
     "Average",
     "Between",
+    "Branch",
     "Bridge",
     "ChannelCall",
     "Choice",
+    "Emptied",
     "Follower",
     "Kind",
     "LinearMap",

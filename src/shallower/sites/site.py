@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 from shallower.core.codec import Bounds, decode, encode
 from shallower.errors import Refusal, SiteError
+from shallower.sites.branch import Branch
 from shallower.sites.bridge import Bridge, Gate, Stage
 from shallower.sites.parts import Between, Count, LinearMap, Macs, Name, Place, Residual, tally
 from shallower.sites.slots import Average, Choice, Follower, Listed, Slot, positions_each
@@ -35,6 +36,7 @@ Kind = Literal[
     "hidden",
     "stream",
     "experts",
+    "branch",
 ]
 """What a site is in the network:
 
@@ -48,6 +50,7 @@ heads         attention heads; one channel per head or per key-value group; for 
 hidden        channels between linear maps that were followed through whatever stands between; for keep and drop only
 stream        the coupled channels of a stage: what its blocks read and add to
 experts       the experts of a mixture; one channel per expert
+branch        F of x + F(x), or a whole layer; it is one part
 """
 
 
@@ -98,6 +101,7 @@ class Site:
         lists: lists of modules whose entries the channels are.
         products_each: MACs of each channel in products of two computed tensors, on the example inputs.
         cached_each: numbers that the KV cache holds of each channel for one token, all calls together.
+        branch: what goes with a branch or a layer; None for other sites.
     """
 
     name: Name
@@ -133,6 +137,7 @@ class Site:
     lists: Annotated[tuple[Listed, ...], Bounds(0, 4_000)] = ()
     products_each: Macs = 0
     cached_each: Count = 0
+    branch: Branch | None = None
 
     @cached_property
     def bridge(self) -> Bridge:
@@ -180,6 +185,8 @@ class Site:
     def layers(self) -> tuple[str, ...]:
         """Names of all modules whose weights write, hold or read the channels, each once."""
         names = [slot.module for slot in self.slots] or [m.name for m in self.maps]
+        if self.branch is not None:
+            names = [gone.module for gone in self.branch.emptied]
         return tuple(dict.fromkeys(names))
 
     @property
@@ -208,6 +215,8 @@ class Site:
     @property
     def params(self) -> int:
         """Weights, biases and BatchNorm scales and shifts of the site's maps, and the activation's own, now."""
+        if self.branch is not None:
+            return self.branch.params
         if self.followed:
             params = sum(prod(slot.shape) for slot in self.tensors.values() if slot.trained)
             for listed in self.lists:
@@ -228,6 +237,8 @@ class Site:
     @property
     def macs(self) -> int:
         """Multiply-accumulate operations of the site on the example inputs, now."""
+        if self.branch is not None:
+            return self.branch.macs
         if self.followed:
             return sum(slot.macs(slot.shape) for slot in self.tensors.values()) + self.products
         return tally(self.maps).macs
@@ -325,13 +336,15 @@ def _not_linear(site: Site) -> Refusal | None:
         return Refusal("an attention head is kept or dropped; it cannot become linear")
     if site.followed:
         return Refusal("its channels are kept or dropped; what stands between them cannot become linear")
+    if site.branch is not None:
+        return Refusal("a branch is kept or dropped")
     if site.activation is None:
         return Refusal("it has no activation")
     return None
 
 
 def _not_narrow(site: Site) -> Refusal | None:
-    if site.followed:
+    if site.followed or site.branch is not None:
         return None
     if site.not_narrow:
         return Refusal(site.not_narrow)
@@ -354,6 +367,8 @@ def _not_refitted(site: Site) -> Refusal | None:
         if site.width > 1:
             return None
         return Refusal("it has one channel")
+    if site.branch is not None:
+        return Refusal("a branch is kept or dropped as a whole")
     if site.followed:
         return Refusal("no plain linear layer reads its channels alone; a plan by hand can narrow it (Entry.narrow)")
     if site.producer is None:

@@ -90,6 +90,8 @@ def _part_of(model: nn.Module, site: Site) -> str:
     places = [*map(Place, (*by_name(site.maps), *site.bridge.norms)), *site.bridge.activations, *site.dropouts]
     places += [Place(module) for module in {slot.module for slot in site.slots}]
     places += [Place(listed.module) for listed in site.lists]
+    if site.branch is not None:
+        places += [Place(gone.module) for gone in site.branch.emptied]
     # a number that a module holds is read by its forward
     places += [Place(module, (("forward", 0),)) for module in {f.module for f in site.followers}]
     if site.residual is not None:

@@ -27,6 +27,7 @@ from shallower.errors import ForwardError, ModelError, OutOfMemoryError, Shallow
 from shallower.modules.attachment import detached_copy
 from shallower.modules.edits import edits, replay
 from shallower.modules.offloading import is_mapped, weightless
+from shallower.modules.prepared.lists import Settings
 from shallower.saving.implementations import configs_in
 from shallower.saving.skeletons import build_skeleton, sketch
 from shallower.saving.slots import slots_of
@@ -252,50 +253,33 @@ def _computed(model: nn.Module, inputs: Inputs) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- setting numbers
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A value in a live config."""
-
-    holder: Any
-    key: str
-    value: Any
-
-    def put(self) -> _Entry:
-        """Set it; what it was."""
-        if isinstance(self.holder, dict):
-            before = _Entry(self.holder, self.key, self.holder.get(self.key))
-            self.holder[self.key] = self.value
-        else:
-            before = _Entry(self.holder, self.key, getattr(self.holder, self.key, None))
-            setattr(self.holder, self.key, self.value)
-        return before
-
-
 def _set(owner: StockPart, changes: Numbers) -> Callable[[], None]:
     """Set the numbers, and all that follow from them, in the configs of a model and its parts; what undoes it."""
-    old = dict(sketch(owner.source, owner.plain).named_modules())
-    new = dict(sketch(owner.source, with_numbers(owner.plain, changes)).named_modules())
-    before: list[_Entry] = []
-    seen: set[int] = set()
-    for name, module in owner.model.named_modules():
-        config = vars(module).get("config")
-        if id(config) in seen or not hasattr(config, "to_dict") or name not in old or name not in new:
-            continue
-        seen.add(id(config))
-        was, becomes = vars(old[name]).get("config"), vars(new[name]).get("config")
-        if was is None or becomes is None:
-            continue
-        for path, value in _differences(was.to_dict(), becomes.to_dict()):
-            holder = config
-            for key in path[:-1]:
-                holder = holder[key] if isinstance(holder, dict) else getattr(holder, key)
-            before.append(_Entry(holder, path[-1], value).put())
+    made = list(settings_for(owner, with_numbers(owner.plain, changes)))
+    before = [settings.now(owner.model) for settings in made]
+    for settings in made:
+        settings.perform(owner.model)
 
     def undo() -> None:
-        for entry in reversed(before):
-            entry.put()
+        for settings in reversed(before):
+            settings.perform(owner.model)
 
     return undo
+
+
+def settings_for(owner: StockPart, config: Mapping[str, Any]) -> Iterator[Settings]:
+    """What is to be set in the configs of a stock model and its parts so that they are as the class makes them."""
+    old = dict(sketch(owner.source, owner.plain).named_modules())
+    new = dict(sketch(owner.source, config).named_modules())
+    seen: set[int] = set()
+    for name, module in owner.model.named_modules():
+        own = vars(module).get("config")
+        if id(own) in seen or not hasattr(own, "to_dict") or name not in old or name not in new:
+            continue
+        seen.add(id(own))
+        was, becomes = vars(old[name]).get("config"), vars(new[name]).get("config")
+        if was is not None and becomes is not None:
+            yield Settings(name, tuple(_differences(was.to_dict(), becomes.to_dict())))
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[Any]:

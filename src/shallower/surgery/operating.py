@@ -42,6 +42,7 @@ from shallower.planning.fits import Fit
 from shallower.planning.forms import Form, Step, steps
 from shallower.planning.plan import Plan
 from shallower.sites import LinearMap, Place, Residual, Site
+from shallower.surgery.branches.removing import edits_of_branch
 from shallower.surgery.cutting import edits_of_cut
 from shallower.surgery.padding import zeros_around
 from shallower.surgery.paths import Path, affine, as_read, columns_read, linear_path_of, product_of
@@ -97,6 +98,8 @@ def _edits_of_site(step: Step, model: nn.Module) -> list[Edit]:
     site = entry.site
     if site.followed:
         return edits_of_cut(model, entry, form)
+    if site.branch is not None:
+        return edits_of_branch(model, entry)
     if site.producer is None or form.kind == "removed":
         return _gone(model, _required(site.activation))
     if form.kind == "apart" and any(m.groups > 1 for m in form.maps):

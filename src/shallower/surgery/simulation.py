@@ -25,9 +25,10 @@ from shallower.planning.fits import Fit
 from shallower.planning.forms import Step, steps
 from shallower.planning.plan import Plan
 from shallower.sites import LinearMap, Site, by_name
-from shallower.surgery.calls import limit_calls
 from shallower.surgery.checking import check_fits
-from shallower.surgery.zeroing import impose_cuts
+from shallower.surgery.imposing.branches import impose_branches
+from shallower.surgery.imposing.calls import limit_calls
+from shallower.surgery.imposing.zeros import impose_cuts
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,7 +57,7 @@ def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
     entries = [step.entry for step in done.values()]
     for entry in entries:
         place = entry.site.activation
-        if entry.site.followed:
+        if entry.site.followed or entry.site.branch is not None:
             continue
         if place is None:
             raise PlanError(f"{entry.site.name}: the site has no activation")
@@ -68,6 +69,7 @@ def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
     followed = [entry for entry in entries if entry.site.followed]
     impose_cuts(copied, followed)
     limit_calls(copied, followed)
+    impose_branches(copied, entries)
     for entry in entries:
         site, fit = entry.site, entry.fit
         if site.followed and fit is not None:

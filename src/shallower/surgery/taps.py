@@ -82,6 +82,9 @@ def taps_of(todo: Sequence[Step]) -> list[Tap]:
     for step in todo:
         for listed in step.entry.site.lists:
             lists += (f"{listed.module}.",)
+        branch = step.entry.site.branch
+        if branch is not None and branch.layer:
+            lists += (f"{branch.layer.rpartition('.')[0]}.",)
     taps = [replace(tap, loose=loose) for step in todo for tap in _taps_of_step(step, roles)]
     return [tap for tap in taps if not tap.place.module.startswith(lists)]
 

@@ -9,7 +9,7 @@ from typing import Literal
 from shallower.planning.forms.cuts import TensorCut
 from shallower.sites import LinearMap, tally
 
-FormKind = Literal["merged", "pair", "apart", "narrower", "partial", "removed", "cut"]
+FormKind = Literal["merged", "pair", "apart", "narrower", "partial", "removed", "cut", "gone"]
 """merged    one linear map in each consumer's place; producer and activation are identities
 pair      two linear maps with nothing between them, all constants in the consumers' biases
 apart     the two layers as they were, with nothing between them and the constants in the producer's bias
@@ -17,6 +17,7 @@ narrower  the same layers with fewer channels
 partial   kept channels beside a linear path, through a `PartialActivation`
 removed   an activation place: the activation is an identity
 cut       a followed site: every tensor in which its channels stand is shorter
+gone      a branch, or a layer
 """
 
 Through = Literal["channels", "inputs", "outputs"]

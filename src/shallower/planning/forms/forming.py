@@ -42,6 +42,8 @@ def form_of(
         return form_of_followed(entry, TensorsLeft().cut(entry, {}, set()))
     if maps is None:
         maps = by_name(site.maps)
+    if site.branch is not None:
+        return Form("gone", None, None, (), (site.params, site.macs))
     before = _before(site, maps)
     if site.producer is None:
         return Form("removed", None, None, (), before)

@@ -49,10 +49,48 @@ def steps(entries: Iterable[Entry]) -> list[Step]:
         PlanError: two entries change the same layer in the same role or the same activation, or a linear path does not
             fit what it reads.
     """
-    ordered = in_execution_order(entries)
+    ordered = branches_last(in_execution_order(entries))
     walk = StepWalk(ordered)
     prefer = _chained(ordered)
     return _without_unused([Step(entry, walk.take(entry, walk.best(entry, prefer))) for entry in ordered])
+
+
+def branches_last(ordered: Iterable[Entry]) -> list[Entry]:
+    """The entries, those of branches behind all others, and layers behind these, the last of a list first.
+
+    So the names of all modules are those with which they were found until their own step.
+
+    Raises:
+        PlanError: an entry changes what another takes away.
+    """
+    others: list[Entry] = []
+    branches: list[Entry] = []
+    layers: list[Entry] = []
+    for entry in ordered:
+        branch = entry.site.branch
+        kind = others if branch is None else layers if branch.layer else branches
+        kind.append(entry)
+    gone: dict[str, str] = {}
+    for entry in (*layers, *branches):
+        for name in entry.site.layers:
+            gone[name] = entry.site.name
+    for entry in (*others, *branches, *layers):
+        for name in entry.site.layers:
+            around = name.split(".")
+            for i in range(1, len(around) + 1):
+                owner = gone.get(".".join(around[:i]), entry.site.name)
+                if owner != entry.site.name:
+                    raise PlanError(
+                        f"{entry.site.name}: `{name}` goes with `{owner}`, which the plan drops. Leave one of the two "
+                        "out, or apply one first and find the sites again in the result"
+                    )
+    layers.sort(key=lambda entry: _numbers_in(entry.site.layers[0]), reverse=True)
+    return [*others, *branches, *layers]
+
+
+def _numbers_in(name: str) -> list[tuple[int, str]]:
+    """A dotted name as something to sort by, 10 behind 9."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in name.split(".")]
 
 
 def _without_unused(done: Sequence[Step]) -> list[Step]:

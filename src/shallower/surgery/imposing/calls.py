@@ -19,7 +19,7 @@ from shallower.core.trees import mapped, tensors
 from shallower.planning.entries import Entry
 from shallower.recording.tracing import canonical
 from shallower.sites import ChannelCall
-from shallower.surgery.zeroing import gone_along
+from shallower.surgery.imposing.zeros import gone_along
 
 Run = Callable[..., Any]
 Gone = list[tuple[int, Tensor]]

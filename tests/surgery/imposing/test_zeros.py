@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import shallower as sh
 from shallower.finding.kinds import find_sites
 from shallower.sites import Site, Slot, Span
-from shallower.surgery.zeroing import impose_cuts
+from shallower.surgery.imposing.zeros import impose_cuts
 from tests.followed import Stages, drawn
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import shallower as sh
 from shallower.sites import Choice, Site, Slot, Span
-from shallower.surgery.calls import limit_calls
+from shallower.surgery.imposing.calls import limit_calls
 
 
 class Router(nn.Module):

@@ -1,0 +1,1 @@
+"""Branches of a recorded pass: x + F(x), and whole layers."""

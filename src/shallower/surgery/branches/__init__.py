@@ -1,0 +1,1 @@
+"""Branches and layers that are taken away."""

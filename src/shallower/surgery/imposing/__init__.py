@@ -1,0 +1,1 @@
+"""What becomes of channels, choices and branches, simulated on the original layers."""
