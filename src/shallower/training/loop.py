@@ -393,7 +393,7 @@ def _optimizer(recipe: Recipe, method: Trainable) -> torch.optim.Optimizer:
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, recipe.memory), fused=fused)
 
 
 def _of_the_task(value: Any) -> Any:

@@ -27,6 +27,7 @@ class Recipe(Options):
         optimizer: "adamw" or "sgd".
         weight_decay: on weights of two dimensions or more; a method decides for what it added.
         momentum: of SGD.
+        memory: of AdamW for squared gradients (beta 2).
         schedule: after the warm-up, "cosine" to zero, "step" (times `gamma` at each of `milestones`) or "constant".
         warmup: fraction of all steps over which the learning rate rises linearly from zero.
         milestones: fractions of all steps, for "step".
@@ -48,6 +49,7 @@ class Recipe(Options):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = option(0.01, least=0)
     momentum: float = option(0.9, least=0, below=1)
+    memory: float = option(0.999, least=0, below=1)
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     warmup: float = option(0.0, least=0, below=1)
     milestones: tuple[float, ...] = (0.5, 0.75)
