@@ -360,6 +360,15 @@ class Centred:
             return self.rows[0].square().sum(0)
         return self.zz.diagonal()
 
+    def without(self, columns: Tensor) -> Centred:
+        """The same with some columns of z as zeros."""
+        mean_z = self.mean_z.index_fill(0, columns, 0)
+        if self.rows is not None:
+            z, y = self.rows
+            return replace(self, mean_z=mean_z, rows=(z.index_fill(1, columns, 0), y))
+        zz = self.zz.index_fill(0, columns, 0).index_fill(1, columns, 0)
+        return replace(self, mean_z=mean_z, products=(zz, self.zy.index_fill(0, columns, 0)))
+
     def fit(self, ridge: float) -> Tensor:
         """The linear map W (d, n) with which W (z - mean_z) + mean_y predicts y best.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from shallower.calibrating.grams import Centred
 from shallower.calibrating.selection import Elimination, eliminate, eliminate_rows, factor
 
+_NOTHING = 1e-9
 _THIN = 4
 """Elimination works on rows where they are fewer than this part of the columns, and on products otherwise."""
 
@@ -35,6 +36,21 @@ class Metric:
 
     plain: Tensor
     blocks: tuple[Centred, ...] = ()
+
+    def without(self, outputs: Tensor) -> Metric:
+        """The same with errors at these outputs counting for nothing, or nearly."""
+        if not len(outputs):
+            return self
+        plain = self.plain.clone()
+        plain[outputs.to(plain.device)] = _NOTHING * self.plain.mean()
+        blocks: list[Centred] = []
+        start = 0
+        for block in self.blocks:
+            width = len(block.squares)
+            own = outputs[(outputs >= start) & (outputs < start + width)] - start
+            blocks.append(block.without(own.to(plain.device)))
+            start += width
+        return Metric(plain, tuple(blocks))
 
     @cached_property
     def diagonal(self) -> Tensor:

@@ -6,6 +6,7 @@ offered(sites)["layer1.0"]      # ("squeeze", "layer-collapse", "tlc", "structur
 from __future__ import annotations
 
 from shallower.methods.dropout.prefix import not_computed
+from shallower.methods.squeezing.coupled.readers import not_squeezed
 from shallower.planning.paying import paying
 from shallower.sites import Sites
 
@@ -23,7 +24,7 @@ def offered(sites: Sites) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for site in sites:
         uses = (
-            site.bridge.not_refitted is None,
+            not_squeezed(site) is None,
             site.name in cheaper,
             site.bridge.not_linear is None,
             site.width > 1 and not_computed(site) is None,

@@ -7,7 +7,7 @@ blocks), never by numbers of rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
@@ -28,7 +28,7 @@ from shallower.sites import LinearMap, Site, by_name
 from shallower.surgery.checking import check_fits
 from shallower.surgery.imposing.branches import impose_branches
 from shallower.surgery.imposing.calls import limit_calls
-from shallower.surgery.imposing.zeros import impose_cuts
+from shallower.surgery.imposing.zeros import gone_along, impose_cuts
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -82,6 +82,9 @@ def impose(copied: nn.Module, todo: Iterable[Step]) -> None:
         names = (*by_name(site.maps), *filter(None, [site.bridge.norm_before]))
         modules = {name: copied.get_submodule(name) for name in names}
         _hook(entry, copied.get_submodule(origin.reader), modules, origin)
+    fitted = {m.name for entry in entries if entry.fit is not None for m in entry.site.consumers}
+    for entry in followed:
+        _silence_rows(copied, entry, fitted)
 
 
 def fated(entry: Entry, f: nn.Module) -> nn.Module:
@@ -148,6 +151,19 @@ def _hook_fitted(copied: nn.Module, entry: Entry, fit: Fit) -> None:
         nothing = _Memory(_Origin(m.name), site.bridge.dim)
         fitted = _FittedConsumer(site, fit, i, entry.kept, nothing, module)
         module.register_forward_hook(fitted, with_kwargs=True)
+
+
+def _silence_rows(copied: nn.Module, entry: Entry, fitted: Container[str]) -> None:
+    """Let what is fitted to write the dropped channels of a followed site write zeros."""
+    for slot in entry.site.slots:
+        if slot.side != "rows" or not slot.output or slot.module not in fitted:
+            continue
+        gone = gone_along(entry, slot.spans, slot.shape[slot.axis]).nonzero().flatten()
+
+        def silent(_: nn.Module, _args: Any, output: Tensor, dim: int = slot.output, gone: Tensor = gone) -> Tensor:
+            return output.index_fill(dim, gone.to(output.device), 0)
+
+        copied.get_submodule(slot.module).register_forward_hook(silent)
 
 
 def _set_shift(site: Site, norm: nn.Module, channels: Tensor, shift: Tensor) -> None:

@@ -18,8 +18,10 @@ from shallower.calibrating.site_grams import may_collapse
 from shallower.core.inputs import Inputs
 from shallower.measuring.cost import cost_as_found
 from shallower.measuring.measurement import compare
+from shallower.methods.squeezing.coupled.readers import is_coupled, readers_of
 from shallower.methods.squeezing.latencies import Latency, narrowed_copy, site_latencies, stand_in, stand_ins
 from shallower.methods.squeezing.options import SqueezeOptions
+from shallower.modules.layers import weight_of
 from shallower.planning.costs import Cost, cost_after, kv_saved, size_saved
 from shallower.planning.forms import Step, form_of
 from shallower.planning.plan import Plan
@@ -62,7 +64,11 @@ class WidthCosts:
         """Of the model with its sites at these widths."""
         if self._overlapping:
             plan = Plan(tuple(stand_ins(self.sites, widths)))
-            return cost_after(plan, self.before, self.dense)
+            after = cost_after(plan, self.before, self.dense)
+            for site in self.sites:
+                added = self._added(site, widths[site.name])
+                after = replace(after, params=after.params + added.params, size=after.size + added.size)
+            return after
         before = self.before
         params, macs, size, kv = before.params, before.macs, before.size, before.kv
         for site in self.sites:
@@ -90,14 +96,30 @@ class WidthCosts:
                 entry = stand_in(site, width)
                 step = Step(entry, form_of(entry))
                 params, macs = site.params - step.form.params, site.macs - step.form.macs
-                saved = Cost(params, macs, size_saved(step, self.dense), kv=kv_saved(step, self.dense))
+                added = self._added(site, width)
+                size = size_saved(step, self.dense) - added.size
+                saved = Cost(params - added.params, macs, size, kv=kv_saved(step, self.dense))
             self._alone[key] = saved
         return self._alone[key]
+
+    def _added(self, site: Site, width: int) -> Cost:
+        """The biases that a fit gives to convolutions which have none."""
+        if width in (0, site.width):
+            return Cost(0, 0, 0)
+        readers = list(site.consumers)
+        if is_coupled(site):
+            readers = [reader.map for reader in readers_of(self.dense, site)]
+        params = size = 0
+        for m in readers:
+            if m.kind == "conv2d" and not m.bias:
+                params += m.d_out
+                size += m.d_out * weight_of(self.dense.get_submodule(m.name)).element_size()
+        return Cost(params, 0, size)
 
     @cached_property
     def _overlapping(self) -> bool:
         """Whether sites share a layer, as consumer of one and producer of another: then their savings do not add up."""
-        return len(overlapping(self.sites)) < len(self.sites)
+        return len(overlapping(self.sites)) < len(self.sites) or any(map(is_coupled, self.sites))
 
 
 class Times:

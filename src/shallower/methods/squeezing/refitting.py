@@ -99,7 +99,7 @@ class _Choice:
             pair = grams.joint
         columns, n = columns_of(kept, site.columns_each), grams.fit.columns
         seen = (pair[0].through(columns, n, down), pair[1].through(columns, n, down))
-        return cls(kept, down, seen, *_best_ridge(site, seen, metric))
+        return cls(kept, down, seen, *best_ridge(site, seen, metric))
 
 
 def narrowed_fit(
@@ -137,8 +137,8 @@ def collapsed_fit(site: Site, grams: SiteGrams, metric: Metric) -> Entry:
     """One linear map from what the producer reads to what the consumers should give."""
     if grams.inputs is None:
         raise FitError("a full collapse needs Gram matrices of what the producer reads")
-    ridge, error = _best_ridge(site, grams.inputs, metric)
-    moments = (grams.inputs[0] + grams.inputs[1]).centred(_intercept(site))
+    ridge, error = best_ridge(site, grams.inputs, metric)
+    moments = (grams.inputs[0] + grams.inputs[1]).centred(has_intercept(site))
     weight = moments.fit(ridge)
     weights, biases = _by_consumer(site, weight, moments.mean_y - weight @ moments.mean_z, 0)
     n = site.width
@@ -172,11 +172,11 @@ def error_curve(site: Site, grams: SiteGrams, metric: Metric, *, paths: int = 0)
         error = elimination.error(k) * max(1.0, float(excess[k]))
         if found is not None:
             error = max(0.0, min(error, found[1].best(k, paths)[2]))
-        curve[k] = _damage(error, whole)
+        curve[k] = damage(error, whole)
     if grams.inputs is not None and may_collapse(site):
-        _, error = _best_ridge(site, grams.inputs, metric)
+        _, error = best_ridge(site, grams.inputs, metric)
         if math.isfinite(error):
-            curve[0] = _damage(error * whole, whole)
+            curve[0] = damage(error * whole, whole)
     return curve
 
 
@@ -185,7 +185,7 @@ def _excess(site: Site, grams: SiteGrams, metric: Metric, elimination: Eliminati
 
     Measured at eighths of the width and linear in between. An error too small to matter counts as none.
     """
-    n, intercept = site.width, _intercept(site)
+    n, intercept = site.width, has_intercept(site)
     widths, ratios = [0], [1.0]
     for width in sorted({n * part // _PARTS for part in range(1, _PARTS)} - {0}):
         choice = _Choice.of(site, grams, metric, elimination.kept(width))
@@ -200,7 +200,7 @@ def _excess(site: Site, grams: SiteGrams, metric: Metric, elimination: Eliminati
     return torch.lerp(found[below], found[above], part)
 
 
-def _damage(error: float, whole: float) -> float:
+def damage(error: float, whole: float) -> float:
     """An error as the sites' budgets see it: for small ones the error itself, without bound where all is lost.
 
     The second-order estimate is right for small errors only: a site that loses most of what it says costs more, and
@@ -211,7 +211,7 @@ def _damage(error: float, whole: float) -> float:
     return error / max(1 - error / whole, 1e-6)
 
 
-def _intercept(site: Site) -> bool:
+def has_intercept(site: Site) -> bool:
     """Whether the fit has an intercept: always at convolutions; elsewhere where the consumer has a bias to hold it.
 
     A bias that was not there would keep the stock class from loading the result.
@@ -221,7 +221,7 @@ def _intercept(site: Site) -> bool:
 
 def _moments(site: Site, grams: SiteGrams) -> Centred:
     try:
-        return grams.all.centred(_intercept(site))
+        return grams.all.centred(has_intercept(site))
     except FitError as error:
         raise FitError(f"{site.name}: {error}") from error
 
@@ -253,7 +253,7 @@ def _with_path(site: Site, grams: SiteGrams, metric: Metric, width: int, paths: 
     if found is None or grams.joint is None:
         return None
     elimination, gains = found
-    n, root, intercept = elimination.channels, metric.root, _intercept(site)
+    n, root, intercept = elimination.channels, metric.root, has_intercept(site)
     best: _Choice | None = None
     most = len(root)
     for _ in range(_TRIALS):
@@ -276,7 +276,7 @@ def _paths(site: Site, grams: SiteGrams, metric: Metric) -> tuple[Elimination, P
     """Which channels stay beside a path, and what a path does then; None where there can be none."""
     if grams.joint is None or not may_have_path(site):
         return None
-    moments, root = (grams.joint[0] + grams.joint[1]).centred(_intercept(site)), metric.root
+    moments, root = (grams.joint[0] + grams.joint[1]).centred(has_intercept(site)), metric.root
     elimination = eliminate_beyond(moments, site.width, root, ridge=_SELECTION_RIDGE)
     return elimination, path_gains(moments, elimination, root, ridge=_SELECTION_RIDGE, price=price_of_path(site))
 
@@ -301,7 +301,7 @@ def _with_producers(small: nn.Module, site: Site, grams: SiteGrams, choice: _Cho
     seen, outside = summed_over_processes(sum(r.positions for r in fit), sum(r.positions for r in held))
     if not outside or not enough_for_producers(site, len(choice.kept), seen):
         return choice
-    found = reconstruct(layers, fit, held, metric.root, ridge=choice.ridge, intercept=_intercept(site))
+    found = reconstruct(layers, fit, held, metric.root, ridge=choice.ridge, intercept=has_intercept(site))
     if not found.after < found.before:
         return choice
     return replace(choice, found=found, error=choice.error * found.after / found.before)
@@ -311,7 +311,7 @@ def _fit(site: Site, choice: _Choice) -> Fit:
     """Consumers fitted to what a choice lets them read; or what was found with the producers fitted too."""
     found = choice.found
     if found is None:
-        read = (choice.seen[0] + choice.seen[1]).centred(_intercept(site))
+        read = (choice.seen[0] + choice.seen[1]).centred(has_intercept(site))
         weight = read.fit(choice.ridge)
         bias = read.mean_y - weight @ read.mean_z
     else:
@@ -336,9 +336,9 @@ def _reported(error: float) -> float | None:
     return error
 
 
-def _best_ridge(site: Site, pair: tuple[Gram, Gram], metric: Metric) -> tuple[float, float]:
+def best_ridge(site: Site, pair: tuple[Gram, Gram], metric: Metric) -> tuple[float, float]:
     """The ridge with the least error on held-out rows, and that error as a part of the variance there."""
-    intercept = _intercept(site)
+    intercept = has_intercept(site)
     if pair[0].count < 2 or pair[1].count < 2:
         return RIDGES[-1], float("inf")
     fit, held = pair[0].centred(intercept), pair[1].centred(intercept)

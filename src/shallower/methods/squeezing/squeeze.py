@@ -25,9 +25,11 @@ from shallower.core.inputs import Inputs, InputsOf, model_device
 from shallower.core.modes import without_inference_mode
 from shallower.core.processes import raised_anywhere
 from shallower.core.trees import to_device
-from shallower.errors import FitError, MethodError, TargetError
+from shallower.errors import FitError, MethodError, Refusal, TargetError
 from shallower.methods.squeezing.calibration import Calibration, reader_of
 from shallower.methods.squeezing.costing import Times, WidthCosts
+from shallower.methods.squeezing.coupled.coupling import not_described
+from shallower.methods.squeezing.coupled.readers import is_coupled, not_squeezed
 from shallower.methods.squeezing.diagnosing import check_call, check_model, explained
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.progress import Progress, identity_of
@@ -172,6 +174,11 @@ def _search(
         options = replace(options, collapse=False)
         squeezable = only_expressible(dense, squeezable)
     calibration = _calibration(dense, squeezable, batches, options, inputs_of, example_inputs)
+    reasons = not_described(dense, list(filter(is_coupled, squeezable)), calibration)
+    squeezable = squeezable.usable(
+        lambda site: Refusal(reasons[site.name]) if site.name in reasons else None,
+        "the model has no site that can be made narrower",
+    )
     progress = None
     if checkpoint is not None:
         progress = Progress(checkpoint, identity_of(dense, squeezable, calibration.batches.digest, options))
@@ -200,15 +207,31 @@ def _detached(model: nn.Module) -> nn.Module:
 
 
 def narrowable(sites: Sites) -> Sites:
-    """The sites whose channels can be kept one by one, and whose consumers can be fitted anew to them.
+    """The sites whose channels can be kept one by one, and whose readers can be fitted anew to them.
 
-    Of those that share a layer some are left out, see `Sites.apart`.
+    Of those that share a layer some are left out, see `Sites.apart`; a coupled site only where another cuts the same
+    side of it, or is fitted there.
 
     Raises:
         SiteError: there is none; the error says why.
     """
-    usable = sites.usable(lambda site: site.bridge.not_refitted, "the model has no site that can be made narrower")
-    return usable.apart()
+    usable = sites.usable(not_squeezed, "the model has no site that can be made narrower")
+    others = usable.select(lambda site: not is_coupled(site)).apart()
+    cut: dict[tuple[str, str], str] = {}
+    for site in others:
+        for m in site.maps:
+            if site.followed or m in site.consumers:
+                cut[m.name, "columns"] = site.name
+            if site.followed or m not in site.consumers:
+                cut[m.name, "rows"] = site.name
+    left: dict[str, str] = {}
+    for site in usable:
+        if is_coupled(site):
+            clashes = [cut[key] for slot in site.slots if (key := (slot.module, str(slot.side))) in cut]
+            if clashes:
+                left[site.name] = f"it shares a layer with {clashes[0]}; narrow it by itself, before or after"
+    stay = {*others.names} | {site.name for site in usable if is_coupled(site)} - left.keys()
+    return usable.only((site for site in usable if site.name in stay), {**others.skipped, **left})
 
 
 def _refuse_misplaced(misplaced: dict[str, object]) -> None:

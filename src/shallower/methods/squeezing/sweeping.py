@@ -26,11 +26,22 @@ from shallower.core.memory import give_back
 from shallower.errors import FitError, Refusal
 from shallower.methods.base import bound_plan
 from shallower.methods.squeezing.calibration import Calibration, mean_divergence
+from shallower.methods.squeezing.coupled.coupling import (
+    Coupling,
+    has_shift,
+    in_order,
+    read_anew,
+    set_rows,
+    silence,
+    with_rows,
+    written,
+)
 from shallower.methods.squeezing.curves import error_curves
 from shallower.methods.squeezing.progress import Progress
 from shallower.methods.squeezing.refitting import (
     collapsed_fit,
     enough_for_producers,
+    has_intercept,
     may_have_path,
     metric_of,
     narrowed_fit,
@@ -91,6 +102,7 @@ class Sweep:
         # by site, what was seen of it while it was squeezed: positions of its producers, and rows to fit
         self._positions: dict[str, float] = {}
         self._counts: dict[str, float] = {}
+        self.coupling = Coupling(dense, sites, calibration)
         self._groups: dict[str, int] = {}
         for number, group in enumerate(overlapping(sites)):
             self._groups.update((site.name, number) for site in group)
@@ -105,20 +117,32 @@ class Sweep:
         entries = [] if self.progress is None else self.progress.entries(key)
         # what surgery writes into gets memory of its own
         small = detached_copy(self.dense, lent(self.dense.parameters()))
+        cuts = self.coupling.cuts(widths, self.metrics)
         for done in steps(entries):
             operate(small, done)
-        changing = [site for site in self.sites if widths[site.name] != site.width]
-        for entry in self._remaining(changing, widths, entries, small):
+        silence(small, cuts)
+        changing = [site for site in self._named if widths[site.name] != site.width]
+        for entry in self._remaining(changing, widths, entries, small, cuts):
             if self.progress is not None:
                 self.progress.keep(key, len(entries), entry)
             entries.append(entry)
             operate(small, self._step(entry, entries))
-        return bound_plan(self.dense, entries, "squeeze"), small
+            silence(small, cuts)
+        every = [*entries, *cuts]
+        for done in steps(every):
+            if done.entry in cuts:
+                operate(small, done)
+        return bound_plan(self.dense, every, "squeeze"), small
+
+    @property
+    def _named(self) -> list[Site]:
+        """The sites that are not coupled."""
+        return [site for site in self.sites if site not in self.coupling.sites]
 
     @cached_property
     def metrics(self) -> dict[str, Centred]:
         """The influence on the model's output of a change at each consumer's output."""
-        found = self.calibration.metrics(self.dense, self.sites)
+        found = self.calibration.metrics(self.dense, [*self._named, *self.coupling.read(self.sites)])
         give_back()
         return found
 
@@ -127,10 +151,10 @@ class Sweep:
         """For each site, the error at every width; at width 0, of a full collapse where that is possible."""
         if self.progress is not None and (kept := self.progress.curves()) is not None:
             return kept
-        paths = {site.name: self._path_multiple(site, self.sites) for site in self.sites}
-        found = error_curves(
-            self.dense, self.sites, self.calibration, self.metrics, paths, self._walk(None, self.sites)
-        )
+        named = self._named
+        paths = {site.name: self._path_multiple(site, named) for site in named}
+        found = error_curves(self.dense, named, self.calibration, self.metrics, paths, self._walk(None, named))
+        found |= self.coupling.curves(self.metrics)
         if self.progress is not None:
             self.progress.keep_curves(found)
         return found
@@ -163,8 +187,10 @@ class Sweep:
 
     def _step(self, entry: Entry, entries: Sequence[Entry]) -> Step:
         """The form that an entry's site takes after the earlier ones; only those that it overlaps with matter."""
-        group = self._groups[entry.site.name]
-        related = [other for other in entries if self._groups[other.site.name] == group]
+        group = self._groups.get(entry.site.name)
+        if group is None:
+            return steps([entry])[0]
+        related = [other for other in entries if self._groups.get(other.site.name) == group]
         return next(step for step in steps(related) if step.entry is entry)
 
     def _remaining(
@@ -173,6 +199,7 @@ class Sweep:
         widths: Mapping[str, int],
         entries: Sequence[Entry],
         small: nn.Module,
+        cuts: Sequence[Entry],
     ) -> Iterator[Entry]:
         """Entries of the sites that are not done, one after the other; `small` is changed before the next is asked for.
 
@@ -181,22 +208,58 @@ class Sweep:
             widths: by site.
             entries: of the sites that are done; grows between the sites.
             small: the network with these sites squeezed.
+            cuts: of the coupled sites, whose readers are fitted between the other sites.
         """
         finished = {entry.site.name for entry in entries}
+        made = {name: site for site in changing for name in made_by(site)}
         waiting = [site for site in changing if site.name not in finished]
+        readers = self.coupling.read(entry.site for entry in cuts)
+        for reader in readers:
+            if made.get(reader.consumers[0].name, reader).name not in finished:
+                waiting.append(reader)
         if not waiting:
             return
+        if readers:
+            waiting = in_order(self.dense, waiting, self.calibration)
         metrics = self.metrics
         goals: list[Goals] = []
         walk = self._walk(small, waiting)
-        bar = tqdm(waiting, desc="squeezing", delay=2, leave=False, initial=len(finished), total=len(changing))
+        total = len(changing) + len(readers)
+        bar = tqdm(waiting, desc="squeezing", delay=2, leave=False, initial=total - len(waiting), total=total)
         for i, site in enumerate(bar):
             if not walk.on and (not goals or site.name not in goals[0]):
                 goals = self.calibration.goals(self.dense, waiting[i:])
-            made = self.calibration.options.producers and widths[site.name] > 0 and _untouched(site, entries)
-            paths = self._path_multiple(site, changing)
-            yield self._one(site, widths[site.name], metrics, small, goals, walk, made, paths)
+            if site in readers:
+                entry = self._read_anew(site, made.get(site.consumers[0].name), metrics, small, goals, walk)
+            else:
+                producers = self.calibration.options.producers and widths[site.name] > 0 and _untouched(site, entries)
+                paths = self._path_multiple(site, changing)
+                entry = self._one(site, widths[site.name], metrics, small, goals, walk, producers, paths, cuts)
+                if any(m.name == reader.consumers[0].name for reader in readers for m in filter(None, [site.producer])):
+                    entry = with_rows(entry, small)
+            if entry is not None:
+                yield entry
             give_back()
+
+    def _read_anew(
+        self,
+        reader: Site,
+        making: Site | None,
+        metrics: Mapping[str, Centred],
+        small: nn.Module,
+        goals: Sequence[Goals],
+        walk: Walk,
+    ) -> Entry | None:
+        """A reader of cut channels fitted; None where it makes the channels of a site, which then gets its rows."""
+        grams = self._grams(reader, small, goals, walk, False, False)
+        intercept = has_intercept(reader)
+        if making is not None:
+            intercept = has_shift(small, making)
+        entry = read_anew(reader, grams, metric_of(reader, metrics, grams), small, intercept)
+        if making is None:
+            return entry
+        set_rows(small, making, entry)
+        return None
 
     def _one(
         self,
@@ -208,6 +271,7 @@ class Sweep:
         walk: Walk,
         producers: bool,
         paths: int,
+        cuts: Sequence[Entry],
     ) -> Entry:
         """One site squeezed, in the network with the earlier ones squeezed."""
         if not enough_for_producers(site, width, self._positions.get(site.name, math.inf)):
@@ -218,7 +282,7 @@ class Sweep:
         self._counts[site.name] = grams.fit.count
         if producers and not enough_for_producers(site, width, grams.positions):
             producers, grams = False, replace(grams, rows=((), ()))
-        metric = metric_of(site, metrics, grams)
+        metric = metric_of(site, metrics, grams).without(written(site, cuts))
         try:
             if width == 0:
                 return collapsed_fit(site, grams, metric)
@@ -257,7 +321,7 @@ class Sweep:
 def _fitted_numbers(entry: Entry) -> int:
     """Weights that are fitted for each of the consumers' outputs."""
     site, producer = entry.site, entry.site.producer
-    if len(entry.kept):
+    if len(entry.kept) and site.consumers:
         return len(entry.kept) * site.columns_each
     if producer is None:
         return 0

@@ -141,7 +141,12 @@ class StepWalk:
         """The form that the next entry's site takes, after which its maps are those of the form."""
         producer = entry.site.producer
         if entry.site.followed:
-            return form_of_followed(entry, self.tensors.cut(entry, self.maps, self.gone))
+            form = form_of_followed(entry, self.tensors.cut(entry, self.maps, self.gone))
+            if entry.fit is not None:
+                for m, bias in zip(entry.site.consumers, entry.fit.biases, strict=True):
+                    known = self.maps[m.name]
+                    self.maps[m.name] = replace(known, bias=known.bias or bool(bias.ne(0).any()))
+            return form
         first = None if producer is None else self.reads.get(producer.name, producer.name)
         form = self._form(entry, prefer, first)
         for m in form.maps:
@@ -268,13 +273,14 @@ def _read_by(site: Site) -> tuple[str, ...]:
 def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
     """The entries, sites whose producer is another's consumer after that one; otherwise in the order given.
 
-    Followed sites come last: their channels are cut out of whatever the other entries leave of their tensors; and after
-    all those whose channels are entries of lists, in which other entries change layers by their names.
+    Followed sites come last, those without a fit behind the others: their channels are cut out of whatever the other
+    entries leave of their tensors; and after all those whose channels are entries of lists, in which other entries
+    change layers by their names.
 
     Raises:
         PlanError: a layer is producer, or consumer, at two sites, or an activation is, or the sites run in a circle.
     """
-    given = sorted(entries, key=lambda entry: (entry.site.followed, bool(entry.site.lists)))
+    given = sorted(entries, key=_turn)
     _check_apart(given)
     made = _owners(given, made_by, "the layer")
     read = _owners(given, _read_by, "the layer")
@@ -300,25 +306,37 @@ def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
     return ordered
 
 
+def _turn(entry: Entry) -> tuple[bool, ...]:
+    """What comes first: layers by name, then followed sites that are fitted, those that are only cut, and lists."""
+    followed = entry.site.followed
+    return followed, bool(entry.site.lists), followed and entry.fit is None
+
+
 def _check_apart(entries: Sequence[Entry]) -> None:
-    """Followed sites cut no axis that another entry changes, and no layer that one has fitted."""
-    changed: dict[tuple[str, str], str] = {}
+    """Followed sites cut no axis that another entry cuts by its layers' names, and fit no layer that one changes.
+
+    What is cut without a fit comes after all fits, and takes its channels out of them.
+    """
+    cut: dict[tuple[str, str], str] = {}
+    fitted: dict[tuple[str, str], str] = {}
     for entry in entries:
         site = entry.site
         for name in made_by(site):
-            changed[name, "rows"] = site.name
-        if not site.followed or entry.fit is not None:  # others are cut through their slots, one after the other
+            cut[name, "rows"] = site.name
+        if not site.followed:  # others are cut through their slots, one after the other
             for m in site.consumers:
-                changed[m.name, "columns"] = site.name
+                cut[m.name, "columns"] = site.name
         if entry.fit is not None:
             for m in site.maps:
                 for side in ("rows", "columns"):
-                    changed.setdefault((m.name, side), site.name)
+                    fitted.setdefault((m.name, side), site.name)
     for entry in entries:
         site_name = entry.site.name
         sides = [(slot.module, str(slot.side)) for slot in entry.site.slots]
+        changed = cut
         if entry.site.followed and entry.fit is not None:
             sides += [(m.name, "rows") for m in entry.site.consumers]
+            changed = fitted | cut
         for layer, side in sides:
             other = changed.get((layer, side), site_name)
             if other != site_name:
