@@ -12,6 +12,7 @@ from shallower.calibrating.walking import Walk
 from shallower.core.inputs import call
 from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.calibration import Calibration
+from shallower.methods.squeezing.coupled.readers import is_coupled
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.methods.squeezing.squeeze import narrowable
 from shallower.methods.squeezing.sweeping import Sweep
@@ -74,8 +75,9 @@ def test_plans_are_those_of_passes_from_the_inputs(name: str) -> None:
     plans = [Sweep(model, sites, calibration, walking=walking).plan(widths)[0] for walking in (True, False)]
     for one, other in zip(plans[0].entries, plans[1].entries, strict=True):
         assert torch.equal(one.fates, other.fates)
-        assert one.fit is not None
-        assert other.fit is not None
+        assert (one.fit is None) == (other.fit is None) == (is_coupled(one.site) and len(one.dropped) > 0)
+        if one.fit is None or other.fit is None:
+            continue  # what reads a coupled site's channels is fitted by entries of its own
         for a, b in zip(one.fit.consumers, other.fit.consumers, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 

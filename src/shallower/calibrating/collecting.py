@@ -23,7 +23,7 @@ from shallower.calibrating.site_grams import SiteGrams, SiteRows, fitted_rows, r
 from shallower.calibrating.walking import Walk, walked
 from shallower.core.batches import Batches
 from shallower.core.inputs import InputsOf, MaskOf, default_inputs_of, model_device
-from shallower.core.memory import give_back
+from shallower.core.memory import free_bytes, give_back, total_bytes
 from shallower.core.modes import evaluating
 from shallower.core.processes import gathered, raised_anywhere, summed_over_processes
 from shallower.core.tensors import nbytes_of
@@ -32,6 +32,12 @@ from shallower.sites import Site
 
 _POSITIONS = 1 << 17
 """Positions of which the inputs and outputs themselves are kept, for fitting the producers."""
+
+_COPIES = 4
+"""Matrices of the size of a site's second moments that are held at a time: of rows for fitting and held out, the
+inverse, the products."""
+_SMALL = 1 << 28
+"""Bytes that are not asked about."""
 
 Present = TypeVar("Present")
 
@@ -90,6 +96,7 @@ def collect_goals(
     with evaluating(dense), Recorder(dense, chosen) as recorder:
         for batch in tqdm(calibration, desc="dense outputs", delay=5, leave=False):
             recorder.run(batch.on(device).inputs)
+            calibration.run += batch.rows
             if not goals and most is not None:
                 chosen = _sites_that_fit(recorder, chosen, most // len(calibration))
                 recorder.limit(chosen)
@@ -161,7 +168,7 @@ def collect_grams(
             here = batch.on(device)
             for recorder in dict.fromkeys((target, source)):
                 if recorder is not None:
-                    walked(recorder, walk, index, sites, here.inputs)
+                    calibration.run += batch.rows * walked(recorder, walk, index, sites, here.inputs)
             if walk is None:
                 check_mask(here, source.rows)
             passes.add(target, source, None if goals is None else goals[index], here.mask)
@@ -172,6 +179,21 @@ def collect_grams(
             give_back()
     check_enough(int(summed_over_processes(calibration.rows)[0]))
     return passes.found()
+
+
+def _too_large(site: Site, positions: int) -> Refusal | None:
+    """Why the second moments of a site cannot be held in memory; None where they can."""
+    columns = site.width * site.columns_each
+    needed = 8 * _COPIES * columns * min(columns, positions)
+    if needed < _SMALL:
+        return None
+    room = max(free_bytes(), total_bytes() // 2)
+    if needed <= room or not room:
+        return None
+    return Refusal(
+        f"the second moments of its {columns} columns take {needed / 2**30:.1f} GiB of memory, and there is room for "
+        f"{room / 2**30:.1f} GiB"
+    )
 
 
 def check_enough(samples: int) -> None:
@@ -273,6 +295,8 @@ class _Passes:
             return None
         y = flat(wanted, images)
         step = thinned(len(y) * self._batches, site.width, site.columns_each)
+        if seen.grams is None and (refusal := _too_large(site, len(y) * self._batches // step)) is not None:
+            return refusal
         z = patches(source.inputs[first.name][i], source.read_as[first.name], step)
         x = None
         if self._options.inputs and read_alike(site) and site.producer is not None:

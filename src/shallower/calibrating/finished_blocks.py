@@ -14,6 +14,7 @@ than in a pass from the inputs: the caller has to compare (see `walking.py`), an
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -136,6 +137,13 @@ class FinishedBlocks:
         self.on = False
         self.reached = True
         self._given, self._at, self._bytes = {}, {}, {}
+
+    def part(self, batch: int, before: str) -> float:
+        """Which part of the blocks a pass over this batch runs, through the one behind the block `before`."""
+        ticks = sorted(self.course.finished.values())
+        begin = bisect_right(ticks, self.course.finished.get(self._at.get(batch, ""), 0))
+        end = bisect_right(ticks, self.course.finished.get(before, 0)) + 1
+        return min(1.0, max(end - begin, 1) / max(1, len(ticks)))
 
     @contextmanager
     def resumed(self, batch: int, to: str) -> Iterator[None]:

@@ -116,8 +116,8 @@ class Walk:
         return len(here) == len(there) and all(map(_same_but_rounding, here, there))
 
 
-def walked(recorder: Recorder, walk: Walk | None, index: int, sites: Sequence[Site], inputs: Any) -> None:
-    """One pass of a network over a batch, from its finished blocks where that can be done.
+def walked(recorder: Recorder, walk: Walk | None, index: int, sites: Sequence[Site], inputs: Any) -> float:
+    """One pass of a network over a batch, from its finished blocks where that can be done: the part that ran.
 
     Args:
         recorder: of the network.
@@ -131,11 +131,12 @@ def walked(recorder: Recorder, walk: Walk | None, index: int, sites: Sequence[Si
         blocks = walk.blocks_of(recorder.model)
     if walk is None or blocks is None or not blocks.on or len(sites) != 1:
         recorder.run(inputs)
-        return
+        return 1.0
     site = sites[0]
     to = walk.course.before[site.name]
     if blocks is walk.dense:
         to = walk.course.ahead[site.name]
+    part = blocks.part(index, walk.course.before[site.name])
     try:
         with blocks.resumed(index, to):
             recorder.run(inputs, lambda: blocks.reached)
@@ -144,9 +145,10 @@ def walked(recorder: Recorder, walk: Walk | None, index: int, sites: Sequence[Si
         walk.end(f"{site.name}: {sentence(error)}")
     else:
         if walk.agrees(recorder, site, index == 0):
-            return
+            return part
         walk.end(f"{site.name} reads more than what the block before it returns")
     recorder.run(inputs)
+    return 1.0
 
 
 def _same_but_rounding(a: Tensor, b: Tensor) -> bool:

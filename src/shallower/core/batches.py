@@ -68,16 +68,23 @@ class Batches:
     Attributes:
         digest: SHA-256 of everything that was read.
         rows: samples in all batches.
+        run: samples that networks have run on, each counted as often as it ran, by the part of the network that did.
     """
 
     def __init__(self, most: int | None = None) -> None:
         self.digest = ""
         self.rows = 0
+        self.run = 0.0
         if most is None:
             most = max(_LEAST_ROOM, free_bytes() // 4)
         self._most = most
         self._kept: list[Batch | _Spilled] = []
         self._folder: Path | None = None
+
+    @property
+    def passes(self) -> float:
+        """How often a network has run over all batches."""
+        return self.run / max(1, self.rows)
 
     @classmethod
     def read(

@@ -113,7 +113,7 @@ class Family:
         by_name = {entry.site.name: entry for entry in larger if entry.site.name not in first}
         by_name |= {entry.site.name: entry for entry in smaller.entries if entry.site.name in first}
         entries = [by_name[name] for name in self.order if name in by_name]
-        return Plan(tuple(entries), smaller.fingerprint, smaller.method, smaller.left_out, smaller.seen)
+        return Plan(tuple(entries), smaller.fingerprint, smaller.method, smaller.left_out, smaller.seen, smaller.passes)
 
     def __str__(self) -> str:
         """A table: what each member costs, and the divergence of its output."""

@@ -48,6 +48,8 @@ class Plan:
         method: which method made it, for people.
         left_out: name -> reason of the sites that were given and stay as they are, for people.
         seen: digests of the rows that it was calibrated on, so that nothing is certified on them.
+        passes: how often a network ran over these rows for it, a gradient counted as three times; 0 where it is not
+            known. Of a family what all of it took.
 
     Raises:
         PlanError: entries contradict one another.
@@ -58,6 +60,7 @@ class Plan:
     method: str = ""
     left_out: Mapping[str, str] = field(default_factory=dict)
     seen: tuple[str, ...] = ()
+    passes: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.entries, Entry) or not isinstance(self.entries, Iterable):
@@ -180,6 +183,8 @@ class Plan:
         lines = [f"{title} for {len(self)} sites: {saved}"]
         if self.entries:
             lines.append(_steps_table(self.steps))
+        if self.passes:
+            lines.append(f"calibrated in {self.passes:g} forward passes over the data")
         if self.left_out:
             lines.append("left as they are:")
             lines += [f"  {name}: {reason}" for name, reason in self.left_out.items()]
@@ -224,11 +229,13 @@ class Plan:
     @property
     def _contents(self) -> plan_file.Contents:
         saves = plan_file.Saves(self.params_saved, self.macs_saved)
-        return plan_file.Contents(self.entries, self.fingerprint, self.method, dict(self.left_out), saves, self.seen)
+        told = self.entries, self.fingerprint, self.method, dict(self.left_out), saves, self.seen, self.passes
+        return plan_file.Contents(*told)
 
     @classmethod
     def _of(cls, contents: plan_file.Contents) -> Plan:
-        plan = cls(contents.entries, contents.fingerprint, contents.method, contents.left_out, contents.seen)
+        told = contents.fingerprint, contents.method, contents.left_out, contents.seen, contents.passes
+        plan = cls(contents.entries, *told)
         if contents.saves != plan_file.Saves(plan.params_saved, plan.macs_saved):
             raise PlanError(
                 f"the plan says that it saves {contents.saves.params} params and {contents.saves.macs} MACs, and its "

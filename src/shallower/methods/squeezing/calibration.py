@@ -37,6 +37,9 @@ _SENSITIVE = 32
 _THINNED = 3
 """Of so many rows one tells the sensitivity: a gradient costs as much as two passes and more."""
 
+_BACKWARD = 3
+"""Passes that one forward and backward costs."""
+
 _JUDGED = 8
 """Batches, evenly spaced, on which two networks are compared."""
 
@@ -52,6 +55,7 @@ class Calibration:
     Attributes:
         batches: inputs and masks, the same in every pass.
         options: of the squeezing.
+        refused: sites that cannot be calibrated and keep their widths, each with the reason.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Calibration:
     ) -> None:
         self.options = options or SqueezeOptions()
         self.batches = Batches.read(batches, inputs_of, self.options.mask_of)
+        self.refused: dict[str, str] = {}
 
     @property
     def output_of(self) -> OutputOf:
@@ -73,10 +78,12 @@ class Calibration:
         if not self.options.sensitivity:
             return {}
         names = [m.name for site in sites for m in site.consumers]
+        chosen = list(islice(self.batches, 0, None, -(-len(self.batches) // _SENSITIVE)))
+        self.batches.run += _BACKWARD * sum(batch.rows for batch in chosen) / _THINNED
         return output_metrics(
             model,
             names,
-            list(islice(self.batches, 0, None, -(-len(self.batches) // _SENSITIVE))),
+            chosen,
             output_of=self.output_of,
             logits=self.options.logits,
             seed=self.options.seed,
@@ -125,6 +132,7 @@ def mean_divergence(calibration: Calibration, dense: nn.Module, small: nn.Module
     with evaluating(dense), evaluating(small):
         for index in range(0, min(len(batches), _JUDGED * step), step):
             each = _divergences(calibration, dense, small, batches[index].on(model_device(dense)))
+            batches.run += 2 * batches[index].rows
             total, count = total + float(each.sum()), count + each.numel()
     total, count = summed_over_processes(total, count)
     return total / max(1, count)

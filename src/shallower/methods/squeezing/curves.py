@@ -55,6 +55,7 @@ def error_curves(
             if isinstance(grams, Refusal):
                 # what cannot be calibrated keeps its width, and does not keep the others from being squeezed
                 curves[site.name] = {site.width: 0.0}
+                calibration.refused[site.name] = str(grams)
                 continue
             curve = error_curve(site, grams, metric_of(site, metrics, grams), paths=paths[site.name])
             scale = 1.0

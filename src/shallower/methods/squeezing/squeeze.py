@@ -102,7 +102,7 @@ def squeeze(
         with _explaining(search):
             plan = search.plan(target, score)
         search.sweep.warn_of_shortage(plan)
-        return replace(plan, seen=search.sweep.calibration.batches.seen())
+        return _told(plan, search.sweep.calibration)
 
 
 def squeeze_family(
@@ -148,11 +148,16 @@ def squeeze_family(
         search = _search(model, sites, batches, options, uniform, inputs_of, None, checkpoint)
         with _explaining(search):
             members = tuple(reversed(list(search.members(smallest, count))))
-        seen = search.sweep.calibration.batches.seen()
         for member in members:
             search.sweep.warn_of_shortage(member.plan)
-        kept = [replace(member, plan=replace(member.plan, seen=seen)) for member in members]
+        kept = [replace(member, plan=_told(member.plan, search.sweep.calibration)) for member in members]
         return Family(tuple(kept), search.counts.before, tuple(search.sites.names))
+
+
+def _told(plan: Plan, calibration: Calibration) -> Plan:
+    """The plan with what is known of its making: the rows, how often they ran, and what could not be calibrated."""
+    batches = calibration.batches
+    return replace(plan, seen=batches.seen(), passes=round(batches.passes, 1), left_out=dict(calibration.refused))
 
 
 def _search(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import shallower as sh
+from shallower.calibrating import collecting
 from shallower.finding.kinds import find_sites
 from shallower.measuring.cost import count_macs, count_params
 from shallower.methods.offered import offered
@@ -175,3 +176,24 @@ def test_the_model_is_not_changed() -> None:
     squeeze(model, found(model), images().split(32), "macs:70%")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_the_plan_tells_how_often_a_network_ran_over_the_data(tmp_path: object) -> None:
+    model = seen(staged())
+    plan = squeeze(model, found(model), images().split(32), "macs:70%")
+    assert 2 < plan.passes < 100
+    assert f"calibrated in {plan.passes:g} forward passes" in str(plan)
+    plan.save(str(tmp_path))
+    assert sh.Plan.load(str(tmp_path)).passes == plan.passes
+
+
+def test_a_site_whose_moments_do_not_fit_into_memory_keeps_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collecting, "_SMALL", 8 * 4 * 100**2)
+    monkeypatch.setattr(collecting, "free_bytes", lambda: 8 * 4 * 100**2)
+    monkeypatch.setattr(collecting, "total_bytes", lambda: 0)
+    model = seen(staged())
+    plan = squeeze(model, found(model, "hidden"), images().split(32), "macs:90%")
+    assert list(plan.sites.names) == ["3"]
+    (reason,) = plan.left_out.values()
+    assert "144 columns take" in reason
+    assert "there is room for" in reason

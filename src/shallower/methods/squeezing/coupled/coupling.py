@@ -40,6 +40,8 @@ from shallower.planning.fits import Fit
 from shallower.sites import LinearMap, Site
 
 _SELECTION_RIDGE = 1e-4
+_MEMORY = 1 << 28
+"""Bytes of Gram matrices that are held at a time."""
 
 
 class Coupling:
@@ -72,26 +74,42 @@ class Coupling:
             FitError: the calibration data are too few or not finite.
         """
         found: dict[str, dict[int, float]] = {}
-        for site in self.sites:
-            parts = self._parts(site, metrics)
-            if parts is None:
-                found[site.name] = {site.width: 0.0}
-                continue
-            whole = sum(part.whole for part in parts)
-            order = self._orders[site.name] = eliminate_jointly(parts, site.least)
-            widths = range(site.least, site.width + 1)
-            found[site.name] = {width: damage(order.error(width), whole) for width in widths}
+        for group in self._fitting_in_memory():
+            grams = self.calibration.grams(self.dense, None, self.read(group))
+            for site in group:
+                parts = self._parts(site, grams, metrics)
+                if isinstance(parts, Refusal):
+                    found[site.name] = {site.width: 0.0}
+                    self.calibration.refused[site.name] = str(parts)
+                    continue
+                whole = sum(part.whole for part in parts)
+                order = self._orders[site.name] = eliminate_jointly(parts, site.least)
+                widths = range(site.least, site.width + 1)
+                found[site.name] = {width: damage(order.error(width), whole) for width in widths}
         return found
 
-    def _parts(self, site: Site, metrics: Mapping[str, Centred]) -> list[Part] | None:
-        """What each reader loses without channels; None where one of them was not seen."""
-        readers = self.readers[site.name]
-        grams = self.calibration.grams(self.dense, None, [reader.site for reader in readers])
+    def _fitting_in_memory(self) -> list[list[Site]]:
+        """The sites in groups whose readers' moments fit into memory together."""
+        groups: list[list[Site]] = []
+        room = 0
+        for site in self.sites:
+            needed = sum(16 * (reader.map.d_in * reader.map.taps) ** 2 for reader in self.readers[site.name])
+            if needed > room:
+                groups.append([])
+                room = _MEMORY
+            groups[-1].append(site)
+            room -= needed
+        return groups
+
+    def _parts(
+        self, site: Site, grams: Mapping[str, SiteGrams | Refusal], metrics: Mapping[str, Centred]
+    ) -> list[Part] | Refusal:
+        """What each reader loses without channels; or why one of them cannot be calibrated."""
         parts: list[Part] = []
-        for reader in readers:
-            own = grams.pop(reader.site.name)
+        for reader in self.readers[site.name]:
+            own = grams[reader.site.name]
             if isinstance(own, Refusal):
-                return None
+                return Refusal(f"`{reader.map.name}`: {own}")
             scale = 1.0
             if self.calibration.options.sensitivity:
                 scale = float(reader.map.positions)
