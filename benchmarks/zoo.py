@@ -353,6 +353,7 @@ def reasons(model: nn.Module, inputs: Inputs, sites: sh.Sites) -> dict[str, str]
             said = [refused.get(run, "") for run in inside]
             said += [run.closed for run in inside if run.closed != ONE]
             said.append(sites.skipped.get(names[module], ""))
+            said += [run.closed for run in inside]
             text = next((reason for reason in said if reason), "")
             found[f"{names[module]}.{attribute}".lstrip(".") + f"[{axis}]"] = text
     return found

@@ -210,6 +210,20 @@ class Following:
             self.averages.append((layout, self._now))
 
 
+def leads_out(value: Value) -> bool:
+    """Whether the model returns something that is computed of a value, or keeps it."""
+    waiting, seen = [value], {value}
+    while waiting:
+        current = waiting.pop()
+        if current.output:
+            return True
+        for call in current.readers:
+            made = [other for other in call.outputs if other not in seen]
+            waiting += made
+            seen.update(made)
+    return False
+
+
 def _is_normed_weight(value: Value) -> bool:
     """Whether it is a weight that a layer computes anew in every pass, and keeps in an attribute."""
     return value.call is not None and value.call.name == "weight_norm"

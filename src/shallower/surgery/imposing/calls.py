@@ -28,6 +28,9 @@ Gone = list[tuple[int, Tensor]]
 BY_ELEMENT = {"layer_norm", "rms_norm"}
 """Averages over the last dimensions whose shape they are given, with weights of that shape."""
 
+PAIRED = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"}
+"""Averages of what is computed of two tensors of one shape."""
+
 LIKE_INPUT = {*BY_ELEMENT, "group_norm", "batch_norm", "instance_norm", "weight_norm"}
 """Averages that give each channel divided by their size, and not the averages themselves."""
 
@@ -88,7 +91,9 @@ def _averaging(
     (dim, own), *rest = gone
     stay = (~own).nonzero().flatten().to(x.device)
     x = x.index_select(dim, stay)
-    if name in BY_ELEMENT or name == "group_norm":
+    if name == "scaled_dot_product_attention":
+        args = (args[0].index_select(dim, stay), *args[1:])
+    if name in BY_ELEMENT | PAIRED or name == "group_norm":
         along = 0 if name == "group_norm" else dim
         args, kwargs = mapped(lambda vector: vector.index_select(along, stay), (args, kwargs))
     if name in BY_ELEMENT:

@@ -50,7 +50,7 @@ def with_extra_by_hand(x, w, o, k, v, count=2):
 def separate(q, k, v, a, b, c, o, count=2):
     """Queries, keys and values with weights of their own."""
     made = F.multi_head_attention_forward(
-        q, k, v, q.shape[-1], count, None, None, None, None, False, 0.0, o, None, training=False, need_weights=True,
+        q, k, v, q.shape[-1], count, torch.empty([0]), None, None, None, False, 0.0, o, None, training=False, need_weights=True,
         use_separate_proj_weight=True, q_proj_weight=a, k_proj_weight=b, v_proj_weight=c,
     )  # fmt: skip
     return made[0]
@@ -118,7 +118,7 @@ USAGES = [
         "one head",
         lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None]),
         "q:4,6 k:5,6 v:5,7",
-        "v1",
+        "q1 k1|v1",
     ),
     Usage(
         "one head of a given scale",

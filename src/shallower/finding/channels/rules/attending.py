@@ -6,14 +6,13 @@ F.multi_head_attention_forward(x, x, x, width, heads, ...)
 
 from __future__ import annotations
 
-from shallower.finding.channels.following import Axes, Following, rule
+from shallower.finding.channels.following import Axes, Following, leads_out, rule
 from shallower.finding.channels.layout import Layout, close, divide, fixed, is_open, parts_of, tie, within
 from shallower.finding.channels.rules.arguments import given, integer, optional, tensor
 from shallower.recording.tracing import Call
 
 FEATURES = "the features of a head stay; heads can be cut"
 POSITIONS = "positions attend to each other"
-SCALE = "the scale of attention depends on how many there are"
 SHARED = "query heads of one key head"
 
 
@@ -36,17 +35,17 @@ def attention(f: Following, call: Call) -> Axes:
         f.broadcast([*batch, positions, places], f.axes(mask))
     for axis in batch:
         f.mark(axis, "attended")
-    _close_features(call, batch, features, made)
+    _close_features(f, call, batch, features, made)
     return [*batch, positions, made]
 
 
-def _close_features(call: Call, heads: Axes, features: Layout, made: Layout) -> None:
-    """What a head is made of stays; of a single head only what is compared, by a scale."""
+def _close_features(f: Following, call: Call, heads: Axes, features: Layout, made: Layout) -> None:
+    """What a head is made of stays; what a single one is made of may go, and the scale is of what stays."""
     if any(is_open(axis) for axis in heads):
         close(features, FEATURES)
         close(made, FEATURES)
     elif given(call, 6, "scale") is None:
-        close(features, SCALE)
+        f.mark(features, "averaged")
 
 
 @rule("multi_head_attention_forward")
@@ -75,7 +74,7 @@ def layer(f: Following, call: Call) -> list[Axes]:
 def _projections(f: Following, call: Call) -> list[tuple[Layout, Layout]]:
     """Rows and columns of the maps to q, k and v."""
     packed = optional(call, 5, "in_proj_weight")
-    if packed is not None:
+    if packed is not None and not given(call, 17, "use_separate_proj_weight"):
         made, read = f.axes(packed)
         return [(part, read) for part in parts_of(made, [made.size // 3] * 3)]
     found: list[tuple[Layout, Layout]] = []
@@ -113,7 +112,7 @@ def _results(f: Following, call: Call, made: Axes, heads: Layout) -> list[Axes]:
         batch = made[1:-1]
         if len(value.shape) == len(batch) + 3:
             batch = [*batch, heads]
-        elif value.readers or value.output:
+        elif leads_out(value):
             close(heads, f"{f.title(call)} gives an average over its heads")
         positions = value.shape[len(batch) :]
         found.append([*batch, *(fixed(size, POSITIONS) for size in positions)])

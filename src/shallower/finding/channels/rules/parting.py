@@ -7,6 +7,7 @@ x.narrow(1, 0, 8)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
@@ -63,18 +64,15 @@ def stacked(f: Following, call: Call) -> Axes:
 
 @rule("chunk unsafe_chunk split unsafe_split split_with_sizes tensor_split")
 def divided(f: Following, call: Call) -> list[Axes]:
-    """Parts of an axis; where they are equal by definition, what goes in one goes in all."""
+    """Parts of an axis; where they are as equal as they can be by definition, what goes in one goes in all."""
     axes = f.axes(tensor(call, 0, "input", "tensor", "self"))
     sizes_given = given(call, 1, "chunks", "split_size", "split_sizes", "split_size_or_sections", "indices_or_sections")
     dim = integer(call, 2, "dim", 0) % len(axes)
     sizes = [part.shape[dim] for part in call.outputs]
     if not isinstance(sizes_given, int):
         layouts = parts_of(axes[dim], sizes)
-    elif len(set(sizes)) == 1:
-        layouts = _equal(axes[dim], sizes[0])
     else:
-        close(axes[dim], f"{f.title(call)} divides it into parts that are not equal")
-        layouts = [fixed(size, reason_of(axes[dim])) for size in sizes]
+        layouts = _equal(axes[dim], sizes, f"{f.title(call)} divides it into parts that are not equal")
     return [_with(axes, dim, layout) for layout in layouts]
 
 
@@ -97,11 +95,15 @@ def take_at(f: Following, call: Call, layout: Layout, index: Any) -> None:
         split(layout, layout.size - 1)
 
 
-def _equal(layout: Layout, length: int) -> list[Layout]:
-    """Parts that stay equal: what goes in one goes in all."""
-    parts = parts_of(layout, [length] * (layout.size // length))
-    for part in parts[1:]:
-        tie(parts[0], part)
+def _equal(layout: Layout, sizes: Sequence[int], reason: str) -> list[Layout]:
+    """Parts that stay as equal as they are: what goes in one goes in all, and what only some of them have stays."""
+    parts, alike = parts_of(layout, sizes), list[Layout]()
+    for part in parts:
+        own, rest = parts_of(part, [min(sizes), part.size - min(sizes)])
+        close(rest, reason)
+        alike.append(own)
+    for own in alike[1:]:
+        tie(alike[0], own)
     return parts
 
 

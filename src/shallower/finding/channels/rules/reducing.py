@@ -46,6 +46,23 @@ def averaged(f: Following, call: Call) -> list[Axes]:
     return without(call, axes, dims)
 
 
+@rule("mse_loss l1_loss smooth_l1_loss huber_loss")
+def loss(f: Following, call: Call) -> Axes:
+    """How far two tensors are apart at each place, on average."""
+    old = (given(call, 2, "size_average"), given(call, 3, "reduce"))
+    if len(call.inputs) != 2 or (call.name != "huber_loss" and old != (None, None)):
+        raise UnknownUseError
+    axes = f.tied(call.inputs)
+    reduction = given(call, 2 if call.name == "huber_loss" else 4, "reduction")
+    if reduction == "none":
+        return axes
+    if reduction not in (None, "mean"):
+        raise UnknownUseError
+    for axis in axes:
+        f.mark(axis, "averaged")
+    return []
+
+
 @rule("norm vector_norm linalg_vector_norm linalg_norm norm_except_dim")
 def length(f: Following, call: Call) -> list[Axes]:
     """Zeros add nothing to a length."""

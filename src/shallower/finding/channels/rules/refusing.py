@@ -13,7 +13,7 @@ from shallower.recording.tracing import Call
 
 REASONS = {
     "nonzero argwhere masked_select unique unique_consecutive": "picks positions by the numbers it reads",
-    "mse_loss l1_loss smooth_l1_loss huber_loss kl_div binary_cross_entropy binary_cross_entropy_with_logits "
+    "kl_div binary_cross_entropy binary_cross_entropy_with_logits "
     "cross_entropy nll_loss cosine_embedding_loss triplet_margin_loss ctc_loss": "makes one number of all channels",
     "stft istft": "mixes positions by frequency",
     "quantize_per_tensor quantize_per_channel fake_quantize_per_channel_affine": "rounds numbers by tables",
