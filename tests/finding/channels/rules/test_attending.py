@@ -50,8 +50,8 @@ def with_extra_by_hand(x, w, o, k, v, count=2):
 def separate(q, k, v, a, b, c, o, count=2):
     """Queries, keys and values with weights of their own."""
     made = F.multi_head_attention_forward(
-        q, k, v, q.shape[-1], count, torch.empty([0]), None, None, None, False, 0.0, o, None, training=False, need_weights=True,
-        use_separate_proj_weight=True, q_proj_weight=a, k_proj_weight=b, v_proj_weight=c,
+        q, k, v, q.shape[-1], count, torch.empty([0]), None, None, None, False, 0.0, o, None, training=False,
+        need_weights=True, use_separate_proj_weight=True, q_proj_weight=a, k_proj_weight=b, v_proj_weight=c,
     )  # fmt: skip
     return made[0]
 
