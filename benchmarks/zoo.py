@@ -315,7 +315,7 @@ def other_inputs(inputs: Inputs) -> Iterator[Inputs]:
 
 
 def reached(counted: Iterable[Width], small: nn.Module) -> set[Width]:
-    """The widths half of which went. Where one axis holds several odd widths, a little more than half is left."""
+    """The widths half of which went."""
     left = dict(small.named_parameters())
     found = set()
     for width in counted:
@@ -323,8 +323,7 @@ def reached(counted: Iterable[Width], small: nn.Module) -> set[Width]:
         if parameter is None:
             found.add(width)
             continue
-        now = parameter.shape[width.axis] if width.axis < parameter.dim() else 0
-        if now <= max((width.size + 1) // 2, 0.6 * width.size):
+        if width.is_halved(parameter):
             found.add(width)
     return found
 

@@ -251,6 +251,23 @@ def test_weights_that_no_operation_uses_are_not_counted_where_there_are_no_gradi
     assert counted == {"used.weight"}
 
 
+def test_a_parameter_that_is_added_is_one_width_of_all_its_channels() -> None:
+    class Biased(nn.Module):
+        def __init__(self, heads: int) -> None:
+            super().__init__()
+            self.first, self.bias = nn.Linear(5, 4 * heads), nn.Parameter(torch.randn(heads, 4))
+            self.last = nn.Linear(4 * heads, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = self.first(x).unflatten(-1, (-1, 4)) + self.bias
+            return self.last(heads.relu().flatten(-2))
+
+    counted = axes.widths(Biased(6), torch.randn(2, 5))
+    assert counted == [axes.Width("bias", 1, 4, 24), axes.Width("first.weight", 0, 24)]
+    assert zoo.reached(counted, Biased(3)) == set(counted)
+    assert zoo.reached(counted, Biased(4)) == set()
+
+
 def test_of_a_table_whose_positions_are_picked_the_other_axis_gives_channels() -> None:
     class Table(nn.Module):
         def __init__(self) -> None:

@@ -5,8 +5,10 @@
 
 A width is an output axis of a parameter of two or more dimensions that the output depends on. Which axis that is shows
 at the operations that PyTorch executes: the rows of a matrix product, the filters of a convolution, the features of an
-embedding. Axes that are the output's own do not count: changing one position along them changes other positions of the
-output than changing another does, as the rows of a classifier and the words of a vocabulary do.
+embedding. A parameter that is added, a bias of each head's features for instance, may give channels along several axes:
+it is one width, and all of its numbers count. Axes that are the output's own do not count: changing one position along
+them changes other positions of the output than changing another does, as the rows of a classifier and the words of a
+vocabulary do.
 """
 
 from __future__ import annotations
@@ -28,11 +30,25 @@ PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_grouped_mm": 0}
 
 @dataclass(frozen=True)
 class Width:
-    """An axis of a parameter whose positions are channels that it gives."""
+    """An axis of a parameter whose positions are channels that it gives.
+
+    Attributes:
+        tensor: dotted name.
+        axis, size: which axis, and how many positions it has.
+        numbers: of a parameter that is added, how many numbers it has; else 0.
+    """
 
     tensor: str
     axis: int
     size: int
+    numbers: int = 0
+
+    def is_halved(self, now: Tensor) -> bool:
+        """Whether half of it went. Where one axis holds several odd widths, a little more than half is left."""
+        before, left = self.size, now.shape[self.axis] if self.axis < now.dim() else 0
+        if self.numbers:
+            before, left = self.numbers, now.numel()
+        return left <= max((before + 1) // 2, 0.6 * before)
 
 
 def called(model: nn.Module, inputs: Inputs) -> Any:
@@ -67,10 +83,13 @@ def widths(model: nn.Module, inputs: Inputs) -> list[Width]:
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or name not in read:
             continue
-        axis = watching.axes.get(name)
+        axis, count = watching.axes.get(name), 0
         if axis is None:
-            axis = _usual_axis(model, name, parameter)
-        width = Width(name, axis, parameter.shape[axis])
+            axis = _usual_axis(model, name)
+        if axis is None:
+            axis = max((i for i in range(parameter.dim()) if parameter.shape[i] > 1), default=0)
+            count = parameter.numel()
+        width = Width(name, axis, parameter.shape[axis], count)
         if width.size < 2 or (_may_be_output(width, shapes) and _is_output(model, inputs, width)):
             continue
         found.append(width)
@@ -121,17 +140,15 @@ class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.axes[name] = steps[0]
 
 
-def _usual_axis(model: nn.Module, name: str, parameter: Tensor) -> int:
-    """Where a weight that is changed before it is used gives channels; others are added, along their last axis."""
+def _usual_axis(model: nn.Module, name: str) -> int | None:
+    """Where a weight that is changed before it is used gives channels; None of others, which are added."""
     name = name.partition(".parametrizations.")[0] + (".weight" if ".parametrizations." in name else "")
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return 1
     if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)):
         return 0
-    if "weight" in name.rpartition(".")[2]:
-        return 0
-    return max((i for i in range(parameter.dim()) if parameter.shape[i] > 1), default=0)
+    return 0 if "weight" in name.rpartition(".")[2] else None
 
 
 def _read(model: nn.Module, outputs: Sequence[Tensor], used: set[str]) -> set[str]:

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 import shallower as sh
 from shallower.core.inputs import call
-from shallower.core.modes import evaluating, in_eval_mode, same_modes, single_pass, unchanged, without_inference_mode
+from shallower.core.modes import (
+    compute_anew,
+    evaluating,
+    in_eval_mode,
+    same_modes,
+    single_pass,
+    unchanged,
+    without_inference_mode,
+)
 
 WRITES: dict[str, Callable[[Any], object]] = {
     "in place": lambda m: m.n.add_(1),
@@ -343,3 +351,35 @@ def test_no_step_of_a_squeeze_leaves_a_trace_in_buffers() -> None:
     assert int(simulated.calls) == 5
     simulated(x)
     assert contents(model) == before
+
+
+class LooksUpOnce(nn.Module):
+    """Keeps what it has looked up, until its weights move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.biases, self.last = nn.Linear(4, 6), nn.Parameter(torch.randn(6, 3)), nn.Linear(6, 2)
+        self.known: dict[str, Tensor] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LooksUpOnce:
+        self.known = {}
+        return super()._apply(fn, recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.known:
+            self.known["x"] = self.biases[:, 1]
+        return self.last(self.first(x) + self.known["x"])
+
+
+def test_what_is_kept_computed_of_weights_is_computed_anew() -> None:
+    model, x = LooksUpOnce().eval(), torch.randn(5, 4)
+    with torch.no_grad():
+        model(x)
+    known = model.known
+    site = sh.find_sites(model, x, kinds="hidden")["first"]
+    assert "biases" in site.layers or any(slot.tensor == "biases" for slot in site.slots)
+    assert model.known is known
+    small = sh.apply(model, sh.Plan((sh.Entry.narrow(site, [0, 3, 5]),)), x)
+    assert small(x).shape == (5, 2)
+    compute_anew(model)
+    assert model.known == {}

@@ -58,11 +58,24 @@ def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
         _evaluated.append((model, buffers))
         stack.callback(_evaluated.pop)
         stack.enter_context(in_eval_mode(model))
+        compute_anew(model)
         yield
 
 
 _evaluated: list[tuple[nn.Module, _Buffers]] = []
 """The models that are within `evaluating`, the innermost last."""
+
+
+def compute_anew(model: nn.Module) -> None:
+    """Let modules drop what they keep computed of their weights, as they do where these move.
+
+        compute_anew(model)     # relative positions that attention has looked up once, for instance
+
+    That is what an `_apply` of their own is for; those of recurrent layers lay weights side by side.
+    """
+    for module in model.modules():
+        if type(module)._apply is not nn.Module._apply and not isinstance(module, nn.RNNBase):
+            module._apply(lambda tensor: tensor)  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from shallower.core.modes import without_inference_mode
+from shallower.core.modes import compute_anew, without_inference_mode
 from shallower.core.trees import tensors
 from shallower.errors import MethodError, SiteError
 from shallower.modules.offloading import shared_weights
@@ -116,6 +116,7 @@ def detached_copy(model: M, memo: Mapping[int, Any] | None = None) -> M:
     """
     duplicate = copied(model, memo)
     detach(duplicate)
+    compute_anew(duplicate)
     return duplicate
 
 

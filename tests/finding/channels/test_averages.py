@@ -105,7 +105,8 @@ def _standardised() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("model", "shape"), [(Outside(), (5, 4)), (Seen(), (2, 3, 5, 5)), (Compared(), (2, 3, 5, 5)), (_standardised(), (2, 3, 5, 5))]
+    ("model", "shape"),
+    [(Outside(), (5, 4)), (Seen(), (2, 3, 5, 5)), (Compared(), (2, 3, 5, 5)), (_standardised(), (2, 3, 5, 5))],
 )
 def test_an_average_anywhere_is_that_of_the_channels_that_stay(model: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)

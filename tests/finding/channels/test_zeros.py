@@ -59,10 +59,14 @@ def test_sums_of_what_is_zero_are_cut_exactly(f: Callable[[Tensor], Tensor]) -> 
         lambda h: h.masked_fill(h > 0, 2.0),
     ],
 )
-def test_sums_of_what_is_not_are_refused_with_the_reason(f: Callable[[Tensor], Tensor]) -> None:
-    sites = find_sites(drawn(Summed(f)), torch.randn(5, 4), kinds="hidden")
-    assert len(sites) == 0
-    assert REASON in sites.skipped["a"]
+def test_sums_of_what_is_not_are_those_of_the_channels_that_stay(f: Callable[[Tensor], Tensor]) -> None:
+    model, x = drawn(Summed(f)), torch.randn(5, 4)
+    (site,) = find_sites(model, x, kinds="hidden")
+    assert [call.function for call in site.averages] == ["sum"]
+    plan = sh.Plan((sh.Entry.narrow(site, [0, 2, 5]),))
+    small = sh.apply(model, plan, x)
+    expected = f(model.a(x)[:, [0, 2, 5]]).sum(-1, keepdim=True)
+    torch.testing.assert_close(small(x), model.b(expected))
 
 
 def test_an_input_that_is_added_is_not_zero() -> None:
@@ -72,20 +76,21 @@ def test_an_input_that_is_added_is_not_zero() -> None:
             self.a, self.b = nn.Linear(4, 6), nn.Linear(1, 3)
 
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            return self.b((self.a(x) + t).relu().sum(-1, keepdim=True))
+            return self.b((self.a(x) + t).relu().norm(dim=-1, keepdim=True))
 
     sites = find_sites(drawn(Shifted()), (torch.randn(5, 4), torch.tensor(-1.0)), kinds="hidden")
     assert REASON in sites.skipped["a"]
 
 
-def test_scores_over_features_that_are_linear_are_exact() -> None:
+@pytest.mark.parametrize("f", [torch.relu, torch.sigmoid])
+def test_scores_over_features_are_exact(f: Callable[[Tensor], Tensor]) -> None:
     class Scores(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.q, self.k, self.b = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(5, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.q(x) @ self.k(x).transpose(-1, -2))
+            return self.b(f(self.q(x)) @ f(self.k(x)).transpose(-1, -2))
 
     model, x = drawn(Scores()), torch.randn(2, 5, 4)
     (site,) = find_sites(model, x, kinds="hidden")
@@ -107,7 +112,7 @@ def test_distances_need_both_sides_to_be_zero() -> None:
     assert REASON in sites.skipped["a"]
 
 
-def test_a_weight_that_is_computed_has_to_be_zero_too() -> None:
+def test_a_weight_that_is_computed_has_to_be_zero_or_left_out() -> None:
     class Mixed(nn.Module):
         def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
             super().__init__()
@@ -117,5 +122,9 @@ def test_a_weight_that_is_computed_has_to_be_zero_too() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.a(x).cos() @ self.f(self.mix)
 
-    assert len(find_sites(drawn(Mixed(torch.tanh)), torch.randn(5, 4), kinds="hidden")) == 1
-    assert REASON in find_sites(drawn(Mixed(torch.sigmoid)), torch.randn(5, 4), kinds="hidden").skipped["a"]
+    for f, count in ((torch.tanh, 0), (torch.sigmoid, 1)):
+        model, x = drawn(Mixed(f)), torch.randn(5, 4)
+        (site,) = find_sites(model, x, kinds="hidden")
+        assert len(site.averages) == count
+        plan = sh.Plan((sh.Entry.narrow(site, [1, 2, 4]),))
+        torch.testing.assert_close(sh.apply(model, plan, x)(x + 1), sh.simulate(model, plan)(x + 1))

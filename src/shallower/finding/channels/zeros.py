@@ -1,7 +1,8 @@
 """Which channels are zero where the weights that make them are zero.
 
 A sum over channels without weights (a length, q k^T) is the same over fewer channels only where those that go
-would add zeros: a cut leaves them out, simulation sets their weights to zero.
+would add zeros: a cut leaves them out, simulation sets their weights to zero. Where they would add other numbers, a
+plain sum or product is taken as an average is: of the channels that stay.
 """
 
 from __future__ import annotations
@@ -47,11 +48,14 @@ LENGTHS = {
 SUMS = {"add", "sub", "lerp", "maximum", "minimum", "where", "addcmul"}
 """Zero where all that they read is."""
 
+LEAVE_OUT = {"sum", "nansum", "matmul", "bmm"}
+"""Functions that can be made to read only some channels, as those that take averages can."""
+
 REASON = "adds up channels that are not zero when their weights are"
 
 
 def close_sums(f: Following) -> None:
-    """Close the channels that are added up without weights and may not be zero."""
+    """Close the channels that are added up without weights, may not be zero, and cannot be left out."""
     zero = _Zeros(f)
     for layout, call in (*f.contracted, *_lengths(f)):
         for run in set(runs(layout)):
@@ -65,8 +69,16 @@ def close_sums(f: Following) -> None:
             right = any(zeros)
             if call.name in LENGTHS:
                 right = all(zeros)
-            if zeros and not right:
+            if zeros and not right and _may_leave_out(call):
+                run.marks.add("averaged")
+                f.averages.append((run, call))
+            elif zeros and not right:
                 close(run, f"{f.title(call)} {REASON}")
+
+
+def _may_leave_out(call: Call) -> bool:
+    """Whether simulation can let a call add up the channels that stay alone."""
+    return call.name in LEAVE_OUT and not _is_turned(call)
 
 
 def _lengths(f: Following) -> Iterator[tuple[Layout, Call]]:

@@ -91,6 +91,8 @@ def _averaging(
     (dim, own), *rest = gone
     stay = (~own).nonzero().flatten().to(x.device)
     x = x.index_select(dim, stay)
+    if name in ("matmul", "bmm"):
+        args = (args[0].index_select(max(args[0].dim() - 2, 0), stay), *args[1:])
     if name == "scaled_dot_product_attention":
         args = (args[0].index_select(dim, stay), *args[1:])
     if name in BY_ELEMENT | PAIRED or name == "group_norm":

@@ -28,6 +28,12 @@ USAGES = [
     Usage("pool of one image", lambda x: F.max_pool2d(x, 2), "x:6,4,4", "x0"),
     Usage("pool with places", lambda x: F.max_pool2d(x, 2, return_indices=True), "x:2,6,4,4", "x0|x1"),
     Usage("interpolate", lambda x: F.interpolate(x, scale_factor=2), "x:2,6,3,3", "x0|x1"),
+    Usage(
+        "positions of a table",
+        lambda x: F.interpolate(x, size=(5, x.shape[-1]), mode="bilinear"),
+        "x:2,3,4,6",
+        "x0|x1|x3",
+    ),
     Usage("interpolate lines", lambda x: F.interpolate(x, size=7, mode="linear"), "x:2,6,3", "x0|x1"),
     Usage(
         "grid_sample", lambda x, g: F.grid_sample(x, g, align_corners=False), "x:2,6,3,3 g:2,4,4,2", "x0 g0|x1|g1|g2"

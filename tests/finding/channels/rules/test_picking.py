@@ -49,6 +49,12 @@ USAGES = [
     Usage("a number and numbers", lambda x, i: x[1, :, i], "x:2,3,6 i:int6:4", "x1"),
     Usage("a mask of rows", lambda x, m: x[m], "x:5,6 m:bool:5", "x1"),
     Usage("a mask of places", lambda x, m: x[m], "x:2,3,6 m:bool:2,3", "x2"),
+    Usage(
+        "a mask of whole rows",
+        lambda x, m: x[m[:, :, None].expand_as(x)].view(-1, x.shape[-1]),
+        "x:2,3,6 m:bool:2,3",
+        "x2",
+    ),
     Usage("a mask behind a slice", lambda x, m: x[:, m], "x:4,2,3,6 m:bool:2,3", "x0|x3"),
     Usage("written as a whole", lambda x, y: put(x, (slice(None),), y), "x:2,6 y:6", "x0|x1 y0"),
     Usage(

@@ -45,12 +45,17 @@ def pooled(f: Following, call: Call) -> list[Axes]:
     for value in call.outputs:
         found.append([*batch, *pixels(f, call, value.shape[len(batch) :])])
     for i, axis in enumerate(axes[len(axes) - dims :], len(batch)):
-        if _looks_at_each(call, i - len(batch)):
+        if _looks_at_each(call, i - len(batch)) or (_resizes(call) and call.outputs[0].shape[i] == axis.size):
             for made in found:
                 made[i] = axis
         else:
             close_pixels(f, call, [axis])
     return found
+
+
+def _resizes(call: Call) -> bool:
+    """Whether a call gives an axis as it is where that keeps its size."""
+    return call.name in ("interpolate", "upsample") and given(call, 1, "size") is not None
 
 
 def _looks_at_each(call: Call, axis: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from shallower.finding.channels.following import Axes, Following, UnknownUseError, rule
 from shallower.finding.channels.indices import close_positions, is_blank, named
-from shallower.finding.channels.layout import ONE, Layout, close, divide, fixed, is_open, tie
+from shallower.finding.channels.layout import ONE, Layout, close, divide, fixed, is_open, tie, within
 from shallower.finding.channels.rules.arguments import given, integer, tensor
 from shallower.finding.channels.rules.parting import stretch, take_at
 from shallower.recording.tracing import Call, Value
@@ -31,6 +31,9 @@ def part(f: Following, call: Call) -> Axes:
     axes, shape = f.axes(tensor(call, 0)), call.outputs[0].shape
     items = _items(call.args[1])
     masked = _has_mask(items, len(axes), len(shape))
+    whole = masked and len(items) == 1 and items[0].shape == call.inputs[0].shape
+    if whole and repeats_last(items[0]):
+        return [_of_whole_rows(f, call, axes, items[0])]
     found, places = _walk(f, call, axes, items, masked)
     if not places:
         return found
@@ -39,6 +42,15 @@ def part(f: Following, call: Call) -> Axes:
     count = len(shape) - len(found)
     picked = [fixed(size, _picked(f, call)) for size in shape[where : where + count]]
     return [*found[:where], *picked, *found[where:]]
+
+
+def _of_whole_rows(f: Following, call: Call, axes: Axes, mask: Value) -> Layout:
+    """What a mask picks that is the same for all channels of the last axis, one row after the other."""
+    f.broadcast(axes, f.axes(mask))
+    for axis in axes[:-1]:
+        close(axis, f"{f.title(call)} takes positions of it by number")
+    rows = call.outputs[0].elements // axes[-1].size
+    return within([fixed(rows, _picked(f, call)), axes[-1]])
 
 
 @rule("setitem")
@@ -232,7 +244,7 @@ def masked_scatter(f: Following, call: Call) -> Axes:
     values, mask, source = tensor(call, 0, "input"), tensor(call, 1, "mask"), tensor(call, 2, "source")
     axes, own = f.axes(values), f.axes(source)
     f.broadcast(axes, f.axes(mask))
-    if _repeats_last(mask) and own[-1].size == axes[-1].size:
+    if repeats_last(mask) and own[-1].size == axes[-1].size:
         tie(axes[-1], own[-1])
         axes_in_order, own = axes[:-1], own[:-1]
     else:
@@ -242,7 +254,7 @@ def masked_scatter(f: Following, call: Call) -> Axes:
     return f.axes(values)
 
 
-def _repeats_last(value: Value) -> bool:
+def repeats_last(value: Value) -> bool:
     """Whether a tensor has equal numbers along its last axis, one that is or will be expanded."""
     if value.shape[-1:] == (1,):
         return True

@@ -174,6 +174,11 @@ def _last_axes(f: Following, call: Call, given: _Given) -> Pairs:
     return _each_axis(f.axes(call.inputs[0])[-len(places) :], places)
 
 
+def _resized(f: Following, call: Call, given: _Given) -> Pairs:
+    places = leaves([given.at(1, "size")], {})
+    return _each_axis(f.axes(call.outputs[0])[-len(places) :], places)
+
+
 def _edges(f: Following, call: Call, given: _Given) -> Pairs:
     places = leaves([given.at(1, "pad")], {})
     before, after = f.axes(call.inputs[0]), f.axes(call.outputs[0])
@@ -265,6 +270,7 @@ _FINDERS: dict[str, _Finder] = {
     **dict.fromkeys(GROUPED, _into_groups),
     "unflatten": _of_one_axis,
     "narrow": _stretch,
+    "interpolate": _resized,
     "pad": _edges,
     "multi_head_attention_forward": _of_attention,
 }
