@@ -234,6 +234,44 @@ def test_models_of_text_with_pictures_or_sounds_are_given_both(name: str, read: 
     assert len(towers) > 5
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("led", {"global_attention_mask"}),
+        ("xlnet", {"token_type_ids"}),
+        ("trocr", {"encoder_hidden_states"}),
+        ("sam", {"input_points", "input_boxes", "input_masks"}),
+        ("llava_next", {"input_ids", "pixel_values", "image_sizes"}),
+        ("video_llava", {"pixel_values", "pixel_values_videos"}),
+        ("qwen3_omni_moe_thinker", {"pixel_values", "input_features"}),
+    ],
+)
+def test_models_are_given_whatever_makes_them_read_every_weight(name: str, given: set[str]) -> None:
+    pytest.importorskip("transformers")
+    model, inputs = of_transformers.made(name)
+    assert given <= set(inputs)
+    read = axes.used(model, inputs)
+    # vectors that are added, as the mask token of XLNet, read nothing
+    assert not [key for key, p in model.named_parameters() if p.squeeze().dim() > 1 and key not in read]
+
+
+def test_what_a_model_keeps_of_its_weights_is_made_anew_from_those_drawn_for_the_zoo() -> None:
+    class Caching(nn.Linear):
+        kept: Tensor | None = None
+
+        def train(self, mode: bool = True) -> Caching:
+            self.kept = None if mode else self.kept
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.kept is None:
+                self.kept = self.weight.detach().clone()
+            return x @ self.kept.T
+
+    model, inputs = Family("caching", "none", lambda: (Caching(4, 3), torch.randn(2, 4))).build()
+    assert torch.equal(model(inputs), inputs @ model.weight.T)
+
+
 def test_weights_that_no_operation_uses_are_not_counted_where_there_are_no_gradients() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:

@@ -42,7 +42,8 @@ class Family:
             model, inputs = self.make()
             model = with_head(model.eval(), inputs)
             randomise(model)
-        return model.eval(), inputs
+        # some keep what they made of their weights until they train
+        return model.train().eval(), inputs
 
 
 def families() -> list[Family]:

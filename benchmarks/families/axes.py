@@ -96,6 +96,14 @@ def widths(model: nn.Module, inputs: Inputs) -> list[Width]:
     return found
 
 
+def used(model: nn.Module, inputs: Inputs) -> set[str]:
+    """The parameters that some operation reads when the model is called with these inputs."""
+    watching = _Watching(model)
+    with torch.no_grad(), watching:
+        called(model, inputs)
+    return watching.used
+
+
 class _Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes which parameters are used, and along which axis each gives channels."""
 

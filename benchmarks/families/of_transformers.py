@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from benchmarks.families import Family, Made
-from benchmarks.families.axes import called, floats
-from benchmarks.families.mixed import mixed_inputs
+from benchmarks.families.axes import called, floats, used
+from benchmarks.families.mixed import MEDIA, mixed_inputs
+from benchmarks.families.optional import optional_inputs
 from benchmarks.families.tiny import VARIANTS, fields, tiny_config
 
 TASKS = (
@@ -33,6 +34,9 @@ TASKS = (
     "TIME_SERIES_PREDICTION",
 )
 """Of a type with several models, the first of these is taken, or else the one without a head."""
+
+BARE = ("vjepa2",)
+"""Types whose models with a head leave out a part of the network."""
 
 MOST_PARAMS = 8_000_000
 
@@ -62,7 +66,7 @@ def made(name: str) -> Made:
 
 
 def _run(model: nn.Module, config: Any) -> Made:
-    """The model and the first inputs that it runs on."""
+    """The model and the first inputs that it runs on, with whatever else makes it read more of its weights."""
     failures = []
     taken = inspect.signature(model.forward).parameters
     for inputs in _inputs(model, config):
@@ -75,15 +79,46 @@ def _run(model: nn.Module, config: Any) -> Made:
             failures.append(f"{sorted(inputs)}: {type(error).__name__}: {error}"[:200])
             continue
         if floats(outputs):
-            return model, inputs
+            return model, _richer(model, config, inputs)
     raise ValueError("; ".join(failures))
+
+
+def _richer(model: nn.Module, config: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with whatever else the model takes that makes it read more of its weights."""
+    for kind in MEDIA:
+        inputs = _better(model, inputs, partial(mixed_inputs, model, config, inputs, kind)) or inputs
+    while True:
+        better = _better(model, inputs, partial(optional_inputs, config, inputs))
+        if better is None:
+            return inputs
+        inputs = better
+
+
+def _better(
+    model: nn.Module, inputs: dict[str, Any], others: Callable[[], Iterator[dict[str, Any]]]
+) -> dict[str, Any] | None:
+    """The first of other inputs with which the model reads more of its weights; None where it does with none."""
+    taken = inspect.signature(model.forward).parameters
+    read = used(model, inputs)
+    if read >= {name for name, _ in model.named_parameters()}:
+        return None
+    for other in others():
+        if not other.keys() <= taken.keys():
+            continue
+        try:
+            now = used(model, other)
+        except Exception:  # of other inputs than it takes
+            continue
+        if len(now) > len(read):
+            return other
+    return None
 
 
 def _model(name: str, config: Any) -> nn.Module:
     """The first task's model, without weights where it is too large."""
     modeling = importlib.import_module("transformers.models.auto.modeling_auto")
     transformers = importlib.import_module("transformers")
-    mappings = [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in TASKS]
+    mappings = [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in TASKS if name not in BARE]
     errors = []
     for mapping in [*mappings, "MODEL_MAPPING_NAMES"]:
         names = getattr(modeling, mapping).get(name)
@@ -109,17 +144,20 @@ def _model(name: str, config: Any) -> nn.Module:
 
 def _inputs(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
     """What the model may take, the likeliest first: all that it can read, where it reads more than text."""
-    yield from mixed_inputs(model, config)
+    words = {"input_ids": torch.randint(5, 90, (2, 6))}
+    for kind in MEDIA:
+        yield from mixed_inputs(model, config, words, kind)
     main = getattr(model, "main_input_name", "input_ids")
     known = fields(config)
-    ids = torch.randint(5, 90, (2, 8))
+    # where experts take no more than so many tokens, enough for each of them to be given some
+    ids = torch.randint(5, 90, (2, 48 if "expert_capacity" in known else 8))
     size = known.get("image_size") or 32
     if isinstance(size, (tuple, list)):
         size = size[0]
     channels = known.get("num_channels") or 3
     pictures = torch.randn(2, channels if isinstance(channels, int) else 3, int(size), int(size))
     frames = torch.randn(2, 2, 3, int(size), int(size))
-    boxes = torch.tensor([1, 2, 5, 7]).expand(2, 8, 4).contiguous()
+    boxes = torch.tensor([1, 2, 5, 7]).repeat(*ids.shape, 1)
     places = torch.arange(6).view(1, 3, 2).expand(2, 3, 2)
     steps = torch.randint(0, 9, (2, 8, int(known.get("max_depth") or 8)))
     mels = known.get("num_mel_bins") or known.get("feature_size") or known.get("input_feat_per_channel") or 16
@@ -130,7 +168,7 @@ def _inputs(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
             {"input_ids": ids, "entity_ids": ids[:, :3], "entity_position_ids": places},
             {"input_ids": ids, "xpath_tags_seq": steps, "xpath_subs_seq": steps},
             {"input_ids": ids},
-            {"input_ids": ids, "decoder_input_ids": ids[:, :5]},
+            {"input_ids": ids, "decoder_input_ids": ids[:, : ids.shape[1] - 3]},
             {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
             {"input_ids": ids, "bbox": boxes},
             {"input_ids": ids, "bbox": boxes.float() / 9},

@@ -45,13 +45,15 @@ SIZES: tuple[tuple[int | str, str], ...] = (
     (1, "first_k_dense_replace moe_layer_start_index"),
     (64, "max_position_embeddings n_positions max_source_positions max_target_positions max_seq_len seq_length n_ctx"),
     (64, "max_sequence_length max_length"),
-    (32, "image_size img_size input_size"),
+    (32, "image_size img_size input_size crop_size"),
+    (4, "mm_tokens_per_image"),
+    (64, "pos_emb_width pos_emb_height"),
     (8, "patch_size num_conv_pos_embeddings"),
     (2, "num_frames tubelet_size num_conv_pos_embedding_groups"),
     (16, "conv_dim tdnn_dim num_mel_bins feature_size input_feat_per_channel feature_projection_input_dim"),
     (4, "sliding_window attention_window local_attention window_size"),
     (4, "state_size ssm_state_size mamba_d_state n_groups time_step_rank mamba_dt_rank"),
-    (6, "num_queries num_latents num_query_tokens n_queries"),
+    (6, "num_queries num_latents num_query_tokens n_queries latent_query_num"),
     (16, "classifier_proj_size proj_size projection_dim projector_dim projection_size output_proj_dim"),
     ("hidden", "hidden_size d_model n_embd embed_dim dim embedding_size emb_dim hidden_channels d_embed n_embed"),
     (
@@ -70,14 +72,41 @@ LISTS: tuple[tuple[Callable[[int], int], str], ...] = (
     (lambda _: 1, "depths layer_depths"),
     (lambda i: 2 ** (i + 1), "num_heads num_attention_heads"),
     (lambda _: 16, "conv_dim tdnn_dim"),
+    (lambda _: 32, "image_size"),
+    (lambda _: 8, "patch_size"),
 )
 """What each number of a list becomes, by its place."""
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+AT_LAYERS = {"deepstack": 0, "global_attn_indexes": 1, "fullatt_block_indexes": 1}
+"""What only some layers do: the one, of two, that does."""
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types")
 MARKED = {"image": 91, "audio": 92, "video": 93}
 """The ids that stand for what is not text."""
 MARKS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "cls_token_id": 1}
+MARKS |= {"audio_prompt_token_id": 94, "audio_latent_token_id": 95, "audio_prompt_bos_token_id": 96}
+MARKS |= {"audio_bos_token_id": 97}
+
+
+SEVERAL_SIZES = [[32, 64], [64, 32], [64, 64]]
+
+AGREEING: Mapping[str, Mapping[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 6, 64: 8}},
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+    "glmasr_encoder": {"intermediate_size": 128},
+    "kosmos_2_5_vision_model": {"patch_embed_hidden_size": 192},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "llava_next": {"image_grid_pinpoints": SEVERAL_SIZES},
+    "llava_next_video": {"image_grid_pinpoints": SEVERAL_SIZES},
+    "llava_onevision": {"image_grid_pinpoints": SEVERAL_SIZES},
+    "minicpmv4_6": {"insert_layer_id": 0},
+    "minicpmv4_7": {"insert_layer_id": 0},
+    "minicpm_ocr": {"insert_layer_id": 0},
+    "muse_glimmer": {"out_hidden_size": 128},
+    "vipllava": {"vision_feature_layer": (-2, -1)},
+    "voxtral_encoder": {"intermediate_size": 128},
+}
+"""What has to agree with sizes of other parts, by the type of the configuration."""
 
 
 def tiny_config(kind: type[Any], sizes: Mapping[str, int] = VARIANTS[0]) -> Any:
@@ -116,15 +145,20 @@ def _fit_together(config: Any, given: dict[str, Any], known: set[str]) -> None:
             given[name] = number
     for kind, number in MARKED.items():
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
-            if isinstance(getattr(config, name, None), int) and name in known:
+            if name in known:
                 given[name] = number
     for name in known:
-        if name.startswith("deepstack") and isinstance(getattr(config, name, None), (list, tuple)):
-            given[name] = [0]  # of layers that there are
+        if name.startswith(tuple(AT_LAYERS)) and isinstance(getattr(config, name, None), (list, tuple)):
+            given[name] = [next(i for start, i in AT_LAYERS.items() if name.startswith(start))]
     if "use_cache" in known:
         given["use_cache"] = False
     if "qk_rope_head_dim" in given and "head_dim" in given:
         given["head_dim"] = given["qk_rope_head_dim"]
+    if {"window_size", "spatial_merge_size", "patch_size"} <= vars(config).keys():
+        given["window_size"] = 2 * config.spatial_merge_size * given["patch_size"]  # two merged patches
+    if "pixel_shuffle_ratio" in vars(config):
+        given["intermediate_size"] = int(given["hidden_size"] / config.pixel_shuffle_ratio**2)
+    given.update(AGREEING.get(config.model_type, {}))
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and "mrope_section" in rope:
         given["rope_parameters"] = {**rope, "mrope_section": [2, 1, 1]}
