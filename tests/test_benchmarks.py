@@ -14,7 +14,7 @@ import shallower as sh
 from benchmarks import arena, results, zoo
 from benchmarks.__main__ import execute, main
 from benchmarks.arena_networks import edits
-from benchmarks.families import Family, axes, of_transformers
+from benchmarks.families import Family, axes, of_timm, of_transformers
 from benchmarks.families.tiny import fields, tiny_config
 
 CACHE = Path(__file__).parents[1] / ".cache" / "benchmarks"
@@ -253,6 +253,24 @@ def test_models_are_given_whatever_makes_them_read_every_weight(name: str, given
     read = axes.used(model, inputs)
     # vectors that are added, as the mask token of XLNet, read nothing
     assert not [key for key, p in model.named_parameters() if p.squeeze().dim() > 1 and key not in read]
+
+
+@pytest.mark.parametrize(
+    "name", ["swin", "detr", "rt_detr", "mask2former", "dpt", "efficientnet", "esm", "gpt_neo", "glm4v", "informer"]
+)
+def test_models_whose_sizes_depend_on_each_other_are_made_tiny(name: str) -> None:
+    pytest.importorskip("transformers")
+    model, inputs = of_transformers.made(name)
+    assert sum(p.numel() for p in model.parameters()) < 3_000_000
+    assert axes.floats(axes.called(model, inputs))
+
+
+@pytest.mark.parametrize("file", of_timm.CLASSES)
+def test_files_of_timm_without_a_small_model_give_their_class(file: str) -> None:
+    families = {family.name: family for family in of_timm.listed()}
+    model, images = families[f"timm_{file}"].make()
+    assert sum(p.numel() for p in model.parameters()) < 1_000_000
+    assert model(images).shape == (2, 7)
 
 
 def test_what_a_model_keeps_of_its_weights_is_made_anew_from_those_drawn_for_the_zoo() -> None:

@@ -74,6 +74,7 @@ def floats(outputs: Any) -> list[Tensor]:
 
 def widths(model: nn.Module, inputs: Inputs) -> list[Width]:
     """The widths of a model in eval mode, without those of its outputs."""
+    _afresh(model)
     watching = _Watching(model)
     with torch.enable_grad(), watching:
         outputs = floats(called(model, inputs))
@@ -93,7 +94,13 @@ def widths(model: nn.Module, inputs: Inputs) -> list[Width]:
         if width.size < 2 or (_may_be_output(width, shapes) and _is_output(model, inputs, width)):
             continue
         found.append(width)
+    _afresh(model)
     return found
+
+
+def _afresh(model: nn.Module) -> None:
+    """Have what modules keep of their weights until they train made anew."""
+    model.train().eval()
 
 
 def used(model: nn.Module, inputs: Inputs) -> set[str]:
@@ -187,6 +194,7 @@ def _is_output(model: nn.Module, inputs: Inputs, width: Width) -> bool:
     for position in (0, width.size - 1):
         kept = parameter.detach().clone()
         parameter.select(width.axis, position).mul_(1.5).add_(0.1)
+        _afresh(model)
         after = numbers(model, inputs)
         parameter.copy_(kept)
         changed.append([_places(a, b) for a, b in zip(before, after, strict=True)])

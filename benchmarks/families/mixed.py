@@ -62,6 +62,8 @@ def _types(ids: Tensor, taken: set[str]) -> dict[str, Tensor]:
         found["mm_token_type_ids"] = types
     if "token_type_ids" in taken:
         found["token_type_ids"] = (types == 1).long()
+    if "qformer_input_ids" in taken:
+        found["qformer_input_ids"] = ids[:, :2]
     return found
 
 
@@ -80,7 +82,7 @@ def _needed(model: nn.Module, kind: str, media: Mapping[str, Any]) -> list[int]:
     return [sum(part.numel() // part.shape[-1] for part in parts) // 2]
 
 
-def _pictures(config: Any, taken: set[str]) -> Media:
+def pictures(config: Any, taken: set[str]) -> Media:
     """Two pictures."""
     known = _part(config, "vision_config")
     size, patch = _number(known, "image_size", 32), _number(known, "patch_size", 8)
@@ -161,7 +163,7 @@ def _videos(config: Any, taken: set[str]) -> Media:
     yield {"pixel_values_videos": torch.randn(2, _number(known, "num_frames", 8), 3, size, size)}
 
 
-MEDIA: Mapping[str, Callable[[Any, set[str]], Media]] = {"image": _pictures, "audio": _sounds, "video": _videos}
+MEDIA: Mapping[str, Callable[[Any, set[str]], Media]] = {"image": pictures, "audio": _sounds, "video": _videos}
 
 
 def _part(config: Any, *names: str) -> Mapping[str, Any]:

@@ -43,13 +43,48 @@ SHALLOW: tuple[dict[str, Any], ...] = (
 )
 """Arguments with which some of the models have fewer layers, the smallest first."""
 
+CLASSES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "crossvit": (
+        "CrossVit",
+        64,
+        {"img_size": 64, "embed_dim": (32, 48), "depth": ((1, 1, 0), (1, 1, 0)), "num_heads": (4, 4)},
+    ),
+    "dla": ("DLA", 64, {"levels": (1, 1, 1, 2, 1, 1), "channels": (16, 16, 32, 48, 64, 80), "base_width": 28}),
+    "dpn": ("DPN", 64, {"k_sec": (1, 1, 1, 1), "inc_sec": (8, 8, 8, 8), "k_r": 32, "groups": 8, "small": True}),
+    "focalnet": ("FocalNet", 64, {"embed_dim": 16, "depths": (1, 1, 1, 1)}),
+    "hiera": ("Hiera", 64, {"img_size": (64, 64), "embed_dim": 16, "stages": (1, 1, 1, 1)}),
+    "hieradet_sam2": ("HieraDet", 64, {"embed_dim": 16, "stages": (1, 1, 2, 1), "global_att_blocks": (3,)}),
+    "metaformer": ("MetaFormer", 64, {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}),
+    "vgg": ("VGG", 64, {"cfg": [8, "M", 16, "M", 24, "M"], "mlp_ratio": 0.01}),
+    "volo": (
+        "VOLO",
+        64,
+        {"img_size": 64, "layers": [1, 1, 1, 1], "embed_dims": [16, 32, 32, 32], "num_heads": [2, 4, 4, 4]},
+    ),
+}
+"""Files of which no named model is small: a class, the size of its images, and arguments that make it so."""
+
 
 def listed() -> list[Family]:
     """One family for each file of architectures."""
     importlib.import_module("timm")
     registry = importlib.import_module("timm.models._registry")
     files: dict[str, set[str]] = registry._module_to_models
-    return [Family(f"timm_{name}", "timm", partial(made, sorted(names))) for name, names in sorted(files.items())]
+    found = []
+    for name, names in sorted(files.items()):
+        make = partial(made, sorted(names))
+        if name in CLASSES:
+            make = partial(_of_class, name)
+        found.append(Family(f"timm_{name}", "timm", make))
+    return found
+
+
+def _of_class(file: str) -> Made:
+    """A model of a class of that file, and images."""
+    name, size, given = CLASSES[file]
+    torch.manual_seed(0)
+    model: nn.Module = getattr(importlib.import_module(f"timm.models.{file}"), name)(num_classes=7, **given)
+    return model.eval(), torch.randn(2, 3, size, size)
 
 
 def made(names: Iterable[str]) -> Made:

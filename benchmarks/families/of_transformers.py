@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ from benchmarks.families import Family, Made
 from benchmarks.families.axes import called, floats, used
 from benchmarks.families.mixed import MEDIA, mixed_inputs
 from benchmarks.families.optional import optional_inputs
-from benchmarks.families.tiny import VARIANTS, fields, tiny_config
+from benchmarks.families.plain import plain_inputs
+from benchmarks.families.tiny import VARIANTS, tiny_config
 
 TASKS = (
     "SEQ_TO_SEQ_CAUSAL_LM",
@@ -34,9 +35,6 @@ TASKS = (
     "TIME_SERIES_PREDICTION",
 )
 """Of a type with several models, the first of these is taken, or else the one without a head."""
-
-BARE = ("vjepa2",)
-"""Types whose models with a head leave out a part of the network."""
 
 MOST_PARAMS = 8_000_000
 
@@ -69,7 +67,7 @@ def _run(model: nn.Module, config: Any) -> Made:
     """The model and the first inputs that it runs on, with whatever else makes it read more of its weights."""
     failures = []
     taken = inspect.signature(model.forward).parameters
-    for inputs in _inputs(model, config):
+    for inputs in plain_inputs(model, config):
         if not inputs.keys() <= taken.keys():  # a forward may take whatever it is given, and read none of it
             continue
         try:
@@ -118,7 +116,7 @@ def _model(name: str, config: Any) -> nn.Module:
     """The first task's model, without weights where it is too large."""
     modeling = importlib.import_module("transformers.models.auto.modeling_auto")
     transformers = importlib.import_module("transformers")
-    mappings = [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in TASKS if name not in BARE]
+    mappings = [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in TASKS]
     errors = []
     for mapping in [*mappings, "MODEL_MAPPING_NAMES"]:
         names = getattr(modeling, mapping).get(name)
@@ -140,72 +138,3 @@ def _model(name: str, config: Any) -> nn.Module:
         except Exception as error:  # the next may do
             errors.append(f"{names}: {type(error).__name__}: {error}"[:200])
     raise ValueError("; ".join(errors) or "there is no model")
-
-
-def _inputs(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
-    """What the model may take, the likeliest first: all that it can read, where it reads more than text."""
-    words = {"input_ids": torch.randint(5, 90, (2, 6))}
-    for kind in MEDIA:
-        yield from mixed_inputs(model, config, words, kind)
-    main = getattr(model, "main_input_name", "input_ids")
-    known = fields(config)
-    # where experts take no more than so many tokens, enough for each of them to be given some
-    ids = torch.randint(5, 90, (2, 48 if "expert_capacity" in known else 8))
-    size = known.get("image_size") or 32
-    if isinstance(size, (tuple, list)):
-        size = size[0]
-    channels = known.get("num_channels") or 3
-    pictures = torch.randn(2, channels if isinstance(channels, int) else 3, int(size), int(size))
-    frames = torch.randn(2, 2, 3, int(size), int(size))
-    boxes = torch.tensor([1, 2, 5, 7]).repeat(*ids.shape, 1)
-    places = torch.arange(6).view(1, 3, 2).expand(2, 3, 2)
-    steps = torch.randint(0, 9, (2, 8, int(known.get("max_depth") or 8)))
-    mels = known.get("num_mel_bins") or known.get("feature_size") or known.get("input_feat_per_channel") or 16
-    options: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
-        "input_ids": lambda: [
-            {"input_ids": ids, "pixel_values": pictures, "bbox": boxes},
-            {"input_ids": ids, "pixel_values": pictures},
-            {"input_ids": ids, "entity_ids": ids[:, :3], "entity_position_ids": places},
-            {"input_ids": ids, "xpath_tags_seq": steps, "xpath_subs_seq": steps},
-            {"input_ids": ids},
-            {"input_ids": ids, "decoder_input_ids": ids[:, : ids.shape[1] - 3]},
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-            {"input_ids": ids, "bbox": boxes},
-            {"input_ids": ids, "bbox": boxes.float() / 9},
-            {"input_ids": ids, "bbox": boxes, "decoder_input_ids": ids},
-            {"query_embeds": torch.randn(2, 8, int(known.get("hidden_size") or 32))},
-            {"input_ids": torch.randint(5, 90, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.long)},
-        ],
-        "pixel_values": lambda: [
-            {"pixel_values": pictures},
-            {"pixel_values": pictures, "input_ids": ids},
-            {"pixel_values": torch.randn(2, 3, 64, 64)},
-            {"pixel_values": pictures, "decoder_input_ids": ids},
-            {"pixel_values": frames},
-            {"pixel_values": frames, "input_ids": ids},
-            {"pixel_values": torch.randn(2, 3, 32, 128)},
-        ],
-        "pixel_values_videos": lambda: [{"pixel_values_videos": frames}],
-        "input_values": lambda: [
-            {"input_values": torch.randn(2, 800)},
-            {"input_values": torch.randn(2, 1, 800)},
-            {"input_values": torch.randn(2, 4000)},
-            {"input_values": torch.randn(2, known.get("max_length") or 64, mels)},
-            {"input_values": torch.randn(2, 800), "decoder_input_ids": ids},
-            {"input_values": torch.randn(2, 4000), "decoder_input_ids": ids},
-        ],
-        "input_features": lambda: [
-            {"input_features": torch.randn(2, 40, mels)},
-            {"input_features": torch.randn(2, mels, 128)},
-            {"input_features": torch.randn(2, 40, mels), "decoder_input_ids": ids},
-            {"input_features": torch.randn(2, mels, 128), "decoder_input_ids": ids},
-        ],
-        "past_values": lambda: [
-            {"past_values": torch.randn(2, known.get("context_length") or 64, known.get("num_input_channels") or 1)},
-            {"past_values": torch.randn(2, known.get("context_length") or 64)},
-        ],
-    }
-    order = [main, *[key for key in options if key != main]]
-    for key in order:
-        if key in options:
-            yield from options[key]()

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.families.agreeing import AGREEING
+
 WORDS = 99
 
 VARIANTS: tuple[dict[str, int], ...] = (
@@ -70,12 +72,15 @@ LISTS: tuple[tuple[Callable[[int], int], str], ...] = (
         "hidden_sizes embed_dims? dims encoder_hidden_sizes neck_hidden_sizes channels out_channels",
     ),
     (lambda _: 1, "depths layer_depths"),
-    (lambda i: 2 ** (i + 1), "num_heads num_attention_heads"),
+    (lambda i: 2 ** (i + 1), "num_heads num_attention_heads encoder_attention_heads"),
     (lambda _: 16, "conv_dim tdnn_dim"),
     (lambda _: 32, "image_size"),
     (lambda _: 8, "patch_size"),
 )
 """What each number of a list becomes, by its place."""
+
+MISSING: dict[str, int | str] = {"vocab_size": WORDS, "head_dim": "head", "prediction_length": 8}
+"""Fields that have a value only where one is given."""
 
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 AT_LAYERS = {"deepstack": 0, "global_attn_indexes": 1, "fullatt_block_indexes": 1}
@@ -88,33 +93,12 @@ MARKS |= {"audio_prompt_token_id": 94, "audio_latent_token_id": 95, "audio_promp
 MARKS |= {"audio_bos_token_id": 97}
 
 
-SEVERAL_SIZES = [[32, 64], [64, 32], [64, 64]]
-
-AGREEING: Mapping[str, Mapping[str, Any]] = {
-    "aria": {"projector_patch_to_query_dict": {16: 6, 64: 8}},
-    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
-    "glmasr_encoder": {"intermediate_size": 128},
-    "kosmos_2_5_vision_model": {"patch_embed_hidden_size": 192},
-    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
-    "llava_next": {"image_grid_pinpoints": SEVERAL_SIZES},
-    "llava_next_video": {"image_grid_pinpoints": SEVERAL_SIZES},
-    "llava_onevision": {"image_grid_pinpoints": SEVERAL_SIZES},
-    "minicpmv4_6": {"insert_layer_id": 0},
-    "minicpmv4_7": {"insert_layer_id": 0},
-    "minicpm_ocr": {"insert_layer_id": 0},
-    "muse_glimmer": {"out_hidden_size": 128},
-    "vipllava": {"vision_feature_layer": (-2, -1)},
-    "voxtral_encoder": {"intermediate_size": 128},
-}
-"""What has to agree with sizes of other parts, by the type of the configuration."""
-
-
 def tiny_config(kind: type[Any], sizes: Mapping[str, int] = VARIANTS[0]) -> Any:
     """A configuration of this class, with its parts, as small as the names of its fields let one guess."""
     return _shrunk(kind(), sizes)
 
 
-def _shrunk(config: Any, sizes: Mapping[str, int]) -> Any:
+def _shrunk(config: Any, sizes: Mapping[str, int], within: str = "") -> Any:
     kind = type(config)
     known = set(inspect.signature(kind.__init__).parameters)
     for parent in kind.__mro__:
@@ -123,12 +107,18 @@ def _shrunk(config: Any, sizes: Mapping[str, int]) -> Any:
     given: dict[str, Any] = {"num_labels": 7}
     for name, value in vars(config).items():
         if name in parts and hasattr(value, "to_dict"):
-            given[name] = _shrunk(value, sizes)
+            given[name] = _shrunk(value, sizes, f"{config.model_type}.{name}")
         elif name in known and not name.startswith("_"):
             small = shrunk_value(name, value, sizes)
             if small is not None:
                 given[name] = small
+            elif isinstance(value, str):
+                given[name] = value
+    for name, size in MISSING.items():
+        if name in known and name in vars(config) and vars(config)[name] is None:
+            given[name] = sizes[size] if isinstance(size, str) else size
     _fit_together(config, given, known)
+    given.update(AGREEING.get(within, {}))
     return kind(**given)
 
 
@@ -150,6 +140,9 @@ def _fit_together(config: Any, given: dict[str, Any], known: set[str]) -> None:
     for name in known:
         if name.startswith(tuple(AT_LAYERS)) and isinstance(getattr(config, name, None), (list, tuple)):
             given[name] = [next(i for start, i in AT_LAYERS.items() if name.startswith(start))]
+    stages = [name for name in getattr(config, "out_features", None) or [] if name.startswith("stage")]
+    if stages and {"depths", "hidden_sizes", "embed_dims"} & vars(config).keys():
+        given["out_features"] = stages  # there are as many of them as before
     if "use_cache" in known:
         given["use_cache"] = False
     if "qk_rope_head_dim" in given and "head_dim" in given:
@@ -158,10 +151,10 @@ def _fit_together(config: Any, given: dict[str, Any], known: set[str]) -> None:
         given["window_size"] = 2 * config.spatial_merge_size * given["patch_size"]  # two merged patches
     if "pixel_shuffle_ratio" in vars(config):
         given["intermediate_size"] = int(given["hidden_size"] / config.pixel_shuffle_ratio**2)
-    given.update(AGREEING.get(config.model_type, {}))
     rope = getattr(config, "rope_parameters", None)
     if isinstance(rope, dict) and "mrope_section" in rope:
         given["rope_parameters"] = {**rope, "mrope_section": [2, 1, 1]}
+    given.update(AGREEING.get(config.model_type, {}))
 
 
 def shrunk_value(name: str, value: Any, sizes: Mapping[str, int]) -> Any:
@@ -175,8 +168,9 @@ def shrunk_value(name: str, value: Any, sizes: Mapping[str, int]) -> Any:
     if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
         for size_at, endings in LISTS:
             if _ends(name, endings):
-                # the channels of an image stay
-                return type(value)(size if size <= 3 else size_at(i) for i, size in enumerate(value))
+                # one head stays, and the channels of an image
+                most = 1 if name.endswith("heads") else 3
+                return type(value)(size if size <= most else size_at(i) for i, size in enumerate(value))
     return None
 
 
