@@ -13,6 +13,10 @@ before PyTorch is loaded.
 
 import lazy_loader
 
+from shallower.saving.stock.from_pretrained import register_when_imported
+
 __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+register_when_imported()

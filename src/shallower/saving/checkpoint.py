@@ -33,6 +33,7 @@ from shallower.saving.reading import read_buffers, read_config, read_description
 from shallower.saving.skeletons import Limits, build_skeleton
 from shallower.saving.slots import Stored, check_tensors_fit, check_whole, put_in, stored, unwrapped, without_weights
 from shallower.saving.sources import LIBRARIES, source_of
+from shallower.saving.stock.recorded import KEY, record, record_of, without_record
 from shallower.saving.stock.statement import NOTE, RAN, stock_of
 from shallower.saving.writing import bytes_of, check_as_written, check_replaceable, write_weights
 
@@ -82,6 +83,8 @@ def save(
     check_replaceable(directory)
     stock = stock_of(description, config, kept.buffers, vars(model).get(NOTE, ""), RAN in vars(model))
     description = replace(description, stock=stock)
+    if config is not None and stock.why:
+        config.setdefault(KEY, record_of(model))
     with replacing(directory, error=CheckpointError) as partial:
         if config is not None:
             write_json(partial / CONFIG, config, error=CheckpointError)
@@ -155,6 +158,8 @@ def load(
         skeleton = _fresh(description, model)
     put_in(skeleton, description, read_weights(directory, description), read_buffers(directory, description))
     read_generation_config(skeleton, directory)
+    if source_of(skeleton):
+        record(skeleton, needed=bool(description.stock.why))
     if device is not None or dtype is not None:
         skeleton = skeleton.to(device=device, dtype=dtype)
     return skeleton.eval()
@@ -223,7 +228,7 @@ def _config_of(model: nn.Module) -> dict[str, Any] | None:
     config.architectures = [type(model).__name__]
     config.dtype = cast("Any", model).dtype
     result: dict[str, Any] = json.loads(config.to_json_string())
-    return result
+    return without_record(result)
 
 
 def _names_library(source: str) -> bool:

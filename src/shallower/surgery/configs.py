@@ -32,6 +32,7 @@ from shallower.saving.implementations import configs_in
 from shallower.saving.skeletons import build_skeleton, sketch
 from shallower.saving.slots import slots_of
 from shallower.saving.sources import import_transformers, source_of
+from shallower.saving.stock.recorded import record, without_record
 from shallower.saving.stock.solving import Leaf, Numbers, NumberSearch, Structure, all_but, with_numbers
 from shallower.saving.stock.statement import NOTE, RAN
 from shallower.surgery.observing import ALLOWED, Observed, Pass, observed
@@ -53,7 +54,7 @@ class StockPart:
     def plain(self) -> dict[str, Any]:
         """The config as it was."""
         found: dict[str, Any] = self.config.to_dict()
-        return found
+        return without_record(found)
 
     def built(self, config: Mapping[str, Any]) -> Structure | None:
         """What its class makes of a config; None where it does not take it."""
@@ -131,6 +132,7 @@ def follow(model: nn.Module, inputs: Inputs | None = None) -> None:
             vars(owner.model)[NOTE] = f"with {listing(untrue, 3)} in its config it gives other outputs"
         elif obstacle := search.obstacle(nearest):
             vars(owner.model)[NOTE] = f"no numbers in its config {obstacle}"
+        record(owner.model, needed=RAN not in vars(owner.model))
 
 
 def _fewer(search: NumberSearch, found: Numbers) -> Iterator[Numbers]:

@@ -26,10 +26,12 @@ class Zeros(nn.Module):
         returns: values of the tuple that it returns, zeros and then None; 0 for a bare tensor.
         channels: of an image that it gives; 0 for as many as it reads.
         stride: by what height and width are divided then.
+        held: see `Absent`.
     """
 
-    def __init__(self, returns: int = 0, channels: int = 0, stride: int = 1) -> None:
+    def __init__(self, returns: int = 0, channels: int = 0, stride: int = 1, held: str = "") -> None:
         super().__init__()
+        _hold_nothing(self, held)
         self.returns = returns
         self.channels = channels
         self.stride = stride
@@ -58,10 +60,12 @@ class PassedOn(nn.Module):
 
     Args:
         returns: values of the tuple that it returns, the tensor and then None; 0 for a bare tensor.
+        held: see `Absent`.
     """
 
-    def __init__(self, returns: int = 0) -> None:
+    def __init__(self, returns: int = 0, held: str = "") -> None:
         super().__init__()
+        _hold_nothing(self, held)
         self.returns = returns
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,6 +79,16 @@ def _returned(first: Tensor, returns: int) -> Any:
     return (first, *[None] * (returns - 1))
 
 
+def _hold_nothing(module: nn.Module, name: str) -> None:
+    """Give a module an empty buffer of a dotted name."""
+    first, _, rest = name.partition(".")
+    if rest:
+        module.add_module(first, nn.Module())
+        _hold_nothing(module.get_submodule(first), rest)
+    elif first:
+        module.register_buffer(first, torch.empty(0))
+
+
 @dataclass(frozen=True)
 class Absent:
     """A module of a dropped branch gives zeros, or passes on what it reads.
@@ -83,6 +97,8 @@ class Absent:
         name: of the module.
         returns, channels, stride: as in `Zeros`.
         passes: whether it is a layer, which passes on what it reads.
+        held: a tensor of the module, by its name in it. An empty buffer takes its place: a class that has the module
+            refuses the file then, and does not make up weights for it.
     """
 
     name: Annotated[str, Bounds(1, 1000)]
@@ -90,12 +106,13 @@ class Absent:
     channels: Annotated[int, Bounds(0, 2**24)] = 0
     stride: Annotated[int, Bounds(1, 2**10)] = 1
     passes: bool = False
+    held: Annotated[str, Bounds(0, 1000)] = ""
     edit: Literal["absent"] = field(default="absent", init=False, repr=False)
 
     def perform(self, model: nn.Module) -> None:
         """Exchange the module."""
-        made: nn.Module = Zeros(self.returns, self.channels, self.stride)
+        made: nn.Module = Zeros(self.returns, self.channels, self.stride, self.held)
         if self.passes:
-            made = PassedOn(self.returns)
+            made = PassedOn(self.returns, self.held)
         made.train(model.get_submodule(self.name).training)
         model.set_submodule(self.name, made)

@@ -28,8 +28,10 @@ Keys = tuple[str, ...]
 _MOST_TRIED = 24
 
 
-def settings_of_depth(model: nn.Module, name: str, kept: Sequence[int]) -> list[Settings]:
-    """What changes in the configs of a model whose list of layers keeps some; nothing where they cannot say it.
+def settings_of_depth(model: nn.Module, name: str, kept: Sequence[int]) -> list[Settings] | None:
+    """What changes in the config of the stock model whose list of layers keeps some; None where it cannot say it.
+
+    Nothing changes where the list is in no stock model.
 
     Args:
         model: before the layers go; not changed.
@@ -41,9 +43,10 @@ def settings_of_depth(model: nn.Module, name: str, kept: Sequence[int]) -> list[
         if owner.name and inner == name:
             continue
         changed = _changed_config(owner, inner, kept)
-        if changed is not None:
-            found = settings_for(owner, changed)
-            return [replace(each, name=f"{owner.name}.{each.name}".strip(".")) for each in found]
+        if changed is None:
+            return None
+        found = settings_for(owner, changed)
+        return [replace(each, name=f"{owner.name}.{each.name}".strip(".")) for each in found]
     return []
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from shallower.errors import PlanError
@@ -30,23 +32,28 @@ def edits_of_branch(model: nn.Module, entry: Entry) -> list[Edit]:
         return _without_layer(model, branch)
     found: list[Edit] = []
     for gone in branch.emptied:
+        made = Absent(gone.module, gone.returns, held=_first_tensor(model, gone.module))
         if gone.module == branch.closing:
-            found.append(Absent(gone.module, gone.returns, branch.channels, branch.stride))
-        else:
-            found.append(Absent(gone.module, gone.returns))
+            made = replace(made, channels=branch.channels, stride=branch.stride)
+        found.append(made)
     return found
 
 
 def _without_layer(model: nn.Module, branch: Branch) -> list[Edit]:
-    """The list without the layer, where all its entries are of one class; else something that passes on what it reads.
+    """The list without the layer, where nothing knows its entries by their number; else what passes on what it reads.
 
-    Whatever reads a list of several classes may know its entries by their numbers.
+    A list of several classes may be read by number, and a stock class makes as many layers as its config says.
     """
     (gone,) = branch.emptied
     list_name, _, key = gone.module.rpartition(".")
     holder = model.get_submodule(list_name)
     keys = list(holder._modules)
-    if not is_uniform(holder):
-        return [Absent(gone.module, gone.returns, passes=True)]
     kept = tuple(i for i, other in enumerate(keys) if other != key)
-    return [*settings_of_depth(model, list_name, kept), Entries(list_name, kept, len(keys))]
+    settings = settings_of_depth(model, list_name, kept) if is_uniform(holder) else None
+    if settings is None:
+        return [Absent(gone.module, gone.returns, passes=True, held=_first_tensor(model, gone.module))]
+    return [*settings, Entries(list_name, kept, len(keys))]
+
+
+def _first_tensor(model: nn.Module, name: str) -> str:
+    return next(iter(model.get_submodule(name).state_dict()), "")
