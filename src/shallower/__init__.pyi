@@ -65,6 +65,8 @@ from .saving.checkpoint import load as load
 from .saving.checkpoint import save as save
 from .saving.exporting import Exported as Exported
 from .saving.exporting import export as export
+from .sites.branch import Branch as Branch
+from .sites.branch import Emptied as Emptied
 from .sites.bridge import Bridge as Bridge
 from .sites.bridge import Stage as Stage
 from .sites.collection import Sites as Sites

@@ -16,6 +16,8 @@ Returned = Annotated[int, Bounds(0, 64)]
 class Emptied:
     """A module of a branch that goes.
 
+        [gone.module for gone in site.branch.emptied]
+
     Attributes:
         module: dotted name.
         returns: how many values it returns in a tuple, of which the first is the tensor that counts; 0 where it returns
@@ -29,6 +31,8 @@ class Emptied:
 @dataclass(frozen=True)
 class Branch:
     """What goes where a branch is dropped.
+
+        sites["model.layers.3.mlp:branch"].branch.params
 
     Attributes:
         emptied: the modules of F, in order of execution, each called once. Of a layer, the layer.
