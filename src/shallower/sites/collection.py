@@ -166,12 +166,23 @@ class Sites(Sequence[Site]):
 
     @property
     def params_held(self) -> int:
-        """Parameters of all layers that some site can make smaller, each counted once."""
-        held = {m.name: m.params for site in self.ordered for m in site.maps}
+        """Parameters of all layers that some site can make smaller or take away, each counted once."""
+        gone = [f"{name}." for site in self.ordered if site.branch is not None for name in site.layers]
+
+        def goes(name: str, itself: bool = True) -> bool:
+            """Whether a module is in a branch, or, where `itself` is false, in a larger one."""
+            return any(f"{name}.".startswith(prefix) and (itself or f"{name}." != prefix) for prefix in gone)
+
+        held: dict[str, int] = {}
+        for site in self.ordered:
+            for m in site.maps:
+                held[m.name] = m.params * (not goes(m.name))
         followed: dict[str, int] = {}
         for site in self.ordered:
+            if site.branch is not None and not goes(site.layers[0], itself=False):
+                followed[site.name] = site.branch.params
             for slot in site.tensors.values():
-                if slot.trained and slot.module not in held:
+                if slot.trained and slot.module not in held and not goes(slot.module):
                     followed[slot.tensor] = prod(slot.shape)
         return sum(held.values()) + sum(followed.values())
 

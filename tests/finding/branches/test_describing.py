@@ -109,3 +109,12 @@ def test_embeddings_and_plain_lists_are_no_branches() -> None:
     sites = branches(Text(), torch.ones(1, 4, dtype=torch.long))
     assert not sites
     assert not sites.skipped
+
+
+def test_what_branches_hold_is_counted_once() -> None:
+    model = nn.Sequential(Block(), Block(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    x = torch.randn(2, 5, 8)
+    layers = sum(p.numel() for p in model[:2].parameters())
+    assert branches(model, x).params_held == layers
+    both = sh.find_sites(model, x, kinds=("hidden", "branch"))
+    assert both.params_held == layers + 8 * 6 + 6 + 6 * 3 + 3
