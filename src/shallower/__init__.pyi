@@ -38,6 +38,7 @@ from .methods.collapsing.layer_collapse import LayerCollapse as LayerCollapse
 from .methods.collapsing.layer_folding import LayerFolding as LayerFolding
 from .methods.collapsing.stages import StageResult as StageResult
 from .methods.collapsing.stages import Stages as Stages
+from .methods.depth.squeeze_depth import squeeze_depth as squeeze_depth
 from .methods.dropout.options import DropoutOptions as DropoutOptions
 from .methods.dropout.structural_dropout import StructuralDropout as StructuralDropout
 from .methods.squeezing.options import SqueezeOptions as SqueezeOptions

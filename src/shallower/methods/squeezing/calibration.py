@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -131,22 +132,41 @@ def mean_divergence(calibration: Calibration, dense: nn.Module, small: nn.Module
     total = count = 0.0
     with evaluating(dense), evaluating(small):
         for index in range(0, min(len(batches), _JUDGED * step), step):
-            each = _divergences(calibration, dense, small, batches[index].on(model_device(dense)))
+            batch = batches[index].on(model_device(dense))
+            each = divergences(calibration, wanted_on(calibration, dense, batch), small, batch)
             batches.run += 2 * batches[index].rows
             total, count = total + float(each.sum()), count + each.numel()
     total, count = summed_over_processes(total, count)
     return total / max(1, count)
 
 
-def _divergences(calibration: Calibration, dense: nn.Module, small: nn.Module, batch: Batch) -> Tensor:
-    """Of each output on one batch that counts."""
+@dataclass(frozen=True)
+class Wanted:
+    """What the dense network returns on one batch.
+
+    Attributes:
+        output: the tensor that matters of it.
+        logits: whether these are compared as distributions.
+    """
+
+    output: Tensor
+    logits: bool
+
+
+def wanted_on(calibration: Calibration, dense: nn.Module, batch: Batch) -> Wanted:
+    """What others are compared with on a batch, `wanted_on(calibration, dense, batch)`."""
     raw = call(dense, batch.inputs)
-    there, here = calibration.output_of(raw), calibration.output_of(call(small, batch.inputs))
     logits = calibration.options.logits
     if logits is None:
         logits = are_logits(raw)
+    return Wanted(calibration.output_of(raw), logits)
+
+
+def divergences(calibration: Calibration, wanted: Wanted, small: nn.Module, batch: Batch) -> Tensor:
+    """Of each output on one batch that counts, `divergences(calibration, wanted, small, batch)`."""
+    there, here = wanted.output, calibration.output_of(call(small, batch.inputs))
     each = (there.float() - here.float()).square().sum(-1)
-    if logits:
+    if wanted.logits:
         each = kl_at_positions(here, there)
     return counted(each, batch.mask)
 

@@ -172,13 +172,13 @@ def _search(
 ) -> Search:
     """Everything that a squeezing needs, checked."""
     options = options or SqueezeOptions()
-    dense = _detached(with_mapped_weights(model))
+    dense = without_attached(with_mapped_weights(model))
     squeezable = narrowable(sites)
     check_model(dense, squeezable)
     if uniform:
         options = replace(options, collapse=False)
         squeezable = only_expressible(dense, squeezable)
-    calibration = _calibration(dense, squeezable, batches, options, inputs_of, example_inputs)
+    calibration = calibration_of(dense, squeezable, batches, options, inputs_of, example_inputs)
     reasons = not_described(dense, list(filter(is_coupled, squeezable)), calibration)
     squeezable = squeezable.usable(
         lambda site: Refusal(reasons[site.name]) if site.name in reasons else None,
@@ -188,7 +188,7 @@ def _search(
     if checkpoint is not None:
         progress = Progress(checkpoint, identity_of(dense, squeezable, calibration.batches.digest, options))
     sweep = Sweep(dense, squeezable, calibration, progress)
-    times = Times(dense, squeezable, _timed_on(calibration, example_inputs, dense), options)
+    times = Times(dense, squeezable, timed_on(calibration, example_inputs, dense), options)
     return Search(sweep, WidthCosts(dense, squeezable), times, options.round_to, uniform)
 
 
@@ -204,8 +204,8 @@ def _explaining(search: Search) -> Iterator[None]:
         raise cause from error
 
 
-def _detached(model: nn.Module) -> nn.Module:
-    """The model, or a copy with nothing attached."""
+def without_attached(model: nn.Module) -> nn.Module:
+    """The model, or a copy with nothing attached; `without_attached(model)`."""
     if not attached_places(model):
         return model
     return detached_copy(model)
@@ -246,7 +246,7 @@ def _refuse_misplaced(misplaced: dict[str, object]) -> None:
         raise TypeError(f"squeeze() got an unexpected keyword argument {name!r}")
 
 
-def _calibration(
+def calibration_of(
     dense: nn.Module,
     sites: Sites,
     batches: Iterable[Any],
@@ -255,6 +255,8 @@ def _calibration(
     example_inputs: Inputs | None,
 ) -> Calibration:
     """The batches, read once, with the first of them tried on the model.
+
+        calibration_of(model, sites, batches, sh.SqueezeOptions(), None, None)
 
     Raises:
         FitError: there are none, or the model returns nothing that could be weighed.
@@ -277,8 +279,8 @@ def _calibration(
     return calibration
 
 
-def _timed_on(calibration: Calibration, example_inputs: Inputs | None, dense: nn.Module) -> Inputs:
-    """What latencies are measured on, on the model's device.
+def timed_on(calibration: Calibration, example_inputs: Inputs | None, dense: nn.Module) -> Inputs:
+    """What latencies are measured on, on the model's device; `timed_on(calibration, None, model)`.
 
     Raises:
         SiteError: the model cannot be called with it.

@@ -232,7 +232,7 @@ class Sweep:
             if site in readers:
                 entry = self._read_anew(site, made.get(site.consumers[0].name), metrics, small, goals, walk)
             else:
-                producers = self.calibration.options.producers and widths[site.name] > 0 and _untouched(site, entries)
+                producers = self.calibration.options.producers and widths[site.name] > 0 and untouched(site, entries)
                 paths = self._path_multiple(site, changing)
                 entry = self._one(site, widths[site.name], metrics, small, goals, walk, producers, paths, cuts)
                 if any(m.name == reader.consumers[0].name for reader in readers for m in filter(None, [site.producer])):
@@ -328,7 +328,10 @@ def _fitted_numbers(entry: Entry) -> int:
     return producer.d_in
 
 
-def _untouched(site: Site, entries: Sequence[Entry]) -> bool:
-    """Whether no map of the site was fitted as the consumer of an earlier site: such rows are not fitted again."""
+def untouched(site: Site, entries: Sequence[Entry]) -> bool:
+    """Whether no map of the site was fitted as the consumer of an earlier site: such rows are not fitted again.
+
+    untouched(site, entries)
+    """
     fitted = {m.name for entry in entries for m in entry.site.consumers}
     return not fitted & by_name(site.maps).keys()

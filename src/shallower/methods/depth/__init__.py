@@ -1,0 +1,1 @@
+"""Which branches and layers go, and what makes up for them."""
