@@ -28,6 +28,7 @@ NAMES = (
     "offloaded",
     "mutations",
     "zoo",
+    "zoo_branches",
 )
 ROOT = Path(__file__).parents[1]
 
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder of the data (default: $SHALLOWER_DATA)",
     )
     parser.add_argument("--quick", action="store_true", help="a small real run; its results are not for docs/")
-    parser.add_argument("--family", default="", help="of the zoo: only families whose names begin like this")
+    parser.add_argument("--family", default="", help="of the zoos: only families whose names begin like this")
     parser.add_argument(
         "--network",
         default="",

@@ -115,7 +115,7 @@ def examined(family: Family) -> Row:
     """Everything that is measured of one family; errors are kept in the row."""
     row = Row(family.name, family.group, stage="build")
     try:
-        with _at_most(MOST_SECONDS), warnings.catch_warnings():
+        with at_most(MOST_SECONDS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _examine(family, row)
     except Exception as error:  # one family must not end the others
@@ -366,7 +366,7 @@ def general(reason: str) -> str:
 
 
 @contextmanager
-def _at_most(seconds: int) -> Iterator[None]:
+def at_most(seconds: int) -> Iterator[None]:
     """Ends what computes longer."""
 
     def end(_number: int, _frame: FrameType | None) -> None:
@@ -393,7 +393,7 @@ def run(data: Path, quick: bool, cache: Path, only: str = "") -> dict[str, Any]:
         chosen = [family for family in chosen if family.name.startswith(only)]
     elif quick:
         chosen = [family for family in chosen if family.name in QUICK]
-    path = cache / f"rows-{_digest()}.json"
+    path = cache / f"rows-{digest()}.json"
     done: dict[str, Any] = {}
     if path.exists() and not only:
         done = json.loads(path.read_text())
@@ -408,7 +408,7 @@ def run(data: Path, quick: bool, cache: Path, only: str = "") -> dict[str, Any]:
     if not only:
         # thousands of lines that the reasons sum up; the cache holds them
         rows = [{**row, "left": []} for row in rows]
-    return {"code": _digest(), "commit": _commit(), "rows": rows}
+    return {"code": digest(), "commit": commit(), "rows": rows}
 
 
 def line(row: Row) -> str:
@@ -420,7 +420,7 @@ def line(row: Row) -> str:
     return f"{row.name}: {found}, {row.find:.1f} and {row.apply:.1f} s{'; ' * bool(why)}{why[:120]}"
 
 
-def _digest() -> str:
+def digest() -> str:
     """Of the library's code: rows of another are measured anew."""
     whole = hashlib.sha256()
     folder = Path(sh.__file__).parent
@@ -429,7 +429,7 @@ def _digest() -> str:
     return whole.hexdigest()[:12]
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of this checkout, "" where it is none."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -488,7 +488,7 @@ def _short(rows: Sequence[Row]) -> str:
             continue
         why = row.error or row.refused or next(iter(row.closed), "")
         where = f" ({row.stage})" if row.stage else ""
-        lines.append([f"{row.name}", f"{row.reached} of {row.widths}", _cell(f"{why}{where}")])
+        lines.append([f"{row.name}", f"{row.reached} of {row.widths}", cell(f"{why}{where}")])
     if not lines:
         return ""
     return "Families of which less is reached, or that end in an error:\n\n" + markdown(
@@ -504,7 +504,7 @@ def _why(rows: Sequence[Row]) -> str:
         families_of.update(row.closed.keys())
     if not reasons:
         return ""
-    lines = [[_cell(why), str(families_of[why]), str(count)] for why, count in reasons.most_common(20)]
+    lines = [[cell(why), str(families_of[why]), str(count)] for why, count in reasons.most_common(20)]
     return "What stays closed, and why:\n\n" + markdown(["reason", "families", "widths"], lines)
 
 
@@ -520,5 +520,5 @@ def _not_made(rows: Sequence[Row]) -> str:
     return f"{missing} more could not be made tiny, or run on no inputs known here; they do not count."
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     return text.replace("|", "/")[:150]

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import shallower as sh
-from benchmarks import arena, results, zoo
+from benchmarks import arena, results, zoo, zoo_branches
 from benchmarks.__main__ import execute, main
 from benchmarks.arena_networks import edits
 from benchmarks.families import Family, axes, of_timm, of_transformers
@@ -141,6 +141,17 @@ def test_the_zoo_cuts_every_kind_of_family_and_counts_what_is_reached(tmp_path: 
     assert listed["llama"]["stock"] == zoo.LOADS
     assert listed["hand_unet"]["reached"] == listed["hand_unet"]["widths"] == 7
     assert "tests' zoo" in table
+
+
+def test_the_zoo_loses_layers_branches_and_parts_of_streams(tmp_path: Path) -> None:
+    found, table = quick("zoo_branches", tmp_path, tmp_path)
+    listed = {str(row["name"]): row for row in rows(found)}
+    assert set(listed) == set(zoo_branches.QUICK)
+    for name in ("llama", "cifar_resnet"):
+        assert set(listed[name]["lost"]) == set(zoo_branches.PARTS)  # type: ignore[call-overload]
+        assert not listed[name]["refused"]
+    assert listed["llama"]["stock"] == zoo.LOADS
+    assert "1 of 1" in table
 
 
 def test_the_arena_narrows_a_network_in_every_way_to_the_same_cost(data: Path, tmp_path: Path) -> None:

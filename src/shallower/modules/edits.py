@@ -417,13 +417,15 @@ def perform(model: nn.Module, edit: Edit) -> None:
 
 def edits(model: nn.Module) -> list[StructuralEdit]:
     """What surgery did to this model and its parts, in order; empty for a model it did not touch."""
-    found = [_moved(edit, name) for name, edit in noted(model)]
+    found = [_moved(edit, name, model) for name, edit in noted(model)]
     # entries of lists first: the names of all others are those that their modules have now
     return sorted(found, key=lambda edit: not isinstance(edit, Entries))
 
 
-def _moved(edit: StructuralEdit, name: str) -> StructuralEdit:
+def _moved(edit: StructuralEdit, name: str, model: nn.Module) -> StructuralEdit:
     """The same edit of the module that stands at `name` now."""
+    if isinstance(edit, Absent):
+        return replace(edit, name=name, cache=getattr(model.get_submodule(name), "cache", -1))
     if isinstance(edit, Externalise):
         return replace(edit, module=name)
     return replace(edit, name=name)

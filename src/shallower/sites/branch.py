@@ -10,6 +10,7 @@ from shallower.sites.parts import Count, Macs, Name
 
 Stride = Annotated[int, Bounds(1, 1 << 10)]
 Returned = Annotated[int, Bounds(0, 64)]
+Cached = Annotated[int, Bounds(-1, 1 << 16)]
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,12 @@ class Emptied:
         module: dotted name.
         returns: how many values it returns in a tuple, of which the first is the tensor that counts; 0 where it returns
             that tensor itself.
+        cache: the number of the layer of a KV cache that it fills, -1 where it fills none.
     """
 
     module: Name
     returns: Returned = 0
+    cache: Cached = -1
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,11 @@ class Convolutions(nn.Module):
         return self.relu(y)
 
 
+class Gated(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale.tanh() * (x[..., :1].sigmoid() * self.down(F.gelu(self.up(self.norm(x)))))
+
+
 class Reshaped(Block):
     def forward(self, x: Tensor) -> Tensor:
         halves = self.up(self.norm(x)).view(*x.shape[:-1], 2, x.shape[-1])
@@ -94,6 +99,16 @@ def test_what_cannot_be_dropped_is_skipped_with_the_reason(model: nn.Module, nam
     sites = branches(model, torch.randn(2, 5, 8))
     assert not sites
     assert why in sites.skipped[name]
+
+
+def test_any_factor_of_a_product_may_be_zero() -> None:
+    sites = branches(Gated(), torch.randn(2, 5, 8))
+    assert [site.branch.closing for site in sites] == ["down"]
+
+
+def test_attention_in_one_call_is_a_branch() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
+    assert {site.branch.closing for site in branches(model, torch.randn(2, 5, 8))} == {"self_attn", "linear2"}
 
 
 def test_embeddings_and_plain_lists_are_no_branches() -> None:

@@ -7,7 +7,8 @@ from torch import nn
 
 from shallower.errors import CheckpointError
 from shallower.modules.edits import Resize, edits, encoded, perform, replay
-from shallower.modules.prepared.lists import Entries
+from shallower.modules.prepared.absent import Absent
+from shallower.modules.prepared.lists import Entries, numbering
 
 
 def lists() -> nn.ModuleDict:
@@ -33,6 +34,16 @@ def test_entries_that_stay_are_numbered_anew_and_keep_what_was_done_to_them() ->
     again = replay(lists(), [encoded(edit) for edit in edits(model)])
     assert [layer.out_features for layer in again["list"]] == [7]
     assert {name: layer.out_features for name, layer in again["dict"].items()} == {"layer_2": 2, "layer_3": 4}
+
+
+def test_numbers_that_only_some_entries_hold_follow_too() -> None:
+    model = nn.Sequential(*(nn.ModuleDict({"part": nn.Linear(1, 1)}) for _ in range(5)))
+    for i in (0, 2, 3):
+        model[i]["part"].index = i
+    perform(model, Absent("4.part", cache=4))
+    assert numbering(model) == [("part", "cache"), ("part", "index")]
+    perform(model, Entries("", (0, 3, 4)))
+    assert (model[1]["part"].index, model[2]["part"].cache) == (1, 2)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from shallower.errors import Refusal
@@ -87,20 +88,18 @@ class _Describer:
             return None
         if self.runs[frame.module] > 1 or self.held[frame.module] > 1:
             return Refusal("it is called several times, or stands at several places")
-        returns = 0
-        if not is_uniform(entries):
-            # what reads such a list knows its entries by their number
-            found = _returns(frame, ())
-            if isinstance(found, Refusal):
-                return found
-            returns = found
+        returns = _returns(frame, ())
+        if isinstance(returns, Refusal):
+            if not is_uniform(entries):  # it stays, and passes on what it reads
+                return returns
+            returns = 0
         inside = set(calls)
         for call in calls:
             for output in call.outputs:
                 elsewhere = any(reader not in inside for reader in self.regions.readers.get(output, ()))
                 if output is not given and (elsewhere or (output.output and output not in self.regions.cached)):
                     return Refusal(f"what `{call.name}` gives in it is read elsewhere, too")
-        return self._costed((Emptied(str(frame.name), returns),), [frame], macs)
+        return self._costed((Emptied(str(frame.name), returns, _filled(frame)),), [frame], macs)
 
     def _list_of(self, frame: Frame) -> nn.Module | None:
         """The list of modules in which the module of an invocation stands."""
@@ -121,7 +120,7 @@ class _Describer:
             region = self.regions.behind(value, call)
             products = sum(c.macs > 0 for c in region.calls)
             # one linear map alone is a projection of the skip
-            if products < 1 + (not any(c.name in NONLINEAR for c in region.calls)):
+            if products < 1 + (not any(c.name in NONLINEAR or "attention" in c.name for c in region.calls)):
                 continue
             if region.frames and _meet(region, value, other):
                 yield region, value
@@ -144,7 +143,7 @@ class _Describer:
             returns = _returns(frame, calls)
             if isinstance(returns, Refusal):
                 return returns
-            emptied.append(Emptied(str(frame.name), returns))
+            emptied.append(Emptied(str(frame.name), returns, _filled(frame)))
             given[_first_value(frame.returned)] = frame  # type: ignore[index]
         closing = _closing(value, given, set(calls))
         if isinstance(closing, Refusal):
@@ -177,10 +176,10 @@ class _Describer:
                 if shape != value.shape:
                     shapes[value] = shape
                 continue
-            other = next((shapes[value] for value in item.inputs if value in shapes), None)
-            if other is None:
+            if not any(value in shapes for value in item.inputs):
                 continue
-            if not is_pointwise(item) or len(item.inputs) > 1:
+            other = _broadcast([shapes.get(value, value.shape) for value in item.inputs])
+            if not is_pointwise(item) or other is None:
                 return Refusal(f"`{item.name}` in {item.frame.name or 'the model'} needs what the branch computes")
             shapes.update(dict.fromkeys(item.outputs, other))
         return Refusal("nothing closes it")
@@ -192,7 +191,10 @@ class _Describer:
         for value in self.trace.cached:
             if value.call is not None and f"{value.call.frame.name}.".startswith(gone):
                 total += value.shape[1] * value.shape[3]
-        return total
+        around = self.trace.model.get_submodule(branch.layer.rpartition(".")[0])
+        if not total or (branch.layer and is_uniform(around)):
+            return total
+        return total - sum(emptied.cache >= 0 for emptied in branch.emptied)  # one number stays, to count the tokens
 
     def _costed(self, emptied: Iterable[Emptied], frames: Iterable[Frame], macs: int) -> Branch:
         """The branch of these modules, with what it costs."""
@@ -207,8 +209,12 @@ class _Describer:
 
 
 def _read_by(frame: Frame) -> Value | None:
-    """The first tensor that a module is given."""
-    return _first_value((*frame.args, *frame.kwargs.values()))
+    """The first tensor that a module is given, as it is before the module writes into it."""
+    value = _first_value((*frame.args, *frame.kwargs.values()))
+    inside = set(frame.calls())
+    while value is not None and value.call in inside and value.call.inplace:
+        value = origin(value.call.inputs[0])
+    return value
 
 
 def _first_value(tree: object) -> Value | None:
@@ -221,6 +227,18 @@ def _first_value(tree: object) -> Value | None:
             if found is not None:
                 return found
     return None
+
+
+def _filled(frame: Frame) -> int:
+    """The number of the layer of a KV cache that a module is given and fills; -1 where it fills none."""
+    made = {value.tensor for call in frame.calls() for value in call.outputs}
+    for item in (*frame.args, *frame.kwargs.values()):
+        cache = getattr(item, "self_attention_cache", item)
+        for i, layer in enumerate(getattr(cache, "layers", ())):
+            keys = getattr(layer, "keys", None)
+            if getattr(keys, "tensor", id(keys)) in made:  # a recorded value, or the tensor itself
+                return i
+    return -1
 
 
 def _adds_to(call: Call, stream: Value) -> bool:
@@ -266,22 +284,34 @@ def _returns(frame: Frame, calls: Iterable[Call]) -> int | Refusal:
     made = {value for call in frame.calls() for value in call.outputs}
     needed = {value for call in calls for value in call.inputs}
     for item in returned[1:]:
-        if item is not None and (item not in made or item in needed):
+        if item is not None and (not isinstance(item, Value) or item not in made or item in needed):
             return Refusal(f"`{frame.name}` returns more than one value that others need")
     return len(returned)
 
 
 def _closing(value: Value, given: Mapping[Value, Frame], calls: set[Call]) -> Frame | Refusal:
-    """The module whose zeros are zeros in the sum."""
-    while value not in given:
-        call = value.call
-        own = [] if call is None else [read for read in map(origin, call.inputs) if read.fed]
-        own = [read for read in own if read in given or read.call in calls]
-        if call not in calls or call.name not in _KEEP_ZEROS or len(own) != 1:
-            name = "the model" if call is None else f"`{call.name}` in {call.frame.name or 'the model'}"
-            return Refusal(f"{name} adds more to the sum than what one module gives")
-        value = own[0]
-    return given[value]
+    """The module whose zeros are zeros in the sum: of a product, any factor's."""
+    if value in given:
+        return given[value]
+    call = value.call
+    factors = [] if call is None else [read for read in map(origin, call.inputs) if read.fed]
+    own = [read for read in factors if read in given or read.call in calls]
+    if call is None or call not in calls or call.name not in _KEEP_ZEROS or (len(own) != 1 and call.name != "mul"):
+        name = "the model" if call is None else f"`{call.name}` in {call.frame.name or 'the model'}"
+        return Refusal(f"{name} adds more to the sum than what one module gives")
+    found = [_closing(read, given, calls) for read in own]
+    return next((each for each in found if isinstance(each, Frame)), found[0])
+
+
+def _broadcast(shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The shape of what is computed of these element by element; None where they do not fit."""
+    made = torch.empty((), device="meta")
+    try:
+        for shape in shapes:
+            made = made + torch.empty(shape, device="meta")
+    except RuntimeError:
+        return None
+    return tuple(made.shape)
 
 
 def _sizes(read: tuple[int, ...], given: tuple[int, ...]) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from shallower.core.codec import Bounds
 from shallower.errors import PlanError
+from shallower.modules.prepared.absent import SIZES
 from shallower.modules.records import rename
 
 
@@ -53,8 +54,10 @@ class Entries:
             renamed[keys[i]] = key
         rename(holder, renamed)
         for i, entry in enumerate(holder._modules.values()):
-            for part, attribute in counting:
-                setattr(entry.get_submodule(part), attribute, i)
+            parts = {} if entry is None else dict(entry.named_modules())
+            for name, attribute in counting:
+                if name in parts and attribute in vars(parts[name]):
+                    setattr(parts[name], attribute, i)
 
 
 def is_uniform(holder: nn.Module) -> bool:
@@ -67,20 +70,25 @@ def numbering(entries: Iterable[nn.Module | None]) -> list[tuple[str, str]]:
     """The whole numbers that are the number of each entry, by the name of the part that holds them, and their own.
 
     numbering(model.layers)         # [("self_attn", "layer_idx")]
+
+    Entries may lack such a part, as those of attention and others in one list do. An attribute counts that is the
+    number of all entries, or of three, and so cannot be another number by chance.
     """
-    common: set[tuple[str, str]] | None = None
-    count = 0
-    for i, entry in enumerate(entries):
-        own: set[tuple[str, str]] = set()
+    given = list(entries)
+    found: dict[tuple[str, str], list[int]] = {}
+    others: set[tuple[str, str]] = set()
+    for i, entry in enumerate(given):
         for name, part in () if entry is None else entry.named_modules():
             for attribute, value in vars(part).items():
-                if type(value) is int and value == i:
-                    own.add((name, attribute))
-        common = own if common is None else common & own
-        count += 1
-    if count < 2:
-        return []
-    return sorted(common or ())
+                if type(value) is int and attribute not in SIZES:
+                    found.setdefault((name, attribute), []).append(i)
+                    if value != i:
+                        others.add((name, attribute))
+    numbered: dict[str, set[int]] = {"cache": {0, 1, 2}}
+    for (name, attribute), own in found.items():
+        if (name, attribute) not in others:
+            numbered.setdefault(attribute, set()).update(own)
+    return sorted(key for key in found if key not in others and len(numbered[key[1]]) >= min(3, max(2, len(given))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ def edits_of_branch(model: nn.Module, entry: Entry) -> list[Edit]:
         return _without_layer(model, branch)
     found: list[Edit] = []
     for gone in branch.emptied:
-        made = Absent(gone.module, gone.returns, held=_first_tensor(model, gone.module))
+        made = Absent(gone.module, gone.returns, cache=gone.cache, held=_first_tensor(model, gone.module))
         if gone.module == branch.closing:
             made = replace(made, channels=branch.channels, stride=branch.stride)
         found.append(made)
@@ -51,7 +51,8 @@ def _without_layer(model: nn.Module, branch: Branch) -> list[Edit]:
     kept = tuple(i for i, other in enumerate(keys) if other != key)
     settings = settings_of_depth(model, list_name, kept) if is_uniform(holder) else None
     if settings is None:
-        return [Absent(gone.module, gone.returns, passes=True, held=_first_tensor(model, gone.module))]
+        held = _first_tensor(model, gone.module)
+        return [Absent(gone.module, gone.returns, passes=True, cache=gone.cache, held=held)]
     return [*settings, Entries(list_name, kept, len(keys))]
 
 
