@@ -276,6 +276,16 @@ def test_models_whose_sizes_depend_on_each_other_are_made_tiny(name: str) -> Non
     assert axes.floats(axes.called(model, inputs))
 
 
+def test_parameters_without_elements_are_left_as_they_are() -> None:
+    class Registers(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.registers = nn.Parameter(torch.empty(1, 0, 4))
+
+    model, _ = Family("registers", "none", lambda: (Registers(), torch.randn(2, 4))).build()
+    assert model.get_parameter("registers").numel() == 0
+
+
 @pytest.mark.parametrize("file", of_timm.CLASSES)
 def test_files_of_timm_without_a_small_model_give_their_class(file: str) -> None:
     families = {family.name: family for family in of_timm.listed()}

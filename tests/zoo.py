@@ -101,7 +101,7 @@ def randomise(model: nn.Module) -> None:
     """Draw every weight, bias, scale and running statistic, so that all of them matter at the output."""
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)
-        if parameter.dim() >= 2:
+        if parameter.dim() >= 2 and parameter.numel():
             parameter.copy_(noise * parameter[0].numel() ** -0.5)
         elif parameter.dim() == 1:
             parameter.copy_(0.2 * noise if name.endswith("bias") else 1 + 0.2 * noise)
