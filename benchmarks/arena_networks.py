@@ -20,6 +20,7 @@ from benchmarks.squeeze import RESNET_MEAN, RESNET_STD, Subject, minilm, resnet,
 from shallower.core.inputs import call
 from shallower.errors import DataError
 from shallower.finding.kinds import find_sites
+from shallower.saving.vision import repair_torchvision
 from shallower.training.divergence import kl_at_positions
 
 Scores = Callable[[nn.Module], dict[str, float]]
@@ -108,6 +109,7 @@ def efficientnet(data: Path, _cache: Path, seed: int, half: int, quick: bool) ->
 
 def whisper(data: Path, _cache: Path, seed: int, _half: int, quick: bool) -> Subject:
     """100 spoken sentences of the first 300 to calibrate on, the 60 behind them to report on."""
+    repair_torchvision()
     from datasets import load_dataset
     from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 

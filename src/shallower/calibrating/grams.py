@@ -369,6 +369,17 @@ class Centred:
         zz = self.zz.index_fill(0, columns, 0).index_fill(1, columns, 0)
         return replace(self, mean_z=mean_z, products=(zz, self.zy.index_fill(0, columns, 0)))
 
+    def beyond(self, weight: Tensor) -> Centred:
+        """The moments of z and of what a map W (d, n) leaves of y."""
+        mean_y = self.mean_y - weight @ self.mean_z
+        if self.rows is not None:
+            z, y = self.rows
+            left = y - z @ weight.T
+            return replace(self, mean_y=mean_y, yy=left.square().sum(0), rows=(z, left))
+        given = self.zz @ weight.T
+        yy = self.yy + (weight.T * (given - 2 * self.zy)).sum(0)
+        return replace(self, mean_y=mean_y, yy=yy.clamp_min(0), products=(self.zz, self.zy - given))
+
     def fit(self, ridge: float) -> Tensor:
         """The linear map W (d, n) with which W (z - mean_z) + mean_y predicts y best.
 

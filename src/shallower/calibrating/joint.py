@@ -1,6 +1,6 @@
 """Which channels are missed least by all that reads them together, from the second moments of each reader.
 
-parts = [Part.of(moments, metric, ridge=1e-4, columns=columns, scale=1.0), ...]
+parts = [Part.of(moments.zz, weight, metric, ridge=1e-4, columns=columns), ...]
 elimination = eliminate_jointly(parts)
 kept = elimination.kept(24)
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shallower.calibrating.grams import Centred
 from shallower.calibrating.metrics import Metric
 from shallower.calibrating.selection import Elimination, factor, ridged
 from shallower.errors import FitError
@@ -39,15 +38,26 @@ class Part:
     whole: float
 
     @classmethod
-    def of(cls, moments: Centred, metric: Metric, *, ridge: float, columns: Tensor, scale: float) -> Part:
-        """From the second moments of what it reads and returns.
+    def of(
+        cls, zz: Tensor, weight: Tensor, metric: Metric, *, ridge: float, columns: Tensor, scale: float = 1.0
+    ) -> Part:
+        """From the second moments of what it reads.
+
+        The fit to fewer columns is a ridge fit of the change of the weight: what few rows say of it is not trusted far.
+
+        Args:
+            zz: (N, N) second moments of the columns.
+            weight: (d, N), of the reader.
+            metric: weight of errors.
+            ridge: added to the diagonal, relative to its mean.
+            columns: (n, t), see `Part`.
+            scale: of the errors.
 
         Raises:
             FitError: the moments are not positive definite, even with the ridge.
         """
-        zz = moments.zz
         p = torch.cholesky_inverse(factor(ridged(zz, ridge)))
-        s = scale * metric.gain(p @ moments.zy)
+        s = scale * metric.gain(weight.T.to(zz))
         return cls(p, s, columns.to(p.device), float((s * zz).sum()))
 
 

@@ -48,8 +48,8 @@ class Plan:
         method: which method made it, for people.
         left_out: name -> reason of the sites that were given and stay as they are, for people.
         seen: digests of the rows that it was calibrated on, so that nothing is certified on them.
-        passes: how often a network ran over these rows for it, a gradient counted as three times; 0 where it is not
-            known. Of a family what all of it took.
+        passes: how often a network ran over these rows in this call for it, a gradient counted as three times; of a
+            family what all of it took. Not saved: 0 where it is not known.
 
     Raises:
         PlanError: entries contradict one another.
@@ -229,13 +229,11 @@ class Plan:
     @property
     def _contents(self) -> plan_file.Contents:
         saves = plan_file.Saves(self.params_saved, self.macs_saved)
-        told = self.entries, self.fingerprint, self.method, dict(self.left_out), saves, self.seen, self.passes
-        return plan_file.Contents(*told)
+        return plan_file.Contents(self.entries, self.fingerprint, self.method, dict(self.left_out), saves, self.seen)
 
     @classmethod
     def _of(cls, contents: plan_file.Contents) -> Plan:
-        told = contents.fingerprint, contents.method, contents.left_out, contents.seen, contents.passes
-        plan = cls(contents.entries, *told)
+        plan = cls(contents.entries, contents.fingerprint, contents.method, contents.left_out, contents.seen)
         if contents.saves != plan_file.Saves(plan.params_saved, plan.macs_saved):
             raise PlanError(
                 f"the plan says that it saves {contents.saves.params} params and {contents.saves.macs} MACs, and its "

@@ -64,7 +64,6 @@ class Contents:
     left_out: Mapping[str, str] = field(default_factory=dict)
     saves: Saves = Saves(0, 0)
     seen: tuple[str, ...] = ()
-    passes: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +105,6 @@ class StoredPlan:
     entries: tuple[StoredEntry, ...]
     left_out: Mapping[Annotated[str, Bounds(0, 1000)], Annotated[str, Bounds(0, 2000)]] = field(default_factory=dict)
     seen: Annotated[tuple[Annotated[str, Bounds(16, 16)], ...], Bounds(0, _MOST_SEEN)] = ()
-    passes: Annotated[float, Bounds(0, 1e9)] = 0.0
 
 
 def to_json(contents: Contents) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -128,7 +126,6 @@ def to_json(contents: Contents) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tuple(map(_stored, contents.entries)),
         contents.left_out,
         contents.seen,
-        contents.passes,
     )
     return encode(stored, special={Tensor: write}), tensors
 
@@ -166,8 +163,7 @@ def from_json(data: object, tensors: Mapping[str, Tensor]) -> Contents:
         raise PlanError("plan: the tensors that its sites name are too large together")
     if left := sorted(set(tensors) - named):
         raise PlanError(f"the plan does not name the tensor {left[0]!r}")
-    told = stored.fingerprint, stored.method, stored.left_out, stored.saves, stored.seen, stored.passes
-    return Contents(made, *told)
+    return Contents(made, stored.fingerprint, stored.method, stored.left_out, stored.saves, stored.seen)
 
 
 def _renewed(data: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -41,7 +41,7 @@ from shallower.modules.offloading import with_mapped_weights
 from shallower.planning.family import Family
 from shallower.planning.plan import Plan
 from shallower.planning.targets import Target
-from shallower.sites import Sites
+from shallower.sites import Site, Sites
 from shallower.training.loop import Score
 
 
@@ -97,6 +97,8 @@ def squeeze(
     """
     _refuse_misplaced(misplaced)
     target = Target.parse(target)
+    if target.unit == "latency":
+        sites = _timed_alone(sites)
     with raised_anywhere(), without_inference_mode():
         search = _search(model, sites, batches, options, uniform, inputs_of, example_inputs, checkpoint)
         with _explaining(search):
@@ -237,6 +239,21 @@ def narrowable(sites: Sites) -> Sites:
                 left[site.name] = f"it shares a layer with {clashes[0]}; narrow it by itself, before or after"
     stay = {*others.names} | {site.name for site in usable if is_coupled(site)} - left.keys()
     return usable.only((site for site in usable if site.name in stay), {**others.skipped, **left})
+
+
+def _timed_alone(sites: Sites) -> Sites:
+    """The sites that run in one piece, whose latency can be measured.
+
+    Raises:
+        SiteError: there is none.
+    """
+
+    def scattered(site: Site) -> Refusal | None:
+        if not is_coupled(site):
+            return None
+        return Refusal("its layers are spread over the network, and its latency is not measured; ask for macs: instead")
+
+    return sites.usable(scattered, "no site can be timed by itself")
 
 
 def _refuse_misplaced(misplaced: dict[str, object]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shallower.calibrating.grams import Centred
+from shallower.calibrating.grams import Centred, ridge_error
 from shallower.calibrating.joint import Part, eliminate_jointly
 from shallower.calibrating.metrics import Metric
 from shallower.calibrating.patches import unusual_padding
@@ -30,16 +30,16 @@ from shallower.calibrating.site_grams import SiteGrams
 from shallower.core.inputs import call, model_device
 from shallower.core.modes import evaluating
 from shallower.core.watching import read, watching
-from shallower.errors import Refusal, SiteError
+from shallower.errors import FitError, Refusal, SiteError
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.coupled.readers import Reader, is_coupled, readers_of, reads_as_described
-from shallower.methods.squeezing.refitting import best_ridge, damage, has_intercept, metric_of
+from shallower.methods.squeezing.refitting import damage, has_intercept, metric_of
 from shallower.modules.layers import weight_of
 from shallower.planning.entries import Entry
 from shallower.planning.fits import Fit
 from shallower.sites import LinearMap, Site
 
-_SELECTION_RIDGE = 1e-4
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _MEMORY = 1 << 28
 """Bytes of Gram matrices that are held at a time."""
 
@@ -113,10 +113,12 @@ class Coupling:
             scale = 1.0
             if self.calibration.options.sensitivity:
                 scale = float(reader.map.positions)
-            moments = own.all.centred(has_intercept(reader.site))
             metric = metric_of(reader.site, metrics, own)
             columns = reader.columns(torch.arange(site.width))
-            parts.append(Part.of(moments, metric, ridge=_SELECTION_RIDGE, columns=columns, scale=scale))
+            weight = weight_of(self.dense.get_submodule(reader.map.name)).flatten(1).double()
+            ridge = _trusted_ridge(reader.site, own, metric, weight, columns)
+            zz = own.all.centred(has_intercept(reader.site)).zz
+            parts.append(Part.of(zz, weight, metric, ridge=ridge, columns=columns, scale=scale))
         return parts
 
     def cuts(self, widths: Mapping[str, int], metrics: Mapping[str, Centred]) -> list[Entry]:
@@ -234,20 +236,48 @@ def read_anew(item: Site, grams: SiteGrams, metric: Metric, small: nn.Module, in
     """
     (m,) = item.consumers
     moments = grams.all.centred(intercept)
-    weight = weight_of(small.get_submodule(m.name)).flatten(1).double()
-    ridge, error = best_ridge(item, (grams.fit, grams.held), metric)
-    if math.isfinite(error):
-        held = grams.held.centred(intercept)
-        as_it_is = held.error(weight, metric.diagonal) / max(float((held.yy * metric.diagonal).sum()), 1e-300)
-        if error < as_it_is:
-            weight = moments.fit(ridge)
-        error = min(error, as_it_is)
+    weight = weight_of(small.get_submodule(m.name)).flatten(1).double().to(moments.mean_z)
+    ridge, error = _best_change(grams, metric, weight, intercept)
+    if math.isfinite(ridge):
+        weight = weight + moments.beyond(weight).fit(ridge)
     bias = moments.mean_y - weight @ moments.mean_z
     if m.kind == "conv2d":
         weight = weight.reshape(len(weight), -1, *m.kernel)
     fit = Fit((weight.cpu(),), (bias.cpu(),))
     note = "fitted to the channels that stay"
     return Entry.narrow(item, range(item.width), fit=fit, note=note, error=error if math.isfinite(error) else None)
+
+
+def _best_change(grams: SiteGrams, metric: Metric, weight: Tensor, intercept: bool) -> tuple[float, float]:
+    """The ridge of the change of a weight with the least error on held-out rows, and that as a part of the variance.
+
+    Infinity where no change is best, or nothing is held out. A ridge towards the weight as it is, and not towards
+    zeros: it holds for all data, and of few rows, pixels of the same images, a fit from nothing learns these rows.
+    """
+    if grams.fit.count < 2 or grams.held.count < 2:
+        return math.inf, math.inf
+    fit, held = (gram.centred(intercept).beyond(weight) for gram in (grams.fit, grams.held))
+    variance = float((grams.held.centred(intercept).yy * metric.diagonal).sum())
+    best, least = math.inf, float((held.yy * metric.diagonal).sum())
+    for ridge in _RIDGES:
+        try:
+            error = ridge_error(fit, held, ridge, metric.diagonal)
+        except FitError:
+            continue
+        if error < least:
+            best, least = ridge, error
+    return best, least / max(variance, torch.finfo(torch.float64).tiny)
+
+
+def _trusted_ridge(reader: Site, grams: SiteGrams, metric: Metric, weight: Tensor, columns: Tensor) -> float:
+    """The ridge with which held-out rows are predicted best without every other channel."""
+    intercept = has_intercept(reader)
+    stays = torch.ones(weight.shape[1], dtype=torch.bool)
+    stays[columns[::2].flatten()] = False
+    kept = stays.nonzero().flatten().to(grams.fit.device)
+    half = replace(grams, fit=grams.fit.part(kept), held=grams.held.part(kept))
+    left = weight.to(grams.fit.device)[:, kept]
+    return min(_best_change(half, metric, left, intercept)[0], _RIDGES[-1])
 
 
 def set_rows(small: nn.Module, site: Site, fitted: Entry) -> None:
