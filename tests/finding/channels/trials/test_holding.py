@@ -55,3 +55,41 @@ def test_a_number_that_a_forward_only_checks_falls_with_the_channels_that_it_che
     small = sh.apply(model, plan, x)
     assert (small[1].num_channels, small[2].num_channels) == (4, 3)
     torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))
+
+
+class Crossing(nn.Module):
+    """Reads a second stream, and looks at the width of the first before it does."""
+
+    def __init__(self, width: int, other: int) -> None:
+        super().__init__()
+        self.width = width
+        self.own, self.read = nn.Linear(width, width), nn.Linear(other, width)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if x.shape[-1] != self.width:
+            raise ValueError("this is not the width of the configuration")
+        return x + torch.relu(self.read(y)) * self.own(x)
+
+
+class Crossed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(4, 12)
+        self.blocks, self.last = nn.ModuleList(Crossing(8, 12) for _ in range(3)), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, x = self.second(x), self.first(x)
+        for block in self.blocks:
+            x = block(x, y)
+        return self.last(x)
+
+
+def test_each_block_may_check_the_channels_that_it_is_given_before_it_reads_others() -> None:
+    model, x = Crossed().eval(), torch.randn(5, 4)
+    sites = sh.find_sites(model, x, kinds="all")
+    stream = next(site for site in sites if site.kind == "stream")
+    assert {(each.module, each.attribute) for each in stream.followers} == {(f"blocks.{i}", "width") for i in range(3)}
+    plan = sh.Plan((sh.Entry.narrow(stream, [0, 2, 3, 6, 7]),))
+    small = sh.apply(model, plan, x)
+    assert [block.width for block in small.blocks] == [5, 5, 5]
+    torch.testing.assert_close(small(x + 1), sh.simulate(model, plan)(x + 1))

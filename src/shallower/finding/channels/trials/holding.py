@@ -7,8 +7,9 @@ numbers that come into question.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from shallower.finding.channels.layout import Run, runs, spans
 from shallower.finding.channels.trials.leading import Led
 from shallower.modules.prepared.weight_norms import place_of_weight
 from shallower.modules.written import leaves
-from shallower.recording.tracing import Call
+from shallower.recording.tracing import Call, Value
 from shallower.sites import Follower, Site
 from shallower.sites.slots import positions_each
 
@@ -61,13 +62,17 @@ class HeldNumbers:
             proposed = self._proposed(left, chosen, led)
             if not proposed:
                 break
+            if led.ended is not None:  # of several it would not show with which the pass goes further
+                name = next(iter(proposed))
+                proposed = {name: proposed[name]}
             tried = dict(left)
             for name, proposal in proposed.items():
                 tried[name] = replace(left[name], followers=(*left[name].followers, *proposal))
             after = self.trial.led(list(map(tried.__getitem__, names)), one=one)
             better = 0
             for name, proposal in proposed.items():
-                if self._is_better(led, after, name, proposal):
+                better_alone = partial(self._is_right_alone, left[name], tried[name], one=one)
+                if self._is_better(led, after, name, proposal, better_alone):
                     better += 1
                     left[name] = tried[name]
                 else:
@@ -136,14 +141,20 @@ class HeldNumbers:
                     if type(number) is int and number >= width and number % width == 0:
                         yield call, {number: number // width}
                         factors.append((call, _factors(number, width)))
-                if led.ended is not None and call in self.trial.f.trace.calls[led.ended : led.ended + 1]:
-                    yield call, self._sizes_before(call, run)
+        if led.ended is not None:
+            for call in self.trial.f.trace.calls[led.ended : led.ended + 1]:
+                yield call, self._sizes_before(call, run)
         yield from factors
 
     def _sizes_before(self, call: Call, run: Run) -> dict[int, int]:
-        """The sizes of what a call reads that count the channels: a forward may check them before it makes the call."""
+        """The sizes that count the channels in what a call reads or the modules around it: a forward may check them."""
         found: dict[int, int] = {}
-        for value in call.inputs:
+        read: list[object] = [*call.inputs]
+        for frame in list(call.frame.ancestors())[:MOST_FRAMES]:
+            read += leaves(frame.args, frame.kwargs)
+        for value in read:
+            if not isinstance(value, Value):
+                continue
             for axis in self.trial.f.axes(value):
                 if run in runs(axis):
                     found[axis.size] = positions_each(spans(axis, run))
@@ -151,12 +162,14 @@ class HeldNumbers:
 
     # ------------------------------------------------------------------------------------------------- judgement
 
-    def _is_better(self, before: Led, after: Led, name: str, proposal: Proposal) -> bool:
+    def _is_better(
+        self, before: Led, after: Led, name: str, proposal: Proposal, is_right_alone: Callable[[], bool]
+    ) -> bool:
         """Whether numbers put something of a site right, and nothing wrong in the modules that hold them."""
         own_before, own_after = self._entries(before, name), self._entries(after, name)
         until = before.ended if before.ended is not None else 1 << 60
         further = after.ended is None or after.ended > until
-        if before.ended is None and after.ended is not None:
+        if after.ended is not None and after.ended < until:
             return False
         new = {entry for entry in after.entries - before.entries if entry[0] < until}
         near = {entry for entry in new if entry in own_after or self._lies_in(entry[0], proposal)}
@@ -164,7 +177,15 @@ class HeldNumbers:
         # what the number disturbs in turn can be written where it puts as much right: other branches may read it
         if near and (len(near) > len(better) or not near <= after.wrong.keys()):
             return False
-        return bool(better) or (before.ended is not None and further)
+        return bool(better) or (before.ended is not None and further and is_right_alone())
+
+    def _is_right_alone(self, before: Site, after: Site, *, one: bool) -> bool:
+        """Whether numbers put nothing wrong where no other site is cut, whose size they may happen to be."""
+        first, second = self.trial.led([before], one=one), self.trial.led([after], one=one)
+        until = first.ended if first.ended is not None else 1 << 60
+        if second.ended is not None and second.ended < until:
+            return False
+        return all(at >= until for at, _ in second.entries - first.entries)
 
     def _entries(self, led: Led, name: str) -> set[tuple[int, int]]:
         """What is wrong in a pass at calls that read or give the channels of a site."""

@@ -210,6 +210,8 @@ class ChannelTrial:
                 continue
             before = dict(left)
             if self._held.take(left, chosen, led, one=one):
+                if led.ended is not None:  # the pass goes further now, and shows more
+                    continue
                 led = self.led([left[site.name] for site in chosen], one=one)
             within = self._written.write(left, chosen, led.wrong.values())
             if left == before:
