@@ -81,6 +81,8 @@ def _made_elsewhere(known: Mapping[str, Any]) -> Iterator[Named]:
     hidden = _size(known, "hidden_size", _size(known, "d_model", 32))
     yield {"encoder_hidden_states": torch.randn(2, 5, _size(known, "cross_attention_hidden_size", hidden))}
     yield {"fine": True}
+    yield {"use_vit_merger": True}
+    yield {"prompt_depth": torch.rand(2, 1, 8, 8)}
     proteins = torch.randint(5, 20, (2, 6))
     yield {"protein_input_ids": proteins, "protein_attention_mask": torch.ones_like(proteins)}
 

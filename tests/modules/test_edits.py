@@ -23,6 +23,7 @@ from shallower.modules.edits import (
     Padding,
     Partial,
     Resize,
+    Sized,
     Slope,
     Summand,
     Weights,
@@ -93,6 +94,16 @@ def test_edits_are_remembered_in_order_and_done_again_through_a_file() -> None:
     assert [decoded(i, data) for i, data in enumerate(json.loads(text))] == ALL
     replay(fresh, json.loads(text))
     assert [(n, p.shape) for n, p in fresh.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
+
+
+def test_a_tensor_without_elements_is_narrowed_through_a_file() -> None:
+    # register tokens of a model that has none
+    model, fresh = nn.Module(), nn.Module()
+    for each in (model, fresh):
+        each.registers = nn.Parameter(torch.empty(1, 0, 4))
+    perform(model, Sized("", "registers", (1, 0, 2)))
+    replay(fresh, json.loads(json.dumps([encoded(edit) for edit in edits(model)])))
+    assert fresh.get_parameter("registers").shape == (1, 0, 2)
 
 
 def test_weights_are_set_in_the_type_of_the_layer_and_not_remembered() -> None:

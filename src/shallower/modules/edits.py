@@ -255,7 +255,7 @@ class Sized:
 
     name: Owner
     attribute: ModuleName
-    shape: Annotated[tuple[Size, ...], Bounds(1, 16)]
+    shape: Annotated[tuple[Whole, ...], Bounds(1, 16)]
     edit: Literal["tensor"] = field(default="tensor", init=False, repr=False)
 
     def __post_init__(self) -> None:
