@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,35 @@ def test_a_stock_class_with_fewer_layers(tmp_path: Path, make: object) -> None:
     torch.testing.assert_close(sh.load(tmp_path / "small").eval()(ids).logits, small(ids).logits)
     kept = small.generate(ids, max_new_tokens=8, do_sample=False, use_cache=True)
     assert torch.equal(kept, small.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False))
+
+
+def distilbert() -> torch.nn.Module:
+    sizes = {"vocab_size": 32, "dim": 16, "hidden_dim": 24, "n_heads": 4, "pad_token_id": 0}
+    return transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**sizes, n_layers=3))
+
+
+def dinov2() -> torch.nn.Module:
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "image_size": 16, "patch_size": 8, "mlp_ratio": 2}
+    return transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**sizes, num_hidden_layers=3))
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "inputs"),
+    [
+        (distilbert, "distilbert.transformer.layer", {"input_ids": torch.ones(2, 5, dtype=torch.long)}),
+        (dinov2, "dinov2.encoder.layer", {"pixel_values": torch.randn(2, 3, 16, 16)}),
+    ],
+)
+def test_modules_that_hold_their_number_and_stages_named_after_layers(
+    make: Any, names: str, inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    model = make().eval()
+    sites = sh.find_sites(model, inputs, kinds="branch")
+    small = sh.apply(model, sh.Plan((sh.Entry.drop(sites[f"{names}.1:layer"]),)), inputs)
+    assert len(small.get_submodule(names)) == 2
+    sh.save(small, tmp_path / "small")
+    stock = type(model).from_pretrained(tmp_path / "small").eval()
+    torch.testing.assert_close(stock(**inputs).logits, small(**inputs).logits)
 
 
 def test_encoder_and_decoder_are_told_apart() -> None:

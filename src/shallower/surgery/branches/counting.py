@@ -8,9 +8,10 @@ that it makes of the present one with the layers taken away.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations, islice
 from typing import Any
 
 from torch import nn
@@ -19,11 +20,14 @@ from shallower.errors import ShallowerError
 from shallower.modules.edits import perform
 from shallower.modules.prepared.lists import Entries, Settings
 from shallower.saving.skeletons import sketch
-from shallower.saving.stock.solving import Structure
+from shallower.saving.stock.solving import Spot, Structure, with_numbers
 from shallower.surgery.configs import StockPart, owners, settings_for
 
-Keys = tuple[str, ...]
-"""Where a value stands in a config."""
+Keys = tuple[str | int, ...]
+"""Where a value stands in a config, or in a list there."""
+
+_OF_STAGES = ("stage_names", "out_features", "out_indices")
+"""What a config of Transformers says of a backbone's stages, and makes of the number of layers where it does not."""
 
 _MOST_TRIED = 24
 
@@ -61,23 +65,29 @@ def _changed_config(owner: StockPart, name: str, kept: Sequence[int]) -> dict[st
     except (ShallowerError, AttributeError):
         return None
     wanted = Structure.of(made)
-    for tried, (number, lists) in enumerate(_candidates(owner.plain, count)):
-        if tried == _MOST_TRIED:
-            break
-        config = copy.deepcopy(owner.plain)
-        if number:
-            _put(config, number, len(kept))
-        for keys in lists:
-            whole = _at(config, keys)
-            _put(config, keys, [whole[i] for i in kept])
+    for config in islice(_candidates(owner.plain, count, kept), _MOST_TRIED):
         found = owner.built(config)
-        if found is not None and not found.differing(wanted) and not wanted.differing(found):
-            return config
+        if found is not None:
+            differing = found.differing(wanted) | wanted.differing(found)
+            inside = f"{name}."
+            if all(_follows(spot, found, wanted) and not spot[0].startswith(inside) for spot in differing):
+                return config
     return None
 
 
-def _candidates(config: Mapping[str, Any], count: int) -> Iterator[tuple[Keys, list[Keys]]]:
-    """A number that is the count and lists that are as long beside it, with them, without, and the lists alone."""
+def _follows(spot: Spot, found: Structure, wanted: Structure) -> bool:
+    """Whether a difference is that a module holds how many layers there are, or of which types."""
+    own, other = found.settings.get(spot), wanted.settings.get(spot)
+    if isinstance(own, (tuple, list)) and isinstance(other, (tuple, list)):
+        return set(own) <= set(other)
+    return type(own) is int and type(other) is int and own < other
+
+
+def _candidates(config: Mapping[str, Any], count: int, kept: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Configs in which a number is that of the layers that stay, and lists of as many as there were keep their parts.
+
+    Any of these lists may be another's; and stages that are named after layers may get their names anew.
+    """
     numbers: list[Keys] = []
     lists: list[Keys] = []
     for keys, value in _leaves(config):
@@ -86,29 +96,36 @@ def _candidates(config: Mapping[str, Any], count: int) -> Iterator[tuple[Keys, l
         elif isinstance(value, (list, tuple)) and len(value) == count:
             lists.append(keys)
     # names that tell of layers first: others are tried, too
-    numbers.sort(key=lambda keys: not any(word in keys[-1] for word in ("layer", "depth", "block")))
-    for number in numbers:
-        beside = [keys for keys in lists if keys[:-1] == number[:-1]]
-        if beside:
-            yield number, beside
-        yield number, []
-    if lists:
-        yield (), lists
+    numbers.sort(key=lambda keys: not any(word in str(keys) for word in ("layer", "depth", "block")))
+    for number in [*numbers, ()]:
+        beside = [keys for keys in lists if not number or keys[:-1] == number[:-1]]
+        for size in range(len(beside), -1, -1):
+            for some in combinations(beside, size):
+                made = with_numbers(config, {number: len(kept)} if number else {})
+                for keys in some:
+                    _at(made, keys[:-1])[keys[-1]] = [_at(config, keys)[i] for i in kept]
+                if number or some:
+                    yield made
+                if number and any(key in made for key in _OF_STAGES):
+                    yield {key: value for key, value in made.items() if key not in _OF_STAGES}
 
 
-def _leaves(config: Mapping[str, Any], around: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    for key, value in config.items():
+def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[Keys, Any]]:
+    """Everything in a config that is no mapping: lists, and what is in them."""
+    waiting: deque[tuple[Keys, Any]] = deque([((), config)])
+    while waiting:
+        keys, value = waiting.popleft()
+        parts: Iterable[tuple[str | int, Any]] = ()
         if isinstance(value, Mapping):
-            yield from _leaves(value, (*around, str(key)))
+            parts = value.items()
         else:
-            yield (*around, str(key)), value
+            yield keys, value
+            if isinstance(value, list):
+                parts = enumerate(value)
+        waiting += [((*keys, key), part) for key, part in parts]
 
 
 def _at(config: Any, keys: Keys) -> Any:
     for key in keys:
         config = config[key]
     return config
-
-
-def _put(config: dict[str, Any], keys: Keys, value: Any) -> None:
-    _at(config, keys[:-1])[keys[-1]] = value
