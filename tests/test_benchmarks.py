@@ -267,7 +267,8 @@ def test_models_are_given_whatever_makes_them_read_every_weight(name: str, given
 
 
 @pytest.mark.parametrize(
-    "name", ["swin", "detr", "rt_detr", "mask2former", "dpt", "efficientnet", "esm", "gpt_neo", "glm4v", "informer"]
+    "name",
+    ["swin", "detr", "rt_detr", "mask2former", "dpt", "efficientnet", "esm", "gpt_neo", "glm4v", "informer", "vitpose"],
 )
 def test_models_whose_sizes_depend_on_each_other_are_made_tiny(name: str) -> None:
     pytest.importorskip("transformers")

@@ -92,6 +92,7 @@ AGREEING: Mapping[str, Mapping[str, Any]] = {
     "qwen3_5_text": {"pad_token_id": 0},
     "rt_detr": _PYRAMID,
     "rt_detr_v2": _PYRAMID,
+    "superpoint": {"keypoint_decoder_dim": 65},
     "swin": {"image_size": 128},
     "textnet": {"stem_out_channels": 16},
     "tipsv2_dpt.backbone_config": _FOUR_LAYERS,

@@ -36,6 +36,18 @@ TASKS = (
 )
 """Of a type with several models, the first of these is taken, or else the one without a head."""
 
+RARE = (
+    "IMAGE_MATTING",
+    "KEYPOINT_DETECTION",
+    "KEYPOINT_MATCHING",
+    "POSE_ESTIMATION",
+    "RETRIEVAL",
+    "UNIVERSAL_SEGMENTATION",
+    "TABLE_RECOGNITION",
+    "BACKBONE",
+)
+"""Where there is none of either, the first of these."""
+
 MOST_PARAMS = 8_000_000
 
 
@@ -117,8 +129,9 @@ def _model(name: str, config: Any) -> nn.Module:
     modeling = importlib.import_module("transformers.models.auto.modeling_auto")
     transformers = importlib.import_module("transformers")
     mappings = [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in TASKS]
+    rare = [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in RARE]
     errors = []
-    for mapping in [*mappings, "MODEL_MAPPING_NAMES"]:
+    for mapping in [*mappings, "MODEL_MAPPING_NAMES", *rare]:
         names = getattr(modeling, mapping).get(name)
         if names is None:
             continue
