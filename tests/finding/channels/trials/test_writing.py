@@ -56,3 +56,23 @@ def test_a_number_of_heads_times_features_falls_with_both() -> None:
 def test_where_one_call_counts_two_kinds_of_channels_they_are_cut_alike() -> None:
     found = cut(drawn(InOneFunction()), torch.randn(2, 5, 12))
     assert sorted(found.values()) == [3, 4]
+
+
+def test_where_the_size_of_one_value_is_given_to_another_both_are_cut_alike() -> None:
+    class Latent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.up, self.down, self.b = nn.Linear(4, 6), nn.Linear(6, 12), nn.Linear(12, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            y = self.down(self.up(h).sin() + 1)
+            return self.b(y.view(x.shape[0], 1, h.shape[-1]).sum(1).cos())
+
+    model, x = Latent().eval(), torch.randn(5, 4)
+    sites = sh.find_sites(model, x, kinds="hidden")
+    both = next(site for site in sites if site.width == 6)
+    assert {"a.weight", "down.weight"} <= {slot.tensor for slot in both.slots}
+    small = sh.apply(model, sh.Plan((sh.Entry.narrow(both, [0, 2, 5]),)), x)
+    assert (small.a.out_features, small.down.out_features) == (3, 3)
+    torch.testing.assert_close(small(x + 1), sh.simulate(model, sh.Plan((sh.Entry.narrow(both, [0, 2, 5]),)))(x + 1))

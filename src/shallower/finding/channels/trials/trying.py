@@ -145,7 +145,7 @@ class ChannelTrial:
         for i in doubtful:
             led = self.led(list(map(left.__getitem__, several[i])))
             if not led.is_clean:
-                self._written.note_alike(before, list(led.wrong.values()))
+                self._written.note_alike(before, list(led.wrong.values()), several[i])
                 for name in several[i]:
                     del left[name]
                     self.why[name] = f"{DOES_NOT_FOLLOW} where nothing else is cut"

@@ -73,8 +73,14 @@ class WrittenNumbers:
             self.note_alike(known, [each for each in wrong if self._place_of(each) in places])
         return within
 
-    def note_alike(self, left: Mapping[str, Site], wrong: Sequence[Wrong]) -> None:
-        """Note the channels that one number counts at several calls, those that change it already among them."""
+    def note_alike(self, left: Mapping[str, Site], wrong: Sequence[Wrong], alone: Sequence[str] = ()) -> None:
+        """Note the channels that one number counts at several calls, those that change it already among them.
+
+        Args:
+            left: sites by name.
+            wrong: the sizes, by calls.
+            alone: sites that were cut with no others, and whose channels a forward counts for those of others.
+        """
         by_run = {self.trial.found[name]: name for name in left}
         groups: dict[object, dict[Run, None]] = {}
         for each in wrong:
@@ -83,6 +89,8 @@ class WrittenNumbers:
                 continue
             group = groups.setdefault(place, {})
             counted = [run for run in runs(each.size.layout) if run in by_run]
+            near = self.trial.runs_in(self.trial.f.trace.calls[each.at].frame)
+            counted += [self.trial.found[name] for name in alone if self.trial.found[name] in near]
             for run in [*counted, *map(self.trial.found.__getitem__, self._writing(left, each))]:
                 if run.size == each.size.given:
                     group[run] = None
