@@ -12,11 +12,11 @@ from shallower.sites import Sites
 
 OFFERED = ("squeeze", "layer-collapse", "tlc", "structural-dropout")
 LETTERS = "SLTD"
-LEGEND = "methods: S squeeze, L layer-collapse, T tlc, D structural-dropout, - a plan by hand (Entry.narrow)"
+LEGEND = "methods: S squeeze, L layer-collapse, T tlc, D structural-dropout, - by hand (Entry.narrow, Entry.drop)"
 
 
 def offered(sites: Sites) -> dict[str, tuple[str, ...]]:
-    """For each site, by name, the methods that use it; none where only a plan by hand can narrow it (`Entry.narrow`).
+    """For each site, by name, the methods that use it; none where only a plan by hand can narrow or drop it.
 
     Layer collapse uses those that get cheaper, and of sites that share a layer one plan may have to leave some out.
     """
