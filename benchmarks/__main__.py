@@ -21,6 +21,7 @@ NAMES = (
     "slope_overhead",
     "squeeze",
     "arena",
+    "depth",
     "floors",
     "selection",
     "structural_dropout",

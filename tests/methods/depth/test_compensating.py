@@ -8,7 +8,7 @@ import shallower as sh
 from shallower.core.batches import Batches
 from shallower.methods.depth.compensating import Refitting
 from shallower.methods.depth.emptying import emptied
-from shallower.methods.depth.judging import Judge, divided
+from shallower.methods.depth.judging import Judge, set_apart
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.options import SqueezeOptions
 from tests.methods.depth.networks import Residual, inputs, sites_of
@@ -17,7 +17,7 @@ from tests.methods.depth.networks import Residual, inputs, sites_of
 def refitting_of(model: Residual, *dropped: str, sensitivity: bool = True) -> Refitting:
     batches = inputs(count=8, rows=64)
     sites = sites_of(model, batches)
-    fitted, held = divided(Batches.read(batches))
+    fitted, held = set_apart(Batches.read(batches))
     options = SqueezeOptions(sensitivity=sensitivity)
     judge = Judge(model, Calibration(held, options))
     hidden = [site for site in sites if site.kind != "branch"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shallower.core.batches import Batches
-from shallower.methods.depth.judging import Judge, divided
+from shallower.methods.depth.judging import Judge, set_apart
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.options import SqueezeOptions
 from shallower.training.divergence import kl_divergence
@@ -18,25 +18,25 @@ from tests.methods.depth.networks import Residual, inputs
 
 def test_one_row_in_eight_is_held_out() -> None:
     batches = Batches.read(inputs(count=5, rows=16))
-    fitted, held = divided(batches)
+    fitted, held = set_apart(batches)
     assert (fitted.rows, held.rows) == (70, 10)
     assert set(fitted.seen()) | set(held.seen()) == set(batches.seen())
     assert not set(fitted.seen()) & set(held.seen())
 
 
 def test_of_single_rows_every_eighth_is_held_out() -> None:
-    fitted, held = divided(Batches.read(inputs(count=16, rows=1)))
+    fitted, held = set_apart(Batches.read(inputs(count=16, rows=1)))
     assert (fitted.rows, held.rows) == (14, 2)
 
 
 def test_so_few_rows_that_none_is_held_out_are_used_twice() -> None:
-    fitted, held = divided(Batches.read(inputs(count=1, rows=3)))
+    fitted, held = set_apart(Batches.read(inputs(count=1, rows=3)))
     assert fitted.rows == held.rows == 3
 
 
 def test_batches_that_cannot_be_cut_are_held_out_whole() -> None:
     batches = [(torch.randn(4, 3), torch.randn(5, 3)) for _ in range(8)]
-    fitted, held = divided(Batches.read(batches, inputs_of=tuple))
+    fitted, held = set_apart(Batches.read(batches, inputs_of=tuple))
     assert (len(fitted), len(held)) == (7, 1)
 
 

@@ -19,14 +19,17 @@ from shallower.core.processes import raised_anywhere
 from shallower.core.text import listing
 from shallower.errors import FitError, MethodError
 from shallower.methods.base import bound_plan, check_sites
+from shallower.methods.baselines.depth import DEPTH, Given
 from shallower.methods.baselines.reading import Reader
 from shallower.methods.baselines.rivals import RIVALS, Rival
 from shallower.methods.baselines.sharing import shared_widths
 from shallower.methods.baselines.view import View
+from shallower.methods.depth.saving import goal_of, savings_for
 from shallower.methods.squeezing.calibration import reader_of
 from shallower.methods.squeezing.costing import WidthCosts
-from shallower.methods.squeezing.squeeze import narrowable
-from shallower.modules.attachment import attached_places, detached_copy
+from shallower.methods.squeezing.options import SqueezeOptions
+from shallower.methods.squeezing.squeeze import calibration_of, narrowable, without_attached
+from shallower.modules.attachment import detached_copy
 from shallower.modules.offloading import lent
 from shallower.planning.entries import Entry
 from shallower.planning.forms import steps
@@ -41,13 +44,13 @@ def baseline(
     model: nn.Module,
     sites: Sites,
     batches: Iterable[Any],
-    target: str | Target,
+    target: str | Target | int,
     *,
     inputs_of: InputsOf | None = None,
     mask_of: MaskOf | None = None,
     seed: int = 0,
 ) -> Plan:
-    """A plan by a published way to choose channels, for comparison with `squeeze` on your own model and data.
+    """A plan by a published way, for comparison with `squeeze` and `squeeze_depth` on your own model and data.
 
         plan = sh.baseline("flap", model, sites, batches, target="macs:60%")
         small = sh.apply(model, plan, example_inputs)
@@ -64,6 +67,13 @@ def baseline(
     | osscar | backward elimination (OSSCAR, ZipLM), in the network narrowed so far | equal | refitted |
     | folding | k-means of their rows, merged, with repaired variance | equal | columns summed |
 
+    | name | layers go by | what stays |
+    |---|---|---|
+    | shortgpt | 1 - cos of what they read and give, ranked once | unchanged |
+    | sleb | the output's divergence, one after the other | unchanged |
+    | blockpruner | the same, of attention and feed-forward branches | unchanged |
+    | replaceme | 1 - cos, in a row | a linear map at the cut |
+
     Sites that `squeeze` would not narrow, and those that the way has no rule for, stay as they are; `plan.left_out`
     says why. Random, magnitude and folding read no batches: give [].
 
@@ -72,7 +82,7 @@ def baseline(
         model: in the state it is to be used in; it is not changed.
         sites: of this model, or a selection of them.
         batches: a few hundred samples, labels are not needed. They are read once.
-        target: `params:`, `macs:`, `size:` or `kv:`; see `Target`.
+        target: `params:`, `macs:`, `size:` or `kv:`, see `Target`; or how many layers go, where layers do.
         inputs_of, mask_of: return the model's inputs and the mask of padding in a batch, as for `squeeze`.
         seed: of what is drawn: random channels, the start of k-means.
 
@@ -82,22 +92,27 @@ def baseline(
         TargetError: the target cannot be met, or the model meets it as it is.
         FitError: the batches are too few or not finite; the error names the site.
 
-    References: in the docstrings of `shallower.methods.baselines.rivals`, where the formulas are.
+    References: in the docstrings of `shallower.methods.baselines.rivals` and `.depth`, where the formulas are.
     """
     rival = RIVALS.get(name)
-    if rival is None:
-        raise MethodError(f"there is no baseline {name!r}; there are {listing(list(RIVALS))}")
-    target = Target.parse(target)
+    if rival is None and name not in DEPTH:
+        raise MethodError(f"there is no baseline {name!r}; there are {listing([*RIVALS, *DEPTH])}")
+    goal = goal_of(target)
     check_sites(model, sites)
     with raised_anywhere(), without_inference_mode():
-        dense = model
-        if attached_places(model):
-            dense = detached_copy(model)
+        dense = without_attached(model)
+        if rival is None:
+            given = calibration_of(dense, sites, batches, SqueezeOptions(mask_of=mask_of), inputs_of, None).batches
+            savings = savings_for(dense, sites, goal, given[0].inputs)
+            plan = bound_plan(dense, DEPTH[name](Given(dense, sites, given, savings)), name)
+            return replace(plan, seen=given.seen())
+        if isinstance(goal, int):
+            raise MethodError(f"target={goal}: {name} narrows layers, and takes none away")
         usable = narrowable(sites).usable(rival.refusal, f"{name} has a rule for none of the sites")
         read = Batches.read(batches, inputs_of or reader_of(dense, usable, None), mask_of)
         if rival.reads != "nothing" and not len(read):
             raise FitError(f"{name} needs data: `batches` is empty. Give a few hundred samples")
-        entries = _entries(rival, dense, usable, read, target, seed)
+        entries = _entries(rival, dense, usable, read, goal, seed)
         plan = bound_plan(dense, entries, name)
         return replace(plan, left_out=dict(usable.skipped), seen=read.seen())
 

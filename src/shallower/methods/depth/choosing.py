@@ -24,12 +24,12 @@ from shallower.sites import Site
 TRIED = 4
 """Candidates that are measured anew after each removal."""
 
-_SAME = 1e-6
+_TIED = 1e-6
 """Relative difference of divergences that count as the same."""
 
 
 @dataclass(frozen=True)
-class Removed:
+class Removal:
     """Branches that are gone, without those inside others.
 
     Attributes:
@@ -63,7 +63,7 @@ class Chooser:
         # what each candidate added to the divergence when it was last measured
         self._added: dict[str, float] = {}
 
-    def note(self, removed: Removed) -> str:
+    def note(self, removed: Removal) -> str:
         """Why these went, for people."""
         others = "" if len(removed.sites) == 1 else f" with the other {len(removed.sites) - 1}"
         return (
@@ -71,13 +71,13 @@ class Chooser:
             f"these rows for {len(self.branches)} candidates"
         )
 
-    def removals(self) -> Iterator[Removed]:
+    def removals(self) -> Iterator[Removal]:
         """One more gone each time; the last one meets the target.
 
         Raises:
             TargetError: the target is not met without any of them.
         """
-        removed = Removed()
+        removed = Removal()
         bar = tqdm(desc="trying branches", total=len(self.branches), delay=2, leave=False, unit="pass")
         with bar:
             while self.savings.needed(removed.sites) > 0:
@@ -89,7 +89,7 @@ class Chooser:
                     removed = self._without_excess(removed)
                 yield removed
 
-    def _best(self, removed: Removed, bar: tqdm[None]) -> Removed | None:
+    def _best(self, removed: Removal, bar: tqdm[None]) -> Removal | None:
         """The best next removal; None where nothing is left to remove."""
         needed = self.savings.needed(removed.sites)
         gone = {site.name for site in removed.sites}
@@ -105,7 +105,7 @@ class Chooser:
         if self._added:
             options.sort(key=lambda site: self._added[site.name] / worth[site.name])
             options = options[:TRIED]
-        best: tuple[float, Removed] | None = None
+        best: tuple[float, Removal] | None = None
         bar.total = self.judge.passes + len(options)
         for site in options:
             found = self._measured((*(other for other in removed.sites if not inside(other, [site])), site))
@@ -116,10 +116,10 @@ class Chooser:
                 best = (added / worth[site.name], found)
         return None if best is None else best[1]
 
-    def _measured(self, sites: tuple[Site, ...]) -> Removed:
-        return Removed(sites, self.judge.divergence(emptied(self.dense, sites)))
+    def _measured(self, sites: tuple[Site, ...]) -> Removal:
+        return Removal(sites, self.judge.divergence(emptied(self.dense, sites)))
 
-    def _whole_layers(self, removed: Removed) -> Removed:
+    def _whole_layers(self, removed: Removal) -> Removal:
         """With a layer in the place of its branches, where all are gone and nothing else of it matters."""
         for layer in self.branches:
             own = [site for site in self.branches if inside(site, [layer])]
@@ -127,11 +127,11 @@ class Chooser:
                 continue
             if all(site in removed.sites for site in own):
                 found = self._measured((*(site for site in removed.sites if site not in own), layer))
-                if found.divergence <= removed.divergence * (1 + _SAME):
+                if found.divergence <= removed.divergence * (1 + _TIED):
                     return found
         return removed
 
-    def _without_excess(self, removed: Removed) -> Removed:
+    def _without_excess(self, removed: Removal) -> Removal:
         """Without those of the earlier ones that need not go for the target."""
         for site in removed.sites[:-1]:
             others = tuple(other for other in removed.sites if other is not site)
@@ -141,7 +141,7 @@ class Chooser:
                     removed = found
         return removed
 
-    def _refuse(self, removed: Removed) -> NoReturn:
+    def _refuse(self, removed: Removal) -> NoReturn:
         """Say that the target cannot be met."""
         left = self.savings.left(removed.sites) / self.savings.whole
         names = listing([site.name for site in removed.sites])

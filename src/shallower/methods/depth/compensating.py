@@ -145,7 +145,7 @@ class Refitting:
             here = dict(goals)
             for name, aim in self.aims.items():
                 if aim.name in goals and name in goals:
-                    here[name] = _moved(goals[name], goals[aim.name])
+                    here[name] = _carried_back(goals[name], goals[aim.name])
                 elif name != sites[0].name:
                     # what it aims at had no room: both come with another pass, as the first of the sites
                     here.pop(name, None)
@@ -179,7 +179,7 @@ class Refitting:
             raise FitError(f"{site.name}: {error}") from error
 
 
-def _moved(
+def _carried_back(
     own: Sequence[DenseOutputs] | Refusal, aim: Sequence[DenseOutputs] | Refusal
 ) -> Sequence[DenseOutputs] | Refusal:
     """What the outputs of one site are to be so that the sum behind it is the one behind another; else its own."""
@@ -191,12 +191,12 @@ def _moved(
             return own
         if here.y[0].shape != there.y[0].shape:
             return own
-        scaled = there.y[0] * _ratio(there.units[0], here.units[0], there.y[0])
+        scaled = there.y[0] * _quotient(there.units[0], here.units[0], there.y[0])
         found.append(replace(here, y=(scaled,)))
     return found
 
 
-def _ratio(above: Tensor, below: Tensor, like: Tensor) -> Tensor:
+def _quotient(above: Tensor, below: Tensor, like: Tensor) -> Tensor:
     """Of two scales of channels, 0 where the one below is 0, aligned with the channels of `like`."""
     ratio = torch.where(below == 0, 0.0, above / below).to(like)
     if like.dim() == 4:

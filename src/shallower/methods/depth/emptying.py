@@ -44,10 +44,10 @@ def inside(site: Site, dropped: Iterable[Site]) -> bool:
         if other.branch is None or other.name == site.name:
             continue
         names = [gone.module for gone in other.branch.emptied]
-        if any(_within(layer, name) for layer in site.layers for name in names):
+        if any(_belongs(layer, name) for layer in site.layers for name in names):
             return True
     return False
 
 
-def _within(name: str, outer: str) -> bool:
+def _belongs(name: str, outer: str) -> bool:
     return name == outer or name.startswith(f"{outer}.")

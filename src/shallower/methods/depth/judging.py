@@ -1,6 +1,6 @@
 """How far a network is from the dense one on rows that nothing is fitted to.
 
-fitted, held = divided(batches)
+fitted, held = set_apart(batches)
 judge = Judge(dense, Calibration(held, options))
 judge.divergence(small)
 """
@@ -21,7 +21,7 @@ _KEPT = 1 << 28
 """Bytes of the dense network's outputs that are kept."""
 
 
-def divided(batches: Batches) -> tuple[Batches, Batches]:
+def set_apart(batches: Batches) -> tuple[Batches, Batches]:
     """Rows for fitting, and the rest: of each batch the last eighth, or of batches that cannot be cut every eighth."""
     fitted: list[Batch] = []
     held: list[Batch] = []

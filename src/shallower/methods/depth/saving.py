@@ -14,6 +14,7 @@ from torch import nn
 
 from shallower.core.inputs import Inputs
 from shallower.core.processes import from_first_process
+from shallower.errors import MethodError, TargetError
 from shallower.measuring.cost import cost_as_found
 from shallower.measuring.measurement import compare
 from shallower.methods.depth.emptying import emptied
@@ -117,3 +118,38 @@ class Layers:
         """1 for a layer."""
         assert site.branch is not None
         return float(bool(site.branch.layer))
+
+
+def savings_for(dense: nn.Module, sites: Sites, goal: Target | int, inputs: Inputs) -> Savings | Layers:
+    """What counts towards a target, or towards so many layers.
+
+        savings_for(model, sites, 2, inputs)
+
+    Raises:
+        TargetError: nothing has to go for it.
+    """
+    found: Savings | Layers
+    if isinstance(goal, int):
+        found = Layers(goal)
+    elif goal.unit == "drop":
+        found = Savings(dense, sites, Target("params", "share", 0.0), inputs)
+    else:
+        found = Savings(dense, sites, goal, inputs)
+    if found.needed(()) <= 0:
+        raise TargetError(f"the target {goal} is met by the model as it is")
+    return found
+
+
+def goal_of(target: str | Target | int) -> Target | int:
+    """A target read from text, or how many layers go.
+
+        goal_of("macs:80%"), goal_of(2)
+
+    Raises:
+        MethodError: the count of layers is not positive.
+    """
+    if isinstance(target, int):
+        if target < 1:
+            raise MethodError(f"target={target}: at least one layer goes")
+        return target
+    return Target.parse(target)

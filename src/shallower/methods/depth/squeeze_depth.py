@@ -24,11 +24,11 @@ from shallower.core.modes import without_inference_mode
 from shallower.core.processes import agreed_result, raised_anywhere
 from shallower.errors import MethodError, SiteError, TargetError
 from shallower.methods.base import bound_plan, check_sites
-from shallower.methods.depth.choosing import Chooser, Removed
+from shallower.methods.depth.choosing import Chooser, Removal
 from shallower.methods.depth.compensating import Refitting
 from shallower.methods.depth.emptying import emptied
-from shallower.methods.depth.judging import Judge, divided
-from shallower.methods.depth.saving import Layers, Savings
+from shallower.methods.depth.judging import Judge, set_apart
+from shallower.methods.depth.saving import Layers, Savings, goal_of, savings_for
 from shallower.methods.squeezing.calibration import Calibration
 from shallower.methods.squeezing.diagnosing import check_model
 from shallower.methods.squeezing.options import SqueezeOptions
@@ -91,7 +91,7 @@ def squeeze_depth(
 
     Of several processes all raise what one of them raises.
     """
-    goal = _goal(target)
+    goal = goal_of(target)
     options = options or SqueezeOptions()
     check_sites(model, sites)
     branches = sites.select(lambda site: site.kind == "branch")
@@ -105,16 +105,9 @@ def squeeze_depth(
         check_model(dense, branches)
         calibration = calibration_of(dense, sites, batches, options, inputs_of, example_inputs)
         timed = timed_on(calibration, example_inputs, dense)
-        fitted, held = divided(calibration.batches)
+        fitted, held = set_apart(calibration.batches)
         judge = Judge(dense, Calibration(held, options))
-        if isinstance(goal, Target) and goal.unit != "drop":
-            savings: Savings | Layers = Savings(dense, sites, goal, timed)
-        elif isinstance(goal, Target):
-            savings = Savings(dense, sites, Target("params", "share", 0.0), timed)
-        else:
-            savings = Layers(goal)
-        if savings.needed(()) <= 0:
-            raise TargetError(f"the target {target} is met by the model as it is")
+        savings = savings_for(dense, sites, goal, timed)
         progress = None
         if checkpoint is not None and refit:
             progress = Progress(checkpoint, identity_of(dense, sites, calibration.batches.digest, options))
@@ -148,7 +141,7 @@ class _Search:
         *_, last = chooser.removals()
         return self._completed(last, chooser.note(last))
 
-    def _completed(self, removed: Removed, note: str) -> list[Entry]:
+    def _completed(self, removed: Removal, note: str) -> list[Entry]:
         """With what makes up for it."""
         found = [Entry.drop(site, note=note) for site in removed.sites]
         if self.refittable:
@@ -182,19 +175,6 @@ class _Search:
                 f"{reached:.4g}. Allow more loss, or calibrate on more data"
             )
         return found
-
-
-def _goal(target: str | Target | int) -> Target | int:
-    """What is asked for.
-
-    Raises:
-        MethodError: the count of layers is not positive.
-    """
-    if isinstance(target, int):
-        if target < 1:
-            raise MethodError(f"target={target}: at least one layer goes")
-        return target
-    return Target.parse(target)
 
 
 def _refittable(sites: Sites) -> Sequence[Site]:
