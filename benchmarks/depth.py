@@ -1,10 +1,10 @@
 """Fewer layers without training, and healed: `squeeze_depth` against published ways, on the same data and surgery.
 
 The language model of 260K parameters (5 layers, calibrated on 100 stories of its training set, perplexity on those of
-the test set), by one layer and by two fewer. `squeeze_depth` has whole layers go; `, branches` is the same by MACs, with
-attention and feed-forward parts going alone. `shortgpt`, `sleb`, `blockpruner` and `replaceme` are what `sh.baseline`
-has under these names; `best layers dropped` is `squeeze_depth` without its refitting. Healing is `sh.heal` as it is by
-default, on 200 stories. `aim` is what was asked for before the method was made. No setting was
+the test set), by one layer and by two fewer. `squeeze_depth` has whole layers go; `, branches` is the same by MACs,
+with attention and feed-forward parts going alone. `shortgpt`, `sleb`, `blockpruner` and `replaceme` are what
+`sh.baseline` has under these names; `best layers dropped` is `squeeze_depth` without its refitting. Healing is
+`sh.heal` as it is by default, on 200 stories. `aim` is what was asked for before the method was made. No setting was
 chosen on what is reported: choices and fits are accepted on rows held out of the calibration data. Time is that of one
 thread.
 """

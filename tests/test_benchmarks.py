@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import shallower as sh
-from benchmarks import arena, results, zoo, zoo_branches
+from benchmarks import arena, depth, results, zoo, zoo_branches
 from benchmarks.__main__ import execute, main
 from benchmarks.arena_networks import edits
 from benchmarks.families import Family, axes, of_timm, of_transformers
@@ -164,6 +164,16 @@ def test_the_arena_narrows_a_network_in_every_way_to_the_same_cost(data: Path, t
     assert max(macs) - min(macs) < 0.01 * max(macs)
     assert "minus squeeze" in table
     assert "perplexity: squeeze, equal" in table
+
+
+def test_fewer_layers_are_compared_with_published_ways_on_the_same_data(data: Path, tmp_path: Path) -> None:
+    table = execute("depth", data, True, tmp_path / "cache", tmp_path)
+    found: dict[str, object] = json.loads((tmp_path / "depth.json").read_text())
+    dense, *others = rows(found)
+    assert {str(row["method"]) for row in others} == set(depth.METHODS[:3])
+    assert all(len(row["gone"]) == 1 for row in others)  # type: ignore[arg-type]
+    assert max(int(row["params"]) for row in others) < int(dense["params"])  # type: ignore[call-overload]
+    assert "one layer fewer" in table
 
 
 def test_intervals_are_of_the_differences_on_the_same_calibration_data() -> None:

@@ -221,7 +221,35 @@ class StructuralDropping(MethodOptions):
     heads: bool = option(False, "Narrow attention heads, too (also with squeeze).")
 
 
+@dataclass(frozen=True)
+class DepthSqueezing(MethodOptions):
+    """Fewer layers, by calibration."""
+
+    name: ClassVar = "depth"
+    title: ClassVar = "Fewer layers: a few hundred rows, no training (--method depth)"
+    spoken: ClassVar = "taking layers away"
+    home: ClassVar = "shallower.app.runs.depth:DepthRun"
+    needs_labels: ClassVar = False
+
+    samples: int = same_as(Squeezing, "samples")
+    vary: bool = same_as(Squeezing, "vary")
+    heal: int = same_as(Squeezing, "heal")
+
+    @property
+    def trains(self) -> bool:
+        """Only to heal."""
+        return self.heal > 0
+
+
 METHODS: Mapping[str, type[MethodOptions]] = {
-    method.name: method for method in (Deciding, Squeezing, LayerCollapsing, TillLayersCollapsing, StructuralDropping)
+    method.name: method
+    for method in (
+        Deciding,
+        Squeezing,
+        LayerCollapsing,
+        TillLayersCollapsing,
+        StructuralDropping,
+        DepthSqueezing,
+    )
 }
 """The methods of the command line, the default first."""

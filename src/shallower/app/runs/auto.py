@@ -18,7 +18,7 @@ from shallower.app.options import Deciding, Squeezing
 from shallower.app.quality import rows_of
 from shallower.app.runs.layer_collapse import LayerCollapseRun
 from shallower.app.runs.schedule import Schedule
-from shallower.app.runs.squeeze import SqueezeRun
+from shallower.app.runs.squeeze import SqueezeRun, healed
 from shallower.errors import SiteError, TargetError
 from shallower.modules.attachment import detached_copy
 from shallower.sites import Sites
@@ -55,8 +55,7 @@ class AutoRun(Deciding, SqueezeRun):
         seconds, rows, passes = schedule.healing(self.heal)
         if seconds:
             work.tell(f"healing on {rows:,} {rows_of(work.task.quality)}, at most {spoken(seconds)}")
-            healing = replace(self, heal=passes)
-            history = healing._healed(outcome.model, work, seconds=seconds, rows=rows)
+            history = healed(outcome.model, work, passes, seconds=seconds, rows=rows)
             story.append(_healing(history, schedule.clock.spent - squeezed))
             details["healing"], note = asdict(history), "healed"
         outcome = replace(outcome, note=note, details=details)

@@ -34,6 +34,7 @@ from shallower.surgery.applying import apply
 
 if TYPE_CHECKING:
     from shallower.training import History
+    from shallower.training.loop import Score
 
 FEWEST = 16
 """Rows below which nothing can be fitted."""
@@ -58,7 +59,7 @@ class SqueezeRun(Squeezing):
 
     def preview(self, work: Work, sites: Sites) -> Plan:
         """The very plan."""
-        return self._plan(work, sites, self._calibration(work))
+        return self._plan(work, sites, calibration_rows(work, self.samples, vary=self.vary))
 
     def make(self, work: Work, sites: Sites) -> Outcome:
         """Calibrate, squeeze, measure BatchNorm again where that helps, and heal if asked to.
@@ -66,16 +67,16 @@ class SqueezeRun(Squeezing):
         Raises:
             DataError: there are too few rows to calibrate on.
         """
-        calibration = self._calibration(work)
+        calibration = calibration_rows(work, self.samples, vary=self.vary)
         plan = self._plan(work, sites, calibration)
         small = apply(work.model, plan, work.example).eval()
-        small, recalibrated = _recalibrated(small, work, calibration)
+        small, measured_anew = recalibrated(small, work, calibration)
         details: dict[str, Any] = {
-            "batchnorm_recalibrated": recalibrated,
+            "batchnorm_recalibrated": measured_anew,
             "calibrated": work.batches.sample_size(self.samples),
         }
         if self.heal:
-            details["healing"] = asdict(self._healed(small, work))
+            details["healing"] = asdict(healed(small, work, self.heal))
         family, points = None, []
         if self.sizes:
             family = self._family(work, sites, calibration, plan)
@@ -103,35 +104,8 @@ class SqueezeRun(Squeezing):
             options=self._options(work),
         )
 
-    def _healed(self, small: nn.Module, work: Work, **limits: Any) -> History:
-        from shallower.training.guiding import Healing
-        from shallower.training.healing import heal
-        from shallower.training.matching import Matching
-
-        recipe = work.recipe
-        return heal(
-            small,
-            work.model,
-            work.batches.sampled(),
-            Healing(self.heal, lr=work.lr, precision=recipe.precision, seed=recipe.seed, **limits),
-            Matching(logits=work.logits),
-            checkpoint=work.kept("healing.safetensors"),
-            cpu=work.cpu,
-        )
-
-    def _calibration(self, work: Work) -> list[Any]:
-        rows: Any = work.batches.train.dataset
-        if len(rows) < FEWEST:
-            counted = qualities.rows_of(work.task.quality)
-            raise DataError(f"{len(rows)} {counted} are too few to calibrate on; give a few hundred")
-        given = work.sample(self.samples)
-        return list(augment_tokens(given, seed=work.recipe.seed)) if self.vary else given
-
     def _plan(self, work: Work, sites: Sites, calibration: list[Any]) -> Plan:
-        target, score = work.target, None
-        if target.unit == "drop":
-            assert work.floor is not None
-            target, score = Target("drop", "absolute", max(0.0, work.score(work.model) - work.floor)), work.score
+        target, score = wanted(work)
         return squeeze(
             work.model,
             sites,
@@ -148,6 +122,56 @@ class SqueezeRun(Squeezing):
         return SqueezeOptions(
             round_to=self.round_to, linear_path=self.linear_path, logits=work.logits, seed=work.recipe.seed
         )
+
+
+def calibration_rows(work: Work, samples: int, *, vary: bool = False) -> list[Any]:
+    """So many rows of the training data, rearranged too if asked for.
+
+        calibration_rows(work, 512)
+
+    Raises:
+        DataError: there are too few.
+    """
+    rows: Any = work.batches.train.dataset
+    if len(rows) < FEWEST:
+        counted = qualities.rows_of(work.task.quality)
+        raise DataError(f"{len(rows)} {counted} are too few to calibrate on; give a few hundred")
+    given = work.sample(samples)
+    if vary:
+        return list(augment_tokens(given, seed=work.recipe.seed))
+    return given
+
+
+def healed(small: nn.Module, work: Work, passes: int, **limits: Any) -> History:
+    """Distil into `small`, in place, on the training data.
+
+    history = healed(small, work, passes=8)
+    """
+    from shallower.training.guiding import Healing
+    from shallower.training.healing import heal
+    from shallower.training.matching import Matching
+
+    recipe = work.recipe
+    return heal(
+        small,
+        work.model,
+        work.batches.sampled(),
+        Healing(passes, lr=work.lr, precision=recipe.precision, seed=recipe.seed, **limits),
+        Matching(logits=work.logits),
+        checkpoint=work.kept("healing.safetensors"),
+        cpu=work.cpu,
+    )
+
+
+def wanted(work: Work) -> tuple[Target, Score | None]:
+    """The target, and of a loss of score the score that it limits.
+
+    target, score = wanted(work)
+    """
+    if work.target.unit != "drop":
+        return work.target, None
+    assert work.floor is not None
+    return Target("drop", "absolute", max(0.0, work.score(work.model) - work.floor)), work.score
 
 
 def _points_of(work: Work, family: Family) -> Iterator[CurvePoint]:
@@ -168,8 +192,11 @@ def _points_of(work: Work, family: Family) -> Iterator[CurvePoint]:
         yield CurvePoint.of(point, test_score=work.task.score(model, work.batches.test))
 
 
-def _recalibrated(small: nn.Module, work: Work, calibration: list[Any]) -> tuple[nn.Module, bool]:
-    """With BatchNorm statistics measured again, where the score on the rows to choose by is better so."""
+def recalibrated(small: nn.Module, work: Work, calibration: list[Any]) -> tuple[nn.Module, bool]:
+    """With BatchNorm statistics measured again, where the score on the rows to choose by is better so; and whether.
+
+    small, better = recalibrated(small, work, rows)
+    """
     if not any(isinstance(module, _BatchNorm) for module in small.modules()):
         return small, False
     other = copy.deepcopy(small)
