@@ -5,8 +5,8 @@ the test set), by one layer and by two fewer. `squeeze_depth` has whole layers g
 with attention and feed-forward parts going alone. `shortgpt`, `sleb`, `blockpruner` and `replaceme` are what
 `sh.baseline` has under these names; `best layers dropped` is `squeeze_depth` without its refitting. Healing is
 `sh.heal` as it is by default, on 200 stories. `aim` is what was asked for before the method was made. No setting was
-chosen on what is reported: choices and fits are accepted on rows held out of the calibration data. Time is that of one
-thread.
+chosen on what is reported: choices and fits are accepted on rows held out of the calibration data. Rows that are not
+here yet have not been measured. Time is that of one thread.
 """
 
 from __future__ import annotations
