@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import shallower as sh
-from benchmarks import arena, depth, results, zoo, zoo_branches
+from benchmarks import arena, depth, floors, results, zoo, zoo_branches
 from benchmarks.__main__ import execute, main
 from benchmarks.arena_networks import edits
 from benchmarks.families import Family, axes, of_timm, of_transformers
@@ -366,3 +366,21 @@ def test_of_a_table_whose_positions_are_picked_the_other_axis_gives_channels() -
             return self.last(self.table[:, x].movedim(0, -1))
 
     assert axes.Width("table", 0, 4) in axes.widths(Table(), torch.randint(0, 9, (2, 5)))
+
+
+def test_a_floor_says_whether_it_was_reached() -> None:
+    row = {"network": "A", "what": "half", "seconds": 30, "cpu": 29.0, "dense": {"perplexity": 4.7}}
+    rows = [
+        {**row, "scores": {"perplexity": 8.0}, "aims": [("perplexity", 8.3, False)]},
+        {**row, "scores": {"accuracy": 91.0}, "aims": [("accuracy", 92.0, True)], "seconds": None},
+    ]
+    text = floors.table({"rows": rows, "costs": [], "missing": {"B": "no data"}})
+    assert "perplexity 8.3 reached" in text
+    assert "29 of 30 s" in text
+    assert "accuracy 92 **missed**" in text
+    assert "B is not here: no data." in text
+
+
+def test_the_names_of_floors_are_apart() -> None:
+    names = [floor.name for floor in floors.FLOORS]
+    assert len(set(names)) == len(names)
