@@ -214,13 +214,11 @@ class Sweep:
         made = {name: site for site in changing for name in made_by(site)}
         waiting = [site for site in changing if site.name not in finished]
         readers = self.coupling.read(entry.site for entry in cuts)
-        for reader in readers:
-            if made.get(reader.consumers[0].name, reader).name not in finished:
-                waiting.append(reader)
-        if not waiting:
+        left = [reader for reader in readers if made.get(reader.consumers[0].name, reader).name not in finished]
+        if not waiting and not left:
             return
-        if readers:
-            waiting = in_order(self.dense, waiting, self.calibration)
+        if left:
+            waiting = in_order(self.dense, waiting, left, self.calibration)
         metrics = self.metrics
         goals: list[Goals] = []
         walk = self._walk(small, waiting)

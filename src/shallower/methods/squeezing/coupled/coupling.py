@@ -208,17 +208,24 @@ def written(site: Site, cuts: Iterable[Entry]) -> Tensor:
     return torch.tensor(sorted(set(torch.cat(found).tolist())), dtype=torch.int64)
 
 
-def in_order(dense: nn.Module, items: Sequence[Site], calibration: Calibration) -> list[Site]:
-    """Sites and readers in the order in which the dense network runs what is fitted of them; one pass."""
+def in_order(
+    dense: nn.Module, sites: Sequence[Site], readers: Sequence[Site], calibration: Calibration
+) -> list[Site]:  # fmt: skip
+    """The sites in their order, each reader between them before what runs after it; one pass over the first batch."""
     clock: dict[str, int] = {}
 
     def before(name: str, *_: Any) -> None:
         clock.setdefault(name, len(clock))
 
-    hooks = {m.name: partial(before, m.name) for item in items for m in item.consumers}
+    hooks = {m.name: partial(before, m.name) for item in (*sites, *readers) for m in item.consumers}
     with evaluating(dense), watching(dense, before=hooks):
         call(dense, calibration.batches[0].on(model_device(dense)).inputs)
-    return sorted(items, key=lambda item: max(clock.get(m.name, -1) for m in item.consumers))
+    ticks = {reader.name: clock.get(reader.consumers[0].name, -1) for reader in readers}
+    now = -1
+    for site in sites:
+        now = max(now, min(clock.get(m.name, -1) for m in site.consumers))
+        ticks[site.name] = now
+    return sorted([*readers, *sites], key=lambda item: ticks[item.name])
 
 
 def read_anew(item: Site, grams: SiteGrams, metric: Metric, small: nn.Module, intercept: bool) -> Entry:

@@ -71,6 +71,8 @@ def not_coupled(site: Site) -> Refusal | None:
         return Refusal("its channels are chosen among; a plan by hand can narrow it (Entry.narrow)")
     if site.width < 2:
         return Refusal("it has one channel")
+    if all(len(slot.shape) < 4 for slot in site.slots):  # the channels of values within heads, for instance
+        return Refusal("no convolution is among its layers; a plan by hand can narrow it (Entry.narrow)")
     read = [slot for slot in site.slots if slot.side == "columns"]
     if not read:
         return Refusal("no layer reads its channels by its weights; a plan by hand can narrow it (Entry.narrow)")
