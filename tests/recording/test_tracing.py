@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shallower.recording.tracing import Trace, canonical, trace_forward
+from shallower.recording.tracing import Trace, trace_forward
 
 
 class Runs(nn.Module):
@@ -53,11 +53,6 @@ def test_a_function_has_one_name_however_it_is_called(name: str, functions: list
         takes_two = takes_two or f in (torch.sub, torch.add, torch.pow)
         recorded = trace(lambda _, x, f=f, two=takes_two: f(x, 2.0) if two else f(x))
         assert names(recorded) == [name]
-
-
-def test_names_of_functions_methods_and_strings_agree() -> None:
-    assert canonical(F.relu) == canonical("relu_") == canonical(torch.Tensor.relu_) == "relu"
-    assert canonical("__rmul__") == canonical(torch.ops.aten.mul.Tensor) == "mul"
 
 
 def test_looking_at_a_tensors_form_is_not_reading_it() -> None:

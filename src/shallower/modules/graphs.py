@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 from shallower.core.trees import cloned
 from shallower.errors import Refusal
 from shallower.modules.written import base_forward
-from shallower.recording.tracing import EXTERNALISED, Call, Frame, canonical, is_metadata
+from shallower.recording.names import canonical, is_metadata
+from shallower.recording.tracing import EXTERNALISED, Call, Frame
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from shallower.errors import Refusal
 from shallower.modules.graphs import tensor_steps
-from shallower.recording.tracing import canonical
+from shallower.recording.names import canonical
 
 
 @dataclass

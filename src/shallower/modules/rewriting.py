@@ -21,8 +21,9 @@ from shallower.errors import Refusal, SiteError
 from shallower.modules.forwards import Forward, has_foreign_forward
 from shallower.modules.graphs import Forwards, Held, forwards_of, names_loaded
 from shallower.modules.regions import STOCK, module_of, region_of
-from shallower.modules.written import base_forward, give_number
-from shallower.recording.tracing import EXTERNALISED, Frame, canonical
+from shallower.modules.written import base_forward, give_number, numbers_written
+from shallower.recording.names import canonical
+from shallower.recording.tracing import EXTERNALISED, Frame
 from shallower.sites import Place, Written
 
 _RECORD = EXTERNALISED
@@ -302,7 +303,7 @@ def _child_name(owner: nn.Module, place: Place) -> str:
 def _rebind(owner: nn.Module) -> None:
     """Give `owner` the forward in which every externalised place is a call of its child, and numbers are its own."""
     vars(owner).pop("forward", None)
-    if _new_children(owner) or base_forward(owner) is not None:
+    if _new_children(owner) or numbers_written(owner):
         vars(owner)["forward"] = Forward(owner, forward_of, forward_of(owner))
 
 

@@ -48,17 +48,19 @@ _INSIDE_TORCH = {"torch.overrides", "torch._tensor", "torch.functional", "torch.
 
 def leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """What a call is given, in order: sequences by what is in them, a slice as its start, stop and step."""
-    return [*_leaves((*args, *kwargs.values()))]
+    found: list[Any] = []
+    _collect((*args, *kwargs.values()), found)
+    return found
 
 
-def _leaves(given: Any) -> Iterator[Any]:
-    if isinstance(given, slice):
-        given = (given.start, given.stop, given.step)
-    if not isinstance(given, (tuple, list)):
-        yield given
-        return
+def _collect(given: Sequence[Any], found: list[Any]) -> None:
     for item in given:
-        yield from _leaves(item)
+        if isinstance(item, (tuple, list)):
+            _collect(item, found)
+        elif isinstance(item, slice):
+            _collect((item.start, item.stop, item.step), found)
+        else:
+            found.append(item)
 
 
 def with_leaves(
@@ -281,17 +283,24 @@ def _own_names(code: types.CodeType) -> set[str]:
 
 def _is_of_torch(step: tuple[str, int], function: types.FunctionType) -> bool:
     """Whether a call may be one of PyTorch's: of a tensor, or of a function that is certainly from there."""
-    statement = ast.parse(step[0]).body[0]
-    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
+    name = _first_name(step[0])
+    if name is None or name in _own_names(function.__code__):
         return True
+    known = function.__globals__.get(name)
+    home = known.__name__ if isinstance(known, types.ModuleType) else getattr(known, "__module__", None)
+    return str(home).partition(".")[0] == "torch"
+
+
+@functools.lru_cache(maxsize=4096)
+def _first_name(text: str) -> str | None:
+    """The variable with which what is called begins, "F" of `F.relu(x)`; None where it is another expression."""
+    statement = ast.parse(text).body[0]
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
+        return None
     callee: ast.expr = statement.value
     while isinstance(callee, (ast.Call, ast.Attribute, ast.Subscript)):
         callee = callee.func if isinstance(callee, ast.Call) else callee.value
-    if not isinstance(callee, ast.Name) or callee.id in _own_names(function.__code__):
-        return True
-    known = function.__globals__.get(callee.id)
-    home = known.__name__ if isinstance(known, types.ModuleType) else getattr(known, "__module__", None)
-    return str(home).partition(".")[0] == "torch"
+    return callee.id if isinstance(callee, ast.Name) else None
 
 
 # --------------------------------------------------------------------------------------------------- on a module

@@ -9,29 +9,29 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.modules import module as global_hooks
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from shallower.core.failures import sentence
-from shallower.core.inputs import Inputs, call, model_device
+from shallower.core.inputs import Inputs, call
 from shallower.core.modes import evaluating
 from shallower.core.outputs import without_heads
-from shallower.core.trees import mapped, tensors, to_device
+from shallower.core.trees import mapped, tensors
 from shallower.errors import ForwardError, SiteError
 from shallower.recording.caches import cached, kv_of
+from shallower.recording.dataless import placed
 from shallower.recording.holders import check_copyable
 from shallower.recording.macs import mac_counter
+from shallower.recording.names import canonical, is_metadata, writes
 
 Origin = Literal["input", "parameter", "buffer", "unknown", "computed"]
 
@@ -202,80 +202,6 @@ def original_ordinal(owner: nn.Module, name: str, count: int) -> int:
     return ordinal
 
 
-_ALIASES = {
-    "truediv": "div",
-    "true_divide": "div",
-    "divide": "div",
-    "rdiv": "div",
-    "rtruediv": "div",
-    "idiv": "div",
-    "itruediv": "div",
-    "multiply": "mul",
-    "rmul": "mul",
-    "imul": "mul",
-    "radd": "add",
-    "iadd": "add",
-    "rsub": "sub",
-    "isub": "sub",
-    "subtract": "sub",
-    "rpow": "pow",
-    "ipow": "pow",
-    "negative": "neg",
-    "clip": "clamp",
-    "absolute": "abs",
-    "special_erf": "erf",
-    "special_expit": "sigmoid",
-    "expit": "sigmoid",
-    "matmul": "matmul",
-    "rmatmul": "matmul",
-    "getitem": "getitem",
-    "setitem": "setitem",
-}
-
-_INPLACE_OPERATORS = {"__imul__", "__iadd__", "__isub__", "__itruediv__", "__idiv__", "__ipow__", "__setitem__"}
-
-_METADATA = {
-    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "is_floating_point", "is_complex",
-    "is_contiguous", "get_device", "element_size", "data_ptr", "len", "is_inference", "is_signed", "is_pinned",
-    "is_shared", "has_names", "is_same_size", "hash", "is_conj", "is_neg", "untyped_storage", "is_set_to",
-    "dtype", "is_tensor", "is_nonzero_static", "broadcast_shapes", "result_type", "can_cast",
-}  # fmt: skip
-
-
-def canonical(function: Any) -> str:
-    """The name under which a function is known, however it is called: "relu" for F.relu, torch.relu and Tensor.relu_.
-
-    A property is "get." and its name.
-    """
-    if isinstance(function, str):
-        name = function
-    else:
-        name = getattr(function, "__name__", None) or type(function).__name__
-        if name == "__get__":
-            return "get." + str(getattr(getattr(function, "__self__", None), "__name__", "?"))
-        if name == "__set__":
-            return "set." + str(getattr(getattr(function, "__self__", None), "__name__", "?"))
-        if isinstance(function, torch._ops.OpOverload):
-            name = str(name).split(".")[0]
-    name = str(name)
-    if name.startswith("__") and name.endswith("__"):
-        name = name.strip("_")
-    name = name.strip("_") or name
-    return _ALIASES.get(name, name)
-
-
-def is_metadata(name: str) -> bool:
-    """Whether a function of this canonical name looks at a tensor's form only, where it returns no tensor."""
-    return name in _METADATA or name.startswith(("get.", "set."))
-
-
-def _writes(function: Any, name: str, kwargs: Mapping[str, Any]) -> bool:
-    raw = str(getattr(function, "__name__", ""))
-    if raw in _INPLACE_OPERATORS or kwargs.get("inplace") is True:
-        return True
-    return raw.endswith("_") and not raw.endswith("__") and name != "requires_grad"
-
-
 class _Recorder(TorchFunctionMode):
     """Turns torch functions into calls of the current frame."""
 
@@ -306,6 +232,30 @@ class _Recorder(TorchFunctionMode):
         self.record(func, args, kwargs, result)
         return result
 
+    def adopt_all(self, names: Mapping[nn.Module, str], inputs: Inputs) -> None:
+        """Give the parameters and buffers of some modules, and what the model is called with, their values."""
+        for module, name in names.items():
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None:
+                    if id(parameter) not in self.known:
+                        self.adopt(parameter, "parameter", f"{name}.{attribute}".lstrip("."))
+                    self.trace.weights[module, attribute] = self.value(parameter)
+            for attribute, buffer in module._buffers.items():
+                if buffer is not None and id(buffer) not in self.known:
+                    self.adopt(buffer, "buffer", attribute).owner = module
+                if buffer is not None:
+                    self.trace.buffers[module, attribute] = self.value(buffer)
+        for tensor in tensors(inputs):
+            self.known.pop(id(tensor), None)
+            self.adopt(tensor, "input", fed=True)
+
+    def see_kept(self, modules: Iterable[nn.Module]) -> None:
+        """What modules keep in attributes is there after the pass, as what the model returns is."""
+        for module in modules:
+            for item in vars(module).values():
+                if isinstance(item, Tensor) and id(item) in self.known:
+                    self.known[id(item)].output = True
+
     def adopt(self, tensor: Tensor, origin: Origin, name: str = "", fed: bool = False) -> Value:
         """The value of a tensor that no recorded call made."""
         value = Value(
@@ -328,7 +278,7 @@ class _Recorder(TorchFunctionMode):
             if not is_metadata(name) or next(tensors(result), None) is not None:
                 self.trace.calls.append(Call(name, function, (), {}, [], [], self.frame, 0, False))
             return
-        inplace = _writes(function, name, kwargs)
+        inplace = writes(function, name, kwargs)
         written = [t for t in tensors(args[:1]) if inplace] + list(tensors(kwargs.get("out")))
         returned = list(tensors(result))
         if not returned and not written and is_metadata(name):
@@ -432,27 +382,14 @@ def trace_forward(model: nn.Module, example_inputs: Inputs, lead: Lead | None = 
         check_copyable(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        inputs = stack.enter_context(_placed(model, example_inputs))
+        inputs = stack.enter_context(placed(model, example_inputs))
         names: dict[nn.Module, str] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             names.setdefault(module, name)
         trace = Trace(model, Frame(nn.Module(), None, None))
         recorder = _Recorder(trace, lead)
-        for module in names:
-            for attribute, parameter in module._parameters.items():
-                if parameter is not None:
-                    if id(parameter) not in recorder.known:
-                        prefix = names[module] + "." if names[module] else ""
-                        recorder.adopt(parameter, "parameter", prefix + attribute)
-                    trace.weights[module, attribute] = recorder.value(parameter)
-            for attribute, buffer in module._buffers.items():
-                if buffer is not None and id(buffer) not in recorder.known:
-                    recorder.adopt(buffer, "buffer", attribute).owner = module
-                if buffer is not None:
-                    trace.buffers[module, attribute] = recorder.value(buffer)
-        for tensor in tensors(inputs):
-            recorder.known.pop(id(tensor), None)
-            recorder.adopt(tensor, "input", fed=True)
+        if lead is None:
+            recorder.adopt_all(names, inputs)
 
         # Modules made on the fly, not part of the model, are seen through: their calls are the caller's.
         def enter(module: nn.Module, _: Any) -> None:
@@ -482,10 +419,8 @@ def trace_forward(model: nn.Module, example_inputs: Inputs, lead: Lead | None = 
                 frame.outputs = [recorder.value(t) for t in tensors(output)]
                 if isinstance(output, (Tensor, tuple, list)):
                     frame.returned = recorder.described(output)
-            if frame.parent is not None and frame.parent.parent is None:
-                for item in (item for each in names for item in vars(each).values() if isinstance(item, Tensor)):
-                    if id(item) in recorder.known:
-                        recorder.known[id(item)].output = True  # it is kept in an attribute
+                if frame.parent is trace.root:
+                    recorder.see_kept(names)
             if frame.parent is not None:
                 recorder.frame = frame.parent
 
@@ -507,11 +442,12 @@ def trace_forward(model: nn.Module, example_inputs: Inputs, lead: Lead | None = 
                 "dict of its keyword arguments.",
                 trace,
             ) from error
-        for tensor in tensors(without_heads(output)):
-            recorder.value(tensor).output = True
-        trace.macs = recorder.counter.get_total_flops() // 2
-        trace.kv = kv_of(output)
-        trace.cached = [recorder.value(tensor) for tensor in cached(output)]
+        if lead is None:
+            for tensor in tensors(without_heads(output)):
+                recorder.value(tensor).output = True
+            trace.macs = recorder.counter.get_total_flops() // 2
+            trace.kv = kv_of(output)
+            trace.cached = [recorder.value(tensor) for tensor in cached(output)]
         trace.root = trace.frames[0]
         trace.root.parent = None
     return trace
@@ -522,64 +458,3 @@ def _storage(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError, AttributeError):
         return -id(tensor)
-
-
-@contextlib.contextmanager
-def _placed(model: nn.Module, example_inputs: Inputs) -> Iterator[Inputs]:
-    """The inputs where the model can take them.
-
-    Where weights have no data (meta device, fake tensors), whatever is computed from the inputs alone still runs on
-    real values, so that code which looks at them (masks, lengths, padding) takes its usual way.
-    """
-    weights = [*model.parameters(), *model.buffers()]
-    if not any(weight.is_meta or isinstance(weight, FakeTensor) for weight in weights):
-        yield to_device(example_inputs, model_device(model))
-        return
-    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
-    blanks: dict[int, Tensor] = {}
-    with unset_fake_temporarily():
-        inputs = mapped(_filled, example_inputs)
-        try:
-            for module in model.modules():
-                tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-                for table in tables:
-                    for name, tensor in table.items():
-                        if isinstance(tensor, FakeTensor):
-                            if id(tensor) not in blanks:
-                                blanks[id(tensor)] = _blank(tensor)
-                            swapped.append((table, name, tensor))
-            for table, name, tensor in swapped:
-                table[name] = blanks[id(tensor)]
-            with _DataIsOptional():  # type: ignore[no-untyped-call]
-                yield inputs
-        finally:
-            for table, name, tensor in swapped:
-                table[name] = tensor
-
-
-def _blank(tensor: Tensor) -> Tensor:
-    """A tensor on the meta device, or a parameter there, like a fake one."""
-    blank = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return nn.Parameter(blank, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else blank
-
-
-def _filled(tensor: Tensor) -> Tensor:
-    """A tensor of ones for one that has no data; any other itself."""
-    if tensor.is_meta or isinstance(tensor, FakeTensor):
-        return torch.ones(tensor.shape, dtype=tensor.dtype)
-    return tensor
-
-
-class _DataIsOptional(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets tensors with and without data meet: what reads one without has none, and everything else has."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        named = dict(kwargs or {})
-        missing = any(tensor.is_meta for tensor in tensors((args, named)))
-        if missing:
-            args, named = tree_map(lambda item: item.to("meta") if isinstance(item, Tensor) else item, (args, named))
-        if named.get("device") is not None:
-            named["device"] = torch.device("meta" if missing else "cpu")
-        return func(*args, **named)

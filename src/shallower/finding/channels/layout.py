@@ -158,15 +158,16 @@ def reason_of(layout: Layout) -> str:
 
 def size_of(layout: Layout, fewer: Mapping[Run, int]) -> int:
     """The positions of a layout when some runs have fewer channels."""
-    return _size_left(resolved(layout), fewer)
+    return size_left(resolved(layout), fewer)
 
 
-def _size_left(layout: Layout, fewer: Mapping[Run, int]) -> int:
+def size_left(layout: Layout, fewer: Mapping[Run, int]) -> int:
+    """The same of a layout as it is known now."""
     if isinstance(layout, Run):
         return fewer.get(layout, layout.size)
     if isinstance(layout, Cat):
-        return sum(_size_left(part, fewer) for part in layout.parts)
-    return prod(_size_left(factor, fewer) for factor in layout.factors)
+        return sum(size_left(part, fewer) for part in layout.parts)
+    return prod(size_left(factor, fewer) for factor in layout.factors)
 
 
 def is_open(layout: Layout) -> bool:

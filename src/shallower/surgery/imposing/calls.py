@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from shallower.core.trees import mapped, tensors
 from shallower.planning.entries import Entry
-from shallower.recording.tracing import canonical
+from shallower.recording.names import canonical
 from shallower.sites import ChannelCall
 from shallower.surgery.imposing.zeros import gone_along
 

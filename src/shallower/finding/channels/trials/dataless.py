@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shallower.core.trees import mapped, tensors
 
-VALUES = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...))
+VALUES = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(...)}
 
 _Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 _Key = tuple[Any, object, tuple[str, ...], object]
@@ -71,17 +71,17 @@ def _call_key(item: Any) -> object:
         if type(item) not in (Tensor, nn.Parameter) or not (item.is_meta or item.is_floating_point()):
             raise _OtherError
         return item.is_meta, _form(item)
+    if type(item) in VALUES:
+        return type(item), item
     if isinstance(item, (tuple, list)):
         return tuple(map(_call_key, item))
     if isinstance(item, slice):
         return slice, _call_key((item.start, item.stop, item.step))
-    if not isinstance(item, VALUES):
-        raise _OtherError
-    return type(item), item
+    raise _OtherError
 
 
 def _form(tensor: Tensor) -> _Form:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _empty_like(form: _Form) -> Tensor:

@@ -21,18 +21,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from shallower.core.failures import is_out_of_memory
 from shallower.core.inputs import Inputs
 from shallower.core.trees import mapped, tensors
 from shallower.errors import ShallowerError
 from shallower.finding.channels.following import Axes, Following
-from shallower.finding.channels.layout import Run, all_runs, fixed, size_of
+from shallower.finding.channels.layout import Run, all_runs, fixed, size_left
 from shallower.finding.channels.trials.dataless import Results
 from shallower.finding.channels.trials.sizes import SIZED, Sizing, sizes_of
 from shallower.modules.written import Waypoint, leaves, way_to, with_leaves
-from shallower.recording.tracing import Call, Frame, StoppedError, Trace, Value, canonical, is_metadata, trace_forward
+from shallower.recording.names import canonical, is_metadata
+from shallower.recording.tracing import Call, Frame, StoppedError, Trace, Value, trace_forward
 
 SLOW = {"interpolate", "grid_sample"}
 """Functions that take long without data, too, and whose results have the channels that they read."""
@@ -80,7 +80,7 @@ class Expected:
         for call, sizes in zip(self.calls, self.sizes, strict=True):
             numbers = None
             if call in used:
-                numbers = _computed_numbers(call.name, call.args, call.kwargs, sizes)
+                numbers = _computed_numbers(call.name, leaves(call.args, call.kwargs), sizes)
             self.computed.append(numbers)
         self._axes: dict[Value, tuple[Axes, set[Run]]] = {}
 
@@ -89,9 +89,9 @@ class Expected:
         call, computed = self.calls[i], self.computed[i]
         if computed is None or call.name in SIZED or any(size.place == place for size in self.sizes[i]):
             return
-        given = leaves(call.args, call.kwargs)[place]
-        self.sizes[i].append(Sizing(place, given, fixed(1, "a number"), stays=True))
-        self.computed[i] = _computed_numbers(call.name, call.args, call.kwargs, self.sizes[i])
+        given = leaves(call.args, call.kwargs)
+        self.sizes[i].append(Sizing(place, given[place], fixed(1, "a number"), stays=True))
+        self.computed[i] = _computed_numbers(call.name, given, self.sizes[i])
 
     def shape(self, value: Value, fewer: Mapping[Run, int]) -> tuple[int, ...]:
         """The shape of a value when some runs have fewer channels."""
@@ -103,7 +103,7 @@ class Expected:
             return value.shape
         shape: list[int] = []
         for axis in axes:
-            shape.append(size_of(axis, fewer))
+            shape.append(size_left(axis, fewer))
         return tuple(shape)
 
 
@@ -164,12 +164,15 @@ class Led:
         if i >= len(self.expected.calls) or self.expected.calls[i].name != name:
             raise _OutOfStepError(f"`{name}` instead of another call")
         call, sizes = self.expected.calls[i], self.expected.sizes[i]
+        given = leaves(args, kwargs)
         # numbers to compute with cannot be told from those that the inputs' sizes are in: a call with others is blamed
         computed = self.expected.computed[i]
-        if computed is not None and computed != _computed_numbers(name, args, kwargs, sizes):
+        if computed is not None and computed != _computed_numbers(name, given, sizes):
             self.blamed.add(i)
-        if sizes:
-            args, kwargs = self._put_right(i, frame, sizes, args, kwargs)
+        right = self._put_right(i, frame, sizes, given)
+        if right:
+            changed, kwargs = with_leaves(args, kwargs, right)
+            args = tuple(changed)
         if name in SLOW and all(t.is_meta for t in tensors(args)):
             return self._instead(call, args, None)
         try:
@@ -181,11 +184,8 @@ class Led:
             return self._instead(call, args, None)
         return self._checked(i, call, args, result)
 
-    def _put_right(
-        self, i: int, frame: Frame, sizes: Iterable[Sizing], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """The arguments with the sizes that the layouts say."""
-        given = leaves(args, kwargs)
+    def _put_right(self, i: int, frame: Frame, sizes: Iterable[Sizing], given: Sequence[Any]) -> dict[int, float]:
+        """The sizes that the layouts say, at the places of those that are others."""
         right: dict[int, float] = {}
         for size in sizes:
             number = given[size.place] if size.place < len(given) else None
@@ -193,24 +193,23 @@ class Led:
                 continue
             right[size.place] = size.expected(self.fewer)
             self.wrong[i, size.place] = Wrong(i, size, way_to(_calling(), frame.module))
-        if not right:
-            return args, kwargs
-        changed, named = with_leaves(args, kwargs, right)
-        return tuple(changed), named
+        return right
 
     def _shapes(self, call: Call) -> list[tuple[int, ...]]:
         return [self.expected.shape(value, self.fewer) for value in call.outputs]
 
     def _checked(self, i: int, call: Call, args: Sequence[Any], result: Any) -> Any:
         """A result, where it has the shapes that the layouts say; others where it has not."""
-        made = list({id(t): t for t in tensors(result)}.values())
+        made = [result]
+        if not isinstance(result, Tensor):
+            made = list({id(t): t for t in tensors(result)}.values())
         if not made:
             return result
         shapes = self._shapes(call)
         if len(made) != len(shapes):
             # what was written into counts, too, and a parameter that is only passed on does not
             return result
-        if all(tuple(t.shape) == shape for t, shape in zip(made, shapes, strict=True)):
+        if [t.shape for t in made] == shapes:
             return result
         if not _depends_on_data(call, args, self.expected.sizes[i]):
             self.blamed.add(i)
@@ -269,19 +268,11 @@ def _used_calls(trace: Trace) -> set[Call]:
     return found
 
 
-def _computed_numbers(
-    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], sizes: Sequence[Sizing]
-) -> list[float]:
+def _computed_numbers(name: str, given: Sequence[Any], sizes: Iterable[Sizing]) -> list[float]:
     """The numbers that a call computes with: those that are no sizes."""
-    places = {size.place for size in sizes}
-    sized = name in SIZED
     found: list[float] = []
-    if sized:
-        for item in tree_leaves((args, dict(kwargs))):
-            if type(item) is float:
-                found.append(item)
-        return found
-    for place, item in enumerate(leaves(args, kwargs)):
-        if type(item) is float or (type(item) is int and place not in places):
+    for place, item in enumerate(given):
+        is_number = type(item) is int and name not in SIZED and all(size.place != place for size in sizes)
+        if is_number or type(item) is float:
             found.append(item)
     return found

@@ -19,7 +19,8 @@ from shallower.core.trees import tensors
 from shallower.errors import ShallowerError
 from shallower.finding.channels.layout import Layout
 from shallower.modules.written import leaves, with_leaves
-from shallower.recording.tracing import Frame, Trace, canonical, is_metadata, trace_forward
+from shallower.recording.names import canonical, is_metadata
+from shallower.recording.tracing import Frame, Trace, trace_forward
 
 if TYPE_CHECKING:
     from shallower.finding.channels.trials.leading import Expected
