@@ -58,8 +58,9 @@ class Placing:
 
     def exact_frame(self, chain: set[Call], frame: Frame) -> Frame | None:
         """`frame` if it does what the chain does and nothing else."""
-        extra = [call for call in frame.calls() if call not in chain and call.outputs and call.name not in UNCHANGED]
-        return frame if not extra and frame.module in self.graph.names else None
+        if any(call not in chain and call.outputs and call.name not in UNCHANGED for call in frame.calls()):
+            return None
+        return frame if frame.module in self.graph.names else None
 
     def owner_of(self, chain: set[Call]) -> Frame | None:
         """The module invocation that is the chain and nothing else, None where there is none."""
@@ -103,8 +104,9 @@ class Placing:
             return None, "its activation is called outside of the model's modules"
         calls: list[tuple[str, int]] = []
         made = {value for call in chain for value in call.outputs}
-        last = max(i for i, step in enumerate(frame.steps) if chain & self._calls(step))
-        for step in frame.steps[: last + 1]:
+        steps = {_step_of(call, frame) for call in chain}
+        at = [i for i, step in enumerate(frame.steps) if step in steps]
+        for step in frame.steps[at[0] : at[-1] + 1]:
             if isinstance(step, Call):
                 if step in chain:
                     calls.append((step.name, step.ordinal))
@@ -144,6 +146,16 @@ class Placing:
                 return Place(path)
             return self.call_place({call}, frame.parent)[0]
         return self.call_place({call}, call.frame)[0]
+
+
+def _step_of(call: Call, frame: Frame) -> Call | Frame:
+    """The step of a frame in which a call is made."""
+    step: Call | Frame = call
+    for around in call.frame.ancestors():
+        if around is frame:
+            break
+        step = around
+    return step
 
 
 def relative_name(owner: nn.Module, module: nn.Module) -> str | None:

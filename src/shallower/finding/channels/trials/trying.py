@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from operator import attrgetter
 
 from torch import nn
 
@@ -25,10 +26,11 @@ from shallower.finding.channels.trials.leading import Expected, Led
 from shallower.finding.channels.trials.origins import made_of
 from shallower.finding.channels.trials.skeletons import Skeleton
 from shallower.finding.channels.trials.writing import TWO, WrittenNumbers
-from shallower.modules.edits import perform
+from shallower.modules.edits import Number, perform
 from shallower.modules.layers import resize_tensors
 from shallower.modules.offloading import weightless
 from shallower.modules.prepared.lists import Entries
+from shallower.modules.rewriting import write_number
 from shallower.modules.shrinking import before_cut, fallen
 from shallower.modules.written import leaves
 from shallower.recording.tracing import Call, Frame, Value
@@ -98,6 +100,7 @@ class ChannelTrial:
         self._knows_numbers = False
         self._skeleton = Skeleton(model, weightless(model.parameters()))
         self._trials = 0
+        self._clean: set[object] = set()
         self._by_experts = any(call.name == "grouped_mm" for call in f.trace.calls)
         self._kinds: dict[object, int] = {}
         self._on_the_way: dict[Call, set[Run]] = {}
@@ -108,7 +111,7 @@ class ChannelTrial:
 
         All are cut together, by other shares where they are of other kinds: where a forward divides one width by
         another, both cut in half would go unnoticed. Then every second one of each kind loses a few channels, then the
-        others, and at last all are cut but those that change a number, which nothing else may need to be changed.
+        others, and at last those that change a number are cut apart: nothing else may need it to be changed.
         """
         left: dict[str, Site] = {}
         others: list[str] = []
@@ -122,67 +125,103 @@ class ChannelTrial:
         for start in (0, 1):
             half = [names[start::2] for names in _by_kind(left).values()]
             self._settle(left, list(chain.from_iterable(half)), one=True)
-        self._settle_without(left)
+        self._settle_apart(left)
         self._prune(left)
         self._leave_out_dependent(left)
         return left
 
-    def _leave_out_dependent(self, left: dict[str, Site]) -> None:
-        """Leave out the sites of one kind that cannot be cut alone: what others changed for them may have gone.
+    def _apart(self, left: Mapping[str, Site]) -> list[list[str]]:
+        """Sites to cut together so that of two kinds each is cut without the other, where that changes something.
 
-        Halves of the kinds are tried first, so that of any two each is cut once without the other.
+        Kinds that change nothing beside their tensors are in all of them.
         """
-        kinds = _by_kind(left)
-        doubtful: dict[int, None] = {}
-        several = list(kinds.values())
-        for bit in range((len(several) - 1).bit_length()):
+        changing: list[list[str]] = []
+        others: list[str] = []
+        for names in _by_kind(left).values():
+            if any(left[name].followers or left[name].lists for name in names):
+                changing.append(names)
+            else:
+                others += names
+        found: list[list[str]] = []
+        if others:
+            found.append(others)
+        for bit in range((len(changing) - 1).bit_length()):
             for side in (0, 1):
-                half = [i for i in range(len(several)) if i >> bit & 1 == side]
-                names = list(chain.from_iterable(several[i] for i in half))
-                if not self.led(list(map(left.__getitem__, names))).is_clean:
-                    doubtful.update(dict.fromkeys(half))
+                half = [names for i, names in enumerate(changing) if i >> bit & 1 == side]
+                found.append([*others, *chain.from_iterable(half)])
+        return found
+
+    def _settle_apart(self, left: dict[str, Site]) -> None:
+        """The same where the numbers have not fallen that other kinds let fall: nothing else may need it."""
+        before: dict[str, Site] = {}
+        while left != before:
+            before = dict(left)
+            for names in self._apart(left):
+                self._settle(left, names, one=False)
+
+    def _leave_out_dependent(self, left: dict[str, Site]) -> None:
+        """Leave out the sites of one kind that cannot be cut alone: what others changed for them may have gone."""
+        doubtful: set[str] = set()
+        for i, names in enumerate(self._apart(left)):
+            if not self.led(list(map(left.__getitem__, names)), again=i == 0).is_clean:
+                doubtful.update(names)
         before = dict(left)
-        for i in doubtful:
-            led = self.led(list(map(left.__getitem__, several[i])))
+        for names in _by_kind(left).values():
+            if doubtful.isdisjoint(names):
+                continue
+            led = self.led(list(map(left.__getitem__, names)))
             if not led.is_clean:
-                self._written.note_alike(before, list(led.wrong.values()), several[i])
-                for name in several[i]:
+                self._written.note_alike(before, list(led.wrong.values()), names)
+                for name in names:
                     del left[name]
                     self.why[name] = f"{DOES_NOT_FOLLOW} where nothing else is cut"
 
     def _prune(self, left: dict[str, Site]) -> None:
-        """Take numbers from sites that can be cut without their being written: their forwards stay as they are."""
-        kinds: dict[object, list[str]] = {}
-        for name, site in left.items():
-            if any(follower.written is not None and not follower.each for follower in site.followers):
-                kinds.setdefault(kind_of_site(site), []).append(name)
-        for names in kinds.values():
-            fewer: list[Site] = []
-            for name in names:
-                needed: list[Follower] = []
-                for follower in left[name].followers:
-                    if follower.written is None or follower.each:
-                        needed.append(follower)
-                fewer.append(replace(left[name], followers=tuple(needed)))
-            if self.led(fewer).is_clean:
-                left.update(zip(names, fewer, strict=True))
+        """Take numbers from sites that can be cut without their being written: their forwards stay as they are.
 
-    def _settle_without(self, left: dict[str, Site]) -> None:
-        """For each written number, cut everything but the sites that write it: nothing else may need it."""
-        tried: set[frozenset[object]] = set()
-        while True:
-            writing: dict[object, set[object]] = {}
-            for site in left.values():
-                for follower in site.followers:
-                    if follower.written is not None:
-                        number = (follower.module, follower.written.path, follower.written.place)
-                        writing.setdefault(number, set()).add(kind_of_site(site))
-            waiting = [own for own in dict.fromkeys(map(frozenset, writing.values())) if own not in tried]
-            if not waiting:
-                return
-            for own in waiting:
-                tried.add(own)
-                self._settle(left, [name for name, site in left.items() if kind_of_site(site) not in own], one=False)
+        Kinds that change nothing in the same module are tried together.
+        """
+        fewer: dict[object, dict[str, Site]] = {}
+        modules: dict[object, set[str | None]] = {}
+        for name, site in left.items():
+            kind = kind_of_site(site)
+            modules.setdefault(kind, set()).update(map(attrgetter("module"), site.followers))
+            needed: list[Follower] = []
+            for follower in site.followers:
+                if follower.written is None or follower.each:
+                    needed.append(follower)
+            if len(needed) < len(site.followers):
+                fewer.setdefault(kind, {})[name] = replace(site, followers=tuple(needed))
+        while fewer:
+            together: dict[object, dict[str, Site]] = {}
+            taken: set[str | None] = set()
+            for each in list(fewer):
+                if taken.isdisjoint(modules[each]):
+                    together[each] = fewer.pop(each)
+                    taken |= modules[each]
+            self._prune_together(left, together, modules)
+
+    def _prune_together(
+        self, left: dict[str, Site], fewer: Mapping[object, dict[str, Site]], modules: Mapping[object, set[str | None]]
+    ) -> None:
+        """The same for some kinds: those in whose modules something is wrong now keep their numbers."""
+        without: dict[str, Site] = {}
+        for sites in fewer.values():
+            without.update(sites)
+        led = self.led(list(without.values()))
+        if led.is_clean:
+            left.update(without)
+            return
+        wrong = {self.f.trace.calls[each.at].frame.name for each in led.wrong.values()}
+        rest: dict[object, dict[str, Site]] = {}
+        for kind, sites in fewer.items():
+            if wrong.isdisjoint(modules[kind]):
+                rest[kind] = sites
+        if 0 < len(rest) < len(fewer):
+            self._prune_together(left, rest, modules)
+        elif len(rest) > 1:
+            for one in rest.items():
+                self._prune_together(left, dict([one]), modules)
 
     def runs_in(self, frame: Frame) -> set[Run]:
         """The channels of what the forward of a module is given, and of what its own calls read and give."""
@@ -228,6 +267,7 @@ class ChannelTrial:
         self._with_data = not self.led([]).is_clean
         if self._with_data:
             self._skeleton = Skeleton(self.model, {})
+            self._clean.clear()
         return self._with_data
 
     def _keeps_numbers(self) -> bool:
@@ -337,15 +377,18 @@ class ChannelTrial:
 
     # ------------------------------------------------------------------------------------------------- passes
 
-    def led(self, sites: Sequence[Site], *, one: bool = False) -> Led:
-        """A pass with these sites cut: each by the share of its kind, or by a few channels."""
-        self._trials += 1
+    def led(self, sites: Sequence[Site], *, one: bool = False, again: bool = False) -> Led:
+        """A pass with these sites cut: each by the share of its kind, or again by another, or by a few channels."""
         kept: dict[str, int] = {}
         fewer: dict[Run, int] = {}
         for site in sites:
-            kept[site.name] = self._few_less(site) if one else self._share_of(site)
+            kept[site.name] = self._few_less(site) if one else self._share_of(site, again)
             fewer[self.found[site.name]] = kept[site.name]
         led = Led(self._expected, fewer)
+        cut = frozenset((site.name, site.followers, kept[site.name]) for site in sites)
+        if cut in self._clean:
+            return led
+        self._trials += 1
         with self._skeleton.lent() as trial:
             try:
                 self._cut(trial, sites, kept, fewer)
@@ -353,11 +396,18 @@ class ChannelTrial:
                 led.ended = 0
                 return led
             led.run(trial, self.inputs)
+        if led.is_clean:
+            self._clean.add(cut)
         return led
 
-    def _share_of(self, site: Site) -> int:
-        """How many channels a trial leaves: half of few, and of many a share that no other kind has, nearly."""
+    def _share_of(self, site: Site, again: bool) -> int:
+        """How many channels a trial leaves: half of few, and of many a share that no other kind has, nearly.
+
+        Kinds that have the same share have others when they are tried again.
+        """
         kind = self._kinds.setdefault(kind_of_site(site), len(self._kinds))
+        if again:
+            kind += kind // len(SHARES)
         unit = self._unit_of(site)
         lost = max(unit, round(site.width * (1 - SHARES[kind % len(SHARES)]) / unit) * unit)
         if site.width < MANY:
@@ -384,7 +434,10 @@ class ChannelTrial:
             perform(trial, edit)
         for site in sites:
             for fall in fallen(trial, site.followers, site.width, site.width - kept[site.name]):
-                perform(trial, fall)
+                if isinstance(fall, Number):
+                    write_number(trial.get_submodule(fall.name), fall.written, fall.value)
+                else:
+                    perform(trial, fall)
         for name in shapes:
             shapes[name] = self._expected.shape(self._expected.tensors[name], fewer)
         resize_tensors(trial, shapes)
