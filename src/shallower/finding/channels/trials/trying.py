@@ -45,6 +45,9 @@ MANY = 8
 SHARES = (3 / 4, 5 / 8, 7 / 8, 1 / 2, 11 / 16, 9 / 16, 13 / 16)
 """Of how many channels the sites of one kind leave, where they have at least so many."""
 
+FEW = 16
+"""Of fewer channels, two of these shares may be the same number."""
+
 DOES_NOT_FOLLOW = "the forward does not follow fewer channels"
 
 
@@ -130,15 +133,20 @@ class ChannelTrial:
         self._leave_out_dependent(left)
         return left
 
-    def _apart(self, left: Mapping[str, Site]) -> list[list[str]]:
+    def _apart(self, left: Mapping[str, Site], *, written: bool) -> list[list[str]]:
         """Sites to cut together so that of two kinds each is cut without the other, where that changes something.
 
-        Kinds that change nothing beside their tensors are in all of them.
+        Kinds that change nothing beside their tensors are in all of them, if they have shares of their own: where a
+        forward gives one width for another, it shows as soon as both are cut. Where only what is written counts, those
+        that write no number are in all of them, too.
         """
         changing: list[list[str]] = []
         others: list[str] = []
         for names in _by_kind(left).values():
-            if any(left[name].followers or left[name].lists for name in names):
+            first = left[names[0]]
+            followers = list(chain.from_iterable(left[name].followers for name in names))
+            changes = any(follower.written is not None for follower in followers)
+            if changes or (not written and (followers or first.lists or first.width < FEW)):
                 changing.append(names)
             else:
                 others += names
@@ -156,13 +164,13 @@ class ChannelTrial:
         before: dict[str, Site] = {}
         while left != before:
             before = dict(left)
-            for names in self._apart(left):
+            for names in self._apart(left, written=True):
                 self._settle(left, names, one=False)
 
     def _leave_out_dependent(self, left: dict[str, Site]) -> None:
         """Leave out the sites of one kind that cannot be cut alone: what others changed for them may have gone."""
         doubtful: set[str] = set()
-        for i, names in enumerate(self._apart(left)):
+        for i, names in enumerate(self._apart(left, written=False)):
             if not self.led(list(map(left.__getitem__, names)), again=i == 0).is_clean:
                 doubtful.update(names)
         before = dict(left)
