@@ -17,7 +17,7 @@ from shallower.calibrating.metrics import Metric
 from shallower.calibrating.selection import Elimination, factor, ridged
 from shallower.errors import FitError
 
-_STEPS = 256
+_MOST_STEPS = 256
 """Steps of an elimination, about, where there are more channels: several go at a time."""
 
 
@@ -84,7 +84,7 @@ def eliminate_jointly(parts: Sequence[Part], keep: int = 1) -> Elimination:
     left = n - keep
     while left > 0:
         each = sum((_costs(part, free) for part in parts), torch.zeros(n, dtype=torch.float64, device=free.device))
-        gone = each.masked_fill(~free, torch.inf).topk(min(left, -(-n // _STEPS)), largest=False).indices
+        gone = each.masked_fill(~free, torch.inf).topk(min(left, -(-n // _MOST_STEPS)), largest=False).indices
         own = each[gone].clamp_min(0)
         total = sum(_without(part, part.columns[gone].flatten()) for part in parts)
         # the cost of all that go together, shared out as they cost one by one

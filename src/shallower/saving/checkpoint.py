@@ -33,7 +33,7 @@ from shallower.saving.reading import read_buffers, read_config, read_description
 from shallower.saving.skeletons import Limits, build_skeleton
 from shallower.saving.slots import Stored, check_tensors_fit, check_whole, put_in, stored, unwrapped, without_weights
 from shallower.saving.sources import LIBRARIES, source_of
-from shallower.saving.stock.recorded import KEY, record, record_of, without_record
+from shallower.saving.stock.recorded import KEY, record, surgery_record, without_record
 from shallower.saving.stock.statement import NOTE, RAN, stock_of
 from shallower.saving.writing import bytes_of, check_as_written, check_replaceable, write_weights
 
@@ -84,7 +84,7 @@ def save(
     stock = stock_of(description, config, kept.buffers, vars(model).get(NOTE, ""), RAN in vars(model))
     description = replace(description, stock=stock)
     if config is not None and stock.why:
-        config.setdefault(KEY, record_of(model))
+        config.setdefault(KEY, surgery_record(model))
     with replacing(directory, error=CheckpointError) as partial:
         if config is not None:
             write_json(partial / CONFIG, config, error=CheckpointError)

@@ -79,7 +79,7 @@ class _Describer:
     def _layer(self, frame: Frame) -> Branch | Refusal | None:
         """A module of a list whose output has the form of its input; None where it is no such layer."""
         entries = self._list_of(frame)
-        came, given = _read_by(frame), _first_value(frame.returned)
+        came, given = _given_to(frame), _first_value(frame.returned)
         if entries is None or came is None or given is None or came.shape != given.shape or not came.fed:
             return None
         calls = list(frame.calls())
@@ -99,7 +99,7 @@ class _Describer:
                 elsewhere = any(reader not in inside for reader in self.regions.readers.get(output, ()))
                 if output is not given and (elsewhere or (output.output and output not in self.regions.cached)):
                     return Refusal(f"what `{call.name}` gives in it is read elsewhere, too")
-        return self._costed((Emptied(str(frame.name), returns, _filled(frame)),), [frame], macs)
+        return self._costed((Emptied(str(frame.name), returns, _as_filled(frame)),), [frame], macs)
 
     def _list_of(self, frame: Frame) -> nn.Module | None:
         """The list of modules in which the module of an invocation stands."""
@@ -143,7 +143,7 @@ class _Describer:
             returns = _returns(frame, calls)
             if isinstance(returns, Refusal):
                 return returns
-            emptied.append(Emptied(str(frame.name), returns, _filled(frame)))
+            emptied.append(Emptied(str(frame.name), returns, _as_filled(frame)))
             given[_first_value(frame.returned)] = frame  # type: ignore[index]
         closing = _closing(value, given, set(calls))
         if isinstance(closing, Refusal):
@@ -167,7 +167,7 @@ class _Describer:
         shapes: dict[Value, tuple[int, ...]] = {}
         for _, item in sorted(items, key=lambda pair: pair[0]):
             if isinstance(item, Frame):
-                came, value = _read_by(item), _first_value(item.returned)
+                came, value = _given_to(item), _first_value(item.returned)
                 if came is None or value is None:
                     return Refusal(f"`{item.name}` is given no tensor")
                 shape = shapes.get(came, came.shape)
@@ -208,7 +208,7 @@ class _Describer:
         return Branch(tuple(emptied), params=sum(params.values()), macs=macs)
 
 
-def _read_by(frame: Frame) -> Value | None:
+def _given_to(frame: Frame) -> Value | None:
     """The first tensor that a module is given, as it is before the module writes into it."""
     value = _first_value((*frame.args, *frame.kwargs.values()))
     inside = set(frame.calls())
@@ -229,7 +229,7 @@ def _first_value(tree: object) -> Value | None:
     return None
 
 
-def _filled(frame: Frame) -> int:
+def _as_filled(frame: Frame) -> int:
     """The number of the layer of a KV cache that a module is given and fills; -1 where it fills none."""
     made = {value.tensor for call in frame.calls() for value in call.outputs}
     for item in (*frame.args, *frame.kwargs.values()):

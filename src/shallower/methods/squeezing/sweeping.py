@@ -30,11 +30,11 @@ from shallower.methods.squeezing.coupled.coupling import (
     Coupling,
     has_shift,
     in_order,
+    outputs_gone,
     read_anew,
     set_rows,
     silence,
     with_rows,
-    written,
 )
 from shallower.methods.squeezing.curves import error_curves
 from shallower.methods.squeezing.progress import Progress
@@ -280,7 +280,7 @@ class Sweep:
         self._counts[site.name] = grams.fit.count
         if producers and not enough_for_producers(site, width, grams.positions):
             producers, grams = False, replace(grams, rows=((), ()))
-        metric = metric_of(site, metrics, grams).without(written(site, cuts))
+        metric = metric_of(site, metrics, grams).without(outputs_gone(site, cuts))
         try:
             if width == 0:
                 return collapsed_fit(site, grams, metric)

@@ -209,7 +209,7 @@ class StepWalk:
             others = self._forms(near, {**prefer, near[0].site.name: other})
         except PlanError:
             return ""
-        (params, macs), (other_params, other_macs) = _added(forms), _added(others)
+        (params, macs), (other_params, other_macs) = _cost_added(forms), _cost_added(others)
         if other_params > params or other_macs > macs or (other_params, other_macs) == (params, macs):
             return ""
         return other
@@ -237,7 +237,7 @@ def _is_free(entry: Entry, prefer: Mapping[str, Becomes]) -> bool:
     return not (len(entry.kept) or entry.becomes or entry.fold_skip or entry.site.name in prefer)
 
 
-def _added(forms: Iterable[Form]) -> tuple[int, int]:
+def _cost_added(forms: Iterable[Form]) -> tuple[int, int]:
     """Parameters and MACs that some forms add to what their sites were."""
     (params_before, macs_before), (params, macs) = totals(forms)
     return params - params_before, macs - macs_before

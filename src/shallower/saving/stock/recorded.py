@@ -25,7 +25,7 @@ METHOD = "shallower"
 VERSION = 1
 
 
-def record_of(model: nn.Module) -> dict[str, Any]:
+def surgery_record(model: nn.Module) -> dict[str, Any]:
     """What the config of a model holds of its surgery."""
     lacking = ""
     for edit in edits(model):
@@ -35,7 +35,7 @@ def record_of(model: nn.Module) -> dict[str, Any]:
 
 
 def is_record(value: object) -> bool:
-    """Whether a value in a config is what `record_of` made."""
+    """Whether a value in a config is what `surgery_record` made."""
     return isinstance(value, Mapping) and value.get("quant_method") == METHOD
 
 
@@ -48,7 +48,7 @@ def record(model: nn.Module, needed: bool = True) -> None:
     if not is_record(vars(config).get(KEY, {"quant_method": METHOD})):
         return
     if needed and edits(model):
-        setattr(config, KEY, record_of(model))
+        setattr(config, KEY, surgery_record(model))
     else:
         vars(config).pop(KEY, None)
 

@@ -70,12 +70,12 @@ def _changed_config(owner: StockPart, name: str, kept: Sequence[int]) -> dict[st
         if found is not None:
             differing = found.differing(wanted) | wanted.differing(found)
             inside = f"{name}."
-            if all(_follows(spot, found, wanted) and not spot[0].startswith(inside) for spot in differing):
+            if all(_config_follows(spot, found, wanted) and not spot[0].startswith(inside) for spot in differing):
                 return config
     return None
 
 
-def _follows(spot: Spot, found: Structure, wanted: Structure) -> bool:
+def _config_follows(spot: Spot, found: Structure, wanted: Structure) -> bool:
     """Whether a difference is that a module holds how many layers there are, or of which types."""
     own, other = found.settings.get(spot), wanted.settings.get(spot)
     if isinstance(own, (tuple, list)) and isinstance(other, (tuple, list)):
@@ -103,7 +103,7 @@ def _candidates(config: Mapping[str, Any], count: int, kept: Sequence[int]) -> I
             for some in combinations(beside, size):
                 made = with_numbers(config, {number: len(kept)} if number else {})
                 for keys in some:
-                    _at(made, keys[:-1])[keys[-1]] = [_at(config, keys)[i] for i in kept]
+                    _value_at(made, keys[:-1])[keys[-1]] = [_value_at(config, keys)[i] for i in kept]
                 if number or some:
                     yield made
                 if number and any(key in made for key in _OF_STAGES):
@@ -125,7 +125,7 @@ def _leaves(config: Mapping[str, Any]) -> Iterator[tuple[Keys, Any]]:
         waiting += [((*keys, key), part) for key, part in parts]
 
 
-def _at(config: Any, keys: Keys) -> Any:
+def _value_at(config: Any, keys: Keys) -> Any:
     for key in keys:
         config = config[key]
     return config

@@ -183,10 +183,10 @@ def silence(small: nn.Module, cuts: Iterable[Entry]) -> None:
 def _fill(module: nn.Module, attribute: str, axis: int, gone: Tensor) -> None:
     tensor: Tensor = getattr(module, attribute)
     filled = tensor.detach().clone().index_fill_(axis, gone.to(tensor.device), 0)
-    _put(module, attribute, filled)
+    _set_tensor(module, attribute, filled)
 
 
-def _put(module: nn.Module, attribute: str, value: Tensor) -> None:
+def _set_tensor(module: nn.Module, attribute: str, value: Tensor) -> None:
     """Exchange a parameter or buffer."""
     if attribute in module._parameters:
         own = module._parameters[attribute]
@@ -195,7 +195,7 @@ def _put(module: nn.Module, attribute: str, value: Tensor) -> None:
         module._buffers[attribute] = value
 
 
-def written(site: Site, cuts: Iterable[Entry]) -> Tensor:
+def outputs_gone(site: Site, cuts: Iterable[Entry]) -> Tensor:
     """(m,) int64, which outputs of a site's consumers, side by side, are channels that go."""
     found = [torch.empty(0, dtype=torch.int64)]
     start = 0
@@ -294,13 +294,13 @@ def set_rows(small: nn.Module, site: Site, fitted: Entry) -> None:
     layer = small.get_submodule(site.producer.name)
     (weight,), (bias,) = fitted.fit.consumers, fitted.fit.biases
     own = weight_of(layer)
-    _put(layer, "weight", weight.to(own))
+    _set_tensor(layer, "weight", weight.to(own))
     shifted, attribute = _shift_of(small, site)
     if attribute:
         given: Tensor = getattr(shifted, attribute)
         if shifted is not layer:
             bias = given.detach().to(bias) + bias * _scale_of(shifted).to(bias)
-        _put(shifted, attribute, bias.to(given))
+        _set_tensor(shifted, attribute, bias.to(given))
 
 
 def has_shift(small: nn.Module, site: Site) -> bool:

@@ -121,7 +121,7 @@ def _read_alone(site: Site, layer: nn.Module, slot: Slot) -> Site:
         padding: Callable[[Tensor], Tensor] | None = unusual_padding(layer)
         pads = (0, 0)
         if padding is None and not isinstance(layer.padding, str):
-            pads = _pair(layer.padding)
+            pads = _as_pair(layer.padding)
         m = LinearMap(
             slot.module,
             "conv2d",
@@ -129,10 +129,10 @@ def _read_alone(site: Site, layer: nn.Module, slot: Slot) -> Site:
             slot.shape[0],
             bias,
             slot.uses,
-            _pair(layer.kernel_size),
-            _pair(layer.stride),
+            _as_pair(layer.kernel_size),
+            _as_pair(layer.stride),
             pads,
-            _pair(layer.dilation),
+            _as_pair(layer.dilation),
         )
     elif not isinstance(layer, nn.Linear):
         raise SiteError(f"{site.name}: `{slot.module}` reads its channels and is a {type(layer).__name__}")
@@ -149,5 +149,5 @@ def _read_alone(site: Site, layer: nn.Module, slot: Slot) -> Site:
     )
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def _as_pair(value: Any) -> tuple[int, int]:
     return (int(value[0]), int(value[1]))
