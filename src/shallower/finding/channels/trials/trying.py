@@ -178,7 +178,10 @@ class ChannelTrial:
             if doubtful.isdisjoint(names):
                 continue
             led = self.led(list(map(left.__getitem__, names)))
-            if not led.is_clean:
+            followers = chain.from_iterable(left[name].followers for name in names)
+            if not led.is_clean and any(follower.written is not None for follower in followers):
+                self._settle(left, names, one=False)  # one of the numbers was another kind's only
+            elif not led.is_clean:
                 self._written.note_alike(before, list(led.wrong.values()), names)
                 for name in names:
                     del left[name]
