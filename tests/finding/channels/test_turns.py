@@ -107,7 +107,7 @@ def test_the_forwards_of_loops_follow(how: str) -> None:
 @pytest.mark.parametrize("how", ["stack", "routed", "one-hot", "sliced"])
 def test_everything_in_and_around_a_mixture_is_cut_in_half(how: str) -> None:
     model, x = drawn(Looped(how)), torch.randn(40, 5)
-    sites = [site for site in find_sites(model, x, kinds="all") if site.width]
+    sites = [site for site in find_sites(model, x, kinds="all") if site.width and site.branch is None]
     assert {site.kind for site in sites} >= {"experts"}
     plan = sh.Plan(tuple(sh.Entry.narrow(site, range(0, site.width, 2)) for site in sites))
     small, other = sh.apply(model, plan, x), torch.randn(70, 5)
@@ -119,7 +119,7 @@ def test_everything_in_and_around_a_mixture_is_cut_in_half(how: str) -> None:
 def test_experts_lose_channels_and_go_in_one_plan(how: str, tmp_path: Path) -> None:
     model, x = drawn(Looped(how)), torch.randn(40, 5)
     (experts,) = spaces(model, x)
-    hidden = [site for site in find_sites(model, x, kinds="all") if "experts" in site.name and site.width]
+    hidden = [site for site in find_sites(model, x) if "experts" in site.name]
     assert len(hidden) == 6
     # each expert loses another number of channels, and every second goes
     plan = sh.Plan(
@@ -181,7 +181,16 @@ class Shifted(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("make", [Unweighted, Gated, Shifted])
+def test_what_is_added_up_of_all_experts_is_added_up_of_those_that_stay() -> None:
+    model, x = drawn(Unweighted()), torch.randn(30, 8)
+    (site,) = spaces(model, x)
+    plan = sh.Plan((sh.Entry.narrow(site, [0, 2]),))
+    small, other = sh.apply(model, plan, x), torch.randn(70, 8)
+    torch.testing.assert_close(small(other), sh.simulate(model, plan)(other))
+    assert len(small.experts) == 2
+
+
+@pytest.mark.parametrize("make", [Gated, Shifted])
 def test_lists_that_are_not_chosen_from_stay(make: type[nn.Module]) -> None:
     assert spaces(drawn(make()), torch.randn(30, 8)) == []
 
