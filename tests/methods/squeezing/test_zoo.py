@@ -10,6 +10,7 @@ from shallower.core.trees import tensors
 from shallower.errors import SiteError
 from shallower.finding.kinds import find_sites
 from shallower.methods.squeezing.calibration import Calibration
+from shallower.methods.squeezing.coupled.readers import is_coupled, readers_of
 from shallower.methods.squeezing.squeeze import narrowable
 from shallower.methods.squeezing.sweeping import Sweep
 from shallower.surgery.applying import apply
@@ -39,6 +40,16 @@ def test_the_plan_is_exact(specimen: Specimen) -> None:
         pytest.skip("nothing to squeeze")
     calibration = Calibration([inputs] * 4)
     widths = {site.name: max(1, site.width // 2) for site in sites}
+    unknown = set()
+    for site in filter(is_coupled, sites):
+        try:
+            readers_of(model, site)
+        except SiteError:  # squeeze leaves it out
+            unknown.add(site.name)
+    if unknown:  # a sweep by hand, beside grouped convolutions, is of sites with layers by name
+        unknown.update(site.name for site in sites if is_coupled(site))
+    sites = sites.select(lambda site: site.name not in unknown)
+    widths = {name: width for name, width in widths.items() if name not in unknown}
     plan, small = Sweep(model, sites, calibration).plan(widths)
     with torch.no_grad():
         found = [next(tensors(call(m, inputs))) for m in (apply(model, plan, inputs), small)]
