@@ -52,7 +52,7 @@ from shallower.planning.entries import Entry
 from shallower.planning.forms import Step, steps
 from shallower.planning.forms.steps import made_by
 from shallower.planning.plan import Plan
-from shallower.sites import Site, by_name, overlapping
+from shallower.sites import Site, by_name
 from shallower.surgery.operating import operate
 
 _PLENTY = 4
@@ -103,9 +103,6 @@ class Sweep:
         self._positions: dict[str, float] = {}
         self._counts: dict[str, float] = {}
         self.coupling = Coupling(dense, sites, calibration)
-        self._groups: dict[str, int] = {}
-        for number, group in enumerate(overlapping(sites)):
-            self._groups.update((site.name, number) for site in group)
 
     def plan(self, widths: Mapping[str, int]) -> tuple[Plan, nn.Module]:
         """Squeeze to these widths, 0 for a full collapse: the plan, and the network it makes.
@@ -186,12 +183,15 @@ class Sweep:
         )
 
     def _step(self, entry: Entry, entries: Sequence[Entry]) -> Step:
-        """The form that an entry's site takes after the earlier ones; only those that it overlaps with matter."""
-        group = self._groups.get(entry.site.name)
-        if group is None:
-            return steps([entry])[0]
-        related = [other for other in entries if self._groups.get(other.site.name) == group]
-        return next(step for step in steps(related) if step.entry is entry)
+        """The form that an entry's site takes after the earlier ones; only those that share layers with it matter."""
+        related, layers = [entry], set(entry.site.layers)
+        waiting = [other for other in entries if other is not entry]
+        while near := [other for other in waiting if layers.intersection(other.site.layers)]:
+            related += near
+            layers.update(chain.from_iterable(other.site.layers for other in near))
+            waiting = [other for other in waiting if other not in near]
+        ordered = [other for other in entries if other in related]
+        return next(step for step in steps(ordered) if step.entry is entry)
 
     def _remaining(
         self,

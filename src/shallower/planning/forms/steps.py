@@ -273,9 +273,9 @@ def _read_by(site: Site) -> tuple[str, ...]:
 def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
     """The entries, sites whose producer is another's consumer after that one; otherwise in the order given.
 
-    Followed sites come last, those without a fit behind the others: their channels are cut out of whatever the other
-    entries leave of their tensors; and after all those whose channels are entries of lists, in which other entries
-    change layers by their names.
+    Followed sites come last, since their channels are cut out of whatever the other entries leave of their tensors:
+    first those that keep every channel and are fitted, then the others with a fit, then those without. After all come
+    those whose channels are entries of lists, in which other entries change layers by their names.
 
     Raises:
         PlanError: a layer is producer, or consumer, at two sites, or an activation is, or the sites run in a circle.
@@ -307,18 +307,25 @@ def in_execution_order(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def _turn(entry: Entry) -> tuple[bool, ...]:
-    """What comes first: layers by name, then followed sites that are fitted, those that are only cut, and lists."""
+    """What comes first: layers by name, those that are only fitted, followed sites that are fitted, those only cut."""
     followed = entry.site.followed
-    return followed, bool(entry.site.lists), followed and entry.fit is None
+    return followed, bool(entry.site.lists), followed and entry.fit is None, followed and not _is_refit(entry)
+
+
+def _is_refit(entry: Entry) -> bool:
+    """Whether an entry gives layers other weights, and keeps every channel."""
+    return entry.fit is not None and len(entry.kept) == entry.site.width
 
 
 def _check_apart(entries: Sequence[Entry]) -> None:
     """Followed sites cut no axis that another entry cuts by its layers' names, and fit no layer that one changes.
 
-    What is cut without a fit comes after all fits, and takes its channels out of them.
+    What cuts a layer comes after what only fits it, and what is cut without a fit after all fits; both take their
+    channels out of them.
     """
     cut: dict[tuple[str, str], str] = {}
     fitted: dict[tuple[str, str], str] = {}
+    narrowed: dict[tuple[str, str], str] = {}
     for entry in entries:
         site = entry.site
         for name in made_by(site):
@@ -330,19 +337,22 @@ def _check_apart(entries: Sequence[Entry]) -> None:
             for m in site.maps:
                 for side in ("rows", "columns"):
                     fitted.setdefault((m.name, side), site.name)
+                    if not (site.followed and _is_refit(entry)):
+                        narrowed.setdefault((m.name, side), site.name)
     for entry in entries:
-        site_name = entry.site.name
+        own = by_name(entry.site.consumers)
         sides = [(slot.module, str(slot.side)) for slot in entry.site.slots]
-        changed = cut
         if entry.site.followed and entry.fit is not None:
-            sides += [(m.name, "rows") for m in entry.site.consumers]
-            changed = fitted | cut
+            sides += [(name, "rows") for name in own]
         for layer, side in sides:
-            other = changed.get((layer, side), site_name)
-            if other != site_name:
+            changed = cut
+            if entry.fit is not None:
+                changed = (fitted if layer in own else narrowed) | cut
+            other = changed.get((layer, side), entry.site.name)
+            if other != entry.site.name:
                 raise PlanError(
-                    f"{site_name}: the {side} of `{layer}` are already changed by the entry of `{other}`. Apply one of "
-                    "the two first, and find the sites again in the result"
+                    f"{entry.site.name}: the {side} of `{layer}` are already changed by the entry of `{other}`. Apply "
+                    "one of the two first, and find the sites again in the result"
                 )
 
 
